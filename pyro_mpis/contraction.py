@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""
+Evidence by plated sum-product.
+
+Eq. (18) of [1], with :math:`r_k` of (19) split into a small tensor per site as in (20)-(22):
+
+.. math:: P(z) = K^{-n} \sum_{k_1 \dots k_n} \prod_i f_i(k_i, k_{\mathrm{pa}(i)}).
+
+Plates are Pyro's: :func:`pyro.ops.contract.contract_to_tensor` (Obermeyer et al. 2019) eliminates
+the indices of the innermost plates, multiplies over the plate and goes outwards. It takes a ring;
+ours is :class:`LogSpaceRing`, which finds the order of eliminations with opt_einsum and sums with
+the kernels of :mod:`pyro_mpis.logspace`. Products over plates, and messages after them, are in
+float64.
+
+A **ragged plate** is one whose every element reads one element of other plates through an index
+array. Its ordinal contains those plates too, its tensors do not have their dims, and its product
+adds up, for each element of the outer plates, the elements that read it.
+
+[1] Bowyer, Heap and Aitchison (2024), UAI, PMLR 244:394-417.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import opt_einsum
+import torch
+from pyro.ops.contract import contract_to_tensor
+from pyro.ops.rings import Ring
+from torch import Tensor
+
+from pyro_mpis.factors import ElementMap, FactorGraph, LogFactor, Ordinal
+from pyro_mpis.logspace import log_matmul, logsumexp
+
+
+@dataclass(frozen=True)
+class Elimination:
+    """One step of a contraction: sum the product of ``terms`` over ``dims``."""
+
+    terms: tuple[Tensor, ...]  # packed
+    dims: str
+
+
+class LogSpaceRing(Ring):
+    """
+    Sums and products of packed tensors in log space.
+
+    :param plates: the symbols that are plates.
+    :param nesting: the ragged plates.
+    :param sizes: of every symbol.
+    :param record: where to note each elimination, in order, for sampling.
+    """
+
+    def __init__(
+        self,
+        graph: FactorGraph,
+        record: list[Elimination] | None = None,
+    ) -> None:
+        super().__init__()
+        self._graph = graph
+        self._dim_to_size = dict(graph.sizes)
+        self._record = record
+
+    def sumproduct(self, terms: Sequence[Tensor], dims: Iterable[str]) -> Tensor:
+        """Multiply packed tensors and sum over ``dims``, pair by pair."""
+        if not terms:
+            return packed(torch.zeros((), dtype=self._graph.dtype, device=self._graph.device), "")
+        pending = list(terms)
+        for positions in self._path(pending, set(dims)):
+            operands = [pending.pop(position) for position in sorted(positions, reverse=True)]
+            kept = set("".join(dims_of(term) for term in pending))
+            inside = set("".join(dims_of(term) for term in operands))
+            summed = "".join(sorted((inside & set(dims)) - kept))
+            pending.append(self._eliminate(operands, summed))
+        (result,) = pending
+        return result
+
+    def _path(self, terms: Sequence[Tensor], dims: set[str]) -> list[tuple[int, ...]]:
+        if len(terms) <= 2:
+            return [tuple(range(len(terms)))]
+        inputs = [dims_of(term) for term in terms]
+        output = "".join(sorted(set("".join(inputs)) - dims))
+        equation = ",".join(inputs) + "->" + output
+        shapes = [tuple(term.shape) for term in terms]
+        path, _ = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize="auto")
+        return [tuple(step) for step in path]
+
+    def _eliminate(self, terms: Sequence[Tensor], dims: str) -> Tensor:
+        if self._record is not None and dims:
+            self._record.append(Elimination(tuple(terms), dims))
+        return sum_product(terms, dims)
+
+    def product(self, term: Tensor, ordinal: Ordinal) -> Tensor:
+        """Multiply a packed tensor over the plates of ``ordinal``."""
+        own = frozenset(dims_of(term))
+        for inner, element_map in self._graph.nesting.items():
+            outer = frozenset(element_map.outer)
+            if inner <= own and inner & ordinal and self._graph.closed(outer) - ordinal:
+                term = regroup(term, inner & ordinal, element_map, outer, self._graph.sizes)
+                return self.product(term, ordinal)
+        positions = [place for place, symbol in enumerate(dims_of(term)) if symbol in ordinal]
+        if not positions:
+            return term
+        kept = "".join(symbol for symbol in dims_of(term) if symbol not in ordinal)
+        return packed(term.sum(positions, dtype=torch.float64), kept)
+
+    def inv(self, term: Tensor) -> Tensor:
+        """Refuse: nothing is divided here."""
+        raise NotImplementedError
+
+
+def log_evidence(graph: FactorGraph, factors: Sequence[LogFactor] | None = None) -> Tensor:
+    """
+    Estimate the log evidence: sum over every index, multiply over every plate.
+
+    The exponential of the result is unbiased; the result itself is biased low. Pure: draws
+    nothing, changes nothing.
+
+    :param factors: in place of the graph's own, for example with source terms added.
+    :return: a scalar in nats, differentiable in every factor.
+    :raises NotImplementedError: if plates cross, so that the cost would be exponential in their size.
+    """
+    return contract(graph, graph.factors if factors is None else factors, LogSpaceRing(graph))
+
+
+def contract(graph: FactorGraph, factors: Sequence[LogFactor], ring: LogSpaceRing) -> Tensor:
+    """Contract log factors to a scalar with the given ring."""
+    tree: OrderedDict[Ordinal, list[Tensor]] = OrderedDict()
+    used: set[str] = set()
+    for factor in factors:
+        tensor = packed(factor.tensor.view_as(factor.tensor), factor.dims)
+        tree.setdefault(graph.closed(factor.plates), []).append(tensor)
+        used |= set(factor.dims)
+    sum_dims = used & set(graph.index_plates)
+    _check_crossing(graph, factors)
+    result: Tensor = contract_to_tensor(tree, sum_dims, ring=ring)
+    return result
+
+
+def sum_product(terms: Sequence[Tensor], dims: str) -> Tensor:
+    """
+    Multiply packed tensors in log space and sum over ``dims``.
+
+    A genuine matrix product goes through :func:`~pyro_mpis.logspace.log_matmul`; where one tensor
+    has every dim, add and log-sum-exp.
+    """
+    every = sorted(set("".join(dims_of(term) for term in terms)))
+    kept = "".join(symbol for symbol in every if symbol not in dims)
+    if not dims:
+        total = _aligned(terms[0], kept)
+        for term in terms[1:]:
+            total = total + _aligned(term, kept)
+        return packed(total, kept)
+    if len(terms) == 2:
+        a, b = terms
+        only_a = "".join(s for s in dims_of(a) if s not in dims_of(b) and s not in dims)
+        only_b = "".join(s for s in dims_of(b) if s not in dims_of(a) and s not in dims)
+        if only_a and only_b and set(dims) <= set(dims_of(a)) & set(dims_of(b)):
+            return _matmul(a, b, only_a, only_b, dims)
+    layout = kept + dims
+    total = _aligned(terms[0], layout)
+    for term in terms[1:]:
+        total = total + _aligned(term, layout)
+    return packed(logsumexp(total, len(dims)), kept)
+
+
+def _matmul(a: Tensor, b: Tensor, only_a: str, only_b: str, dims: str) -> Tensor:
+    batch = "".join(s for s in dims_of(a) if s in dims_of(b) and s not in dims)
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    left = _aligned(a, batch + only_a + dims).to(dtype)
+    right = _aligned(b, batch + dims + only_b).to(dtype)
+    sizes = dict(zip(batch + only_a + dims, left.shape, strict=True))
+    sizes |= dict(zip(batch + dims + only_b, right.shape, strict=True))
+
+    def count(symbols: str) -> int:
+        return int(torch.Size([sizes[s] for s in symbols]).numel())
+
+    left = left.reshape(count(batch), count(only_a), count(dims))
+    right = right.reshape(count(batch), count(dims), count(only_b))
+    result = log_matmul(left, right)
+    layout = batch + only_a + only_b
+    return packed(result.reshape([sizes[symbol] for symbol in layout]), layout)
+
+
+def _aligned(term: Tensor, layout: str) -> Tensor:
+    """View a packed tensor with the dims of ``layout``, size one where it has none of its own."""
+    own = dims_of(term)
+    term = term.permute([own.index(symbol) for symbol in layout if symbol in own])
+    for position, symbol in enumerate(layout):
+        if symbol not in own:
+            term = term.unsqueeze(position)
+    return term
+
+
+def regroup(
+    term: Tensor,
+    summed: Iterable[str],
+    element_map: ElementMap,
+    outer: Iterable[str],
+    sizes: Mapping[str, int],
+) -> Tensor:
+    """
+    Add up, for each element of the ``outer`` plates, the elements of the ``summed`` ones that read it.
+
+    :param term: packed, with every dim of ``element_map.inner``.
+    :param summed: plates to eliminate; those of ``element_map.inner`` that are left stay.
+    :param outer: plates of the map that the result has.
+    :return: packed, float64.
+    """
+    inner = element_map.inner
+    summed = "".join(symbol for symbol in inner if symbol in set(summed))
+    batch = "".join(symbol for symbol in inner if symbol not in summed)
+    outer = "".join(sorted(outer))
+    rest = "".join(symbol for symbol in dims_of(term) if symbol not in inner)
+    target = torch.zeros((), dtype=torch.long, device=term.device)
+    for symbol in outer:
+        target = target * sizes[symbol] + element_map.outer[symbol]
+    target = packed(target, inner)
+    shape = [sizes[symbol] for symbol in batch]
+    flat_target = _aligned(target, batch + summed).flatten(len(batch))  # (*batch, elements)
+    flat_term = _aligned(term, rest + batch + summed).flatten(len(rest + batch)).double()
+    sizes_of_rest = list(flat_term.shape[: len(rest)])
+    num_outer = int(torch.Size([sizes[symbol] for symbol in outer]).numel())
+    result = flat_term.new_zeros([*sizes_of_rest, *shape, num_outer])
+    result = result.scatter_add(-1, flat_target.expand(flat_term.shape), flat_term)
+    result = result.reshape([*sizes_of_rest, *shape, *(sizes[symbol] for symbol in outer)])
+    return packed(result, rest + batch + outer)
+
+
+def packed(tensor: Tensor, dims: str) -> Tensor:
+    """Name the dims of a tensor, by Pyro's convention; the next operation forgets them."""
+    assert tensor.dim() == len(dims)
+    tensor._pyro_dims = dims  # type: ignore[attr-defined]
+    return tensor
+
+
+def dims_of(tensor: Tensor) -> str:
+    """Return the names of a packed tensor's dims."""
+    dims: str = tensor._pyro_dims  # type: ignore[attr-defined]
+    return dims
+
+
+def _check_crossing(graph: FactorGraph, factors: Sequence[LogFactor]) -> None:
+    """Refuse a factor that reads two latents of plates of which neither contains the other."""
+    for factor in factors:
+        inside = {
+            s: graph.closed(graph.index_plates[s]) for s in factor.dims if s in graph.index_plates
+        }
+        for a, plates_a in inside.items():
+            for b, plates_b in inside.items():
+                if plates_a <= plates_b or plates_b <= plates_a:
+                    continue
+                one, other = (
+                    ", ".join(sorted(repr(graph.plate_names[p]) for p in plates))
+                    for plates in (plates_a - plates_b, plates_b - plates_a)
+                )
+                raise NotImplementedError(
+                    f"site '{factor.name}': it reads {graph.index_sites[a]} of plate {one} and "
+                    f"{graph.index_sites[b]} of plate {other}. These plates cross: every element "
+                    "of one meets every element of the other, and the exact sum is exponential in "
+                    "their size. Give one of the sites a single particle index: draw it with "
+                    ".to_event(1) outside its plate, in guide and model, or put it into a group "
+                    "with a site outside the plate."
+                )

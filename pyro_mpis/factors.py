@@ -1,0 +1,440 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""
+Evaluate model and guide at all particles: a graph of small log factors.
+
+A latent site's factor is :math:`\log f_i - \log K` of (20)-(22) of [1]: the model's ``log_prob``, in
+the dims of the indices that it reads, and the proposal's density, in the dim of its own index. An
+observed site has its ``log_prob`` alone. ``-log K`` of each index enters here and nowhere else.
+
+Factors are **packed**: no dims of size one, a letter for each dim. An **ordinal** is the set of
+plates that a factor, or an index, sits in.
+
+[1] Bowyer, Heap and Aitchison (2024), UAI, PMLR 244:394-417.
+"""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from pyro.distributions.util import scale_and_mask
+from torch import Tensor
+
+from pyro_mpis._typing import Program
+from pyro_mpis.dependencies import Index, Site, Structure
+from pyro_mpis.handlers import place, replay
+from pyro_mpis.proposals import Particles, model_value
+
+if TYPE_CHECKING:
+    from pyro.poutine.runtime import Message
+
+    from pyro_mpis.handlers import Arguments
+
+Ordinal = frozenset[str]
+
+
+@dataclass(frozen=True)
+class LogFactor:
+    """A term of log r_k: a packed tensor in nats, with the dims of its indices and plates."""
+
+    name: str  # the site
+    tensor: Tensor
+    dims: str  # one letter for each dim of the tensor
+    plates: Ordinal
+
+
+@dataclass(frozen=True)
+class ElementMap:
+    """
+    Which element of some plates each element of other plates reads.
+
+    A ragged plate: every element of ``inner`` belongs to one element of each plate of ``outer``.
+    """
+
+    inner: str  # plates of the reader, one letter for each dim of the tensors
+    outer: Mapping[str, Tensor]  # plate -> element, integers in the shape of ``inner``
+
+
+@dataclass(frozen=True)
+class SiteValue:
+    """The particles of a latent site of the model."""
+
+    tensor: Tensor  # (*indices, *plates, *event), plates padded to max_plate_nesting
+    indices: str  # one letter for each dim on the left
+    event_dim: int
+    batch_shape: torch.Size  # in an ordinary run of the model
+    plates: Ordinal
+
+
+@dataclass(frozen=True)
+class FactorGraph:
+    """All that the queries need: the factors, the sizes of their dims, the sites' values."""
+
+    factors: tuple[LogFactor, ...]
+    sizes: Mapping[str, int]  # of every index and plate
+    index_plates: Mapping[str, Ordinal]  # the ordinal of each index
+    plate_dims: Mapping[str, int]  # batch dim of each plate
+    max_plate_nesting: int
+    values: Mapping[str, SiteValue]  # of the model's latent sites
+    plate_names: Mapping[str, str]
+    index_sites: Mapping[str, tuple[str, ...]]
+    dtype: torch.dtype
+    device: torch.device
+    nesting: Mapping[Ordinal, ElementMap] = field(default_factory=dict)
+
+    def closed(self, plates: Ordinal) -> Ordinal:
+        """Add the plates that ragged plates lie in."""
+        while True:
+            around = {
+                symbol
+                for inner, element_map in self.nesting.items()
+                if inner <= plates
+                for symbol in element_map.outer
+            }
+            if around <= plates:
+                return plates
+            plates |= around
+
+    def tensor_plates(self, plates: Ordinal) -> str:
+        """Return the plates that the tensors of an ordinal have dims for."""
+        implied: set[str] = set()
+        for inner, element_map in self.nesting.items():
+            if inner <= plates:
+                implied |= set(element_map.outer)
+        return "".join(sorted(plates - implied))
+
+    def to_plates(self, tensor: Tensor, plates: str, *, left: int, right: int = 0) -> Tensor:
+        """
+        Bring the padded batch dims of a tensor to the given plates, expanded to their sizes.
+
+        :param tensor: ``(*left, *max_plate_nesting dims, *right)``; other plates have size one.
+        :return: ``(*left, *plates, *right)``.
+        """
+        middle = left + self.max_plate_nesting
+        order = [middle + self.plate_dims[symbol] for symbol in plates]
+        rest = [d for d in range(left, middle) if d not in order]
+        tensor = tensor.permute(
+            (
+                *range(left),
+                *order,
+                *rest,
+                *range(middle, tensor.dim()),
+            )
+        )
+        tail = tensor.shape[tensor.dim() - right :]
+        tensor = tensor.reshape(tensor.shape[: left + len(plates)] + tail)
+        return tensor.expand(
+            (
+                *tensor.shape[:left],
+                *(self.sizes[symbol] for symbol in plates),
+                *tail,
+            )
+        )
+
+    def to_batch(
+        self, tensor: Tensor, plates: str, batch_shape: torch.Size, *, left: int
+    ) -> Tensor:
+        """
+        Bring a tensor with the given plates to the batch shape of an ordinary run.
+
+        :param tensor: ``(*left, *plates, *right)``.
+        :return: ``(*left, *batch_shape, *right)``, expanded.
+        """
+        order = sorted(range(len(plates)), key=lambda position: self.plate_dims[plates[position]])
+        right = range(left + len(plates), tensor.dim())
+        tensor = tensor.permute(
+            (
+                *range(left),
+                *(left + position for position in order),
+                *right,
+            )
+        )
+        present = {self.plate_dims[symbol] for symbol in plates}
+        for dim in range(-len(batch_shape), 0):
+            if dim not in present:
+                tensor = tensor.unsqueeze(left + len(batch_shape) + dim)
+        tail = tensor.shape[left + len(batch_shape) :]
+        return tensor.expand(
+            (
+                *tensor.shape[:left],
+                *batch_shape,
+                *tail,
+            )
+        )
+
+
+def build_graph(
+    structure: Structure,
+    particles: Particles,
+    model: Program,
+    guide: Program,
+    arguments: "Arguments",
+) -> FactorGraph:
+    """
+    Evaluate model and guide with every index in a dim of its own, and pack their log factors.
+
+    :raises ValueError: if a log_prob is nan or infinite, or lacks a dim that it should have.
+    """
+    dims = {index.symbol: index.dim for index in structure.indices}
+    enumerated = {index.sites[0]: index.dim for index in structure.indices if index.enumerated}
+    guide_sites = replay_guide(structure, particles, guide, arguments)
+    values = model_values(structure, particles, guide_sites)
+    model_sites = replay(
+        "model",
+        model,
+        arguments,
+        values=values,
+        enumerated=enumerated,
+        num_samples=particles.num_samples,
+    )
+    _check_same_sites(structure.model, model_sites)
+
+    sizes = {index.symbol: particles.num_samples for index in structure.indices}
+    for index in structure.indices:
+        if index.enumerated:
+            value = model_sites[index.sites[0]]["value"]
+            event_dim = structure.model[index.sites[0]].event_dim
+            sizes[index.symbol] = value.shape[index.dim - event_dim]
+    packer = _Packer(structure, sizes)
+
+    factors = _proposal_factors(structure, particles, packer)
+    for name in (*structure.guide_factors, *_carried(structure)):
+        guide_site = guide_sites[name]
+        log_density = guide_site["fn"].log_prob(guide_site["value"])
+        log_density = scale_and_mask(log_density, mask=guide_site["mask"])
+        factors += packer.pack(f"{name} (guide)", -log_density, structure.guide[name], strict=False)
+    for name, model_site in model_sites.items():
+        if name in enumerated and model_site["mask"] is False:
+            factors.append(packer.zeros(structure.index_of[name], model_site["value"].double()))
+        if model_site["mask"] is False or structure.origins.get(name) == "model_delta":
+            continue
+        if model_site["infer"].get("_deterministic"):
+            continue
+        log_prob = model_site["fn"].log_prob(model_site["value"])
+        log_prob = scale_and_mask(log_prob, model_site["scale"], model_site["mask"])
+        factors += packer.pack(name, log_prob, structure.model[name], strict=True)
+        if name in enumerated:
+            factors.append(packer.zeros(structure.index_of[name], log_prob))
+        del log_prob
+    anything = factors[0].tensor if factors else torch.zeros(())
+    return FactorGraph(
+        factors=tuple(factors),
+        sizes=sizes | {symbol: plate.size for symbol, plate in structure.plates.items()},
+        index_plates={index.symbol: index.plates for index in structure.indices},
+        plate_dims={symbol: plate.dim for symbol, plate in structure.plates.items()},
+        max_plate_nesting=structure.max_plate_nesting,
+        values={
+            name: _site_value(structure, name, model_sites[name], dims, sizes)
+            for name in structure.origins
+        },
+        plate_names={symbol: plate.name for symbol, plate in structure.plates.items()},
+        index_sites={index.symbol: index.sites for index in structure.indices},
+        dtype=_result_type(factors),
+        device=anything.device,
+    )
+
+
+def replay_guide(
+    structure: Structure, particles: Particles, guide: Program, arguments: "Arguments"
+) -> "dict[str, Message]":
+    """Run the guide with each index in its own dim, if any of its sites is computed from others."""
+    if not (structure.guide_factors or _carried(structure)):
+        return {}
+    index_of = structure.index_of
+    values = {
+        name: place(drawn.value, index_of[name].dim, shared_dim=structure.shared_dim)
+        for name, drawn in particles.draws.items()
+        if name in structure.guide and name in index_of and not index_of[name].enumerated
+    }
+    enumerated = {index.sites[0]: index.dim for index in structure.indices if index.enumerated}
+    return replay(
+        "guide",
+        guide,
+        arguments,
+        values=values,
+        enumerated=enumerated,
+        num_samples=particles.num_samples,
+    )
+
+
+def model_values(
+    structure: Structure, particles: Particles, guide_sites: "Mapping[str, Message]"
+) -> dict[str, Tensor]:
+    """Return the value of each latent site of the model, each index in its own dim."""
+    index_of = structure.index_of
+    values = {}
+    for name, origin in structure.origins.items():
+        if origin == "guide_delta":
+            values[name] = guide_sites[name]["value"]
+        elif origin in ("guide", "prior"):
+            value = model_value(structure, name, particles.draws[name].value)
+            values[name] = place(value, index_of[name].dim, shared_dim=structure.shared_dim)
+    return values
+
+
+def _carried(structure: Structure) -> list[str]:
+    return [name for name, origin in structure.origins.items() if origin == "guide_delta"]
+
+
+def _check_same_sites(expected: Mapping[str, Site], found: "Mapping[str, Message]") -> None:
+    different = set(expected) ^ set(found)
+    if different:
+        name = min(different)
+        where = "only without particles" if name in expected else "only with particles"
+        raise ValueError(
+            f"site '{name}': met in the model {where}. The sites of a model must be the same for "
+            "every value of its latents: replace branches on a latent's value by torch.where, "
+            "poutine.mask or a fixed number of steps."
+        )
+
+
+def _proposal_factors(
+    structure: Structure, particles: Particles, packer: "_Packer"
+) -> list[LogFactor]:
+    """Return ``-log Q - log K`` of every index: the only place where K enters."""
+    log_k = math.log(particles.num_samples)
+    factors = []
+    for index in structure.indices:
+        if index.enumerated:
+            continue
+        log_proposal = particles.log_proposals[index.symbol]
+        tensor = place(-log_proposal - log_k, index.dim, shared_dim=structure.shared_dim)
+        name = " and ".join(index.sites) + " (proposal)"
+        factors += packer.pack_index(name, tensor, index)
+    return factors
+
+
+def _site_value(
+    structure: Structure,
+    name: str,
+    site: "Message",
+    dims: Mapping[str, int],
+    sizes: Mapping[str, int],
+) -> SiteValue:
+    """Bring a value's particle dims to the front, in the order of their indices."""
+    reads = structure.reads(structure.model[name])
+    if structure.origins[name] == "guide_delta":
+        reads = structure.reads(structure.guide[name])
+    elif structure.origins[name] != "model_delta":
+        reads = frozenset({structure.index_of[name].symbol})
+    indices = "".join(sorted(reads, key=lambda symbol: -dims[symbol]))
+    own = structure.model[name]
+    num_dims = structure.max_plate_nesting + own.event_dim
+    value = site["value"]
+    if value.dim() < num_dims:
+        value = value.reshape((1,) * (num_dims - value.dim()) + value.shape)
+    left = value.dim() - num_dims
+    wanted = [left - 1 + (dims[symbol] - structure.shared_dim) for symbol in indices]
+    if wanted and min(wanted) < 0:
+        grow = -min(wanted)
+        value = value.reshape((1,) * grow + value.shape)
+        left, wanted = left + grow, [position + grow for position in wanted]
+    rest = [position for position in range(left) if position not in wanted]
+    if any(value.shape[position] != 1 for position in rest):
+        raise ValueError(
+            f"site '{name}': its value has more particles' dims than the sites it was computed "
+            "from. Compute it from the values of sites only, without writing in place."
+        )
+    value = value.permute(
+        (
+            *wanted,
+            *rest,
+            *range(left, value.dim()),
+        )
+    )
+    value = value.reshape(value.shape[: len(wanted)] + value.shape[left:])
+    value = value.expand(tuple(sizes[s] for s in indices) + value.shape[len(indices) :])
+    return SiteValue(value, indices, own.event_dim, own.batch_shape, own.plates)
+
+
+def _result_type(factors: Sequence[LogFactor]) -> torch.dtype:
+    result = torch.get_default_dtype() if not factors else factors[0].tensor.dtype
+    for factor in factors:
+        result = torch.promote_types(result, factor.tensor.dtype)
+    return result
+
+
+class _Packer:
+    """Turns tensors with batch dims into packed factors, and checks what dims they have."""
+
+    def __init__(self, structure: Structure, sizes: Mapping[str, int]) -> None:
+        self.structure = structure
+        self.sizes = sizes
+
+    def pack_index(self, name: str, tensor: Tensor, index: Index) -> list[LogFactor]:
+        """Pack a tensor with the dims of an index and its plates."""
+        return self._pack(name, tensor, {index.symbol}, index.plates, True)
+
+    def zeros(self, index: Index, like: Tensor) -> LogFactor:
+        """Return log 1 in the dims of an enumerated index: the sum over it belongs to its plates."""
+        dims = "".join(s for s in (index.symbol, *sorted(index.plates)) if self.size(s) > 1)
+        tensor = like.new_zeros([self.size(symbol) for symbol in dims])
+        return LogFactor(f"{index.sites[0]} (support)", tensor, dims, index.plates)
+
+    def pack(self, name: str, tensor: Tensor, site: Site, *, strict: bool) -> list[LogFactor]:
+        """Pack the log_prob of a site."""
+        return self._pack(name, tensor, self.structure.reads(site), site.plates, strict)
+
+    def _pack(
+        self, name: str, tensor: Tensor, reads: Collection[str], plates: Ordinal, strict: bool
+    ) -> list[LogFactor]:
+        structure = self.structure
+        letters = {structure.plates[symbol].dim: symbol for symbol in plates}
+        left = {i.dim: i.symbol for i in structure.indices if i.symbol in reads}
+        if len({index.dim for index in structure.indices}) == len(structure.indices):
+            left = {index.dim: index.symbol for index in structure.indices}  # trust the shape
+        letters |= left
+        dims = ""
+        for position, size in enumerate(tensor.shape, start=-tensor.dim()):
+            if size == 1:
+                continue
+            symbol = letters.get(position)
+            if symbol is None or size != self.size(symbol):
+                raise ValueError(
+                    f"site '{name}': with particles, log_prob has shape {tuple(tensor.shape)}; dim "
+                    f"{position} of size {size} is neither a plate of the site nor the particles "
+                    "of a latent that it reads. Enclose the site in a pyro.plate or use "
+                    ".to_event, and keep batch dims when reshaping or writing in place."
+                )
+            dims += symbol
+        missing = {s for s in reads if self.size(s) > 1 and s not in dims}
+        if strict and missing:
+            sites = [site for i in structure.indices if i.symbol in missing for site in i.sites]
+            raise ValueError(
+                f"site '{name}': it was computed from {sites}, yet its log_prob is the same for all "
+                "particles of them. Particles are in batch dims left of the plates: index from "
+                "the right (x[..., 0], not x[0]), and do not reduce over all dims."
+            )
+        _check_finite(name, tensor)
+        tensor = tensor.reshape([size for size in tensor.shape if size != 1])
+        for symbol in sorted(plates - set(dims)):  # a plate that the log_prob did not expand to
+            tensor = tensor.unsqueeze(-1).expand(
+                (
+                    *tensor.shape,
+                    self.size(symbol),
+                )
+            )
+            dims += symbol
+        return [LogFactor(name, tensor, dims, plates)]
+
+    def size(self, symbol: str) -> int:
+        plates = self.structure.plates
+        return plates[symbol].size if symbol in plates else self.sizes[symbol]
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    """Refuse nan and +inf; -inf means impossible."""
+    highest = tensor.max() if tensor.numel() else tensor.new_zeros(())
+    if bool(torch.isnan(highest)):
+        count = int(tensor.isnan().sum())
+        raise ValueError(
+            f"site '{name}': log_prob is nan at {count} of {tensor.numel()} combinations of "
+            "particles and plate elements. Check the distribution's arguments for values that "
+            "the latents can take (0/0, log or sqrt of a negative number), and the data for nan."
+        )
+    if bool(highest == math.inf):
+        raise ValueError(
+            f"site '{name}': log_prob is +inf, an infinite density, for some particle. Check "
+            "scales of zero, and values at the edge of a distribution's support."
+        )

@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""
+Run a model and its guide: once plainly, once with particles, once with a dim for each index.
+
+Three ways to run a program, in the order in which a run of the inference uses them:
+
+* :func:`run_plainly`: one ordinary run of guide and model, to learn the structure. The values
+  carry their provenance, so that a site's ``log_prob`` tells which sites it read.
+* :func:`draw`: K particles of every site in **one shared dim**, just left of the plates. Cost
+  O(K) a site. Component ``k`` of a child reads component ``k`` of its parents.
+* :func:`replay`: the same particles, those of each index in **a dim of their own**, so that each
+  ``log_prob`` comes out as the small tensor of (20)-(22) of [1].
+
+Batch dims are counted from the right and are negative: the plates have ``-1`` to
+``-max_plate_nesting``, the shared dim is the next one to the left, dims of indices start there too.
+
+[1] Bowyer, Heap and Aitchison (2024), "Using Autodiff to Estimate Posterior Moments, Marginals and
+Samples", UAI, PMLR 244:394-417.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.ops.provenance import detach_provenance, track_provenance
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import prune_subsample_sites, site_is_subsample
+from torch import Tensor
+
+from pyro_mpis._typing import Program
+
+if TYPE_CHECKING:
+    from pyro.distributions.torch_distribution import TorchDistribution
+    from pyro.poutine.runtime import Message
+
+    Distribution: TypeAlias = TorchDistribution
+    Arguments: TypeAlias = tuple[tuple[object, ...], dict[str, object]]
+
+PARTICLES = "_mpis_particles"  # name of the plate that draws K particles at once
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The particles of one random site, as drawn in the shared dim."""
+
+    fn: "Distribution"  # the proposal; batch shape (K, *plates)
+    value: Tensor  # (K, *plates, *event), plates padded to max_plate_nesting
+    mask: Tensor | bool | None  # of the program that drew the site
+    reads_particles: bool  # whether the proposal differs between particles
+
+
+def is_latent(site: "Message") -> bool:
+    """Whether a message is a sample statement without observation, plates' subsamples aside."""
+    return site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
+
+
+def is_delta(fn: "Distribution") -> bool:
+    """Whether a distribution has no randomness of its own."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return isinstance(fn, pyro.distributions.Delta)
+
+
+def sample_sites(trace: Trace) -> "dict[str, Message]":
+    """Return the sample sites of a trace in order, those of the plates themselves left out."""
+    nodes = prune_subsample_sites(trace).nodes
+    return {name: site for name, site in nodes.items() if site["type"] == "sample"}
+
+
+@contextmanager
+def untouched_param_store() -> Iterator[None]:
+    """Remove on exit the params that the block has added to the param store."""
+    store = pyro.get_param_store()
+    before = set(store.keys())
+    try:
+        yield
+    finally:
+        for name in set(store.keys()) - before:
+            del store[name]
+
+
+class _Track(Messenger):
+    """Mark each random site's value with the site's name, in place of what it was computed from."""
+
+    def __init__(self, is_random: "Callable[[Message], bool]") -> None:
+        super().__init__()
+        self.is_random = is_random
+
+    def _pyro_post_sample(self, msg: "Message") -> None:
+        if is_latent(msg) and self.is_random(msg):
+            value = detach_provenance(msg["value"])
+            msg["value"] = track_provenance(value, frozenset({msg["name"]}))
+
+
+def run_plainly(
+    model: Program, guide: Program, arguments: "Arguments", *, track: bool = True
+) -> tuple[Trace, Trace]:
+    """
+    Run the guide, then the model with the guide's values; draws random numbers.
+
+    :param track: whether values carry the names of the random sites that they were computed from.
+    :return: the traces of guide and model.
+    """
+    args, kwargs = arguments
+    with _Track(lambda site: track and not is_delta(site["fn"])):
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    from_guide = {name for name, site in sample_sites(guide_trace).items() if is_latent(site)}
+    guide_values = guide_trace.copy()
+    for name in set(guide_trace.nodes) - from_guide:
+        guide_values.remove_node(name)
+    with _Track(lambda site: track and not is_delta(site["fn"]) and site["name"] not in from_guide):
+        replayed = poutine.replay(model, trace=guide_values)
+        model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
+    return guide_trace, model_trace
+
+
+class _Substitute(Messenger):
+    """Give latent sites the values of a dictionary, and note the last site met."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+        self.last_site: str | None = None
+        self.batch_shapes: dict[str, torch.Size] = {}
+
+    def _pyro_sample(self, msg: "Message") -> None:
+        if site_is_subsample(msg):
+            return
+        self.last_site = msg["name"]
+        self.batch_shapes[msg["name"]] = msg["fn"].batch_shape  # before the particles' plate
+        if not msg["is_observed"] and msg["name"] in self.values:
+            msg["value"] = self.values[msg["name"]]
+            msg["done"] = True
+
+
+class _Enumerate(Messenger):
+    """Give marked sites their whole support, each in a batch dim of its own."""
+
+    def __init__(self, dims: Mapping[str, int]) -> None:
+        super().__init__()
+        self.dims = dims
+
+    def _pyro_sample(self, msg: "Message") -> None:
+        if msg["name"] not in self.dims or msg["is_observed"]:
+            return
+        fn = msg["fn"]
+        support = fn.enumerate_support(expand=False)  # (S, 1, .., 1, *event)
+        ones = (1,) * (-self.dims[msg["name"]] - 1)
+        msg["value"] = support.reshape(support.shape[:1] + ones + fn.event_shape)
+        msg["done"] = True
+
+
+@contextmanager
+def _explained(program: str, handler: _Substitute, size: int) -> Iterator[None]:
+    """Turn an exception of a program that ran on single values into one that says why."""
+    try:
+        yield
+    except Exception as error:
+        where = f"at or after site '{handler.last_site}'" if handler.last_site else "at its start"
+        raise ValueError(
+            f"the {program} runs on single values, but not on {size} particles at once ({where}): "
+            f"{type(error).__name__}: {error}. Particles are in batch dims left of the plates: "
+            "index from the right (x[..., 0], not x[0]), keep the batch dims when reshaping, do "
+            "not call .item() on a latent's value and do not branch on it (torch.where does)."
+        ) from error
+
+
+def _run(
+    name: str, program: Program, arguments: "Arguments", handler: _Substitute, size: int
+) -> Trace:
+    args, kwargs = arguments
+    with _explained(name, handler, size), handler:
+        return poutine.trace(program).get_trace(*args, **kwargs)
+
+
+def draw(
+    name: str,
+    program: Program,
+    arguments: "Arguments",
+    *,
+    num_samples: int,
+    dim: int,
+    given: Mapping[str, Tensor],
+    event_dims: Mapping[str, int],
+) -> dict[str, Draw]:
+    """
+    Draw ``num_samples`` particles of the program's latent sites in the shared batch dim ``dim``.
+
+    :param name: what to call the program in an error.
+    :param given: values, with the shared dim, of the sites that are not to be drawn.
+    :param event_dims: the sites whose particles to return, with their numbers of event dims.
+    """
+    handler = _Substitute(given)
+    with pyro.plate(PARTICLES, num_samples, dim=dim):
+        trace = _run(name, program, arguments, handler, num_samples)
+    sites = sample_sites(trace)
+    draws = {}
+    for site_name, event_dim in event_dims.items():
+        site = sites[site_name]
+        if site["fn"].event_dim != event_dim:
+            raise ValueError(f"site '{site_name}': its event shape differs between runs.")
+        batch_shape = handler.batch_shapes[site_name]
+        draws[site_name] = Draw(
+            fn=site["fn"],
+            value=site["value"],
+            mask=site["mask"],
+            reads_particles=len(batch_shape) >= -dim and batch_shape[dim] > 1,
+        )
+    return draws
+
+
+def replay(
+    name: str,
+    program: Program,
+    arguments: "Arguments",
+    *,
+    values: Mapping[str, Tensor],
+    enumerated: Mapping[str, int],
+    num_samples: int,
+) -> "dict[str, Message]":
+    """
+    Run a program with given values of its latent sites; draws nothing that counts.
+
+    Distributions do not check their arguments here: the plain run has done it, and the tensors
+    are large.
+
+    :param values: particles, in whatever batch dims.
+    :param enumerated: batch dim for the support of each site to sum out exactly.
+    :return: the sample sites of the run.
+    """
+    handler = _Substitute(values)
+    with pyro.validation_enabled(False), _Enumerate(enumerated):
+        return sample_sites(_run(name, program, arguments, handler, num_samples))
+
+
+def place(value: Tensor, dim: int, *, shared_dim: int) -> Tensor:
+    """
+    Move a site's particles from the shared dim to the batch dim ``dim`` on its left.
+
+    :param value: ``(K, *plates, *event)``.
+    :return: ``(K, 1, .., 1, *plates, *event)``.
+    """
+    return value.reshape(value.shape[:1] + (1,) * (shared_dim - dim) + value.shape[1:])
+
+
+def relayout(value: Tensor, *, site: str, num_dims: int) -> Tensor:
+    """
+    Give a value of the guide's event dims as many dims as the model's event dims need.
+
+    A guide may draw as one event what the model draws in a plate, or the reverse: the same tensor
+    but for dims of size one next to the particles' dim.
+
+    :param value: ``(K, *plates, *event)`` as the guide has it.
+    :param num_dims: number of plates and event dims in the model.
+    """
+    shape = value.shape[1:]
+    while len(shape) > num_dims and shape[0] == 1:
+        shape = shape[1:]
+    if len(shape) > num_dims:
+        raise ValueError(
+            f"site '{site}': the guide's value has shape {tuple(shape)} for each particle, but the "
+            f"model's site has only {num_dims} dims (plates and event). Give both the same shape."
+        )
+    return value.reshape(value.shape[:1] + (1,) * (num_dims - len(shape)) + shape)
+
+
+def quoted(names: Set[str]) -> str:
+    """Return names, quoted and in order, for a message."""
+    return ", ".join(f"'{name}'" for name in sorted(names))

@@ -1,0 +1,372 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""
+Latents of one plate read in another, through an index array.
+
+The commonest hierarchical model draws effects in one plate and reads them by index in another::
+
+    with pyro.plate("county", 85):
+        alpha = pyro.sample("alpha", Normal(mu, sigma))
+    with pyro.plate("house", 919):
+        pyro.sample("y", Normal(alpha[..., county], 1), obs=y)
+
+The factor of ``y`` has the particles of ``alpha`` and the plate of the houses, but not that of the
+counties; multiplied over the houses as it is, it would let all counties share one particle. Summed
+over the houses **of each county** it is a factor of ``alpha`` and of its plate, and exact.
+
+Which element each observation reads is found from outside, in one vectorised run: element ``e`` of
+``alpha`` is nan in run ``b`` where bit ``b`` of ``e`` is set, and in run ``B + b`` where it is not.
+An observation of one element becomes nan in exactly one run of each such pair; so the number of
+runs is logarithmic in the size of the plate. The same runs check that within a plate each element
+reads only its own element of the latents.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pyro_mpis._typing import Program
+from pyro_mpis.contraction import packed, regroup
+from pyro_mpis.dependencies import Structure
+from pyro_mpis.factors import (
+    ElementMap,
+    FactorGraph,
+    LogFactor,
+    Ordinal,
+)
+from pyro_mpis.handlers import is_delta, replay
+from pyro_mpis.proposals import Particles, model_value
+
+if TYPE_CHECKING:
+    from pyro_mpis.handlers import Arguments
+
+NONE, SEVERAL = -1, -2  # in place of an element
+
+
+@dataclass(frozen=True)
+class _Reads:
+    """Which element of the plates of an index each element of a site's plates reads."""
+
+    inner: str  # the site's plates
+    elements: Mapping[Ordinal, Tensor]  # plates of an index -> flat element, NONE or SEVERAL
+
+
+def resolve_indexing(
+    graph: FactorGraph,
+    structure: Structure,
+    particles: Particles,
+    model: Program,
+    guide: Program,
+    arguments: "Arguments",
+    *,
+    check: bool,
+) -> FactorGraph:
+    """
+    Regroup the factors that read latents of other plates by index.
+
+    :param check: probe models without such factors too, to verify that plates are independent.
+    :raises NotImplementedError: if an element reads several elements, or plates cross.
+    """
+    foreign = [factor for factor in graph.factors if _foreign(graph, factor)]
+    plated = any(graph.index_plates.values())
+    if not plated or not (foreign or check):
+        return graph
+    try:
+        reads = _probe(graph, structure, particles, model, guide, arguments)
+    except ValueError as error:
+        if not foreign:
+            return graph  # the check is a courtesy; a model that cannot take nan goes without
+        raise NotImplementedError(
+            f"site '{foreign[0].name}': it reads latents of a plate that it is not in, and which "
+            f"element it reads could not be found out, since the model stopped at a nan: {error}"
+        ) from error
+    factors: list[LogFactor] = []
+    for factor in sorted(graph.factors, key=lambda f: not _has_local(graph, f)):
+        if factor.name in reads:
+            _check_own_elements(graph, factor, reads[factor.name])
+        if _foreign(graph, factor):
+            if factor.name not in reads:
+                raise _unknown(graph, factor)
+            graph, factor = _resolve(graph, factor, reads[factor.name])
+        factors.append(factor)
+    return replace(graph, factors=tuple(factors))
+
+
+def _indices(graph: FactorGraph, factor: LogFactor) -> list[str]:
+    return [symbol for symbol in factor.dims if symbol in graph.index_plates]
+
+
+def _foreign(graph: FactorGraph, factor: LogFactor) -> list[Ordinal]:
+    """Return the plates of the indices that a factor reads from outside of them."""
+    ordinals = {graph.index_plates[symbol] for symbol in _indices(graph, factor)}
+    return [plates for plates in ordinals if not plates <= factor.plates]
+
+
+def _has_local(graph: FactorGraph, factor: LogFactor) -> bool:
+    """Whether each of the factor's plates holds an index that it reads."""
+    inside = {p for symbol in _indices(graph, factor) for p in graph.index_plates[symbol]}
+    return factor.plates <= inside
+
+
+def _probe(
+    graph: FactorGraph,
+    structure: Structure,
+    particles: Particles,
+    model: Program,
+    guide: Program,
+    arguments: "Arguments",
+) -> dict[str, _Reads]:
+    """Run guide and model with nan in place of elements, by the bits of their numbers."""
+    ordinals = sorted({p for p in graph.index_plates.values() if p}, key=sorted)
+    slots: dict[Ordinal, tuple[int, int]] = {}
+    total = 0
+    for plates in ordinals:
+        bits = max(1, math.ceil(math.log2(math.prod(graph.sizes[s] for s in plates))))
+        slots[plates] = (total, bits)
+        total += 2 * bits
+    nan_at = {
+        plates: _nan_pattern(graph, plates, start, bits, total)
+        for plates, (start, bits) in slots.items()
+    }
+    index_of = structure.index_of
+
+    def probing(name: str) -> Tensor:
+        drawn = particles.draws[name]
+        value = drawn.value[:1].expand(
+            (
+                total,
+                *drawn.value.shape[1:],
+            )
+        )
+        plates = index_of[name].plates if name in index_of else frozenset()
+        if not plates or not value.is_floating_point():
+            return value
+        mask = nan_at[plates].reshape(nan_at[plates].shape + (1,) * drawn.fn.event_dim)
+        return value.masked_fill(mask, torch.nan)
+
+    drawn_sites = [name for name, drawn in particles.draws.items() if not is_delta(drawn.fn)]
+    guide_values = {name: probing(name) for name in drawn_sites if name in structure.guide}
+    carried = any(origin == "guide_delta" for origin in structure.origins.values())
+    guide_sites = {}
+    if carried:
+        guide_sites = replay(
+            "guide", guide, arguments, values=guide_values, enumerated={}, num_samples=total
+        )
+    values = {}
+    for name, origin in structure.origins.items():
+        if origin == "guide_delta":
+            values[name] = guide_sites[name]["value"]
+        elif origin == "enumerated":
+            values[name] = graph.values[name].tensor[:1]
+        elif origin != "model_delta":
+            values[name] = model_value(structure, name, probing(name))
+    sites = replay("model", model, arguments, values=values, enumerated={}, num_samples=total)
+    result = {}
+    for name, site in sites.items():
+        if site["mask"] is False or site["infer"].get("_deterministic"):
+            continue
+        plates = structure.model[name].plates
+        inner = "".join(sorted(plates))
+        log_prob = site["fn"].log_prob(site["value"])
+        if isinstance(site["mask"], Tensor):
+            log_prob = log_prob.where(site["mask"], 0.0)
+        is_nan = _to_plates(graph, log_prob.isnan(), inner, total)
+        elements = {p: _decode(is_nan, start, bits) for p, (start, bits) in slots.items()}
+        result[name] = _Reads(inner, elements)
+    return result
+
+
+def _flat_elements(graph: FactorGraph, plates: Ordinal) -> Tensor:
+    """Number the elements of some plates, in the batch dims of the plates."""
+    shape = [1] * graph.max_plate_nesting
+    for symbol in plates:
+        shape[graph.plate_dims[symbol]] = graph.sizes[symbol]
+    number = torch.zeros(shape, dtype=torch.long)
+    for symbol in sorted(plates):
+        own = [1] * graph.max_plate_nesting
+        own[graph.plate_dims[symbol]] = graph.sizes[symbol]
+        number = number * graph.sizes[symbol] + torch.arange(graph.sizes[symbol]).reshape(own)
+    return number.to(graph.device)
+
+
+def _nan_pattern(graph: FactorGraph, plates: Ordinal, start: int, bits: int, total: int) -> Tensor:
+    """Return where to put nan: (total, *plates)."""
+    number = _flat_elements(graph, plates)
+    pattern = torch.zeros((total, *number.shape), dtype=torch.bool, device=graph.device)
+    for bit in range(bits):
+        is_set = number.bitwise_right_shift(bit).bitwise_and(1).bool()
+        pattern[start + bit] = is_set
+        pattern[start + bits + bit] = ~is_set
+    return pattern
+
+
+def _to_plates(graph: FactorGraph, tensor: Tensor, inner: str, total: int) -> Tensor:
+    """Bring the result of a probe to (total, *inner)."""
+    num_dims = 1 + graph.max_plate_nesting
+    tensor = tensor.reshape((1,) * (num_dims - tensor.dim()) + tensor.shape)
+    tensor = graph.to_plates(tensor.reshape(tensor.shape[-num_dims:]), inner, left=1)
+    return tensor.expand(
+        (
+            total,
+            *tensor.shape[1:],
+        )
+    )
+
+
+def _decode(is_nan: Tensor, start: int, bits: int) -> Tensor:
+    """Read off which element was nan: the flat element, NONE or SEVERAL."""
+    ones = is_nan[start : start + bits]
+    zeros = is_nan[start + bits : start + 2 * bits]
+    weights = 2 ** torch.arange(bits, device=is_nan.device)
+    element = (ones.long() * weights.reshape((-1,) + (1,) * (ones.dim() - 1))).sum(0)
+    nothing = ~(ones | zeros).any(0)
+    single = (ones ^ zeros).all(0)
+    element = element.masked_fill(~single, SEVERAL)
+    return element.masked_fill(nothing, NONE)
+
+
+def _check_own_elements(graph: FactorGraph, factor: LogFactor, reads: _Reads) -> None:
+    """Refuse a factor whose plate elements read other elements than their own."""
+    for plates in {graph.index_plates[symbol] for symbol in _indices(graph, factor)}:
+        if not plates or not plates <= factor.plates:
+            continue
+        found = reads.elements[plates]
+        own = graph.to_plates(_flat_elements(graph, plates), reads.inner, left=0)
+        if bool(((found != own) & (found != NONE)).any()):
+            raise NotImplementedError(
+                f"site '{factor.name}': an element of {_names(graph, plates)} reads a latent at "
+                f"other elements of it than its own. Elements of a plate must be independent. "
+                "Draw the latent outside the plate with .to_event(1), which gives the whole "
+                "vector one particle index, or write the plate as a Python loop."
+            )
+
+
+def _names(graph: FactorGraph, plates: Ordinal) -> str:
+    names = ", ".join(f"'{graph.plate_names[symbol]}'" for symbol in sorted(plates))
+    return f"plate {names}" if len(plates) == 1 else f"plates {names}"
+
+
+def _unknown(graph: FactorGraph, factor: LogFactor) -> NotImplementedError:
+    plates = frozenset[str]().union(*_foreign(graph, factor))
+    return NotImplementedError(
+        f"site '{factor.name}': it reads latents of {_names(graph, plates)} from outside, and which "
+        "element could not be found out (discrete latents, comparisons and integer arithmetic "
+        "hide it). Mark a discrete latent for enumeration and draw it where it is read, or give "
+        "the vector of latents one particle index with .to_event(1)."
+    )
+
+
+def _resolve(graph: FactorGraph, factor: LogFactor, reads: _Reads) -> tuple[FactorGraph, LogFactor]:
+    """Regroup one factor, or note that its plates are ragged parts of others."""
+    foreign = _foreign(graph, factor)
+    deepest = max(foreign, key=lambda plates: len(graph.closed(plates)))
+    maps = {}
+    for plates in sorted(foreign, key=lambda plates: len(graph.closed(plates))):
+        if not graph.closed(plates) <= graph.closed(deepest):
+            raise _crossing(graph, factor, plates, deepest)
+        elements = _known_elements(graph, factor, reads, plates)
+        for symbol, element in _unravel(graph, elements, plates).items():
+            shared = maps.setdefault(symbol, element)
+            if symbol in factor.plates:
+                own = graph.to_plates(_flat_elements(graph, frozenset(symbol)), reads.inner, left=0)
+                shared = own
+            if not torch.equal(*torch.broadcast_tensors(shared, element)):
+                raise _crossing(graph, factor, plates, deepest)
+    _check_nested_maps(graph, factor, maps, deepest, reads.inner)
+    outer = graph.tensor_plates(graph.closed(deepest))
+    element_map = ElementMap(
+        reads.inner, {s: maps[s].contiguous() for s in outer if s not in factor.plates}
+    )
+    held = {p for symbol in _indices(graph, factor) for p in graph.index_plates[symbol]}
+    alone = factor.plates - held
+    if alone:
+        tensor = packed(factor.tensor, factor.dims)
+        tensor = regroup(tensor, alone, element_map, element_map.outer, graph.sizes)
+        dims: str = tensor._pyro_dims  # type: ignore[attr-defined]
+        plates = (factor.plates - alone) | graph.closed(deepest)
+        return graph, LogFactor(factor.name, tensor, dims, plates)
+    known = graph.nesting.get(factor.plates)
+    if known is None:
+        graph = replace(graph, nesting={**graph.nesting, factor.plates: element_map})
+    elif known.outer.keys() != element_map.outer.keys() or not all(
+        torch.equal(known.outer[s], element_map.outer[s]) for s in known.outer
+    ):
+        raise NotImplementedError(
+            f"site '{factor.name}': the elements of {_names(graph, factor.plates)} read latents of "
+            f"{_names(graph, frozenset(element_map.outer))} by another index than another site of "
+            "the plate does. With latents of their own, they must read one element each: draw the "
+            "latents read by index with .to_event(1), or put them into a group with a global site."
+        )
+    return graph, factor
+
+
+def _known_elements(
+    graph: FactorGraph, factor: LogFactor, reads: _Reads, plates: Ordinal
+) -> Tensor:
+    """Return the element that each element reads; where it reads none, any will do."""
+    elements = reads.elements[plates]
+    if bool((elements == SEVERAL).any()):
+        raise NotImplementedError(
+            f"site '{factor.name}': an element of it reads several elements of "
+            f"{_names(graph, plates)}. The exact sum over all of them at once is exponential in "
+            "the size of the plate: give the latent one particle index for the whole plate, by "
+            ".to_event(1) instead of the plate, in guide and model."
+        )
+    none = elements == NONE
+    if bool(none.any()):
+        tensor = factor.tensor
+        for symbol in _indices(graph, factor):
+            if graph.index_plates[symbol] == plates:
+                first = tensor.select(factor.dims.index(symbol), 0)
+                varies = tensor != first.unsqueeze(factor.dims.index(symbol))
+                others = [d for d, s in enumerate(factor.dims) if s not in reads.inner]
+                varies = varies.permute(
+                    (
+                        *others,
+                        *(factor.dims.index(s) for s in reads.inner),
+                    )
+                ).reshape(-1, *elements.shape)
+                if bool((varies.any(0) & none).any()):
+                    raise _unknown(graph, factor)
+    return elements.masked_fill(none, 0)
+
+
+def _unravel(graph: FactorGraph, elements: Tensor, plates: Ordinal) -> dict[str, Tensor]:
+    """Split flat elements of some plates into one element of each."""
+    result = {}
+    for symbol in sorted(plates, reverse=True):
+        result[symbol] = elements % graph.sizes[symbol]
+        elements = elements // graph.sizes[symbol]
+    return result
+
+
+def _check_nested_maps(
+    graph: FactorGraph,
+    factor: LogFactor,
+    maps: Mapping[str, Tensor],
+    deepest: Ordinal,
+    inner: str,
+) -> None:
+    """Check that reading a ragged plate and the plate around it agrees with its own nesting."""
+    for ragged, element_map in graph.nesting.items():
+        if not ragged <= set(maps):
+            continue
+        position = tuple(maps[symbol] for symbol in element_map.inner)
+        for symbol, around in element_map.outer.items():
+            if symbol in maps and not torch.equal(around[position], maps[symbol]):
+                raise _crossing(graph, factor, frozenset(symbol), deepest)
+
+
+def _crossing(
+    graph: FactorGraph, factor: LogFactor, one: Ordinal, other: Ordinal
+) -> NotImplementedError:
+    return NotImplementedError(
+        f"site '{factor.name}': it reads latents of {_names(graph, one)} and of "
+        f"{_names(graph, other)} by two indices that cross. Effects of one meet those of the other "
+        "in loops, and the exact sum is exponential in their size. Give one of the two a single "
+        "particle index: draw its vector with .to_event(1) outside the plate, in guide and model, "
+        "or put it into a group with a global site; or enumerate a discrete one."
+    )

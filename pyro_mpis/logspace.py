@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""
+Sums of exponentials, exact at any dynamic range, with true derivatives.
+
+Everything here is in log space (nats); ``-inf`` is the log of zero. The derivative of a log-sum-exp
+is a softmax, so each row of it sums to one, however far apart the terms are; where a whole sum is
+zero its derivative is zero too, never nan. (A logarithm clamped away from zero, as in
+``pyro.ops.einsum.torch_log``, gets evidence right and every derivative wrong.)
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Below this a sum of products of shifted exponentials may have lost terms to underflow.
+_SAFE = {torch.float32: 1e-20, torch.float64: 1e-200}
+# Elements of the temporaries that recompute such entries.
+_BLOCK = 2**22
+
+
+class _LogSumExp(torch.autograd.Function):
+    """``x.logsumexp(-1)`` whose derivative is zero, not nan, where the whole row is -inf."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        result = x.logsumexp(-1)
+        ctx.save_for_backward(x, result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        x, result = ctx.saved_tensors
+        finite = result.masked_fill(result == -torch.inf, 0.0)
+        return grad.unsqueeze(-1) * (x - finite.unsqueeze(-1)).exp()
+
+
+def logsumexp(x: Tensor, num_dims: int = 1) -> Tensor:
+    """
+    Sum exponentials over the last ``num_dims`` dims.
+
+    :param x: ``(*rest, *summed)``, log scale.
+    :return: ``(*rest)``, log scale; differentiable.
+    """
+    if num_dims == 0:
+        return x
+    result: Tensor = _LogSumExp.apply(x.flatten(x.dim() - num_dims))
+    return result
+
+
+class _LogMatmul(torch.autograd.Function):
+    """``log(exp(a) @ exp(b))`` for batches of matrices."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        a_max, b_max, ea, eb = _shifted(a, b)
+        product = ea @ eb
+        del ea, eb
+        lost = _lost(product, a_max, b_max)
+        result = product.log_().add_(a_max).add_(b_max)
+        if lost is not None:
+            for block in lost.split(_rows(a)):
+                batch, m, n = block.unbind(1)
+                terms = a[batch, m] + b[batch, :, n]
+                result[batch, m, n] = terms.logsumexp(-1)
+        ctx.save_for_backward(a, b, result, *([] if lost is None else [lost]))
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        a, b, result, *rest = ctx.saved_tensors
+        a_max, b_max, ea, eb = _shifted(a, b)
+        finite = result.masked_fill(result == -torch.inf, torch.inf)
+        scaled = grad * (a_max + b_max - finite).exp()
+        if rest:
+            batch, m, n = rest[0].unbind(1)
+            scaled[batch, m, n] = 0.0
+        grad_a = ea * (scaled @ eb.mT)
+        grad_b = eb * (ea.mT @ scaled)
+        del ea, eb, scaled
+        for block in rest[0].split(_rows(a)) if rest else ():
+            batch, m, n = block.unbind(1)
+            terms = a[batch, m] + b[batch, :, n] - finite[batch, m, n].unsqueeze(1)
+            share = grad[batch, m, n].unsqueeze(1) * terms.exp()
+            grad_a.index_put_((batch, m), share, accumulate=True)
+            grad_b.mT.index_put_((batch, n), share, accumulate=True)
+        return grad_a, grad_b
+
+
+def log_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """
+    Multiply matrices in log space: ``(a[..., None] + b[:, None]).logsumexp(-2)`` without its temporary.
+
+    A product of exponentials shifted by their rows' and columns' maxima; the entries that it cannot
+    represent, because the maxima do not meet, are recomputed exactly.
+
+    :param a: ``(batch, m, s)``, log scale.
+    :param b: ``(batch, s, n)``, log scale.
+    :return: ``(batch, m, n)``, log scale; differentiable.
+    """
+    result: Tensor = _LogMatmul.apply(a, b)
+    return result
+
+
+def _shifted(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    a_max = a.amax(-1, keepdim=True)
+    b_max = b.amax(-2, keepdim=True)
+    a_max = a_max.masked_fill(a_max == -torch.inf, 0.0)
+    b_max = b_max.masked_fill(b_max == -torch.inf, 0.0)
+    return a_max, b_max, (a - a_max).exp_(), (b - b_max).exp_()
+
+
+def _lost(product: Tensor, a_max: Tensor, b_max: Tensor) -> Tensor | None:
+    """Return the positions (count, 3) of the entries to recompute; None where all are fine."""
+    doubtful = product < _SAFE[product.dtype]
+    if not bool(doubtful.any()):
+        return None
+    return doubtful.nonzero()
+
+
+def _rows(a: Tensor) -> int:
+    return max(1, _BLOCK // max(1, a.shape[-1]))

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Posterior expectations and marginals: sites' particles under their joint weights.
+
+A function of some sites' values has an expectation for each element of the deepest plates that they
+sit in: (27)-(28) of [1]. It is applied with :func:`torch.vmap`, so that it sees one value of each
+site, without particles or plates, and cannot mix them.
+
+[1] Bowyer, Heap and Aitchison (2024), UAI, PMLR 244:394-417.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from pyro_mpis._typing import MomentFunction
+from pyro_mpis.factors import FactorGraph
+from pyro_mpis.marginals import Marginal
+from pyro_mpis.sampling import at_plates
+
+Weights = Mapping[str, Tensor]  # as source_terms.joint_weights returns them
+
+
+def joint_indices(graph: FactorGraph, sites: Sequence[str]) -> str:
+    """
+    Return the indices of some sites, in the sites' order.
+
+    :raises ValueError: if a site is unknown, or two sit in plates of which neither holds the other.
+    """
+    for name in sites:
+        if name not in graph.values:
+            known = ", ".join(f"'{known}'" for known in graph.values)
+            raise ValueError(f"site '{name}': the model has no such latent site, only {known}.")
+    for one in sites:
+        for other in sites:
+            plates = [graph.closed(graph.values[name].plates) for name in (one, other)]
+            if not (plates[0] <= plates[1] or plates[1] <= plates[0]):
+                raise ValueError(
+                    f"sites '{one}' and '{other}': they sit in different plates, so they have no "
+                    "joint marginal for each plate element. Use joint draws: .sample(n)."
+                )
+    return "".join(dict.fromkeys(s for name in sites for s in graph.values[name].indices))
+
+
+def mean(graph: FactorGraph, weights: Weights, name: str) -> Tensor:
+    """Return the posterior mean of a site, in the shape of an ordinary run."""
+    value, weight, plates = _aligned(graph, weights, [name])
+    right = graph.values[name].event_dim
+    return _expectation(graph, value[0], weight, plates, [name], right)
+
+
+def expectation(
+    graph: FactorGraph, weights: Weights, function: MomentFunction, sites: Sequence[str]
+) -> Tensor:
+    """
+    Return the posterior expectation of a function of sites.
+
+    :return: ``batch_shape + shape of the function's result``; the batch shape is that of the
+        deepest site.
+    :raises ValueError: if the function fails, or returns something else than a tensor.
+    """
+    values, weight, plates = _aligned(graph, weights, sites)
+    joint = joint_indices(graph, sites)
+    mapped = function
+    for _ in plates:
+        mapped = torch.vmap(mapped)
+    for symbol in reversed(joint):
+        in_dims = tuple(0 if symbol in graph.values[name].indices else None for name in sites)
+        mapped = torch.vmap(mapped, in_dims=in_dims)
+    squeezed = [
+        value.reshape(
+            [size for size, s in zip(value.shape, joint, strict=False) if s in own.indices]
+            + list(value.shape[len(joint) :])
+        )
+        for value, own in zip(values, (graph.values[name] for name in sites), strict=True)
+    ]
+    try:
+        result = mapped(*squeezed)
+    except Exception as error:
+        raise ValueError(
+            f"the moment function of {_quoted(sites)} failed: {error}. It is given one value of "
+            "each site, of its event shape, and must return one tensor, by torch operations "
+            "without branches on values (it runs under torch.vmap)."
+        ) from error
+    if not isinstance(result, Tensor):
+        raise ValueError(
+            f"the moment function of {_quoted(sites)} returned {type(result).__name__}, not a "
+            "tensor. Return one tensor; stack several results of one shape, or ask for several "
+            "moments in a dictionary."
+        )
+    right = result.dim() - len(joint) - len(plates)
+    return _expectation(graph, result, weight, plates, sites, right)
+
+
+def marginal(graph: FactorGraph, weights: Weights, sites: Sequence[str]) -> Marginal:
+    """Return the marginal of one site, or the joint marginal of several."""
+    values, weight, plates = _aligned(graph, weights, sites)
+    num = len(joint_indices(graph, sites))
+    events = {name: _event_shape(graph, name) for name in sites}
+    batch_shape = _batch_shape(graph, sites)
+    lead = torch.broadcast_shapes(*(value.shape[:num] for value in values))
+    middle = weight.shape[num:]
+    parts = [value.expand(lead + middle + value.shape[num + len(plates) :]) for value in values]
+    if len(sites) > 1:
+        dtype = parts[0].dtype
+        for part in parts:
+            dtype = torch.promote_types(dtype, part.dtype)
+        left = num + len(plates)
+        parts = [part.reshape(part.shape[:left] + (-1,)).to(dtype) for part in parts]
+    samples = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    samples = samples.reshape((lead.numel(),) + samples.shape[num:])
+    flat_weight = weight.expand(lead + middle).reshape((lead.numel(), *middle))
+    samples = graph.to_batch(samples, plates, batch_shape, left=1).movedim(0, len(batch_shape))
+    log_weights = graph.to_batch(flat_weight, plates, batch_shape, left=1).movedim(0, -1).log()
+    return Marginal(samples, log_weights.to(graph.dtype), events)
+
+
+def _quoted(sites: Sequence[str]) -> str:
+    return ", ".join(f"'{name}'" for name in sites)
+
+
+def _event_shape(graph: FactorGraph, name: str) -> torch.Size:
+    site = graph.values[name]
+    return site.tensor.shape[site.tensor.dim() - site.event_dim :]
+
+
+def _batch_shape(graph: FactorGraph, sites: Sequence[str]) -> torch.Size:
+    """Return the batch shape of the deepest site."""
+    deepest = max(sites, key=lambda name: len(graph.closed(graph.values[name].plates)))
+    return graph.values[deepest].batch_shape
+
+
+def _aligned(
+    graph: FactorGraph, weights: Weights, sites: Sequence[str]
+) -> tuple[list[Tensor], Tensor, str]:
+    """
+    Bring sites and their joint weights to common dims.
+
+    :return: values ``(*joint indices, *plates, *event)``, with size one where a site lacks an index;
+        weights ``(*joint indices, *plates)``; and the plates.
+    """
+    joint = joint_indices(graph, sites)
+    inside = frozenset[str]().union(*(graph.closed(graph.values[name].plates) for name in sites))
+    plates = graph.tensor_plates(inside)
+    values = []
+    for name in sites:
+        site = graph.values[name]
+        own = graph.tensor_plates(graph.closed(site.plates))
+        value = graph.to_plates(site.tensor, own, left=len(site.indices), right=site.event_dim)
+        lead = value.shape[: len(site.indices)]
+        value = at_plates(
+            graph, value.flatten(0, len(lead) - 1) if lead else value[None], own, plates
+        )
+        shape = list(value.shape[1:])
+        shape[: len(plates)] = [graph.sizes[symbol] for symbol in plates]
+        value = value.expand(
+            (
+                value.shape[0],
+                *shape,
+            )
+        )
+        order = sorted(range(len(lead)), key=lambda d: joint.index(site.indices[d]))
+        value = value.reshape(*lead, *shape)
+        value = value.permute(
+            (
+                *order,
+                *range(len(lead), value.dim()),
+            )
+        )
+        for position, symbol in enumerate(joint):
+            if symbol not in site.indices:
+                value = value.unsqueeze(position)
+        values.append(value)
+    weight = weights[joint]
+    lead = weight.shape[: len(joint)]
+    around = frozenset[str]().union(*(graph.closed(graph.index_plates[s]) for s in joint))
+    flat = weight.reshape(lead.numel(), *weight.shape[len(joint) :])
+    flat = at_plates(graph, flat, graph.tensor_plates(around), plates)
+    flat = flat.expand(
+        (
+            flat.shape[0],
+            *(graph.sizes[symbol] for symbol in plates),
+        )
+    )
+    return values, flat.reshape(*lead, *flat.shape[1:]), plates
+
+
+def _expectation(
+    graph: FactorGraph,
+    values: Tensor,
+    weight: Tensor,
+    plates: str,
+    sites: Sequence[str],
+    right: int,
+) -> Tensor:
+    """Sum values under weights over the indices, and give the result an ordinary batch shape."""
+    num = weight.dim() - len(plates)
+    dtype = values.dtype if values.is_floating_point() else graph.dtype
+    spread = weight.reshape(weight.shape + (1,) * right)
+    total = (values.double() * spread).sum(tuple(range(num))) if num else values.double()
+    return graph.to_batch(total, plates, _batch_shape(graph, sites), left=0).to(dtype)

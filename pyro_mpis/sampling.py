@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""
+Joint posterior samples: the contraction's steps, walked backwards.
+
+Each step of the contraction sums a product of factors over some indices :math:`k_D`; given the
+indices that remain, :math:`P_z(k_D \mid \cdot)` of (25) of [1] is the softmax of that product. Those
+remaining indices are summed by later steps, so walking the steps from last to first draws every
+index given the ones it depends on.
+
+Equation (38) of [1] read literally draws each site given its generative parents; that is wrong
+whenever two latents meet in one observation (a -> x <- b), where each depends on the other.
+
+[1] Bowyer, Heap and Aitchison (2024), UAI, PMLR 244:394-417.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from pyro_mpis.contraction import Elimination, LogSpaceRing, contract, dims_of
+from pyro_mpis.factors import FactorGraph, SiteValue
+
+Drawn = Mapping[str, Tensor]  # index -> (N, *plates of the index), plates as tensor_plates has them
+
+
+def sample_indices(graph: FactorGraph, num_draws: int) -> dict[str, Tensor]:
+    """
+    Draw joint samples of all indices from :math:`P_z(k)`; draws random numbers.
+
+    :return: for each index a long tensor ``(num_draws, *plates)``, with the plates of its ordinal
+        as :meth:`~pyro_mpis.factors.FactorGraph.tensor_plates` lists them.
+    """
+    steps: list[Elimination] = []
+    with torch.no_grad():
+        contract(graph, graph.factors, LogSpaceRing(graph, record=steps))
+        drawn: dict[str, Tensor] = {}
+        for step in reversed(steps):
+            drawn |= _draw_step(graph, step, drawn, num_draws)
+    for symbol, plates in graph.index_plates.items():
+        if symbol not in drawn:  # one particle, or an index that no factor distinguishes
+            shape = [graph.sizes[s] for s in graph.tensor_plates(graph.closed(plates))]
+            size = graph.sizes[symbol]
+            drawn[symbol] = torch.randint(size, (num_draws, *shape), device=graph.device)
+    return drawn
+
+
+def sample_sites(graph: FactorGraph, num_draws: int) -> dict[str, Tensor]:
+    """
+    Draw joint posterior samples of the model's latent sites; draws random numbers.
+
+    :return: for each site ``(num_draws, *shape)``, the shape of an ordinary run.
+    """
+    drawn = sample_indices(graph, num_draws)
+    return {name: _select(graph, value, drawn, num_draws) for name, value in graph.values.items()}
+
+
+def _select(graph: FactorGraph, site: SiteValue, drawn: Drawn, num_draws: int) -> Tensor:
+    """Select a site's value at the drawn indices."""
+    plates = graph.tensor_plates(graph.closed(site.plates))
+    value = graph.to_plates(site.tensor, plates, left=len(site.indices), right=site.event_dim)
+    if site.indices:
+        selection = [index_at(graph, drawn, symbol, plates) for symbol in site.indices]
+        for position, symbol in enumerate(plates):
+            shape = [1] * (1 + len(plates))
+            shape[1 + position] = graph.sizes[symbol]
+            selection.append(torch.arange(graph.sizes[symbol], device=value.device).reshape(shape))
+        value = value[tuple(selection)]
+    else:
+        value = value.unsqueeze(0)
+    value = value.expand(
+        (
+            num_draws,
+            *value.shape[1:],
+        )
+    )
+    return graph.to_batch(value, plates, site.batch_shape, left=1)
+
+
+def index_at(graph: FactorGraph, drawn: Drawn, symbol: str, plates: str) -> Tensor:
+    """
+    Return an index as seen from a deeper ordinal: (N, *plates), size one where it is the same.
+
+    :param plates: the dims of the tensors of the deeper ordinal.
+    """
+    own = graph.tensor_plates(graph.closed(graph.index_plates[symbol]))
+    return at_plates(graph, drawn[symbol], own, plates)
+
+
+def at_plates(graph: FactorGraph, tensor: Tensor, own: str, plates: str) -> Tensor:
+    """Bring ``(N, *own, *right)`` to ``(N, *plates, *right)``, gathering through ragged plates."""
+    while not set(own) <= set(plates):
+        tensor, own = _step_inwards(graph, tensor, own, plates)
+    order = [1 + own.index(symbol) for symbol in plates if symbol in own]
+    tensor = tensor.permute(
+        (
+            0,
+            *order,
+            *range(1 + len(own), tensor.dim()),
+        )
+    )
+    for position, symbol in enumerate(plates):
+        if symbol not in own:
+            tensor = tensor.unsqueeze(1 + position)
+    return tensor
+
+
+def _step_inwards(graph: FactorGraph, tensor: Tensor, own: str, plates: str) -> tuple[Tensor, str]:
+    """Replace the plates around one ragged plate by the ragged plate."""
+    deep = graph.closed(frozenset(plates))
+    for inner, element_map in graph.nesting.items():
+        around = [symbol for symbol in own if symbol in element_map.outer]
+        if not inner <= deep or not around or inner <= set(own):
+            continue
+        rest = [symbol for symbol in own if symbol not in element_map.outer]
+        new = [symbol for symbol in element_map.inner if symbol not in rest]
+        layout = [*rest, *new]
+        index: list[Tensor] = []
+        for symbol in own:
+            shape = [1] * len(layout)
+            if symbol in element_map.outer:
+                target = element_map.outer[symbol]  # dims as element_map.inner
+                order = [element_map.inner.index(s) for s in layout if s in element_map.inner]
+                target = target.permute(order)
+                for position, s in enumerate(layout):
+                    if s in element_map.inner:
+                        shape[position] = graph.sizes[s]
+                index.append(target.reshape(shape))
+            else:
+                shape[layout.index(symbol)] = graph.sizes[symbol]
+                index.append(torch.arange(graph.sizes[symbol], device=tensor.device).reshape(shape))
+        return tensor[(slice(None), *index)], "".join(layout)
+    raise AssertionError(f"no way from plates {own} to {plates}")
+
+
+def _draw_step(
+    graph: FactorGraph, step: Elimination, drawn: Drawn, num_draws: int
+) -> dict[str, Tensor]:
+    """Draw the indices that one step sums over, given those of later steps."""
+    present = sorted(set("".join(dims_of(term) for term in step.terms)))
+    plates = "".join(symbol for symbol in present if symbol not in graph.index_plates)
+    sizes = [graph.sizes[symbol] for symbol in step.dims]
+    total: Tensor | None = None
+    for term in step.terms:
+        logits = _at_drawn(graph, term, step.dims, plates, drawn, num_draws)
+        total = logits if total is None else total + logits
+    assert total is not None
+    plate_sizes = [graph.sizes[symbol] for symbol in plates]
+    total = total.expand(
+        (
+            num_draws,
+            *plate_sizes,
+            *sizes,
+        )
+    ).flatten(1 + len(plates))
+    choice = _categorical(total)
+    result = {}
+    for symbol, size in zip(reversed(step.dims), reversed(sizes), strict=True):
+        result[symbol] = choice % size
+        choice = choice // size
+    return {symbol: _to_own(graph, symbol, index, plates) for symbol, index in result.items()}
+
+
+def _to_own(graph: FactorGraph, symbol: str, index: Tensor, plates: str) -> Tensor:
+    own = graph.tensor_plates(graph.closed(graph.index_plates[symbol]))
+    assert sorted(own) == sorted(plates), "an index is summed where its plates are"
+    return index.permute(
+        (
+            0,
+            *(1 + plates.index(symbol) for symbol in own),
+        )
+    )
+
+
+def _at_drawn(
+    graph: FactorGraph,
+    term: Tensor,
+    dims: str,
+    plates: str,
+    drawn: Drawn,
+    num_draws: int,
+) -> Tensor:
+    """Select a factor at the indices drawn already: (N or 1, *plates, *dims)."""
+    own = dims_of(term)
+    given = [symbol for symbol in own if symbol in graph.index_plates and symbol not in dims]
+    own_plates = [symbol for symbol in plates if symbol in own]
+    rest = [symbol for symbol in dims if symbol in own]
+    term = term.permute([own.index(symbol) for symbol in (*given, *own_plates, *rest)])
+    if given:
+        layout = "".join(plates)
+        selection = [index_at(graph, drawn, symbol, layout) for symbol in given]
+        for symbol in own_plates:
+            shape = [1] * (1 + len(plates))
+            shape[1 + plates.index(symbol)] = graph.sizes[symbol]
+            selection.append(torch.arange(graph.sizes[symbol], device=term.device).reshape(shape))
+        term = term[tuple(selection)]  # (N, *plates, *rest)
+    else:
+        for position, symbol in enumerate(plates):
+            if symbol not in own:
+                term = term.unsqueeze(position)
+        term = term.unsqueeze(0)
+    for position, symbol in enumerate(dims):
+        if symbol not in own:
+            term = term.unsqueeze(1 + len(plates) + position)
+    return term
+
+
+def _categorical(logits: Tensor) -> Tensor:
+    """Draw from the softmax over the last dim by inverting its distribution function."""
+    logits = logits.double()
+    cumulative = (logits - logits.amax(-1, keepdim=True)).exp().cumsum(-1)
+    total = cumulative[..., -1:]
+    uniform = torch.rand(total.shape, dtype=total.dtype, device=total.device) * total
+    choice = torch.searchsorted(cumulative, uniform, right=True).squeeze(-1)
+    return choice.clamp(max=logits.shape[-1] - 1)

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""
+Posterior weights of particles, by differentiating the evidence.
+
+Add :math:`J = 0` to a log factor and differentiate log P at J = 0: with one J for each combination
+of particles of some sites, the derivative is their joint marginal weight (32)-(35), (43)-(44) of
+[1]; a posterior moment (27)-(28) is the sum of the moment's function under these weights. All
+sources of a query go into one forward and one backward pass.
+
+[1] Bowyer, Heap and Aitchison (2024), UAI, PMLR 244:394-417.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from pyro_mpis.contraction import log_evidence
+from pyro_mpis.factors import FactorGraph, LogFactor
+
+
+def joint_weights(graph: FactorGraph, tuples: Iterable[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    """
+    Compute the joint marginal weights of tuples of indices, all in one pass.
+
+    :param tuples: strings of distinct index symbols whose plates lie within one another.
+    :return: the log evidence, a scalar; and for each tuple its weights, linear scale, float64,
+        ``(*indices, *plates)`` with the dims of the deepest ordinal's plates as
+        :meth:`~pyro_mpis.factors.FactorGraph.tensor_plates` lists them. They sum to one over the
+        indices for every plate element.
+    """
+    sources = {symbols: _source(graph, symbols) for symbols in dict.fromkeys(tuples)}
+    with torch.enable_grad():
+        factors = [*graph.factors, *sources.values()]
+        log_p = log_evidence(graph, factors)
+        needed = [source.tensor for source in sources.values()]
+        if log_p.requires_grad:
+            grads = torch.autograd.grad(log_p, needed, allow_unused=True)
+        else:
+            grads = (None,) * len(needed)
+    weights = {}
+    for (symbols, source), grad in zip(sources.items(), grads, strict=True):
+        sizes = [graph.sizes[symbol] for symbol in symbols]
+        plates = graph.tensor_plates(source.plates)
+        shape = sizes + [graph.sizes[symbol] for symbol in plates]
+        if grad is None:
+            grad = torch.ones_like(source.tensor)
+        weight = grad.detach().double().reshape(shape)
+        total = weight.sum(tuple(range(len(symbols))), keepdim=True) if symbols else 1.0
+        weights[symbols] = weight / total
+    return log_p.detach(), weights
+
+
+def _source(graph: FactorGraph, symbols: str) -> LogFactor:
+    """Return J = 0: a factor of zeros over the indices and the deepest ordinal."""
+    plates = frozenset[str]().union(*(graph.closed(graph.index_plates[s]) for s in symbols))
+    dims = "".join(s for s in symbols if graph.sizes[s] > 1) + graph.tensor_plates(plates)
+    shape = [graph.sizes[symbol] for symbol in dims]
+    tensor = torch.zeros(shape, dtype=graph.dtype, device=graph.device, requires_grad=True)
+    return LogFactor("source", tensor, dims, plates)

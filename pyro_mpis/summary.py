@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A table of the posterior, one row a scalar."""
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from pyro_mpis.marginals import Marginal
+
+LOW_ESS = 5.0  # particles: with fewer, quantiles are those of a handful of draws
+HIGH_K_HAT = 0.7  # Vehtari et al. (2024)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Posterior of one scalar; quantiles on the particles, weights' ESS and k-hat of its site."""
+
+    name: str
+    mean: float
+    sd: float
+    q5: float
+    q50: float
+    q95: float
+    ess: float
+    k_hat: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The rows, and the log evidence; ``str()`` is a table for a terminal."""
+
+    rows: tuple[Row, ...]
+    log_evidence: float
+    num_samples: int
+
+    def __str__(self) -> str:
+        header = ("", "mean", "sd", "5%", "50%", "95%", "ESS", "k-hat")
+        lines = [header]
+        for row in self.rows:
+            numbers = [getattr(row, field.name) for field in fields(row)[1:6]]
+            lines.append(
+                (row.name, *(f"{x:.3g}" if abs(x) >= 1e4 else f"{x:.2f}" for x in numbers))
+                + (f"{row.ess:.1f}", "-" if math.isnan(row.k_hat) else f"{row.k_hat:.2f}")
+            )
+        widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+        table = [
+            "  ".join(
+                cell.ljust(width) if column == 0 else cell.rjust(width)
+                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+            )
+            for line in lines
+        ]
+        title = f"log evidence {self.log_evidence:.2f}, {self.num_samples} particles a site"
+        return "\n".join([*table, title])
+
+
+def summarise(
+    marginals: Mapping[str, Marginal], log_evidence: float, num_samples: int
+) -> tuple[Summary, list[str]]:
+    """
+    Make the table, and say what is poor.
+
+    :return: the summary, and one sentence for each kind of problem.
+    """
+    rows: list[Row] = []
+    for name, marginal in marginals.items():
+        rows += _rows(name, marginal)
+    return Summary(tuple(rows), log_evidence, num_samples), _problems(rows, num_samples)
+
+
+def _rows(name: str, marginal: Marginal) -> list[Row]:
+    batch, shape = marginal.batch_shape, marginal.batch_shape + marginal.event_shape
+    tail = (1,) * len(marginal.event_shape)
+    quantiles = marginal.quantile([0.05, 0.5, 0.95])
+    columns: list[Tensor] = [
+        marginal.mean,
+        marginal.variance.sqrt(),
+        *quantiles,
+        marginal.ess.reshape(batch + tail).expand(shape),
+        marginal.pareto_k.reshape(batch + tail).expand(shape),
+    ]
+    numbers = torch.stack([column.double().reshape(-1).cpu() for column in columns], 1).tolist()
+    positions = itertools.product(*(range(size) for size in shape))
+    labels = [f"{name}[{','.join(map(str, p))}]" if p else name for p in positions]
+    return [Row(label, *row) for label, row in zip(labels, numbers, strict=True)]
+
+
+def _problems(rows: list[Row], num_samples: int) -> list[str]:
+    problems = []
+    poor = [row for row in rows if row.ess < min(LOW_ESS, 0.9 * num_samples)]
+    if poor:
+        worst = min(poor, key=lambda row: row.ess)
+        problems.append(
+            f"{len(poor)} of {len(rows)} scalars have an effective sample size below {LOW_ESS:g} "
+            f"(lowest: {worst.name}, {worst.ess:.1f} of {num_samples}): their moments and quantiles "
+            "rest on a handful of particles. Raise num_samples, fit a guide (AutoNormal and SVI), "
+            "group strongly dependent sites (groups=), or enumerate discrete ones."
+        )
+    heavy = [row for row in rows if row.k_hat > HIGH_K_HAT]
+    if heavy:
+        worst = max(heavy, key=lambda row: row.k_hat)
+        problems.append(
+            f"{len(heavy)} of {len(rows)} scalars have a Pareto k-hat above {HIGH_K_HAT} (highest: "
+            f"{worst.name}, {worst.k_hat:.2f}): the guide's tails are too light, and more particles "
+            "help only slowly. Use a wider guide for these sites, or the prior."
+        )
+    return problems
