@@ -458,7 +458,7 @@ def _check_supports(name: str, guide: "Distribution", model: "Distribution") -> 
     """Refuse a guide that draws outside the model's support, or cannot reach all of it."""
     if is_delta(guide) or is_delta(model):
         return
-    ours, theirs = _interval(guide.support), _interval(model.support)
+    ours, theirs = _interval(guide), _interval(model)
     if ours is None or theirs is None:
         return
     same = ours[0] == theirs[0] and all(
@@ -479,10 +479,13 @@ def _check_supports(name: str, guide: "Distribution", model: "Distribution") -> 
 Interval = tuple[str, object, object]  # kind, lower, upper
 
 
-def _interval(support: object) -> Interval | None:
+def _interval(fn: "Distribution") -> Interval | None:
     """Return a comparable description of a support; None where there is nothing to compare."""
+    support = fn.support
     while isinstance(support, constraints.independent):
         support = support.base_constraint
+    if support is constraints.real and hasattr(fn, "transforms"):
+        return None  # an affine transform says so of any interval
     infinite = float("inf")
     if support is constraints.boolean:
         return "integer", 0, 1

@@ -199,11 +199,9 @@ def build_graph(
     packer = _Packer(structure, sizes)
 
     factors = _proposal_factors(structure, particles, packer)
-    for name in (*structure.guide_factors, *_carried(structure)):
-        guide_site = guide_sites[name]
-        log_density = guide_site["fn"].log_prob(guide_site["value"])
-        log_density = scale_and_mask(log_density, mask=guide_site["mask"])
-        factors += packer.pack(f"{name} (guide)", -log_density, structure.guide[name], strict=False)
+    for name, carried in guide_sites.items():
+        log_density = -carried.log_density
+        factors += packer.pack(f"{name} (guide)", log_density, structure.guide[name], strict=False)
     for name, model_site in model_sites.items():
         if name in enumerated and model_site["mask"] is False:
             factors.append(packer.zeros(structure.index_of[name], model_site["value"].double()))
@@ -235,11 +233,24 @@ def build_graph(
     )
 
 
+@dataclass(frozen=True)
+class Carried:
+    """A site of the guide without particles of its own, in the dims of those that it reads."""
+
+    value: Tensor
+    log_density: Tensor
+
+
 def replay_guide(
     structure: Structure, particles: Particles, guide: Program, arguments: "Arguments"
-) -> "dict[str, Message]":
-    """Run the guide with each index in its own dim, if any of its sites is computed from others."""
-    if not (structure.guide_factors or _carried(structure)):
+) -> dict[str, Carried]:
+    """
+    Run the guide with each index in its own dim, if any of its sites is computed from others.
+
+    :return: the ``Delta`` sites that the model has, and the guide's ``pyro.factor`` statements.
+    """
+    names = [*structure.guide_factors, *_carried(structure)]
+    if not names:
         return {}
     index_of = structure.index_of
     values = {
@@ -248,25 +259,84 @@ def replay_guide(
         if name in structure.guide and name in index_of and not index_of[name].enumerated
     }
     enumerated = {index.sites[0]: index.dim for index in structure.indices if index.enumerated}
-    return replay(
-        "guide",
-        guide,
-        arguments,
-        values=values,
-        enumerated=enumerated,
-        num_samples=particles.num_samples,
-    )
+
+    def run(values: Mapping[str, Tensor]) -> "dict[str, Message]":
+        return replay(
+            "guide",
+            guide,
+            arguments,
+            values=values,
+            enumerated=enumerated,
+            num_samples=particles.num_samples,
+        )
+
+    try:
+        sites = run(values)
+    except ValueError as error:
+        try:  # a guide that wants one batch shape for all of its sites, as AutoStructured does
+            sites = run(_expanded(structure, particles, values, names))
+        except ValueError:
+            raise error from None
+    return {
+        name: Carried(
+            _only_read(structure, name, sites[name]["value"], structure.guide[name].event_dim),
+            _only_read(structure, name, _log_density(sites[name]), 0),
+        )
+        for name in names
+    }
+
+
+def _log_density(site: "Message") -> Tensor:
+    log_prob = site["fn"].log_prob(site["value"])
+    result: Tensor = scale_and_mask(log_prob, mask=site["mask"])
+    return result
+
+
+def _expanded(
+    structure: Structure,
+    particles: Particles,
+    values: Mapping[str, Tensor],
+    names: Sequence[str],
+) -> dict[str, Tensor]:
+    """Expand values to the dims of all indices that any site reads together with theirs."""
+    together = {index.symbol: {index.symbol} for index in structure.indices}
+    for name in names:
+        union = set().union(*(together[s] for s in structure.reads(structure.guide[name])))
+        for symbol in union:
+            together[symbol] = union
+    dims = {index.symbol: index.dim for index in structure.indices}
+    result = {}
+    for name, value in values.items():
+        wanted = sorted(dims[symbol] for symbol in together[structure.index_of[name].symbol])
+        event_dim = structure.guide[name].event_dim
+        missing = -wanted[0] + event_dim - value.dim()
+        shape = list((1,) * missing + value.shape)
+        for dim in wanted:
+            shape[dim - event_dim] = particles.num_samples
+        result[name] = value.expand(shape)
+    return result
+
+
+def _only_read(structure: Structure, name: str, tensor: Tensor, event_dim: int) -> Tensor:
+    """Drop the particles of indices that a site does not read, along which it is constant."""
+    reads = structure.reads(structure.guide[name])
+    dims = {index.dim for index in structure.indices if index.symbol in reads}
+    for index in structure.indices:
+        position = index.dim - event_dim
+        if index.dim not in dims and -position <= tensor.dim():
+            tensor = tensor.narrow(position, 0, 1)
+    return tensor
 
 
 def model_values(
-    structure: Structure, particles: Particles, guide_sites: "Mapping[str, Message]"
+    structure: Structure, particles: Particles, guide_sites: Mapping[str, Carried]
 ) -> dict[str, Tensor]:
     """Return the value of each latent site of the model, each index in its own dim."""
     index_of = structure.index_of
     values = {}
     for name, origin in structure.origins.items():
         if origin == "guide_delta":
-            values[name] = guide_sites[name]["value"]
+            values[name] = guide_sites[name].value
         elif origin in ("guide", "prior"):
             value = model_value(structure, name, particles.draws[name].value)
             values[name] = place(value, index_of[name].dim, shared_dim=structure.shared_dim)

@@ -127,7 +127,12 @@ def _event_shape(graph: FactorGraph, name: str) -> torch.Size:
 
 def _batch_shape(graph: FactorGraph, sites: Sequence[str]) -> torch.Size:
     """Return the batch shape of the deepest site."""
-    deepest = max(sites, key=lambda name: len(graph.closed(graph.values[name].plates)))
+
+    def depth(name: str) -> tuple[int, int]:  # plates of size one have no symbol
+        site = graph.values[name]
+        return len(graph.closed(site.plates)), len(site.batch_shape)
+
+    deepest = max(sites, key=depth)
     return graph.values[deepest].batch_shape
 
 
@@ -161,7 +166,7 @@ def _aligned(
             )
         )
         order = sorted(range(len(lead)), key=lambda d: joint.index(site.indices[d]))
-        value = value.reshape(*lead, *shape)
+        value = value.reshape((*lead, *shape))
         value = value.permute(
             (
                 *order,
@@ -183,7 +188,7 @@ def _aligned(
             *(graph.sizes[symbol] for symbol in plates),
         )
     )
-    return values, flat.reshape(*lead, *flat.shape[1:]), plates
+    return values, flat.reshape((*lead, *flat.shape[1:])), plates
 
 
 def _expectation(
