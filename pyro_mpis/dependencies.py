@@ -367,17 +367,9 @@ def _read(site: "Message", plates: Mapping[str, Plate]) -> Site:
     value = detach_provenance(site["value"])
     reads = get_provenance(site["value"])
     if not _is_silent(site):
-        try:
-            log_prob = fn.log_prob(value)
-        except (ValueError, RuntimeError) as error:
-            raise ValueError(
-                f"site '{name}': no log_prob of a value of shape {_shape(value)} under "
-                f"{type(fn).__name__} of batch shape {tuple(fn.batch_shape)} and event shape "
-                f"{tuple(fn.event_shape)}: {error}. Give the value the shape of the distribution, "
-                "and values inside its support."
-            ) from error
-        reads |= get_provenance(log_prob)
-        _check_shape(site, detach_provenance(log_prob), frames)
+        log_prob, read_by_log_prob = _log_prob(name, fn, value)
+        reads |= read_by_log_prob
+        _check_shape(site, log_prob, frames)
     return Site(
         name=name,
         event_dim=fn.event_dim,
@@ -385,6 +377,35 @@ def _read(site: "Message", plates: Mapping[str, Plate]) -> Site:
         plates=frozenset(plate.symbol for plate in frames),
         reads=reads - {name},
     )
+
+
+def _log_prob(name: str, fn: "Distribution", value: Tensor) -> tuple[Tensor, frozenset[str]]:
+    """Return the log_prob of a site, and the random sites that it reads."""
+    try:
+        log_prob = fn.log_prob(value)
+        return detach_provenance(log_prob), get_provenance(log_prob)
+    except Exception:
+        pass  # some code cannot take tensors with provenance: look at the arguments instead
+    try:
+        with torch._C.DisableTorchFunctionSubclass():
+            return fn.log_prob(value), _argument_provenance(fn)
+    except Exception as error:
+        raise ValueError(
+            f"site '{name}': no log_prob of a value of shape {_shape(value)} under "
+            f"{type(fn).__name__} of batch shape {tuple(fn.batch_shape)} and event shape "
+            f"{tuple(fn.event_shape)}: {error}. Give the value the shape of the distribution, and "
+            "values inside its support."
+        ) from error
+
+
+def _argument_provenance(fn: object) -> frozenset[str]:
+    """Return the provenance of the tensors that a distribution holds, parts included."""
+    found: frozenset[str] = frozenset()
+    for value in vars(fn).values():
+        found |= get_provenance(value)
+        if isinstance(value, torch.distributions.Distribution):
+            found |= _argument_provenance(value)
+    return found
 
 
 def _shape(value: object) -> tuple[int, ...]:

@@ -72,18 +72,6 @@ def sample_sites(trace: Trace) -> "dict[str, Message]":
     return {name: site for name, site in nodes.items() if site["type"] == "sample"}
 
 
-@contextmanager
-def untouched_param_store() -> Iterator[None]:
-    """Remove on exit the params that the block has added to the param store."""
-    store = pyro.get_param_store()
-    before = set(store.keys())
-    try:
-        yield
-    finally:
-        for name in set(store.keys()) - before:
-            del store[name]
-
-
 class _Track(Messenger):
     """Mark each random site's value with the site's name, in place of what it was computed from."""
 
@@ -91,29 +79,37 @@ class _Track(Messenger):
         super().__init__()
         self.is_random = is_random
 
+    def _pyro_sample(self, msg: "Message") -> None:
+        if is_latent(msg) and self.is_random(msg) and not msg["done"]:
+            with torch._C.DisableTorchFunctionSubclass():  # samplers write in place
+                msg["value"] = msg["fn"](*msg["args"], **msg["kwargs"])
+            msg["done"] = True
+
     def _pyro_post_sample(self, msg: "Message") -> None:
         if is_latent(msg) and self.is_random(msg):
             value = detach_provenance(msg["value"])
             msg["value"] = track_provenance(value, frozenset({msg["name"]}))
 
 
-def run_plainly(
-    model: Program, guide: Program, arguments: "Arguments", *, track: bool = True
-) -> tuple[Trace, Trace]:
+def run_plainly(model: Program, guide: Program, arguments: "Arguments") -> tuple[Trace, Trace]:
     """
     Run the guide, then the model with the guide's values; draws random numbers.
 
-    :param track: whether values carry the names of the random sites that they were computed from.
+    Values carry the names of the random sites that they were computed from.
+
     :return: the traces of guide and model.
     """
     args, kwargs = arguments
-    with _Track(lambda site: track and not is_delta(site["fn"])):
+    if isinstance(guide, torch.nn.Module):
+        with poutine.block():  # autoguides make their params from the first values that they see
+            guide(*args, **kwargs)
+    with _Track(lambda site: not is_delta(site["fn"])):
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
     from_guide = {name for name, site in sample_sites(guide_trace).items() if is_latent(site)}
     guide_values = guide_trace.copy()
     for name in set(guide_trace.nodes) - from_guide:
         guide_values.remove_node(name)
-    with _Track(lambda site: track and not is_delta(site["fn"]) and site["name"] not in from_guide):
+    with _Track(lambda site: not is_delta(site["fn"]) and site["name"] not in from_guide):
         replayed = poutine.replay(model, trace=guide_values)
         model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
     return guide_trace, model_trace

@@ -4,6 +4,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, overload
 
+import pyro
 import torch
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import is_validation_enabled
@@ -15,7 +16,7 @@ from pyro_mpis._warnings import warn
 from pyro_mpis.contraction import log_evidence
 from pyro_mpis.dependencies import Structure, analyse
 from pyro_mpis.factors import FactorGraph, build_graph
-from pyro_mpis.handlers import run_plainly, sample_sites, untouched_param_store, quoted
+from pyro_mpis.handlers import quoted, run_plainly, sample_sites
 from pyro_mpis.indexing import resolve_indexing
 from pyro_mpis.marginals import Marginal
 from pyro_mpis.proposals import draw_particles
@@ -99,7 +100,8 @@ class MPImportance:
         """
         guide = self.guide if self.guide is not None else _no_guide
         arguments = (args, kwargs)
-        with torch.no_grad(), untouched_param_store():
+        param_store = pyro.get_param_store()
+        with torch.no_grad(), param_store.scope(param_store.get_state()):
             guide_trace, model_trace = _run_plainly(self.model, guide, arguments)
             structure = analyse(
                 guide_trace,
