@@ -29,7 +29,8 @@ from pyro.ops.contract import contract_to_tensor
 from pyro.ops.rings import Ring
 from torch import Tensor
 
-from pyro_mpis.factors import ElementMap, FactorGraph, LogFactor, Ordinal
+from pyro_mpis._typing import Ordinal
+from pyro_mpis.factors import ElementMap, FactorGraph, LogFactor
 from pyro_mpis.logspace import log_matmul, logsumexp
 
 
@@ -56,7 +57,7 @@ class LogSpaceRing(Ring):
         graph: FactorGraph,
         record: list[Elimination] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._graph = graph
         self._dim_to_size = dict(graph.sizes)
         self._record = record
@@ -118,7 +119,7 @@ def log_evidence(graph: FactorGraph, factors: Sequence[LogFactor] | None = None)
 
     :param factors: in place of the graph's own, for example with source terms added.
     :return: a scalar in nats, differentiable in every factor.
-    :raises NotImplementedError: if plates cross, so that the cost would be exponential in their size.
+    :raises NotImplementedError: if plates cross: the cost would be exponential in their size.
     """
     return contract(graph, graph.factors if factors is None else factors, LogSpaceRing(graph))
 
@@ -147,9 +148,9 @@ def sum_product(terms: Sequence[Tensor], dims: str) -> Tensor:
     every = sorted(set("".join(dims_of(term) for term in terms)))
     kept = "".join(symbol for symbol in every if symbol not in dims)
     if not dims:
-        total = _aligned(terms[0], kept)
+        total = aligned(terms[0], kept)
         for term in terms[1:]:
-            total = total + _aligned(term, kept)
+            total = total + aligned(term, kept)
         return packed(total, kept)
     if len(terms) == 2:
         a, b = terms
@@ -158,17 +159,17 @@ def sum_product(terms: Sequence[Tensor], dims: str) -> Tensor:
         if only_a and only_b and set(dims) <= set(dims_of(a)) & set(dims_of(b)):
             return _matmul(a, b, only_a, only_b, dims)
     layout = kept + dims
-    total = _aligned(terms[0], layout)
+    total = aligned(terms[0], layout)
     for term in terms[1:]:
-        total = total + _aligned(term, layout)
+        total = total + aligned(term, layout)
     return packed(logsumexp(total, len(dims)), kept)
 
 
 def _matmul(a: Tensor, b: Tensor, only_a: str, only_b: str, dims: str) -> Tensor:
     batch = "".join(s for s in dims_of(a) if s in dims_of(b) and s not in dims)
     dtype = torch.promote_types(a.dtype, b.dtype)
-    left = _aligned(a, batch + only_a + dims).to(dtype)
-    right = _aligned(b, batch + dims + only_b).to(dtype)
+    left = aligned(a, batch + only_a + dims).to(dtype)
+    right = aligned(b, batch + dims + only_b).to(dtype)
     sizes = dict(zip(batch + only_a + dims, left.shape, strict=True))
     sizes |= dict(zip(batch + dims + only_b, right.shape, strict=True))
 
@@ -182,7 +183,7 @@ def _matmul(a: Tensor, b: Tensor, only_a: str, only_b: str, dims: str) -> Tensor
     return packed(result.reshape([sizes[symbol] for symbol in layout]), layout)
 
 
-def _aligned(term: Tensor, layout: str) -> Tensor:
+def aligned(term: Tensor, layout: str) -> Tensor:
     """View a packed tensor with the dims of ``layout``, size one where it has none of its own."""
     own = dims_of(term)
     term = term.permute([own.index(symbol) for symbol in layout if symbol in own])
@@ -200,7 +201,7 @@ def regroup(
     sizes: Mapping[str, int],
 ) -> Tensor:
     """
-    Add up, for each element of the ``outer`` plates, the elements of the ``summed`` ones that read it.
+    Add up, for each element of the ``outer`` plates, the ``summed`` elements that read it.
 
     :param term: packed, with every dim of ``element_map.inner``.
     :param summed: plates to eliminate; those of ``element_map.inner`` that are left stay.
@@ -217,8 +218,8 @@ def regroup(
         target = target * sizes[symbol] + element_map.outer[symbol]
     target = packed(target, inner)
     shape = [sizes[symbol] for symbol in batch]
-    flat_target = _aligned(target, batch + summed).flatten(len(batch))  # (*batch, elements)
-    flat_term = _aligned(term, rest + batch + summed).flatten(len(rest + batch)).double()
+    flat_target = aligned(target, batch + summed).flatten(len(batch))  # (*batch, elements)
+    flat_term = aligned(term, rest + batch + summed).flatten(len(rest + batch)).double()
     sizes_of_rest = list(flat_term.shape[: len(rest)])
     num_outer = int(torch.Size([sizes[symbol] for symbol in outer]).numel())
     result = flat_term.new_zeros([*sizes_of_rest, *shape, num_outer])

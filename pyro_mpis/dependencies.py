@@ -7,8 +7,8 @@ before any particle is drawn. Words used throughout the package:
 
 * a **random site** is a latent site that draws: sampled in the guide, proposed from the model's
   prior because the guide lacks it, or summed over its whole support;
-* a site of the model that the guide gives a ``Delta`` has no particles of its own and is **carried**
-  by the random sites that its value was computed from (autoguides work so);
+* a site of the model that the guide gives a ``Delta`` has no particles of its own and is
+  **carried** by the random sites that its value was computed from (autoguides work so);
 * an **index** is one :math:`k_i` of (18)-(25): the particle of one random site, or of a group of
   them, one for each element of the plates it sits in.
 
@@ -18,23 +18,18 @@ together may share a batch dim (greedy colouring); torch has 64 dims in all.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, cast
 
 import torch
 from opt_einsum import get_symbol
 from pyro.ops.provenance import detach_provenance, get_provenance
 from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.trace_struct import Trace
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_mpis.handlers import is_delta, is_latent, sample_sites, quoted
-
-if TYPE_CHECKING:
-    from pyro.poutine.runtime import Message
-
-    from pyro_mpis.handlers import Distribution
+from pyro_mpis._typing import Distribution, SampleMessage
+from pyro_mpis.handlers import first_line, is_delta, is_latent, is_subsample, quoted, sample_sites
 
 UNIQUE_DIMS = 16  # up to here every index has a dim of its own, and shapes tell what is read
 MAX_DIMS = 64  # of a torch tensor
@@ -110,7 +105,7 @@ def find_max_plate_nesting(traces: Iterable[Trace]) -> int:
         for trace in traces
         for site in sample_sites(trace).values()
         for frame in site["cond_indep_stack"]
-        if frame.vectorized
+        if frame.dim is not None
     ]
     return -min(dims, default=0)
 
@@ -193,23 +188,23 @@ def _unwrapped(program: object) -> object:
     return getattr(program, "fn", program)
 
 
-def _is_silent(site: "Message") -> bool:
+def _is_silent(site: SampleMessage) -> bool:
     """Whether an observed site adds nothing to the density."""
     return bool(site["infer"].get("_deterministic")) or site["mask"] is False
 
 
-def _is_random(site: "Message") -> bool:
+def _is_random(site: SampleMessage) -> bool:
     return is_latent(site) and not is_delta(site["fn"])
 
 
-def _is_enumerated(site: "Message") -> bool:
+def _is_enumerated(site: SampleMessage) -> bool:
     """Whether a site is marked for an exact sum (not for Tensor Monte Carlo's ``num_samples``)."""
     infer = site["infer"]
     return infer.get("enumerate") == "parallel" and infer.get("num_samples") is None
 
 
 def _origins(
-    guide_sites: "Mapping[str, Message]", model_sites: "Mapping[str, Message]"
+    guide_sites: Mapping[str, SampleMessage], model_sites: Mapping[str, SampleMessage]
 ) -> dict[str, Origin]:
     origins: dict[str, Origin] = {}
     for name, site in model_sites.items():
@@ -247,7 +242,7 @@ def _clusters(
         for name, origin in origins.items()
         if origin in ("guide", "prior", "enumerated") and name not in names
     ]
-    cluster_of = {name: (name,) for name in names}
+    cluster_of: dict[str, tuple[str, ...]] = {name: (name,) for name in names}
     grouped: dict[str, tuple[str, ...]] = {}
     for group in groups:
         if isinstance(group, str):
@@ -269,8 +264,8 @@ def _clusters(
         for site in members:
             if site in grouped and grouped[site] != tuple(group):
                 raise ValueError(
-                    f"groups: site '{site}' is in {grouped[site]} and in {tuple(group)}. A site has "
-                    "one particle index: merge the two groups."
+                    f"groups: site '{site}' is in {grouped[site]} and in {tuple(group)}. A site "
+                    "has one particle index: merge the two groups."
                 )
             grouped[site] = tuple(group)
             cluster_of[site] = tuple(members)
@@ -339,13 +334,15 @@ def _with_dims(structure: Structure) -> Structure:
     )
 
 
-def _plates(programs: "Sequence[Mapping[str, Message]]", *, first_symbol: int) -> dict[str, Plate]:
+def _plates(
+    programs: Sequence[Mapping[str, SampleMessage]], *, first_symbol: int
+) -> dict[str, Plate]:
     """Return the plates of size above one by name."""
     plates: dict[str, Plate] = {}
     for sites in programs:
         for site in sites.values():
             for frame in site["cond_indep_stack"]:
-                if not frame.vectorized or frame.size == 1:
+                if frame.dim is None or frame.size == 1:
                     continue
                 symbol = get_symbol(first_symbol + len(plates))
                 plate = Plate(frame.name, frame.dim, int(frame.size), symbol)
@@ -360,7 +357,7 @@ def _plates(programs: "Sequence[Mapping[str, Message]]", *, first_symbol: int) -
     return plates
 
 
-def _read(site: "Message", plates: Mapping[str, Plate]) -> Site:
+def _read(site: SampleMessage, plates: Mapping[str, Plate]) -> Site:
     """Check the shapes of one site of a plain run and find what it reads."""
     name, fn = site["name"], site["fn"]
     frames = [plates[f.name] for f in site["cond_indep_stack"] if f.name in plates]
@@ -379,7 +376,7 @@ def _read(site: "Message", plates: Mapping[str, Plate]) -> Site:
     )
 
 
-def _log_prob(name: str, fn: "Distribution", value: Tensor) -> tuple[Tensor, frozenset[str]]:
+def _log_prob(name: str, fn: Distribution, value: Tensor) -> tuple[Tensor, frozenset[str]]:
     """Return the log_prob of a site, and the random sites that it reads."""
     try:
         log_prob = fn.log_prob(value)
@@ -393,8 +390,8 @@ def _log_prob(name: str, fn: "Distribution", value: Tensor) -> tuple[Tensor, fro
         raise ValueError(
             f"site '{name}': no log_prob of a value of shape {_shape(value)} under "
             f"{type(fn).__name__} of batch shape {tuple(fn.batch_shape)} and event shape "
-            f"{tuple(fn.event_shape)}: {error}. Give the value the shape of the distribution, and "
-            "values inside its support."
+            f"{tuple(fn.event_shape)}: {first_line(error)}. Give the value the shape of "
+            "the distribution, and values inside its support."
         ) from error
 
 
@@ -412,7 +409,7 @@ def _shape(value: object) -> tuple[int, ...]:
     return tuple(value.shape) if isinstance(value, Tensor) else ()
 
 
-def _check_shape(site: "Message", log_prob: Tensor, plates: Sequence[Plate]) -> None:
+def _check_shape(site: SampleMessage, log_prob: Tensor, plates: Sequence[Plate]) -> None:
     """Refuse batch dims that no plate declares."""
     declared = {plate.dim: plate.size for plate in plates}
     for position, size in enumerate(reversed(log_prob.shape), start=1):
@@ -428,10 +425,11 @@ def _check_shape(site: "Message", log_prob: Tensor, plates: Sequence[Plate]) -> 
 
 def _refuse_subsampling(traces: Iterable[Trace]) -> None:
     for trace in traces:
-        for name, site in trace.nodes.items():
-            if site["type"] != "sample" or not site_is_subsample(site):
+        for name, node in trace.nodes.items():
+            site = cast(SampleMessage, node)
+            if site["type"] != "sample" or not is_subsample(site):
                 continue
-            size = site["fn"].size
+            size = int(site["fn"].size)
             if len(site["value"]) < size:
                 raise ValueError(
                     f"plate '{name}': a subsample of {len(site['value'])} of {size}. The evidence "
@@ -441,7 +439,7 @@ def _refuse_subsampling(traces: Iterable[Trace]) -> None:
 
 
 def _check_guide_matches_model(
-    guide_sites: "Mapping[str, Message]", model_sites: "Mapping[str, Message]"
+    guide_sites: Mapping[str, SampleMessage], model_sites: Mapping[str, SampleMessage]
 ) -> None:
     latents = {name for name, site in model_sites.items() if is_latent(site)}
     for name, site in guide_sites.items():
@@ -458,13 +456,22 @@ def _check_guide_matches_model(
                 f"site '{name}': observed in the model, but sampled in the guide. Remove it from "
                 "the guide (an autoguide is to be made from the conditioned model)."
             )
-        _check_supports(name, site["fn"], model_sites[name]["fn"])
-        guide_shape, model_shape = _shape(site["value"]), tuple(model_sites[name]["fn"].shape())
-        if _squeezed(guide_shape) != _squeezed(model_shape):
-            raise ValueError(
-                f"site '{name}': the guide's value has shape {guide_shape}, the model's "
-                f"{model_shape}. Give both the same plates and event shape."
-            )
+
+
+def check_same_site(guide_site: SampleMessage, model_site: SampleMessage) -> None:
+    """
+    Check that guide and model agree on the support and the shape of a site that both sample.
+
+    :raises ValueError: if not.
+    """
+    name = model_site["name"]
+    _check_supports(name, guide_site["fn"], model_site["fn"])
+    guide_shape, model_shape = _shape(guide_site["value"]), tuple(model_site["fn"].shape())
+    if _squeezed(guide_shape) != _squeezed(model_shape):
+        raise ValueError(
+            f"site '{name}': the guide's value has shape {guide_shape}, the model's {model_shape}. "
+            "Give both the same plates and event shape."
+        )
 
 
 def _squeezed(shape: Sequence[int]) -> tuple[int, ...]:
@@ -475,7 +482,7 @@ def _squeezed(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def _check_supports(name: str, guide: "Distribution", model: "Distribution") -> None:
+def _check_supports(name: str, guide: Distribution, model: Distribution) -> None:
     """Refuse a guide that draws outside the model's support, or cannot reach all of it."""
     if is_delta(guide) or is_delta(model):
         return
@@ -500,7 +507,7 @@ def _check_supports(name: str, guide: "Distribution", model: "Distribution") -> 
 Interval = tuple[str, object, object]  # kind, lower, upper
 
 
-def _interval(fn: "Distribution") -> Interval | None:
+def _interval(fn: Distribution) -> Interval | None:
     """Return a comparable description of a support; None where there is nothing to compare."""
     support = fn.support
     while isinstance(support, constraints.independent):
@@ -534,7 +541,8 @@ def _describe(interval: Interval) -> str:
     if kind not in ("integer", "real"):
         return kind
 
-    def bound(value: object) -> object:
-        return f"{float(value.flatten()[0]):g}" if isinstance(value, Tensor) else value
+    def bound(value: object) -> str:
+        number = value.flatten()[0] if isinstance(value, Tensor) else value
+        return f"{float(number):g}"  # type: ignore[arg-type]
 
     return f"[{bound(lower)}, {bound(upper)}]" + (" (integers)" if kind == "integer" else "")

@@ -2,9 +2,9 @@
 r"""
 Evaluate model and guide at all particles: a graph of small log factors.
 
-A latent site's factor is :math:`\log f_i - \log K` of (20)-(22) of [1]: the model's ``log_prob``, in
-the dims of the indices that it reads, and the proposal's density, in the dim of its own index. An
-observed site has its ``log_prob`` alone. ``-log K`` of each index enters here and nowhere else.
+A latent site's factor is :math:`\log f_i - \log K` of (20)-(22) of [1]: the model's ``log_prob``,
+in the dims of the indices that it reads, and the proposal's density, in the dim of its own index.
+An observed site has its ``log_prob`` alone. ``-log K`` of each index enters here and nowhere else.
 
 Factors are **packed**: no dims of size one, a letter for each dim. An **ordinal** is the set of
 plates that a factor, or an index, sits in.
@@ -15,23 +15,15 @@ plates that a factor, or an index, sits in.
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
-from pyro_mpis._typing import Program
+from pyro_mpis._typing import Arguments, Ordinal, Program, SampleMessage
 from pyro_mpis.dependencies import Index, Site, Structure
 from pyro_mpis.handlers import place, replay
 from pyro_mpis.proposals import Particles, model_value
-
-if TYPE_CHECKING:
-    from pyro.poutine.runtime import Message
-
-    from pyro_mpis.handlers import Arguments
-
-Ordinal = frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -169,7 +161,7 @@ def build_graph(
     particles: Particles,
     model: Program,
     guide: Program,
-    arguments: "Arguments",
+    arguments: Arguments,
 ) -> FactorGraph:
     """
     Evaluate model and guide with every index in a dim of its own, and pack their log factors.
@@ -242,7 +234,7 @@ class Carried:
 
 
 def replay_guide(
-    structure: Structure, particles: Particles, guide: Program, arguments: "Arguments"
+    structure: Structure, particles: Particles, guide: Program, arguments: Arguments
 ) -> dict[str, Carried]:
     """
     Run the guide with each index in its own dim, if any of its sites is computed from others.
@@ -260,7 +252,7 @@ def replay_guide(
     }
     enumerated = {index.sites[0]: index.dim for index in structure.indices if index.enumerated}
 
-    def run(values: Mapping[str, Tensor]) -> "dict[str, Message]":
+    def run(values: Mapping[str, Tensor]) -> dict[str, SampleMessage]:
         return replay(
             "guide",
             guide,
@@ -286,7 +278,7 @@ def replay_guide(
     }
 
 
-def _log_density(site: "Message") -> Tensor:
+def _log_density(site: SampleMessage) -> Tensor:
     log_prob = site["fn"].log_prob(site["value"])
     result: Tensor = scale_and_mask(log_prob, mask=site["mask"])
     return result
@@ -347,7 +339,7 @@ def _carried(structure: Structure) -> list[str]:
     return [name for name, origin in structure.origins.items() if origin == "guide_delta"]
 
 
-def _check_same_sites(expected: Mapping[str, Site], found: "Mapping[str, Message]") -> None:
+def _check_same_sites(expected: Mapping[str, Site], found: Mapping[str, SampleMessage]) -> None:
     different = set(expected) ^ set(found)
     if different:
         name = min(different)
@@ -378,7 +370,7 @@ def _proposal_factors(
 def _site_value(
     structure: Structure,
     name: str,
-    site: "Message",
+    site: SampleMessage,
     dims: Mapping[str, int],
     sizes: Mapping[str, int],
 ) -> SiteValue:
@@ -437,7 +429,7 @@ class _Packer:
         return self._pack(name, tensor, {index.symbol}, index.plates, True)
 
     def zeros(self, index: Index, like: Tensor) -> LogFactor:
-        """Return log 1 in the dims of an enumerated index: the sum over it belongs to its plates."""
+        """Return log 1 in the dims of an enumerated index, to say which plates it sits in."""
         dims = "".join(s for s in (index.symbol, *sorted(index.plates)) if self.size(s) > 1)
         tensor = like.new_zeros([self.size(symbol) for symbol in dims])
         return LogFactor(f"{index.sites[0]} (support)", tensor, dims, index.plates)
@@ -464,16 +456,17 @@ class _Packer:
                 raise ValueError(
                     f"site '{name}': with particles, log_prob has shape {tuple(tensor.shape)}; dim "
                     f"{position} of size {size} is neither a plate of the site nor the particles "
-                    "of a latent that it reads. Enclose the site in a pyro.plate or use "
-                    ".to_event, and keep batch dims when reshaping or writing in place."
+                    "of a latent that it reads. Enclose the site in a pyro.plate or use .to_event; "
+                    "read a vector by index with pyro.ops.indexing.Vindex(x)[..., index]; keep "
+                    "batch dims when reshaping or writing in place."
                 )
             dims += symbol
         missing = {s for s in reads if self.size(s) > 1 and s not in dims}
         if strict and missing:
             sites = [site for i in structure.indices if i.symbol in missing for site in i.sites]
             raise ValueError(
-                f"site '{name}': it was computed from {sites}, yet its log_prob is the same for all "
-                "particles of them. Particles are in batch dims left of the plates: index from "
+                f"site '{name}': it was computed from {sites}, yet its log_prob is the same for "
+                "all particles of them. Particles are in batch dims left of the plates: index from "
                 "the right (x[..., 0], not x[0]), and do not reduce over all dims."
             )
         _check_finite(name, tensor)

@@ -21,7 +21,7 @@ Samples", UAI, PMLR 244:394-417.
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, cast
 
 import pyro
 import torch
@@ -32,14 +32,10 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
-from pyro_mpis._typing import Program
+from pyro_mpis._typing import Arguments, Distribution, Program, SampleMessage
 
 if TYPE_CHECKING:
-    from pyro.distributions.torch_distribution import TorchDistribution
     from pyro.poutine.runtime import Message
-
-    Distribution: TypeAlias = TorchDistribution
-    Arguments: TypeAlias = tuple[tuple[object, ...], dict[str, object]]
 
 PARTICLES = "_mpis_particles"  # name of the plate that draws K particles at once
 
@@ -48,55 +44,89 @@ PARTICLES = "_mpis_particles"  # name of the plate that draws K particles at onc
 class Draw:
     """The particles of one random site, as drawn in the shared dim."""
 
-    fn: "Distribution"  # the proposal; batch shape (K, *plates)
+    fn: Distribution  # the proposal; batch shape (K, *plates)
     value: Tensor  # (K, *plates, *event), plates padded to max_plate_nesting
     mask: Tensor | bool | None  # of the program that drew the site
     reads_particles: bool  # whether the proposal differs between particles
 
 
-def is_latent(site: "Message") -> bool:
+def first_line(error: Exception) -> str:
+    """Return an error's message without the table of shapes that Pyro appends."""
+    return (str(error).splitlines() or [""])[0].rstrip(".")
+
+
+def is_subsample(site: SampleMessage) -> bool:
+    """Whether a message comes from a plate, not from a sample statement."""
+    return bool(site_is_subsample(cast("Message[..., Tensor]", site)))
+
+
+def is_latent(site: SampleMessage) -> bool:
     """Whether a message is a sample statement without observation, plates' subsamples aside."""
-    return site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
+    return site["type"] == "sample" and not site["is_observed"] and not is_subsample(site)
 
 
-def is_delta(fn: "Distribution") -> bool:
+def is_delta(fn: Distribution) -> bool:
     """Whether a distribution has no randomness of its own."""
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
     return isinstance(fn, pyro.distributions.Delta)
 
 
-def sample_sites(trace: Trace) -> "dict[str, Message]":
+def sample_sites(trace: Trace) -> dict[str, SampleMessage]:
     """Return the sample sites of a trace in order, those of the plates themselves left out."""
-    nodes = prune_subsample_sites(trace).nodes
-    return {name: site for name, site in nodes.items() if site["type"] == "sample"}
+    nodes = prune_subsample_sites(trace).nodes.items()
+    return {name: cast(SampleMessage, site) for name, site in nodes if site["type"] == "sample"}
 
 
 class _Track(Messenger):
     """Mark each random site's value with the site's name, in place of what it was computed from."""
 
-    def __init__(self, is_random: "Callable[[Message], bool]") -> None:
+    def __init__(self, is_random: Callable[[SampleMessage], bool]) -> None:
         super().__init__()
         self.is_random = is_random
 
-    def _pyro_sample(self, msg: "Message") -> None:
+    def _pyro_sample(self, msg: SampleMessage) -> None:
         if is_latent(msg) and self.is_random(msg) and not msg["done"]:
             with torch._C.DisableTorchFunctionSubclass():  # samplers write in place
-                msg["value"] = msg["fn"](*msg["args"], **msg["kwargs"])
+                msg["value"] = msg["fn"]()
             msg["done"] = True
 
-    def _pyro_post_sample(self, msg: "Message") -> None:
+    def _pyro_post_sample(self, msg: SampleMessage) -> None:
         if is_latent(msg) and self.is_random(msg):
             value = detach_provenance(msg["value"])
             msg["value"] = track_provenance(value, frozenset({msg["name"]}))
 
 
-def run_plainly(model: Program, guide: Program, arguments: "Arguments") -> tuple[Trace, Trace]:
+class _Compare(Messenger):
+    """Show each latent site that the guide has too to a function, before its value is used."""
+
+    def __init__(
+        self,
+        sites: Mapping[str, SampleMessage],
+        compare: Callable[[SampleMessage, SampleMessage], None],
+    ) -> None:
+        super().__init__()
+        self.sites = sites
+        self.compare = compare
+
+    def _pyro_sample(self, msg: SampleMessage) -> None:
+        if is_latent(msg) and msg["name"] in self.sites:
+            self.compare(self.sites[msg["name"]], msg)
+
+
+def run_plainly(
+    model: Program,
+    guide: Program,
+    arguments: Arguments,
+    compare: Callable[[SampleMessage, SampleMessage], None],
+) -> tuple[Trace, Trace]:
     """
     Run the guide, then the model with the guide's values; draws random numbers.
 
     Values carry the names of the random sites that they were computed from.
 
+    :param compare: called with the guide's and the model's message of each site that both sample;
+        raises if they do not fit.
     :return: the traces of guide and model.
     """
     args, kwargs = arguments
@@ -105,11 +135,15 @@ def run_plainly(model: Program, guide: Program, arguments: "Arguments") -> tuple
             guide(*args, **kwargs)
     with _Track(lambda site: not is_delta(site["fn"])):
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-    from_guide = {name for name, site in sample_sites(guide_trace).items() if is_latent(site)}
+    from_guide = {name: s for name, s in sample_sites(guide_trace).items() if is_latent(s)}
     guide_values = guide_trace.copy()
-    for name in set(guide_trace.nodes) - from_guide:
-        guide_values.remove_node(name)
-    with _Track(lambda site: not is_delta(site["fn"]) and site["name"] not in from_guide):
+    for name in guide_trace.nodes:
+        if name not in from_guide:
+            guide_values.remove_node(name)
+    with (
+        _Compare(from_guide, compare),
+        _Track(lambda site: not is_delta(site["fn"]) and site["name"] not in from_guide),
+    ):
         replayed = poutine.replay(model, trace=guide_values)
         model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
     return guide_trace, model_trace
@@ -124,8 +158,8 @@ class _Substitute(Messenger):
         self.last_site: str | None = None
         self.batch_shapes: dict[str, torch.Size] = {}
 
-    def _pyro_sample(self, msg: "Message") -> None:
-        if site_is_subsample(msg):
+    def _pyro_sample(self, msg: SampleMessage) -> None:
+        if is_subsample(msg):
             return
         self.last_site = msg["name"]
         self.batch_shapes[msg["name"]] = msg["fn"].batch_shape  # before the particles' plate
@@ -141,7 +175,7 @@ class _Enumerate(Messenger):
         super().__init__()
         self.dims = dims
 
-    def _pyro_sample(self, msg: "Message") -> None:
+    def _pyro_sample(self, msg: SampleMessage) -> None:
         if msg["name"] not in self.dims or msg["is_observed"]:
             return
         fn = msg["fn"]
@@ -160,14 +194,14 @@ def _explained(program: str, handler: _Substitute, size: int) -> Iterator[None]:
         where = f"at or after site '{handler.last_site}'" if handler.last_site else "at its start"
         raise ValueError(
             f"the {program} runs on single values, but not on {size} particles at once ({where}): "
-            f"{type(error).__name__}: {error}. Particles are in batch dims left of the plates: "
-            "index from the right (x[..., 0], not x[0]), keep the batch dims when reshaping, do "
+            f"{type(error).__name__}: {first_line(error)}. Particles are in batch dims left of the "
+            "plates: index from the right (x[..., 0], not x[0]), keep batch dims when reshaping, do "
             "not call .item() on a latent's value and do not branch on it (torch.where does)."
         ) from error
 
 
 def _run(
-    name: str, program: Program, arguments: "Arguments", handler: _Substitute, size: int
+    name: str, program: Program, arguments: Arguments, handler: _Substitute, size: int
 ) -> Trace:
     args, kwargs = arguments
     with _explained(name, handler, size), handler:
@@ -177,7 +211,7 @@ def _run(
 def draw(
     name: str,
     program: Program,
-    arguments: "Arguments",
+    arguments: Arguments,
     *,
     num_samples: int,
     dim: int,
@@ -187,12 +221,15 @@ def draw(
     """
     Draw ``num_samples`` particles of the program's latent sites in the shared batch dim ``dim``.
 
+    Distributions do not check their arguments here: an invalid one makes a log_prob nan, which is
+    refused later with the site's name.
+
     :param name: what to call the program in an error.
     :param given: values, with the shared dim, of the sites that are not to be drawn.
     :param event_dims: the sites whose particles to return, with their numbers of event dims.
     """
     handler = _Substitute(given)
-    with pyro.plate(PARTICLES, num_samples, dim=dim):
+    with pyro.validation_enabled(False), pyro.plate(PARTICLES, num_samples, dim=dim):
         trace = _run(name, program, arguments, handler, num_samples)
     sites = sample_sites(trace)
     draws = {}
@@ -213,12 +250,12 @@ def draw(
 def replay(
     name: str,
     program: Program,
-    arguments: "Arguments",
+    arguments: Arguments,
     *,
     values: Mapping[str, Tensor],
     enumerated: Mapping[str, int],
     num_samples: int,
-) -> "dict[str, Message]":
+) -> dict[str, SampleMessage]:
     """
     Run a program with given values of its latent sites; draws nothing that counts.
 

@@ -2,7 +2,7 @@
 """The inference class: what the user holds."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, overload
+from typing import overload
 
 import pyro
 import torch
@@ -11,21 +11,18 @@ from pyro.poutine.util import is_validation_enabled
 from torch import Tensor
 
 from pyro_mpis import moments as _moments
-from pyro_mpis._typing import MomentFunction, Program
+from pyro_mpis._typing import Arguments, MomentFunction, Program
 from pyro_mpis._warnings import warn
 from pyro_mpis.contraction import log_evidence
-from pyro_mpis.dependencies import Structure, analyse
+from pyro_mpis.dependencies import Structure, analyse, check_same_site
 from pyro_mpis.factors import FactorGraph, build_graph
-from pyro_mpis.handlers import quoted, run_plainly, sample_sites
+from pyro_mpis.handlers import first_line, quoted, run_plainly, sample_sites
 from pyro_mpis.indexing import resolve_indexing
 from pyro_mpis.marginals import Marginal
 from pyro_mpis.proposals import draw_particles
 from pyro_mpis.sampling import sample_sites as draw_samples
 from pyro_mpis.source_terms import joint_weights
 from pyro_mpis.summary import Summary, summarise
-
-if TYPE_CHECKING:
-    from pyro_mpis.handlers import Arguments
 
 DEFAULT_NUM_SAMPLES = 10  # as pyro.infer.Importance has it
 
@@ -251,15 +248,15 @@ def _no_guide(*args: object, **kwargs: object) -> None:
     """Sample nothing: every latent is proposed from the prior."""
 
 
-def _run_plainly(model: Program, guide: Program, arguments: "Arguments") -> tuple[Trace, Trace]:
+def _run_plainly(model: Program, guide: Program, arguments: Arguments) -> tuple[Trace, Trace]:
     """Run guide and model once, with errors that say what to do."""
     try:
-        return run_plainly(model, guide, arguments)
+        return run_plainly(model, guide, arguments, check_same_site)
     except RuntimeError as error:
         if "Multiple sample sites" in str(error):
             raise ValueError(
-                f"{error}. Each sample statement needs a name of its own: in a loop, number them, "
-                "as in pyro.sample(f'x_{i}', ...)."
+                f"{first_line(error)}. Each sample statement needs a name of its own: in a loop, "
+                "number them, as in pyro.sample(f'x_{i}', ...)."
             ) from error
         raise
 
@@ -323,8 +320,8 @@ def _weaknesses(
     sharing = set(carried) - points
     if not groups and len(indices) == 1 and len(sharing) > 1:
         result.append(
-            f"the guide draws {len(sharing)} sites as one vector, '{indices[0].sites[0]}', so there "
-            "is a single particle index, and massively parallel importance sampling equals "
+            f"the guide draws {len(sharing)} sites as one vector, '{indices[0].sites[0]}', so "
+            "there is a single particle index, and massively parallel importance sampling equals "
             "ordinary importance sampling with num_samples draws. A guide with a distribution for "
             "each site (AutoNormal, AutoGuideList of several parts) combines them all."
         )

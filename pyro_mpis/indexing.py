@@ -23,25 +23,16 @@ reads only its own element of the latents.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from pyro_mpis._typing import Program
+from pyro_mpis._typing import Arguments, Ordinal, Program
 from pyro_mpis.contraction import packed, regroup
 from pyro_mpis.dependencies import Structure
-from pyro_mpis.factors import (
-    ElementMap,
-    FactorGraph,
-    LogFactor,
-    Ordinal,
-)
+from pyro_mpis.factors import ElementMap, FactorGraph, LogFactor
 from pyro_mpis.handlers import is_delta, replay
 from pyro_mpis.proposals import Particles, model_value
-
-if TYPE_CHECKING:
-    from pyro_mpis.handlers import Arguments
 
 NONE, SEVERAL = -1, -2  # in place of an element
 
@@ -60,7 +51,7 @@ def resolve_indexing(
     particles: Particles,
     model: Program,
     guide: Program,
-    arguments: "Arguments",
+    arguments: Arguments,
     *,
     check: bool,
 ) -> FactorGraph:
@@ -102,7 +93,7 @@ def _indices(graph: FactorGraph, factor: LogFactor) -> list[str]:
 def _foreign(graph: FactorGraph, factor: LogFactor) -> list[Ordinal]:
     """Return the plates of the indices that a factor reads from outside of them."""
     ordinals = {graph.index_plates[symbol] for symbol in _indices(graph, factor)}
-    return [plates for plates in ordinals if not plates <= factor.plates]
+    return [plates for plates in sorted(ordinals, key=sorted) if not plates <= factor.plates]
 
 
 def _has_local(graph: FactorGraph, factor: LogFactor) -> bool:
@@ -117,7 +108,7 @@ def _probe(
     particles: Particles,
     model: Program,
     guide: Program,
-    arguments: "Arguments",
+    arguments: Arguments,
 ) -> dict[str, _Reads]:
     """Run guide and model with nan in place of elements, by the bits of their numbers."""
     ordinals = sorted({p for p in graph.index_plates.values() if p}, key=sorted)
@@ -180,7 +171,7 @@ def _probe(
 
 
 def _flat_elements(graph: FactorGraph, plates: Ordinal) -> Tensor:
-    """Number the elements of some plates, in the batch dims of the plates."""
+    """Return the number of each element of some plates, in the batch dims of the plates."""
     shape = [1] * graph.max_plate_nesting
     for symbol in plates:
         shape[graph.plate_dims[symbol]] = graph.sizes[symbol]
@@ -230,7 +221,8 @@ def _decode(is_nan: Tensor, start: int, bits: int) -> Tensor:
 
 def _check_own_elements(graph: FactorGraph, factor: LogFactor, reads: _Reads) -> None:
     """Refuse a factor whose plate elements read other elements than their own."""
-    for plates in {graph.index_plates[symbol] for symbol in _indices(graph, factor)}:
+    ordinals = {graph.index_plates[symbol] for symbol in _indices(graph, factor)}
+    for plates in sorted(ordinals, key=sorted):
         if not plates or not plates <= factor.plates:
             continue
         found = reads.elements[plates]
@@ -252,8 +244,8 @@ def _names(graph: FactorGraph, plates: Ordinal) -> str:
 def _unknown(graph: FactorGraph, factor: LogFactor) -> NotImplementedError:
     plates = frozenset[str]().union(*_foreign(graph, factor))
     return NotImplementedError(
-        f"site '{factor.name}': it reads latents of {_names(graph, plates)} from outside, and which "
-        "element could not be found out (discrete latents, comparisons and integer arithmetic "
+        f"site '{factor.name}': it reads latents of {_names(graph, plates)} from outside, and "
+        "which element could not be found out (discrete latents, comparisons and integers "
         "hide it). Mark a discrete latent for enumeration and draw it where it is read, or give "
         "the vector of latents one particle index with .to_event(1)."
     )
@@ -263,7 +255,7 @@ def _resolve(graph: FactorGraph, factor: LogFactor, reads: _Reads) -> tuple[Fact
     """Regroup one factor, or note that its plates are ragged parts of others."""
     foreign = _foreign(graph, factor)
     deepest = max(foreign, key=lambda plates: len(graph.closed(plates)))
-    maps = {}
+    maps: dict[str, Tensor] = {}
     for plates in sorted(foreign, key=lambda plates: len(graph.closed(plates))):
         if not graph.closed(plates) <= graph.closed(deepest):
             raise _crossing(graph, factor, plates, deepest)
@@ -313,7 +305,8 @@ def _known_elements(
             f"site '{factor.name}': an element of it reads several elements of "
             f"{_names(graph, plates)}. The exact sum over all of them at once is exponential in "
             "the size of the plate: give the latent one particle index for the whole plate, by "
-            ".to_event(1) instead of the plate, in guide and model."
+            ".to_event(1) instead of the plate, in guide and model (read it with "
+            "pyro.ops.indexing.Vindex)."
         )
     none = elements == NONE
     if bool(none.any()):
@@ -368,5 +361,6 @@ def _crossing(
         f"{_names(graph, other)} by two indices that cross. Effects of one meet those of the other "
         "in loops, and the exact sum is exponential in their size. Give one of the two a single "
         "particle index: draw its vector with .to_event(1) outside the plate, in guide and model, "
-        "or put it into a group with a global site; or enumerate a discrete one."
+        "and read it with pyro.ops.indexing.Vindex(x)[..., index]; or put it into a group with a "
+        "global site."
     )

@@ -24,7 +24,7 @@ class _LogSumExp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        result = x.logsumexp(-1)
+        result: Tensor = x.logsumexp(-1)
         ctx.save_for_backward(x, result)
         return result
 
@@ -32,7 +32,8 @@ class _LogSumExp(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         x, result = ctx.saved_tensors
         finite = result.masked_fill(result == -torch.inf, 0.0)
-        return grad.unsqueeze(-1) * (x - finite.unsqueeze(-1)).exp()
+        share: Tensor = (x - finite.unsqueeze(-1)).exp()
+        return grad.unsqueeze(-1) * share
 
 
 def logsumexp(x: Tensor, num_dims: int = 1) -> Tensor:
@@ -44,7 +45,7 @@ def logsumexp(x: Tensor, num_dims: int = 1) -> Tensor:
     """
     if num_dims == 0:
         return x
-    result: Tensor = _LogSumExp.apply(x.flatten(x.dim() - num_dims))
+    result: Tensor = _LogSumExp.apply(x.flatten(x.dim() - num_dims))  # type: ignore[no-untyped-call]
     return result
 
 
@@ -89,7 +90,9 @@ class _LogMatmul(torch.autograd.Function):
 
 def log_matmul(a: Tensor, b: Tensor) -> Tensor:
     """
-    Multiply matrices in log space: ``(a[..., None] + b[:, None]).logsumexp(-2)`` without its temporary.
+    Multiply matrices in log space.
+
+    Equals ``(a[..., None] + b[:, None]).logsumexp(-2)``, without a temporary of that size.
 
     A product of exponentials shifted by their rows' and columns' maxima; the entries that it cannot
     represent, because the maxima do not meet, are recomputed exactly.
@@ -98,7 +101,7 @@ def log_matmul(a: Tensor, b: Tensor) -> Tensor:
     :param b: ``(batch, s, n)``, log scale.
     :return: ``(batch, m, n)``, log scale; differentiable.
     """
-    result: Tensor = _LogMatmul.apply(a, b)
+    result: Tensor = _LogMatmul.apply(a, b)  # type: ignore[no-untyped-call]
     return result
 
 

@@ -2,10 +2,11 @@
 r"""
 Weighted particles of one site, or of several jointly, as a distribution.
 
-The marginal weights of a site are (32)-(35) of [1], joint ones (43)-(44). How far to trust them: the
-effective sample size :math:`1 / \sum_k w_k^2` says how many particles carry the answer; Pareto k-hat
-(Vehtari et al., 2024, "Pareto smoothed importance sampling", JMLR 25) says whether the weights' tail
-is too heavy (above 0.7) for any answer, but needs about 50 particles to be a number worth reading.
+The marginal weights of a site are (32)-(35) of [1], joint ones (43)-(44). How far to trust them:
+the effective sample size :math:`1 / \sum_k w_k^2` says how many particles carry the answer; Pareto
+k-hat (Vehtari et al., 2024, "Pareto smoothed importance sampling", JMLR 25) says whether the
+weights' tail is too heavy (above 0.7) for any answer, but needs about 50 particles to be a number
+worth reading.
 
 [1] Bowyer, Heap and Aitchison (2024), UAI, PMLR 244:394-417.
 """
@@ -22,14 +23,14 @@ MIN_TAIL = 10  # weights in the tail, below which no k-hat is given (Pyro's psis
 NEGLIGIBLE = 1e-15  # relative to the heaviest
 
 
-class Marginal(Empirical):  # type: ignore[misc]
+class Marginal(Empirical):
     """
     The posterior marginal of a site, or the joint marginal of several, on its particles.
 
     Batched over the plates: :attr:`samples` have shape ``batch_shape + (K,) + event_shape`` and
     :attr:`log_weights` ``batch_shape + (K,)``, normalised over K. A joint marginal has as many
-    points as there are combinations of the sites' particles, those of the last site running fastest;
-    an event is then all sites' events, flattened, one after the other: see :meth:`unpack`.
+    points as there are combinations of the sites' particles, those of the last site running
+    fastest; an event is then all sites' events, flattened, one after the other: see :meth:`unpack`.
 
     :param samples: the particles.
     :param log_weights: their log weights.
@@ -44,7 +45,7 @@ class Marginal(Empirical):  # type: ignore[misc]
         validate_args: bool | None = None,
     ) -> None:
         self.event_shapes = dict(event_shapes)
-        super().__init__(samples, log_weights, validate_args=validate_args)
+        super().__init__(samples, log_weights, validate_args)  # type: ignore[no-untyped-call]
 
     @property
     def samples(self) -> Tensor:

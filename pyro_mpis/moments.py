@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyro_mpis._typing import MomentFunction
 from pyro_mpis.factors import FactorGraph
+from pyro_mpis.handlers import first_line
 from pyro_mpis.marginals import Marginal
 from pyro_mpis.sampling import at_plates
 
@@ -62,12 +63,6 @@ def expectation(
     """
     values, weight, plates = _aligned(graph, weights, sites)
     joint = joint_indices(graph, sites)
-    mapped = function
-    for _ in plates:
-        mapped = torch.vmap(mapped)
-    for symbol in reversed(joint):
-        in_dims = tuple(0 if symbol in graph.values[name].indices else None for name in sites)
-        mapped = torch.vmap(mapped, in_dims=in_dims)
     squeezed = [
         value.reshape(
             [size for size, s in zip(value.shape, joint, strict=False) if s in own.indices]
@@ -75,20 +70,30 @@ def expectation(
         )
         for value, own in zip(values, (graph.values[name] for name in sites), strict=True)
     ]
+
+    def checked(*values: Tensor) -> Tensor:
+        result = function(*values)
+        if not isinstance(result, Tensor):
+            raise TypeError(
+                f"it returned {type(result).__name__}, not a tensor; stack several results of one "
+                "shape, or ask for several moments in a dictionary"
+            )
+        return result
+
+    mapped: MomentFunction = checked
+    for _ in plates:
+        mapped = torch.vmap(mapped)
+    for symbol in reversed(joint):
+        in_dims = tuple(0 if symbol in graph.values[name].indices else None for name in sites)
+        mapped = torch.vmap(mapped, in_dims=in_dims)
     try:
         result = mapped(*squeezed)
     except Exception as error:
         raise ValueError(
-            f"the moment function of {_quoted(sites)} failed: {error}. It is given one value of "
-            "each site, of its event shape, and must return one tensor, by torch operations "
-            "without branches on values (it runs under torch.vmap)."
+            f"the moment function of {_quoted(sites)} failed: {first_line(error)}. It is given one "
+            "value of each site, of its event shape, and must return one tensor, by torch "
+            "operations without branches on values (it runs under torch.vmap)."
         ) from error
-    if not isinstance(result, Tensor):
-        raise ValueError(
-            f"the moment function of {_quoted(sites)} returned {type(result).__name__}, not a "
-            "tensor. Return one tensor; stack several results of one shape, or ask for several "
-            "moments in a dictionary."
-        )
     right = result.dim() - len(joint) - len(plates)
     return _expectation(graph, result, weight, plates, sites, right)
 
@@ -107,9 +112,9 @@ def marginal(graph: FactorGraph, weights: Weights, sites: Sequence[str]) -> Marg
         for part in parts:
             dtype = torch.promote_types(dtype, part.dtype)
         left = num + len(plates)
-        parts = [part.reshape(part.shape[:left] + (-1,)).to(dtype) for part in parts]
+        parts = [part.reshape((*part.shape[:left], -1)).to(dtype) for part in parts]
     samples = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-    samples = samples.reshape((lead.numel(),) + samples.shape[num:])
+    samples = samples.reshape((lead.numel(), *samples.shape[num:]))
     flat_weight = weight.expand(lead + middle).reshape((lead.numel(), *middle))
     samples = graph.to_batch(samples, plates, batch_shape, left=1).movedim(0, len(batch_shape))
     log_weights = graph.to_batch(flat_weight, plates, batch_shape, left=1).movedim(0, -1).log()
@@ -142,7 +147,7 @@ def _aligned(
     """
     Bring sites and their joint weights to common dims.
 
-    :return: values ``(*joint indices, *plates, *event)``, with size one where a site lacks an index;
+    :return: values ``(*joint indices, *plates, *event)``, size one where a site lacks an index;
         weights ``(*joint indices, *plates)``; and the plates.
     """
     joint = joint_indices(graph, sites)

@@ -17,18 +17,14 @@ The members of a group share :math:`k`; their joint density is mixed over parent
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
-from pyro_mpis._typing import Program
+from pyro_mpis._typing import Arguments, Distribution, Program
 from pyro_mpis.dependencies import Index, Structure
-from pyro_mpis.handlers import Draw, draw, is_delta, place, relayout, replay, quoted
-
-if TYPE_CHECKING:
-    from pyro_mpis.handlers import Arguments
+from pyro_mpis.handlers import Draw, draw, is_delta, place, quoted, relayout, replay
 
 
 @dataclass(frozen=True)
@@ -44,7 +40,7 @@ def draw_particles(
     structure: Structure,
     model: Program,
     guide: Program,
-    arguments: "Arguments",
+    arguments: Arguments,
     num_samples: int,
 ) -> Particles:
     """
@@ -130,7 +126,7 @@ def _log_proposal(
     draws: Mapping[str, Draw],
     model: Program,
     guide: Program,
-    arguments: "Arguments",
+    arguments: Arguments,
 ) -> Tensor:
     """Return log Q of one index at its particles: (K, *plates)."""
     members = {name: draws[name] for name in index.sites}
@@ -182,7 +178,7 @@ def _check_no_detour(structure: Structure, index: Index, outside: set[str]) -> N
 def _joint(
     structure: Structure,
     index: Index,
-    fns: Mapping[str, object],
+    fns: Mapping[str, Distribution],
     members: Mapping[str, Draw],
     particle_dims: int,
 ) -> Tensor:
@@ -196,10 +192,10 @@ def _joint(
         value = drawn.value
         if particle_dims == 2:
             value = place(value, structure.shared_dim - 1, shared_dim=structure.shared_dim)
-        log_prob = fns[name].log_prob(value)  # type: ignore[attr-defined]
+        log_prob = fns[name].log_prob(value)
         log_prob = scale_and_mask(log_prob, mask=drawn.mask)
         own = structure.guide if structure.origins.get(name) != "prior" else structure.model
-        for symbol in own[name].plates - index.plates:
+        for symbol in sorted(own[name].plates - index.plates):
             log_prob = log_prob.sum(structure.plates[symbol].dim, keepdim=True)
         missing = particle_dims + structure.max_plate_nesting - log_prob.dim()
         log_prob = log_prob.reshape((1,) * missing + log_prob.shape)
@@ -216,8 +212,8 @@ def _fns_by_parent(
     draws: Mapping[str, Draw],
     model: Program,
     guide: Program,
-    arguments: "Arguments",
-) -> dict[str, object]:
+    arguments: Arguments,
+) -> dict[str, Distribution]:
     """Return the members' proposals given members at particle k and all others at particle j."""
     shared = structure.shared_dim
     num_samples = next(iter(draws.values())).value.shape[0]
@@ -239,7 +235,7 @@ def _fns_by_parent(
         enumerated={},
         num_samples=num_samples,
     )
-    fns: dict[str, object] = {n: sites[n]["fn"] for n in index.sites if n in sites}
+    fns: dict[str, Distribution] = {n: sites[n]["fn"] for n in index.sites if n in sites}
     if any(structure.origins.get(name) == "prior" for name in index.sites):
         model_values = {
             name: placed(name, model_value(structure, name, drawn.value))

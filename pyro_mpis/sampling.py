@@ -3,9 +3,9 @@ r"""
 Joint posterior samples: the contraction's steps, walked backwards.
 
 Each step of the contraction sums a product of factors over some indices :math:`k_D`; given the
-indices that remain, :math:`P_z(k_D \mid \cdot)` of (25) of [1] is the softmax of that product. Those
-remaining indices are summed by later steps, so walking the steps from last to first draws every
-index given the ones it depends on.
+indices that remain, :math:`P_z(k_D \mid \cdot)` of (25) of [1] is the softmax of that product.
+Those remaining indices are summed by later steps, so walking the steps from last to first draws
+every index given the ones it depends on.
 
 Equation (38) of [1] read literally draws each site given its generative parents; that is wrong
 whenever two latents meet in one observation (a -> x <- b), where each depends on the other.
@@ -18,7 +18,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from pyro_mpis.contraction import Elimination, LogSpaceRing, contract, dims_of
+from pyro_mpis.contraction import Elimination, LogSpaceRing, aligned, contract, dims_of, packed
 from pyro_mpis.factors import FactorGraph, SiteValue
 
 Drawn = Mapping[str, Tensor]  # index -> (N, *plates of the index), plates as tensor_plates has them
@@ -61,10 +61,7 @@ def _select(graph: FactorGraph, site: SiteValue, drawn: Drawn, num_draws: int) -
     value = graph.to_plates(site.tensor, plates, left=len(site.indices), right=site.event_dim)
     if site.indices:
         selection = [index_at(graph, drawn, symbol, plates) for symbol in site.indices]
-        for position, symbol in enumerate(plates):
-            shape = [1] * (1 + len(plates))
-            shape[1 + position] = graph.sizes[symbol]
-            selection.append(torch.arange(graph.sizes[symbol], device=value.device).reshape(shape))
+        selection += [_positions(graph, symbol, plates) for symbol in plates]
         value = value[tuple(selection)]
     else:
         value = value.unsqueeze(0)
@@ -113,24 +110,22 @@ def _step_inwards(graph: FactorGraph, tensor: Tensor, own: str, plates: str) -> 
         if not inner <= deep or not around or inner <= set(own):
             continue
         rest = [symbol for symbol in own if symbol not in element_map.outer]
-        new = [symbol for symbol in element_map.inner if symbol not in rest]
-        layout = [*rest, *new]
-        index: list[Tensor] = []
-        for symbol in own:
-            shape = [1] * len(layout)
-            if symbol in element_map.outer:
-                target = element_map.outer[symbol]  # dims as element_map.inner
-                order = [element_map.inner.index(s) for s in layout if s in element_map.inner]
-                target = target.permute(order)
-                for position, s in enumerate(layout):
-                    if s in element_map.inner:
-                        shape[position] = graph.sizes[s]
-                index.append(target.reshape(shape))
-            else:
-                shape[layout.index(symbol)] = graph.sizes[symbol]
-                index.append(torch.arange(graph.sizes[symbol], device=tensor.device).reshape(shape))
-        return tensor[(slice(None), *index)], "".join(layout)
+        layout = "".join([*rest, *(s for s in element_map.inner if s not in rest)])
+        index = [
+            aligned(packed(element_map.outer[symbol].clone(), element_map.inner), layout)
+            if symbol in element_map.outer
+            else _positions(graph, symbol, layout)
+            for symbol in own
+        ]
+        everything: tuple[slice | Tensor, ...] = (slice(None), *index)
+        return tensor[everything], layout
     raise AssertionError(f"no way from plates {own} to {plates}")
+
+
+def _positions(graph: FactorGraph, plate: str, layout: str) -> Tensor:
+    """Return the number of each element of a plate, along its dim among those of ``layout``."""
+    numbers = torch.arange(graph.sizes[plate], device=graph.device)
+    return aligned(packed(numbers, plate), layout)
 
 
 def _draw_step(
@@ -187,12 +182,8 @@ def _at_drawn(
     rest = [symbol for symbol in dims if symbol in own]
     term = term.permute([own.index(symbol) for symbol in (*given, *own_plates, *rest)])
     if given:
-        layout = "".join(plates)
-        selection = [index_at(graph, drawn, symbol, layout) for symbol in given]
-        for symbol in own_plates:
-            shape = [1] * (1 + len(plates))
-            shape[1 + plates.index(symbol)] = graph.sizes[symbol]
-            selection.append(torch.arange(graph.sizes[symbol], device=term.device).reshape(shape))
+        selection = [index_at(graph, drawn, symbol, plates) for symbol in given]
+        selection += [_positions(graph, symbol, plates) for symbol in own_plates]
         term = term[tuple(selection)]  # (N, *plates, *rest)
     else:
         for position, symbol in enumerate(plates):

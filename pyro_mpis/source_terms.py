@@ -35,7 +35,7 @@ def joint_weights(graph: FactorGraph, tuples: Iterable[str]) -> tuple[Tensor, di
         log_p = log_evidence(graph, factors)
         needed = [source.tensor for source in sources.values()]
         if log_p.requires_grad:
-            grads = torch.autograd.grad(log_p, needed, allow_unused=True)
+            grads: tuple[Tensor | None, ...] = torch.autograd.grad(log_p, needed, allow_unused=True)
         else:
             grads = (None,) * len(needed)
     weights = {}

@@ -38,14 +38,14 @@ class Summary:
     num_samples: int
 
     def __str__(self) -> str:
+        """Return the table."""
         header = ("", "mean", "sd", "5%", "50%", "95%", "ESS", "k-hat")
-        lines = [header]
+        lines: list[tuple[str, ...]] = [header]
         for row in self.rows:
             numbers = [getattr(row, field.name) for field in fields(row)[1:6]]
-            lines.append(
-                (row.name, *(f"{x:.3g}" if abs(x) >= 1e4 else f"{x:.2f}" for x in numbers))
-                + (f"{row.ess:.1f}", "-" if math.isnan(row.k_hat) else f"{row.k_hat:.2f}")
-            )
+            cells = [f"{x:.3g}" if abs(x) >= 1e4 else f"{x:.2f}" for x in numbers]
+            k_hat = "-" if math.isnan(row.k_hat) else f"{row.k_hat:.2f}"
+            lines.append((row.name, *cells, f"{row.ess:.1f}", k_hat))
         widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
         table = [
             "  ".join(
@@ -96,16 +96,16 @@ def _problems(rows: list[Row], num_samples: int) -> list[str]:
         worst = min(poor, key=lambda row: row.ess)
         problems.append(
             f"{len(poor)} of {len(rows)} scalars have an effective sample size below {LOW_ESS:g} "
-            f"(lowest: {worst.name}, {worst.ess:.1f} of {num_samples}): their moments and quantiles "
-            "rest on a handful of particles. Raise num_samples, fit a guide (AutoNormal and SVI), "
-            "group strongly dependent sites (groups=), or enumerate discrete ones."
+            f"(lowest: {worst.name}, {worst.ess:.1f} of {num_samples}): their moments and "
+            "quantiles rest on a handful of particles. Raise num_samples, fit a guide (AutoNormal, "
+            "SVI), group strongly dependent sites (groups=), or enumerate discrete ones."
         )
     heavy = [row for row in rows if row.k_hat > HIGH_K_HAT]
     if heavy:
         worst = max(heavy, key=lambda row: row.k_hat)
         problems.append(
             f"{len(heavy)} of {len(rows)} scalars have a Pareto k-hat above {HIGH_K_HAT} (highest: "
-            f"{worst.name}, {worst.k_hat:.2f}): the guide's tails are too light, and more particles "
-            "help only slowly. Use a wider guide for these sites, or the prior."
+            f"{worst.name}, {worst.k_hat:.2f}): the guide's tails are too light, and more "
+            "particles help only slowly. Use a wider guide for these sites, or the prior."
         )
     return problems

@@ -1,0 +1,399 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bad input: each error names the site or argument, says why and what to do; nothing stays behind."""
+
+from collections.abc import Callable
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.poutine.runtime import _PYRO_STACK
+from pyro_mpis import MPImportance, MPISWarning
+from torch import Tensor
+
+Program = Callable[..., object]
+
+
+def chain(y: float = 0.5) -> None:
+    """Two latents and an observation."""
+    a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    b = pyro.sample("b", dist.Normal(a, 1.0))
+    pyro.sample("y", dist.Normal(b, 1.0), obs=torch.tensor(y))
+
+
+def fails(
+    error: type[Exception], match: str, model: Program, guide: Program | None = None, K: int = 3
+) -> None:
+    """Check the error, and that it leaves the handlers' stack and the param store as they were."""
+    pyro.get_param_store().clear()
+    pyro.param("kept", torch.tensor(1.0))
+    with pytest.raises(error, match=match):
+        MPImportance(model, guide, num_samples=K).run()
+    assert _PYRO_STACK == []
+    assert list(pyro.get_param_store().keys()) == ["kept"]
+    assert torch.is_grad_enabled()
+    assert torch.distributions.Distribution._validate_args
+    # and the next run works
+    assert bool(MPImportance(chain, num_samples=2).run().evidence().isfinite())
+
+
+@pytest.mark.parametrize("num_samples", [0, -1, 2.0, "3", True])
+def test_number_of_samples(num_samples: int) -> None:
+    with pytest.raises(ValueError, match="num_samples: expected a positive integer"):
+        MPImportance(chain, num_samples=num_samples)
+
+
+def test_number_of_samples_missing() -> None:
+    with pytest.warns(MPISWarning, match="10 particles"):
+        posterior = MPImportance(chain)
+    assert posterior.num_samples == 10
+
+
+def test_programs_that_are_none() -> None:
+    with pytest.raises(ValueError, match="model: expected a callable, but found int"):
+        MPImportance(3, num_samples=2)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="guide: expected a callable or None, but found dict"):
+        MPImportance(chain, {}, num_samples=2)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        lambda posterior: posterior.evidence(),
+        lambda posterior: posterior.moments(),
+        lambda posterior: posterior.marginals(),
+        lambda posterior: posterior.sample(3),
+        lambda posterior: posterior.summary(),
+    ],
+)
+def test_query_before_run(query: Callable[[MPImportance], object]) -> None:
+    with pytest.raises(RuntimeError, match=r"call \.run"):
+        query(MPImportance(chain, num_samples=2))
+
+
+def test_failed_run_keeps_the_last_posterior() -> None:
+    """A run that fails changes nothing."""
+    posterior = MPImportance(chain, num_samples=2).run()
+    before = posterior.evidence()
+    with pytest.raises(TypeError):
+        posterior.run(1, 2, 3)
+    assert posterior.evidence() is before
+
+
+def test_unknown_sites() -> None:
+    posterior = MPImportance(chain, num_samples=2).run()
+    for query in (
+        lambda: posterior.marginals("c"),
+        lambda: posterior.moments(torch.log, "c"),
+        lambda: posterior.moments({"m": (torch.mul, "a", "c")}),
+        lambda: posterior.marginals("y"),
+    ):
+        with pytest.raises(ValueError, match=r"no such latent site, only 'a', 'b'"):
+            query()
+    with pytest.raises(ValueError, match=r"groups: the model has no latent site 'c'.*'a', 'b'"):
+        MPImportance(chain, num_samples=2, groups=[("a", "c")]).run()
+    with pytest.raises(ValueError, match=r"groups: expected a sequence of site names"):
+        MPImportance(chain, num_samples=2, groups=["ab"]).run()
+    with pytest.raises(ValueError, match=r"groups: site 'a' is in .* merge the two groups"):
+        MPImportance(chain, num_samples=2, groups=[("a", "b"), ("a",)]).run()
+
+
+def test_moments_that_make_no_sense() -> None:
+    posterior = MPImportance(chain, num_samples=2).run()
+    with pytest.raises(ValueError, match=r"moments: give the names of the function's sites"):
+        posterior.moments(torch.log)
+    with pytest.raises(ValueError, match=r"moment 'm': expected a function and the names"):
+        posterior.moments({"m": "a"})  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match=r"moment function of 'a' failed: it returned int, not"):
+        posterior.moments(lambda a: 3, "a")
+    with pytest.raises(ValueError, match=r"moment function of 'a' failed"):
+        posterior.moments(lambda a: a.item(), "a")
+    with pytest.raises(ValueError, match=r"moment function of 'a', 'b' failed"):
+        posterior.moments(lambda a: a, "a", "b")
+    with pytest.raises(ValueError, match="num_samples: expected a positive integer"):
+        posterior.sample(0)
+    with pytest.raises(ValueError, match="q: expected probabilities"):
+        posterior.marginals("a").quantile(1.5)
+
+
+def test_sites_of_different_plates_have_no_joint() -> None:
+    def model() -> None:
+        with pyro.plate("p", 2):
+            pyro.sample("a", dist.Normal(0.0, 1.0))
+        with pyro.plate("q", 3):
+            pyro.sample("b", dist.Normal(0.0, 1.0))
+
+    posterior = MPImportance(model, num_samples=2).run()
+    with pytest.raises(ValueError, match=r"sites 'a' and 'b'.*different plates.*\.sample"):
+        posterior.marginals("a", "b")
+
+
+def test_guide_site_that_the_model_lacks() -> None:
+    def guide() -> None:
+        pyro.sample("a", dist.Normal(0.0, 1.0))
+        pyro.sample("extra", dist.Normal(0.0, 1.0))
+
+    fails(
+        ValueError, r"site 'extra': in the guide, but not in the model.*is_auxiliary", chain, guide
+    )
+
+
+def test_guide_site_that_the_model_observes() -> None:
+    def guide() -> None:
+        pyro.sample("y", dist.Normal(0.0, 1.0))
+
+    fails(ValueError, r"site 'y': observed in the model, but sampled in the guide", chain, guide)
+
+
+def test_guide_of_another_support() -> None:
+    def model() -> None:
+        s = pyro.sample("s", dist.Gamma(2.0, 1.0))
+        pyro.sample("y", dist.Normal(0.0, s), obs=torch.tensor(1.0))
+
+    def real() -> None:
+        pyro.sample("s", dist.Normal(0.0, 1.0))
+
+    def narrow() -> None:
+        pyro.sample("s", dist.Uniform(0.0, 2.0))
+
+    def positive() -> None:
+        pyro.sample("s", dist.LogNormal(0.0, 1.0))
+
+    fails(ValueError, r"site 's': the guide's Normal has support.*Gamma.*biject_to", model, real)
+    fails(ValueError, r"site 's': the guide's Uniform has support \[0, 2\]", model, narrow)
+    assert bool(MPImportance(model, positive, num_samples=3).run().evidence().isfinite())
+
+
+def test_guide_of_another_shape() -> None:
+    def model() -> None:
+        with pyro.plate("p", 3):
+            pyro.sample("a", dist.Normal(0.0, 1.0))
+
+    def guide() -> None:
+        pyro.sample("a", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    fails(
+        ValueError,
+        r"site 'a': the guide's value has shape \(2,\), the model's \(3,\)",
+        model,
+        guide,
+    )
+
+
+def test_structure_that_depends_on_a_latent() -> None:
+    def branch() -> None:
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        if a > 0:
+            pyro.sample("y", dist.Normal(a, 1.0), obs=torch.tensor(0.5))
+
+    fails(
+        ValueError,
+        r"model runs on single values, but not on 3.*after site 'a'.*torch\.where",
+        branch,
+    )
+
+    draws = iter(range(100))
+
+    def other_sites() -> None:
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        pyro.sample(f"y_{min(next(draws), 1)}", dist.Normal(a, 1.0), obs=torch.tensor(0.5))
+
+    with pytest.raises(ValueError, match=r"site 'y_0': met in the model only without particles"):
+        MPImportance(other_sites, num_samples=3).run()
+
+
+def item(a: Tensor) -> Tensor:
+    return torch.tensor(a.sum().item() if a.dim() == 0 else a.item())
+
+
+def first(a: Tensor) -> Tensor:
+    return a[0]
+
+
+def eats_batch(a: Tensor) -> Tensor:
+    return a.reshape(2)[..., 0]
+
+
+@pytest.mark.parametrize(
+    ("function", "match"),
+    [
+        (item, r"not on 3 particles at once.*after site 'a'.*\.item\(\)"),
+        (first, r"site 'y'"),
+        (eats_batch, r"not on 3 particles at once.*reshap"),
+    ],
+)
+def test_code_that_is_not_vectorised(function: Callable[[Tensor], Tensor], match: str) -> None:
+    def model() -> None:
+        if function is item:
+            a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        else:
+            a = pyro.sample("a", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(function(a), 1.0), obs=torch.tensor(0.5))
+
+    fails(ValueError, match, model)
+
+
+def test_guide_that_is_not_vectorised() -> None:
+    def guide() -> None:
+        a = pyro.sample("a", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+        pyro.sample("b", dist.Normal(a[0].sum(), 1.0))
+
+    def model() -> None:
+        a = pyro.sample("a", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+        b = pyro.sample("b", dist.Normal(a.sum(-1), 1.0))
+        pyro.sample("y", dist.Normal(b, 1.0), obs=torch.tensor(0.5))
+
+    fails(ValueError, r"site 'b': its proposal was computed from 'a', yet", model, guide)
+
+
+def test_nan_log_prob() -> None:
+    def model() -> None:
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        pyro.factor("f", a.sign().clamp(max=0.0).sqrt())
+
+    pyro.set_rng_seed(0)
+    fails(ValueError, r"site 'f': log_prob is nan at \d of 20 combinations", model, K=20)
+
+
+def test_infinite_density() -> None:
+    def model() -> None:
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        pyro.factor("f", 1.0 / (a * 0.0).abs())
+
+    fails(ValueError, r"site 'f': log_prob is \+inf", model)
+
+
+def test_evidence_of_zero() -> None:
+    def impossible() -> None:
+        a = pyro.sample("a", dist.Uniform(0.0, 1.0))
+        with pyro.plate("p", 2):
+            log_prob = torch.where(a > torch.tensor([-1.0, 2.0]), 0.0, -torch.inf)
+            pyro.factor("limit", log_prob)
+
+    def together() -> None:
+        a = pyro.sample("a", dist.Bernoulli(0.5))
+        pyro.factor("one", torch.where(a == 1.0, 0.0, -torch.inf))
+        pyro.factor("zero", torch.where(a == 0.0, 0.0, -torch.inf))
+
+    fails(ValueError, r"site 'limit': probability zero.* at 1 of 2 plate elements", impossible)
+    fails(ValueError, r"no combination.*'one', 'zero'", together, K=30)
+
+
+def test_observation_of_the_wrong_shape() -> None:
+    def too_many() -> None:
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        with pyro.plate("p", 3):
+            pyro.sample("y", dist.Normal(a, 1.0), obs=torch.zeros(4))
+
+    def column() -> None:
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        with pyro.plate("p", 3):
+            pyro.sample("y", dist.Normal(a, 1.0), obs=torch.zeros(3, 1))
+
+    fails(ValueError, r"site 'y': no log_prob of a value of shape \(4,\)", too_many)
+    fails(ValueError, r"site 'y': log_prob has shape \(3, 3\)", column)
+
+
+def test_duplicate_names() -> None:
+    def model() -> None:
+        for _ in range(2):
+            pyro.sample("a", dist.Normal(0.0, 1.0))
+
+    fails(ValueError, r"Multiple sample sites named 'a'.*name of its own", model)
+
+
+def test_plates_that_cross() -> None:
+    def model() -> None:
+        rows, columns = pyro.plate("rows", 2, dim=-2), pyro.plate("columns", 3, dim=-1)
+        with rows:
+            a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        with columns:
+            b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        with rows, columns:
+            pyro.sample("y", dist.Normal(a + b, 1.0), obs=torch.zeros(2, 3))
+
+    fails(NotImplementedError, r"site 'y'.*'columns'.*'rows'.*cross.*to_event", model)
+
+
+def test_missing_plate() -> None:
+    def model() -> None:
+        a = pyro.sample("a", dist.Normal(torch.zeros(3), 1.0))
+        pyro.sample("y", dist.Normal(a.sum(-1), 1.0), obs=torch.tensor(0.0))
+
+    fails(ValueError, r"site 'a': log_prob has shape \(3,\).*pyro\.plate.*\.to_event\(1\)", model)
+
+
+def test_subsampled_plate() -> None:
+    def model() -> None:
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 10, subsample_size=5):
+            pyro.sample("y", dist.Normal(a, 1.0), obs=torch.zeros(5))
+
+    def sequential() -> None:
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        for i in pyro.plate("data", 10, subsample_size=5):
+            pyro.sample(f"y_{i}", dist.Normal(a, 1.0), obs=torch.tensor(0.0))
+
+    fails(ValueError, r"plate 'data': a subsample of 5 of 10", model)
+    fails(ValueError, r"plate 'data': a subsample of 5 of 10", sequential)
+
+
+def test_plate_of_two_sizes() -> None:
+    def model() -> None:
+        with pyro.plate("p", 3):
+            pyro.sample("a", dist.Normal(0.0, 1.0))
+        with pyro.plate("q", 2):
+            pyro.sample("b", dist.Normal(0.0, 1.0))
+
+    def guide() -> None:
+        with pyro.plate("p", 2):
+            pyro.sample("b", dist.Normal(0.0, 1.0))
+
+    fails(ValueError, r"plate 'p': dim -1 and size 3 at site 'a', but dim -1 and", model, guide)
+
+
+def test_enumeration_without_support() -> None:
+    def model() -> None:
+        pyro.sample("a", dist.Normal(0.0, 1.0), infer={"enumerate": "parallel"})
+
+    fails(ValueError, r"site 'a': marked infer=.*Normal has no finite support", model)
+
+
+def test_group_with_a_detour() -> None:
+    def model() -> None:
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        b = pyro.sample("b", dist.Normal(a, 1.0))
+        c = pyro.sample("c", dist.Normal(b, 1.0))
+        pyro.sample("y", dist.Normal(c, 1.0), obs=torch.tensor(0.5))
+
+    with pytest.raises(ValueError, match=r"groups: \('a', 'c'\).*given 'b'.*Add 'b' to the group"):
+        MPImportance(model, num_samples=3, groups=[("a", "c")]).run()
+
+
+def test_too_many_dims() -> None:
+    def model() -> None:
+        total = torch.tensor(0.0)
+        for i in range(70):
+            total = total + pyro.sample(f"a_{i}", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(total, 1.0), obs=torch.tensor(0.0))
+
+    fails(NotImplementedError, r"site 'y': it reads 70 latent sites.*groups", model)
+
+
+def test_max_plate_nesting_too_small() -> None:
+    def model() -> None:
+        with pyro.plate("p", 2, dim=-2):
+            pyro.sample("a", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match=r"max_plate_nesting=1, but plates reach dim -2"):
+        MPImportance(model, num_samples=2, max_plate_nesting=1).run()
+    posterior = MPImportance(model, num_samples=2, max_plate_nesting=3).run()
+    assert posterior.moments()["a"].shape == (2, 1)
+
+
+def test_runs_under_handlers() -> None:
+    """Conditioning and scaling from outside act on the run."""
+    conditioned = poutine.condition(lambda: chain(), {"a": torch.tensor(0.0)})
+    posterior = MPImportance(conditioned, num_samples=2).run()
+    assert set(posterior.moments()) == {"b"}

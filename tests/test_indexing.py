@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Latents of one plate read in another by index, against closed forms and against brute force."""
+
+import math
+from collections.abc import Callable
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from oracles import Problem, brute_force
+from pyro.ops.indexing import Vindex
+from pyro_mpis import MPImportance
+from torch import Tensor
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+COUNTY = torch.tensor([0, 1, 1, 2, 0, 2, 2])  # of each house
+STATE = torch.tensor([0, 1, 0])  # of each county
+Y = torch.tensor([0.3, -0.5, 1.2, 2.0, -1.0, 0.1, 0.8], dtype=torch.float64)
+HIDDEN = torch.tensor([True, False, True, True, True, False, True])
+
+
+def radon() -> None:
+    """Effects of counties, read by the houses."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("county", 3):
+        alpha = pyro.sample("alpha", dist.Normal(mu, 1.0))
+    with pyro.plate("house", 7):
+        pyro.sample("y", dist.Normal(alpha[..., COUNTY], 1.0), obs=Y)
+
+
+def test_radon_has_the_weights_of_the_model_written_by_county() -> None:
+    """Regrouping equals writing out the houses of each county."""
+
+    def by_county() -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("county", 3):
+            alpha = pyro.sample("alpha", dist.Normal(mu, 1.0))
+            log_prob = dist.Normal(alpha.unsqueeze(-1), 1.0).log_prob(Y)
+            own = COUNTY == torch.arange(3).unsqueeze(-1)
+            pyro.factor("y", (log_prob * own).sum(-1))
+
+    results = []
+    for model in (radon, by_county):
+        pyro.set_rng_seed(0)
+        results.append(MPImportance(model, num_samples=20).run())
+    one, other = results
+    torch.testing.assert_close(one.evidence(), other.evidence())
+    for site, mean in one.moments().items():
+        torch.testing.assert_close(mean, other.moments()[site])
+    torch.testing.assert_close(
+        one.marginals("mu", "alpha").log_weights, other.marginals("mu", "alpha").log_weights
+    )
+
+
+def closed_form(cov: Tensor) -> float:
+    """Log density of Y under a normal with mean zero."""
+    return float(dist.MultivariateNormal(torch.zeros(7), cov).log_prob(Y))
+
+
+def radon_truth() -> float:
+    """Of the radon model."""
+    same = (COUNTY == COUNTY.unsqueeze(-1)).double()
+    return closed_form(1.0 + same + torch.eye(7))
+
+
+def overdispersed() -> None:
+    """Houses have an effect of their own besides that of their county."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("county", 3):
+        alpha = pyro.sample("alpha", dist.Normal(mu, 1.0))
+    with pyro.plate("house", 7):
+        z = pyro.sample("z", dist.Normal(alpha[..., COUNTY], 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=Y)
+
+
+def three_levels() -> None:
+    """Counties read the effect of their state, houses that of their county."""
+    with pyro.plate("state", 2):
+        gamma = pyro.sample("gamma", dist.Normal(0.0, 1.0))
+    with pyro.plate("county", 3):
+        alpha = pyro.sample("alpha", dist.Normal(gamma[..., STATE], 1.0))
+    with pyro.plate("house", 7):
+        pyro.sample("y", dist.Normal(alpha[..., COUNTY], 1.0), obs=Y)
+
+
+def three_levels_read_directly() -> None:
+    """Houses read the effects of their county and of the county's state."""
+    with pyro.plate("state", 2):
+        gamma = pyro.sample("gamma", dist.Normal(0.0, 1.0))
+    with pyro.plate("county", 3):
+        alpha = pyro.sample("alpha", dist.Normal(gamma[..., STATE], 1.0))
+    with pyro.plate("house", 7):
+        mean = alpha[..., COUNTY] + gamma[..., STATE[COUNTY]]
+        pyro.sample("y", dist.Normal(mean, 1.0), obs=Y)
+
+
+def three_levels_truth() -> float:
+    """Of the model of three levels."""
+    county = (COUNTY == COUNTY.unsqueeze(-1)).double()
+    state = (STATE[COUNTY] == STATE[COUNTY].unsqueeze(-1)).double()
+    return closed_form(county + state + torch.eye(7))
+
+
+def three_levels_read_directly_truth() -> float:
+    """The state's effect counts twice."""
+    county = (COUNTY == COUNTY.unsqueeze(-1)).double()
+    state = (STATE[COUNTY] == STATE[COUNTY].unsqueeze(-1)).double()
+    return closed_form(county + 4.0 * state + torch.eye(7))
+
+
+def overdispersed_truth() -> float:
+    """Of the model with effects of houses."""
+    same = (COUNTY == COUNTY.unsqueeze(-1)).double()
+    return closed_form(1.0 + same + 2.0 * torch.eye(7))
+
+
+@pytest.mark.parametrize(
+    ("model", "truth"),
+    [
+        (radon, radon_truth),
+        (overdispersed, overdispersed_truth),
+        (three_levels, three_levels_truth),
+        (three_levels_read_directly, three_levels_read_directly_truth),
+    ],
+)
+def test_evidence_converges_to_the_closed_form(
+    model: Callable[[], None], truth: Callable[[], float]
+) -> None:
+    """With many particles the evidence is near the truth, which shared particles miss by nats."""
+    pyro.set_rng_seed(0)
+    estimates = torch.stack(
+        [MPImportance(model, num_samples=150).run().evidence() for _ in range(8)]
+    )
+    ratio = (estimates - truth()).exp()
+    error = float(ratio.std() / math.sqrt(len(ratio)))
+    assert error < 0.1
+    assert abs(float(ratio.mean()) - 1.0) < 6 * error, f"{ratio.mean():.3f} +- {error:.3f}"
+
+
+@pytest.mark.parametrize("model", [overdispersed, three_levels, three_levels_read_directly])
+def test_samples_agree_with_weights_under_ragged_plates(model: Callable[[], None]) -> None:
+    """Means of joint draws are the moments, products of two levels included (6 sd, fixed seed)."""
+    pyro.set_rng_seed(1)
+    posterior = MPImportance(model, num_samples=6).run()
+    draws = posterior.sample(20_000)
+    for site, mean in posterior.moments().items():
+        spread = draws[site].std(0) / math.sqrt(20_000)
+        assert bool(((draws[site].mean(0) - mean).abs() <= 6 * spread + 1e-9).all()), site
+    outer, inner, at = (
+        ("alpha", "z", COUNTY) if model is overdispersed else ("gamma", "alpha", STATE)
+    )
+    product = draws[outer][:, at] * draws[inner]
+    mean = posterior.moments(torch.mul, outer, inner)
+    spread = product.std(0) / math.sqrt(20_000)
+    assert bool(((product.mean(0) - mean).abs() <= 6 * spread + 1e-9).all())
+    joint = posterior.marginals(outer, inner)
+    assert joint.batch_shape == inner_shape(posterior, inner)
+    torch.testing.assert_close(joint.unpack(joint.mean)[inner], posterior.moments()[inner])
+    torch.testing.assert_close(joint.unpack(joint.mean)[outer], posterior.moments()[outer][at])
+
+
+def inner_shape(posterior: MPImportance, site: str) -> torch.Size:
+    """Batch shape of a site."""
+    return posterior.marginals(site).batch_shape
+
+
+def test_masked_observations_read_nothing() -> None:
+    """A hidden house may point to any county."""
+
+    def masked(keep: Tensor, houses: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("county", 3):
+            alpha = pyro.sample("alpha", dist.Normal(mu, 1.0))
+        with pyro.plate("house", len(houses)), pyro.poutine.mask(mask=keep):
+            pyro.sample("y", dist.Normal(alpha[..., COUNTY[houses]], 1.0), obs=Y[houses])
+
+    results = []
+    for arguments in ((HIDDEN, torch.arange(7)), (torch.ones(5).bool(), HIDDEN.nonzero()[:, 0])):
+        pyro.set_rng_seed(0)
+        results.append(MPImportance(masked, num_samples=10).run(*arguments).evidence())
+    torch.testing.assert_close(*results)
+
+
+def test_index_that_repeats_a_plate_within_another() -> None:
+    """The day is a plate of both, the county is read by index within it."""
+
+    def days(index: Tensor | None) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("day", 2, dim=-2):
+            beta = pyro.sample("beta", dist.Normal(mu, 1.0))
+            with pyro.plate("county", 3, dim=-1):
+                alpha = pyro.sample("alpha", dist.Normal(beta, 1.0))
+            if index is None:
+                with pyro.plate("county again", 3, dim=-1):
+                    pyro.sample("y", dist.Normal(alpha, 1.0), obs=torch.arange(3.0))
+            else:
+                with pyro.plate("house", 3, dim=-1):
+                    mean = alpha[..., index]
+                    pyro.sample("y", dist.Normal(mean, 1.0), obs=torch.arange(3.0)[index])
+
+    results = []
+    for index in (torch.tensor([2, 0, 1]), torch.arange(3)):
+        pyro.set_rng_seed(0)
+        results.append(MPImportance(days, num_samples=5).run(index).evidence())
+    torch.testing.assert_close(*results)
+
+
+def test_index_by_a_joint_guide_needs_no_regrouping() -> None:
+    """Where the guide draws the counties as one vector, there is one particle index for all."""
+
+    def guide() -> None:
+        pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.sample("alpha", dist.Normal(torch.zeros(3), 1.5).to_event(1))
+
+    pyro.set_rng_seed(0)
+    posterior = MPImportance(radon, guide, num_samples=2000).run()
+    assert abs(float(posterior.evidence()) - radon_truth()) < 0.2
+    assert posterior.moments()["alpha"].shape == (3,)
+
+
+def test_crossed_effects_are_refused() -> None:
+    """Two latents of different plates, read by two indices that cross."""
+
+    def crossed() -> None:
+        with pyro.plate("county", 3):
+            alpha = pyro.sample("alpha", dist.Normal(0.0, 1.0))
+        with pyro.plate("year", 2):
+            beta = pyro.sample("beta", dist.Normal(0.0, 1.0))
+        with pyro.plate("house", 7):
+            mean = alpha[..., COUNTY] + beta[..., COUNTY % 2]
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=Y)
+
+    with pytest.raises(NotImplementedError, match=r"site 'y'.*'year'.*'county'.*to_event"):
+        MPImportance(crossed, num_samples=3).run()
+
+
+def test_reading_several_elements_is_refused() -> None:
+    """An observation of the sum over a plate, outside and inside of it."""
+
+    def outside() -> None:
+        with pyro.plate("county", 3):
+            alpha = pyro.sample("alpha", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(alpha.sum(-1, keepdim=True), 1.0), obs=Y[:1])
+
+    def neighbours() -> None:
+        with pyro.plate("county", 3):
+            alpha = pyro.sample("alpha", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(alpha.cumsum(-1), 1.0), obs=Y[:3])
+
+    with pytest.raises(NotImplementedError, match=r"site 'y'.*several elements of plate 'county'"):
+        MPImportance(outside, num_samples=3).run()
+    with pytest.raises(NotImplementedError, match=r"site 'y'.*plate 'county'.*other elements"):
+        MPImportance(neighbours, num_samples=3).run()
+
+
+def test_permuted_elements_of_the_same_plate_are_refused() -> None:
+    """Same plate, other element: a plate's elements are not independent then."""
+
+    def permuted() -> None:
+        with pyro.plate("county", 3):
+            alpha = pyro.sample("alpha", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(alpha[..., [1, 2, 0]], 1.0), obs=Y[:3])
+
+    with pytest.raises(NotImplementedError, match=r"site 'y'.*other elements of it than its own"):
+        MPImportance(permuted, num_samples=3).run()
+
+
+def test_discrete_latents_by_index_are_refused() -> None:
+    """A nan cannot travel through an integer."""
+
+    def discrete() -> None:
+        with pyro.plate("county", 3):
+            kind = pyro.sample("kind", dist.Categorical(torch.ones(2)))
+        with pyro.plate("house", 7):
+            loc = torch.tensor([-1.0, 1.0])[kind[..., COUNTY]]
+            pyro.sample("y", dist.Normal(loc, 1.0), obs=Y)
+
+    with pytest.raises(NotImplementedError, match=r"site 'y'.*plate 'county' from outside"):
+        MPImportance(discrete, num_samples=3).run()
+
+
+def test_no_regrouping_is_wrong() -> None:
+    """One particle for all counties: the wrong program that the tests above reject."""
+    pyro.set_rng_seed(0)
+
+    def shared() -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        alpha = pyro.sample("alpha", dist.Normal(mu.unsqueeze(-1), torch.ones(3)).to_event(1))
+        with pyro.plate("house", 7):
+            pyro.sample("y", dist.Normal(Vindex(alpha)[..., COUNTY], 1.0), obs=Y)
+
+    right = MPImportance(radon, num_samples=8).run()
+    pyro.set_rng_seed(0)
+    wrong = MPImportance(shared, num_samples=8).run()
+    assert abs(float(right.evidence()) - float(wrong.evidence())) > 0.1
+
+
+def test_brute_force_agrees() -> None:
+    """The oracle reads the model's log_prob at every choice, whatever the plates."""
+    pyro.set_rng_seed(2)
+    posterior = MPImportance(radon, num_samples=3).run()
+    particles = {name: m.samples for name, m in posterior.marginals().items()}
+    exact = brute_force(Problem(radon, None, particles))
+    torch.testing.assert_close(posterior.evidence(), exact.log_evidence)
