@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The log-space kernels, exact at any dynamic range, with their derivatives."""
+
+import math
+
+import hypothesis.strategies as st
+import pyro.ops.einsum.torch_log
+import pytest
+import torch
+from hypothesis import given, settings
+from pyro_mpis.logspace import log_matmul, logsumexp
+from torch import Tensor
+
+TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
+
+
+def exact_logsumexp(row: list[float]) -> float:
+    """Longhand, with math.fsum."""
+    top = max(row)
+    if top == -math.inf:
+        return -math.inf
+    return top + math.log(math.fsum(math.exp(x - top) for x in row))
+
+
+def exact_product(a: Tensor, b: Tensor) -> Tensor:
+    """Longhand log-space matrix product of (batch, m, s) and (batch, s, n)."""
+    result = torch.empty(a.shape[0], a.shape[1], b.shape[2], dtype=torch.float64)
+    for i in range(a.shape[0]):
+        for m in range(a.shape[1]):
+            for n in range(b.shape[2]):
+                terms = [x + y for x, y in zip(a[i, m].tolist(), b[i, :, n].tolist(), strict=True)]
+                result[i, m, n] = exact_logsumexp(terms)
+    return result
+
+
+@st.composite
+def matrices(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
+    """Two batches of matrices, of any scale up to 1e6 nats, with entries and rows of -inf."""
+    sizes = [draw(st.integers(1, 5)) for _ in range(4)]
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    scale = draw(st.sampled_from([0.0, 1.0, 30.0, 1e3, 1e6]))
+    impossible = draw(st.sampled_from([0.0, 0.2, 0.8]))
+    batch, m, s, n = sizes
+    result = []
+    for shape in ((batch, m, s), (batch, s, n)):
+        # numbers that float32 holds exactly, so that both precisions are given the same problem
+        x = (torch.randn(shape, generator=generator) * scale).round(decimals=0).double()
+        hidden = torch.rand(shape, generator=generator) < impossible
+        result.append(x.masked_fill(hidden, -math.inf))
+    if draw(st.booleans()):
+        result[0][0, 0] = -math.inf
+    return result[0], result[1]
+
+
+def assert_close(found: Tensor, expected: Tensor, tolerance: float) -> None:
+    assert torch.equal(found.isinf(), expected.isinf())
+    assert not bool(found.isnan().any())
+    finite = expected.isfinite()
+    error = (found.double() - expected)[finite].abs() / expected[finite].abs().clamp(min=1.0)
+    assert bool((error <= tolerance).all()), f"relative error {float(error.max()):.1g}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@given(matrices())
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_matrix_product(dtype: torch.dtype, ab: tuple[Tensor, Tensor]) -> None:
+    a, b = ab
+    assert_close(log_matmul(a.to(dtype), b.to(dtype)), exact_product(a, b), TOLERANCE[dtype])
+
+
+@given(matrices())
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_derivatives_of_the_matrix_product_are_shares(ab: tuple[Tensor, Tensor]) -> None:
+    """Those of add-and-sum; each finite entry's derivatives sum to one, each -inf entry's to zero."""
+    a, b = (x.requires_grad_() for x in ab)
+    result = log_matmul(a, b)
+    weight = torch.rand(result.shape, generator=torch.Generator().manual_seed(0)).double()
+    finite = result.detach().isfinite()
+    grads = torch.autograd.grad((result.where(finite, 0.0) * weight).sum(), [a, b])
+    terms = a.detach().unsqueeze(-1) + b.detach().unsqueeze(1)  # (batch, m, s, n)
+    share = torch.where(terms == -math.inf, 0.0, (terms - result.detach().unsqueeze(2)).exp())
+    share = share.nan_to_num(0.0) * (weight * finite).unsqueeze(2)
+    torch.testing.assert_close(grads[0], share.sum(-1), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(grads[1], share.sum(1), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(grads[0].sum(), (weight * finite).sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@given(matrices())
+@settings(max_examples=30, deadline=None, derandomize=True)
+def test_sum_of_exponentials(dtype: torch.dtype, ab: tuple[Tensor, Tensor]) -> None:
+    x = ab[0]
+    expected = torch.tensor(
+        [[exact_logsumexp(row) for row in rows] for rows in x.tolist()], dtype=torch.float64
+    )
+    assert_close(logsumexp(x.to(dtype)), expected, TOLERANCE[dtype])
+    total = torch.tensor(
+        [exact_logsumexp(rows.flatten().tolist()) for rows in x], dtype=torch.float64
+    )
+    assert_close(logsumexp(x.to(dtype), 2), total, TOLERANCE[dtype])
+
+
+def test_gradients_by_finite_differences() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (
+        torch.randn(2, 3, 3, generator=generator, dtype=torch.float64).requires_grad_()
+        for _ in range(2)
+    )
+    assert torch.autograd.gradcheck(log_matmul, (a, b))
+    assert torch.autograd.gradcheck(logsumexp, (a,))
+
+
+def test_derivative_of_an_empty_sum_is_zero() -> None:
+    x = torch.full((2, 3), -math.inf, requires_grad=True)
+    (grad,) = torch.autograd.grad(logsumexp(x).nan_to_num(neginf=0.0).sum() + logsumexp(x)[0], x)
+    assert torch.equal(grad, torch.zeros(2, 3))
+
+
+def test_pyro_s_kernel_underflows() -> None:
+    """Two factors with slopes of +-100 nats a particle: 5.30 in truth."""
+    k = torch.arange(200.0, dtype=torch.float64)
+    a, b = (100.0 * k).unsqueeze(0), (-100.0 * k).unsqueeze(-1)
+    theirs = pyro.ops.einsum.torch_log.einsum("ab,bc->ac", a, b)
+    assert theirs.item() == -math.inf
+    assert log_matmul(a[None], b[None]).item() == pytest.approx(math.log(200.0), abs=1e-12)

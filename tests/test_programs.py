@@ -1,0 +1,428 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What Pyro programs are made of: each feature against a program written without it."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import Predictive, config_enumerate
+from pyro.infer.importance import vectorized_importance_weights
+from pyro.infer.reparam import LocScaleReparam
+from pyro.nn import PyroModule, PyroParam, PyroSample
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _PYRO_STACK
+from pyro_mpis import MPImportance, MPISWarning
+from torch import Tensor
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+Y = torch.tensor([0.3, -0.5, 1.2], dtype=torch.float64)
+
+
+def evidence(
+    model: Callable[..., object],
+    guide: Callable[..., object] | None = None,
+    *args: object,
+    num_samples: int = 5,
+    **kwargs: object,
+) -> Tensor:
+    pyro.set_rng_seed(0)
+    return MPImportance(model, guide, num_samples=num_samples).run(*args, **kwargs).evidence()
+
+
+def hierarchy() -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("p", 3):
+        x = pyro.sample("x", dist.Normal(mu, 1.0))
+        pyro.sample("y", dist.Normal(x, 1.0), obs=Y)
+
+
+def test_arguments_go_to_model_and_guide() -> None:
+    def model(y: Tensor, scale: float = 1.0, *, shift: float = 0.0) -> None:
+        mu = pyro.sample("mu", dist.Normal(shift, 1.0))
+        with pyro.plate("p", len(y)):
+            pyro.sample("y", dist.Normal(mu, scale), obs=y)
+
+    def guide(y: Tensor, scale: float = 1.0, *, shift: float = 0.0) -> None:
+        pyro.sample("mu", dist.Normal(shift + y.mean(), scale))
+
+    found = evidence(model, guide, Y, 2.0, shift=1.0, num_samples=4000)
+    cov = torch.eye(3) * 4.0 + 1.0
+    truth = dist.MultivariateNormal(torch.ones(3), cov).log_prob(Y)
+    assert abs(float(found - truth)) < 0.1
+
+
+def test_masks_and_scales_are_those_of_the_log_prob() -> None:
+    """A mask as a handler, as a distribution and in a pyro.factor; a scale and its pyro.factor."""
+    keep = torch.tensor([True, False, True])
+
+    def body(observe: Callable[[Tensor], None]) -> Callable[[], None]:
+        def model() -> None:
+            mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+            with pyro.plate("p", 3):
+                observe(mu)
+
+        return model
+
+    def by_handler(mu: Tensor) -> None:
+        with poutine.mask(mask=keep):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=Y)
+
+    def by_distribution(mu: Tensor) -> None:
+        pyro.sample("y", dist.Normal(mu, 1.0).mask(keep), obs=Y)
+
+    def by_factor(mu: Tensor) -> None:
+        pyro.factor("y", dist.Normal(mu, 1.0).log_prob(Y) * keep)
+
+    results = [evidence(body(f)) for f in (by_handler, by_distribution, by_factor)]
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0])
+
+    def half(mu: Tensor) -> None:
+        with poutine.scale(scale=0.5):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=Y)
+
+    def half_factor(mu: Tensor) -> None:
+        pyro.factor("y", 0.5 * dist.Normal(mu, 1.0).log_prob(Y))
+
+    torch.testing.assert_close(evidence(body(half)), evidence(body(half_factor)))
+
+
+def test_obs_mask_imputes_the_hidden() -> None:
+    """Hidden observations become latents, drawn from the prior: they add nothing to the evidence."""
+    keep = torch.tensor([True, False, True])
+
+    def model() -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("p", 3):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=Y, obs_mask=keep)
+
+    pyro.set_rng_seed(0)
+    posterior = MPImportance(model, num_samples=400).run()
+    truth = dist.MultivariateNormal(torch.zeros(2), torch.eye(2) + 1.0).log_prob(Y[keep])
+    assert abs(float(posterior.evidence() - truth)) < 0.2
+    mean = posterior.moments()
+    assert abs(float(mean["y_unobserved"][1] - mean["mu"])) < 0.2
+    assert abs(float(mean["mu"]) - float(Y[keep].sum()) / 3) < 0.2
+
+
+def test_mask_only_in_the_model_warns() -> None:
+    def model() -> None:
+        with pyro.plate("p", 3), poutine.mask(mask=torch.tensor([True, True, False])):
+            x = pyro.sample("x", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(x, 1.0), obs=Y)
+
+    def guide() -> None:
+        with pyro.plate("p", 3):
+            pyro.sample("x", dist.Normal(0.0, 1.0))
+
+    def masked_guide() -> None:
+        with poutine.mask(mask=torch.tensor([True, True, False])):
+            guide()
+
+    with pytest.warns(MPISWarning, match=r"'x': masked in the model but not in the guide"):
+        evidence(model, guide)
+    torch.testing.assert_close(evidence(model, masked_guide), evidence(model))
+
+
+def test_deterministic_sites_and_reparametrised_ones() -> None:
+    """LocScaleReparam moves the latent to another site; the evidence converges to the same."""
+    model = poutine.reparam(hierarchy, {"x": LocScaleReparam(0.0)})
+    pyro.set_rng_seed(0)
+    posterior = MPImportance(model, num_samples=300).run()
+    truth = dist.MultivariateNormal(torch.zeros(3), 2 * torch.eye(3) + 1.0).log_prob(Y)
+    assert abs(float(posterior.evidence() - truth)) < 0.2
+    assert set(posterior.moments()) == {"mu", "x_decentered"}
+    draws = posterior.sample(50)
+    again = Predictive(model, posterior_samples=draws)()
+    torch.testing.assert_close(again["x"], draws["mu"][:, None] + draws["x_decentered"])
+
+
+def test_deterministic_adds_nothing() -> None:
+    def model() -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.deterministic("twice", 2.0 * mu)
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=Y[0])
+
+    def plain() -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=Y[0])
+
+    torch.testing.assert_close(evidence(model), evidence(plain))
+
+
+def test_modules_with_random_weights_and_params() -> None:
+    class Regression(PyroModule):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = PyroSample(dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+            self.scale = PyroParam(torch.tensor(1.0), constraint=dist.constraints.positive)
+
+        def forward(self, x: Tensor, y: Tensor) -> None:
+            mean = (self.weight * x).sum(-1)
+            with pyro.plate("p", len(y)):
+                pyro.sample("y", dist.Normal(mean, self.scale), obs=y)
+
+    x = torch.tensor([[1.0, 0.5], [1.0, -1.0], [1.0, 2.0]])
+    found = evidence(Regression(), None, x, Y, num_samples=20_000)
+    truth = dist.MultivariateNormal(torch.zeros(3), x @ x.T + torch.eye(3)).log_prob(Y)
+    assert abs(float(found - truth)) < 0.1
+    assert list(pyro.get_param_store().keys()) == []
+
+
+def test_params_in_model_and_guide_are_read_and_kept() -> None:
+    def model() -> None:
+        scale = pyro.param("scale", torch.tensor(2.0), constraint=dist.constraints.positive)
+        mu = pyro.sample("mu", dist.Normal(0.0, scale))
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=Y[0])
+
+    def guide() -> None:
+        loc = pyro.param("loc", torch.tensor(0.0))
+        pyro.sample("mu", dist.Normal(loc, 2.0))
+
+    store = pyro.get_param_store()
+    store.clear()
+    fresh = evidence(model, guide)
+    assert list(store.keys()) == []
+    pyro.param("loc", torch.tensor(0.3))
+    leaf = store["loc"].unconstrained()
+    assert float(evidence(model, guide)) != float(fresh)
+    assert list(store.keys()) == ["loc"]
+    assert store["loc"].unconstrained() is leaf
+    assert leaf.grad is None
+    store.clear()
+
+
+def test_event_dims_differ_between_guide_and_model() -> None:
+    """A guide may draw as one vector what the model has in a plate, and the reverse."""
+
+    def joint_guide() -> None:
+        pyro.sample("x", dist.Normal(torch.zeros(3), 1.5).to_event(1))
+
+    def joint_model() -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        x = pyro.sample("x", dist.Normal(mu.unsqueeze(-1), torch.ones(3)).to_event(1))
+        pyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=Y)
+
+    def plated_guide() -> None:
+        with pyro.plate("p", 3):
+            pyro.sample("x", dist.Normal(0.0, 1.5))
+
+    truth = dist.MultivariateNormal(torch.zeros(3), 2 * torch.eye(3) + 1.0).log_prob(Y)
+    for model, guide in ((hierarchy, joint_guide), (joint_model, plated_guide)):
+        pyro.set_rng_seed(0)
+        posterior = MPImportance(model, guide, num_samples=3000).run()
+        assert abs(float(posterior.evidence() - truth)) < 0.2
+        assert posterior.moments()["x"].shape == (3,)
+        assert posterior.sample(4)["x"].shape == (4, 3)
+
+
+def test_single_precision_stays_single() -> None:
+    torch.set_default_dtype(torch.float32)
+    y = Y.float()
+
+    def model() -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("p", 3):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    posterior = MPImportance(model, num_samples=5).run()
+    assert posterior.evidence().dtype == torch.float32
+    assert posterior.moments()["mu"].dtype == torch.float32
+    assert posterior.sample(2)["mu"].dtype == torch.float32
+    assert posterior.marginals("mu").log_weights.dtype == torch.float32
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda() -> None:
+    y = Y.cuda()
+
+    def model() -> None:
+        zero = y.new_zeros(())
+        mu = pyro.sample("mu", dist.Normal(zero, 1.0))
+        with pyro.plate("p", 3):
+            x = pyro.sample("x", dist.Normal(mu, 1.0))
+            pyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+    posterior = MPImportance(model, num_samples=300).run()
+    truth = dist.MultivariateNormal(torch.zeros(3), 2 * torch.eye(3) + 1.0).log_prob(Y)
+    assert posterior.evidence().device.type == "cuda"
+    assert abs(float(posterior.evidence()) - float(truth)) < 0.2
+    assert posterior.sample(3)["x"].shape == (3, 3)
+    assert posterior.marginals("mu", "x").ess.device.type == "cuda"
+    assert str(posterior.summary())
+
+
+def no_latents() -> None:
+    with pyro.plate("p", 3):
+        pyro.sample("y", dist.Normal(0.0, 1.0), obs=Y)
+
+
+def test_model_without_latents() -> None:
+    posterior = MPImportance(no_latents, num_samples=3).run()
+    torch.testing.assert_close(posterior.evidence(), dist.Normal(0.0, 1.0).log_prob(Y).sum())
+    assert posterior.moments() == {}
+    assert posterior.sample(3) == {}
+    assert "log evidence" in str(posterior.summary())
+
+
+def test_model_without_observations() -> None:
+    def model() -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(mu, 1.0))
+
+    posterior = MPImportance(model, num_samples=4).run()
+    torch.testing.assert_close(posterior.evidence(), torch.tensor(0.0), atol=1e-12, rtol=0)
+
+
+def test_model_with_a_delta_latent() -> None:
+    """A Delta in the model follows the particles that it was computed from."""
+
+    def model() -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        twice = pyro.sample("twice", dist.Delta(2.0 * mu))
+        pyro.sample("y", dist.Normal(twice, 1.0), obs=Y[0])
+
+    pyro.set_rng_seed(0)
+    posterior = MPImportance(model, num_samples=6).run()
+    mean = posterior.moments()
+    torch.testing.assert_close(mean["twice"], 2.0 * mean["mu"])
+    draws = posterior.sample(10)
+    torch.testing.assert_close(draws["twice"], 2.0 * draws["mu"])
+
+
+def test_many_sites_share_dims() -> None:
+    """A long chain needs a handful of dims, with or without pyro.markov; the closed form is known."""
+    steps = 70
+    y = torch.linspace(-1.0, 1.0, steps)
+
+    def chain(markov: bool) -> None:
+        x = torch.tensor(0.0)
+        for t in pyro.markov(range(steps)) if markov else range(steps):
+            x = pyro.sample(f"x_{t}", dist.Normal(0.9 * x, 0.5))
+            pyro.sample(f"y_{t}", dist.Normal(x, 0.5), obs=y[t])
+
+    lag = torch.arange(steps)
+    half = torch.tensor([[0.9 ** float(i - j) if j <= i else 0.0 for j in lag] for i in lag])
+    cov = 0.25 * half @ half.T + 0.25 * torch.eye(steps)
+    truth = float(dist.MultivariateNormal(torch.zeros(steps), cov).log_prob(y))
+    for markov in (False, True):
+        pyro.set_rng_seed(0)
+        posterior = MPImportance(chain, num_samples=100).run(markov)
+        assert abs(float(posterior.evidence()) - truth) < 1.0
+        assert len(posterior.sample(5)) == steps
+        assert len(posterior.moments()) == steps
+
+
+def test_many_samples_of_a_single_site() -> None:
+    """Nothing is of size K squared for a site without parents."""
+
+    def model() -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=Y[0])
+
+    posterior = MPImportance(model, num_samples=200_000).run()
+    truth = dist.Normal(0.0, math.sqrt(2.0)).log_prob(Y[0])
+    assert abs(float(posterior.evidence() - truth)) < 0.02
+
+
+@pytest.mark.parametrize("groups", [[], [("mu", "x")]])
+def test_agrees_with_vectorised_importance(groups: list[tuple[str, ...]]) -> None:
+    """K = 1, and one group of everything, are ordinary importance sampling on the same draws."""
+    num_samples = 6 if groups else 1
+
+    def guide() -> None:
+        mu = pyro.sample("mu", dist.Normal(0.2, 1.3))
+        with pyro.plate("p", 3):
+            pyro.sample("x", dist.Normal(0.5 * mu, 1.2))
+
+    pyro.set_rng_seed(0)
+    posterior = MPImportance(hierarchy, guide, num_samples=num_samples, groups=groups).run()
+    if groups:  # the plate is drawn as one with mu
+        assert posterior.marginals("mu", "x").samples.shape == (3, num_samples, 2)
+    particles = {name: m.samples for name, m in posterior.marginals().items()}
+    mu, x = particles["mu"], particles["x"].movedim(-1, 0)
+    values = {"mu": mu.reshape(-1, 1), "x": x}
+
+    class Given(Messenger):
+        def _pyro_sample(self, msg: Any) -> None:
+            if msg["name"] in values:
+                msg["value"], msg["done"] = values[msg["name"]], True
+
+    with Given():
+        log_weights, _, _ = vectorized_importance_weights(
+            hierarchy, guide, num_samples=num_samples, max_plate_nesting=1, normalized=False
+        )
+    expected = log_weights.logsumexp(0) - math.log(num_samples)
+    torch.testing.assert_close(posterior.evidence(), expected.reshape(()))
+    torch.testing.assert_close(
+        posterior.marginals("mu").log_weights, log_weights.log_softmax(0).reshape(-1)
+    )
+
+
+def test_sites_configured_for_tensor_monte_carlo_are_sampled() -> None:
+    """config_enumerate(num_samples=K) marks sites for TraceTMC_ELBO: those are particles here."""
+
+    def guide() -> None:
+        pyro.sample("mu", dist.Normal(0.0, 1.0))
+
+    marked = config_enumerate(guide, "parallel", num_samples=7)
+
+    def model() -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=Y[0])
+
+    torch.testing.assert_close(evidence(model, marked), evidence(model, guide))
+
+
+def test_predictive_takes_the_samples() -> None:
+    pyro.set_rng_seed(0)
+    posterior = MPImportance(hierarchy, num_samples=8).run()
+
+    def prediction() -> Tensor:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("p", 3):
+            x = pyro.sample("x", dist.Normal(mu, 1.0))
+            return pyro.sample("new", dist.Normal(x, 1.0))
+
+    draws = posterior.sample(100)
+    for parallel in (False, True):
+        result = Predictive(prediction, posterior_samples=draws, parallel=parallel)()
+        assert result["new"].shape == (100, 3)
+
+
+def test_same_seed_same_result() -> None:
+    results = []
+    for _ in range(2):
+        pyro.set_rng_seed(3)
+        posterior = MPImportance(hierarchy, num_samples=4).run()
+        results.append((posterior.evidence(), posterior.sample(5)["x"]))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+def test_validation_off_gives_the_same() -> None:
+    on = evidence(hierarchy)
+    with pyro.validation_enabled(False):
+        torch.testing.assert_close(evidence(hierarchy), on)
+    assert _PYRO_STACK == []
+
+
+def test_nothing_requires_grad_outside_of_training() -> None:
+    scale = torch.tensor(1.0, requires_grad=True)
+
+    def model() -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, scale))
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=Y[0])
+
+    posterior = MPImportance(model, num_samples=4).run()
+    assert not posterior.evidence().requires_grad
+    assert not posterior.moments()["mu"].requires_grad
+    assert not posterior.marginals("mu").mean.requires_grad
+    assert not posterior.sample(2)["mu"].requires_grad
+    assert scale.grad is None
