@@ -66,7 +66,12 @@ class Index:
     sites: tuple[str, ...]  # random sites that share it
     plates: frozenset[str]  # symbols of the plates it sits in
     dim: int  # batch dim in a replay
-    enumerated: bool = False
+    support: int | None = None  # number of values, if summed over its whole support
+
+    @property
+    def enumerated(self) -> bool:
+        """Whether the index runs over the support of a site, not over particles."""
+        return self.support is not None
 
 
 @dataclass(frozen=True)
@@ -167,7 +172,9 @@ def analyse(
                 sites=names,
                 plates=frozenset.intersection(*inside),
                 dim=0,
-                enumerated=origins.get(names[0]) == "enumerated",
+                support=_support_size(model_sites[names[0]])
+                if origins.get(names[0]) == "enumerated"
+                else None,
             )
         )
     structure = Structure(
@@ -225,6 +232,11 @@ def _origins(
         else:
             origins[name] = "model_delta" if is_delta(site["fn"]) else "prior"
     return origins
+
+
+def _support_size(site: SampleMessage) -> int:
+    with torch._C.DisableTorchFunctionSubclass():
+        return len(site["fn"].enumerate_support(expand=False))
 
 
 def _clusters(
@@ -319,7 +331,7 @@ def _with_dims(structure: Structure) -> Structure:
             sites=index.sites,
             plates=index.plates,
             dim=structure.shared_dim - colour[index.symbol],
-            enumerated=index.enumerated,
+            support=index.support,
         )
         for index in structure.indices
     )

@@ -106,22 +106,11 @@ class FactorGraph:
         middle = left + self.max_plate_nesting
         order = [middle + self.plate_dims[symbol] for symbol in plates]
         rest = [d for d in range(left, middle) if d not in order]
-        tensor = tensor.permute(
-            (
-                *range(left),
-                *order,
-                *rest,
-                *range(middle, tensor.dim()),
-            )
-        )
+        tensor = tensor.permute((*range(left), *order, *rest, *range(middle, tensor.dim())))
         tail = tensor.shape[tensor.dim() - right :]
         tensor = tensor.reshape(tensor.shape[: left + len(plates)] + tail)
         return tensor.expand(
-            (
-                *tensor.shape[:left],
-                *(self.sizes[symbol] for symbol in plates),
-                *tail,
-            )
+            (*tensor.shape[:left], *(self.sizes[symbol] for symbol in plates), *tail)
         )
 
     def to_batch(
@@ -135,25 +124,13 @@ class FactorGraph:
         """
         order = sorted(range(len(plates)), key=lambda position: self.plate_dims[plates[position]])
         right = range(left + len(plates), tensor.dim())
-        tensor = tensor.permute(
-            (
-                *range(left),
-                *(left + position for position in order),
-                *right,
-            )
-        )
+        tensor = tensor.permute((*range(left), *(left + position for position in order), *right))
         present = {self.plate_dims[symbol] for symbol in plates}
         for dim in range(-len(batch_shape), 0):
             if dim not in present:
                 tensor = tensor.unsqueeze(left + len(batch_shape) + dim)
         tail = tensor.shape[left + len(batch_shape) :]
-        return tensor.expand(
-            (
-                *tensor.shape[:left],
-                *batch_shape,
-                *tail,
-            )
-        )
+        return tensor.expand((*tensor.shape[:left], *batch_shape, *tail))
 
 
 def build_graph(
@@ -182,12 +159,7 @@ def build_graph(
     )
     _check_same_sites(structure.model, model_sites)
 
-    sizes = {index.symbol: particles.num_samples for index in structure.indices}
-    for index in structure.indices:
-        if index.enumerated:
-            value = model_sites[index.sites[0]]["value"]
-            event_dim = structure.model[index.sites[0]].event_dim
-            sizes[index.symbol] = value.shape[index.dim - event_dim]
+    sizes = {i.symbol: i.support or particles.num_samples for i in structure.indices}
     packer = _Packer(structure, sizes)
 
     factors = _proposal_factors(structure, particles, packer)
@@ -398,13 +370,7 @@ def _site_value(
             f"site '{name}': its value has more particles' dims than the sites it was computed "
             "from. Compute it from the values of sites only, without writing in place."
         )
-    value = value.permute(
-        (
-            *wanted,
-            *rest,
-            *range(left, value.dim()),
-        )
-    )
+    value = value.permute((*wanted, *rest, *range(left, value.dim())))
     value = value.reshape(value.shape[: len(wanted)] + value.shape[left:])
     value = value.expand(tuple(sizes[s] for s in indices) + value.shape[len(indices) :])
     return SiteValue(value, indices, own.event_dim, own.batch_shape, own.plates)
@@ -472,12 +438,7 @@ class _Packer:
         _check_finite(name, tensor)
         tensor = tensor.reshape([size for size in tensor.shape if size != 1])
         for symbol in sorted(plates - set(dims)):  # a plate that the log_prob did not expand to
-            tensor = tensor.unsqueeze(-1).expand(
-                (
-                    *tensor.shape,
-                    self.size(symbol),
-                )
-            )
+            tensor = tensor.unsqueeze(-1).expand((*tensor.shape, self.size(symbol)))
             dims += symbol
         return [LogFactor(name, tensor, dims, plates)]
 

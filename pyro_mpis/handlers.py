@@ -195,8 +195,8 @@ def _explained(program: str, handler: _Substitute, size: int) -> Iterator[None]:
         raise ValueError(
             f"the {program} runs on single values, but not on {size} particles at once ({where}): "
             f"{type(error).__name__}: {first_line(error)}. Particles are in batch dims left of the "
-            "plates: index from the right (x[..., 0], not x[0]), keep batch dims when reshaping, do "
-            "not call .item() on a latent's value and do not branch on it (torch.where does)."
+            "plates: index from the right (x[..., 0], not x[0]), keep batch dims when reshaping, "
+            "do not call .item() on a latent's value, and do not branch on it (torch.where does)."
         ) from error
 
 

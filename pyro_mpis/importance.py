@@ -19,6 +19,7 @@ from pyro_mpis.factors import FactorGraph, build_graph
 from pyro_mpis.handlers import first_line, quoted, run_plainly, sample_sites
 from pyro_mpis.indexing import resolve_indexing
 from pyro_mpis.marginals import Marginal
+from pyro_mpis.memory import check_memory
 from pyro_mpis.proposals import draw_particles
 from pyro_mpis.sampling import sample_sites as draw_samples
 from pyro_mpis.source_terms import joint_weights
@@ -94,6 +95,7 @@ class MPImportance:
         :return: this object.
         :raises ValueError: if model, guide or data do not fit; the message names the site.
         :raises NotImplementedError: if the sum over all combinations is intractable.
+        :raises MemoryError: if a factor would not fit into free memory.
         """
         guide = self.guide if self.guide is not None else _no_guide
         arguments = (args, kwargs)
@@ -107,6 +109,7 @@ class MPImportance:
                 groups=self.groups,
                 max_plate_nesting=self.max_plate_nesting,
             )
+            check_memory(structure, self.num_samples, _device(model_trace))
             particles = draw_particles(structure, self.model, guide, arguments, self.num_samples)
             graph = build_graph(structure, particles, self.model, guide, arguments)
             graph = resolve_indexing(
@@ -259,6 +262,12 @@ def _run_plainly(model: Program, guide: Program, arguments: Arguments) -> tuple[
                 "number them, as in pyro.sample(f'x_{i}', ...)."
             ) from error
         raise
+
+
+def _device(trace: Trace) -> torch.device:
+    """Return the device that a program computes on."""
+    devices = [site["value"].device for site in sample_sites(trace).values()]
+    return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
 
 
 def _split_moment(

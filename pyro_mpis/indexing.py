@@ -27,11 +27,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pyro_mpis._typing import Arguments, Ordinal, Program
+from pyro_mpis._typing import Arguments, Ordinal, Program, SampleMessage
 from pyro_mpis.contraction import packed, regroup
 from pyro_mpis.dependencies import Structure
 from pyro_mpis.factors import ElementMap, FactorGraph, LogFactor
-from pyro_mpis.handlers import is_delta, replay
+from pyro_mpis.handlers import is_delta, place, replay
 from pyro_mpis.proposals import Particles, model_value
 
 NONE, SEVERAL = -1, -2  # in place of an element
@@ -111,63 +111,80 @@ def _probe(
     arguments: Arguments,
 ) -> dict[str, _Reads]:
     """Run guide and model with nan in place of elements, by the bits of their numbers."""
-    ordinals = sorted({p for p in graph.index_plates.values() if p}, key=sorted)
     slots: dict[Ordinal, tuple[int, int]] = {}
     total = 0
-    for plates in ordinals:
+    for plates in sorted({p for p in graph.index_plates.values() if p}, key=sorted):
         bits = max(1, math.ceil(math.log2(math.prod(graph.sizes[s] for s in plates))))
         slots[plates] = (total, bits)
         total += 2 * bits
-    nan_at = {
+    patterns = {
         plates: _nan_pattern(graph, plates, start, bits, total)
         for plates, (start, bits) in slots.items()
     }
-    index_of = structure.index_of
+    slot_dim = min(index.dim for index in structure.indices) - 1
+    values = _probing_values(structure, particles, patterns, slot_dim)
+    enumerated = {index.sites[0]: index.dim for index in structure.indices if index.enumerated}
 
-    def probing(name: str) -> Tensor:
-        drawn = particles.draws[name]
-        value = drawn.value[:1].expand(
-            (
-                total,
-                *drawn.value.shape[1:],
-            )
+    def run(name: str, program: Program, values: Mapping[str, Tensor]) -> dict[str, SampleMessage]:
+        return replay(
+            name, program, arguments, values=values, enumerated=enumerated, num_samples=total
         )
-        plates = index_of[name].plates if name in index_of else frozenset()
-        if not plates or not value.is_floating_point():
-            return value
-        mask = nan_at[plates].reshape(nan_at[plates].shape + (1,) * drawn.fn.event_dim)
-        return value.masked_fill(mask, torch.nan)
 
-    drawn_sites = [name for name, drawn in particles.draws.items() if not is_delta(drawn.fn)]
-    guide_values = {name: probing(name) for name in drawn_sites if name in structure.guide}
-    carried = any(origin == "guide_delta" for origin in structure.origins.values())
-    guide_sites = {}
-    if carried:
-        guide_sites = replay(
-            "guide", guide, arguments, values=guide_values, enumerated={}, num_samples=total
-        )
-    values = {}
+    model_values = {}
+    if "guide_delta" in structure.origins.values():
+        guide_sites = run("guide", guide, {n: v for n, v in values.items() if n in structure.guide})
+        for name, origin in structure.origins.items():
+            if origin == "guide_delta":
+                model_values[name] = guide_sites[name]["value"]
     for name, origin in structure.origins.items():
-        if origin == "guide_delta":
-            values[name] = guide_sites[name]["value"]
-        elif origin == "enumerated":
-            values[name] = graph.values[name].tensor[:1]
-        elif origin != "model_delta":
-            values[name] = model_value(structure, name, probing(name))
-    sites = replay("model", model, arguments, values=values, enumerated={}, num_samples=total)
-    result = {}
-    for name, site in sites.items():
+        if origin in ("guide", "prior"):
+            model_values[name] = values[name]
+    reads = {}
+    for name, site in run("model", model, model_values).items():
         if site["mask"] is False or site["infer"].get("_deterministic"):
             continue
-        plates = structure.model[name].plates
-        inner = "".join(sorted(plates))
         log_prob = site["fn"].log_prob(site["value"])
         if isinstance(site["mask"], Tensor):
             log_prob = log_prob.where(site["mask"], 0.0)
-        is_nan = _to_plates(graph, log_prob.isnan(), inner, total)
+        inner = "".join(sorted(structure.model[name].plates))
+        is_nan = _by_slot(graph, log_prob.isnan(), inner, slot_dim, total)
         elements = {p: _decode(is_nan, start, bits) for p, (start, bits) in slots.items()}
-        result[name] = _Reads(inner, elements)
-    return result
+        reads[name] = _Reads(inner, elements)
+    return reads
+
+
+def _probing_values(
+    structure: Structure,
+    particles: Particles,
+    patterns: Mapping[Ordinal, Tensor],
+    slot_dim: int,
+) -> dict[str, Tensor]:
+    """
+    Return one particle of each random site, with nan in place of elements, in the slots' dim.
+
+    Discrete sites cannot be nan, and another site may be read by their value: they have all their
+    particles, in the dim of their index.
+    """
+    index_of = structure.index_of
+    shared_dim = structure.shared_dim
+    values = {}
+    for name, drawn in particles.draws.items():
+        index = index_of.get(name)
+        if is_delta(drawn.fn) or (index is not None and index.enumerated):
+            continue
+        value = drawn.value
+        if index is not None and not value.is_floating_point():
+            dim = index.dim
+        else:
+            value, dim = value[:1], slot_dim
+            if index is not None and index.plates:
+                pattern = patterns[index.plates]
+                pattern = pattern.reshape(pattern.shape + (1,) * drawn.fn.event_dim)
+                value = torch.where(pattern, torch.nan, value)
+        if name in structure.model:
+            value = model_value(structure, name, value)
+        values[name] = place(value, dim, shared_dim=shared_dim)
+    return values
 
 
 def _flat_elements(graph: FactorGraph, plates: Ordinal) -> Tensor:
@@ -194,17 +211,13 @@ def _nan_pattern(graph: FactorGraph, plates: Ordinal, start: int, bits: int, tot
     return pattern
 
 
-def _to_plates(graph: FactorGraph, tensor: Tensor, inner: str, total: int) -> Tensor:
-    """Bring the result of a probe to (total, *inner)."""
-    num_dims = 1 + graph.max_plate_nesting
-    tensor = tensor.reshape((1,) * (num_dims - tensor.dim()) + tensor.shape)
-    tensor = graph.to_plates(tensor.reshape(tensor.shape[-num_dims:]), inner, left=1)
-    return tensor.expand(
-        (
-            total,
-            *tensor.shape[1:],
-        )
-    )
+def _by_slot(graph: FactorGraph, tensor: Tensor, inner: str, slot_dim: int, total: int) -> Tensor:
+    """Bring a probe's result to (total, *inner): true where it is, whatever discrete sites are."""
+    tensor = tensor.reshape((1,) * (-slot_dim - tensor.dim()) + tensor.shape)
+    plates = tensor.shape[tensor.dim() - graph.max_plate_nesting :]
+    tensor = tensor.reshape((tensor.shape[0], -1, *plates)).any(1)
+    tensor = graph.to_plates(tensor, inner, left=1)
+    return tensor.expand((total, *tensor.shape[1:]))
 
 
 def _decode(is_nan: Tensor, start: int, bits: int) -> Tensor:
@@ -317,10 +330,7 @@ def _known_elements(
                 varies = tensor != first.unsqueeze(factor.dims.index(symbol))
                 others = [d for d, s in enumerate(factor.dims) if s not in reads.inner]
                 varies = varies.permute(
-                    (
-                        *others,
-                        *(factor.dims.index(s) for s in reads.inner),
-                    )
+                    (*others, *(factor.dims.index(s) for s in reads.inner))
                 ).reshape(-1, *elements.shape)
                 if bool((varies.any(0) & none).any()):
                     raise _unknown(graph, factor)

@@ -110,12 +110,7 @@ class Marginal(Empirical):
         cumulative = weights.cumsum(dim).movedim(dim, -1)  # (*batch, *event, K)
         values = values.movedim(dim, -1).contiguous()
         wanted = probs.reshape(-1) * (1 - 1e-12)  # the weights' sum is one up to rounding
-        wanted = wanted.expand(
-            (
-                *cumulative.shape[:-1],
-                -1,
-            )
-        ).contiguous()
+        wanted = wanted.expand((*cumulative.shape[:-1], -1)).contiguous()
         position = torch.searchsorted(cumulative.contiguous(), wanted)
         position = position.clamp(max=values.shape[-1] - 1)
         result = values.gather(-1, position).movedim(-1, 0)

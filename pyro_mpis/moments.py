@@ -164,20 +164,10 @@ def _aligned(
         )
         shape = list(value.shape[1:])
         shape[: len(plates)] = [graph.sizes[symbol] for symbol in plates]
-        value = value.expand(
-            (
-                value.shape[0],
-                *shape,
-            )
-        )
+        value = value.expand((value.shape[0], *shape))
         order = sorted(range(len(lead)), key=lambda d: joint.index(site.indices[d]))
         value = value.reshape((*lead, *shape))
-        value = value.permute(
-            (
-                *order,
-                *range(len(lead), value.dim()),
-            )
-        )
+        value = value.permute((*order, *range(len(lead), value.dim())))
         for position, symbol in enumerate(joint):
             if symbol not in site.indices:
                 value = value.unsqueeze(position)
@@ -187,12 +177,7 @@ def _aligned(
     around = frozenset[str]().union(*(graph.closed(graph.index_plates[s]) for s in joint))
     flat = weight.reshape(lead.numel(), *weight.shape[len(joint) :])
     flat = at_plates(graph, flat, graph.tensor_plates(around), plates)
-    flat = flat.expand(
-        (
-            flat.shape[0],
-            *(graph.sizes[symbol] for symbol in plates),
-        )
-    )
+    flat = flat.expand((flat.shape[0], *(graph.sizes[symbol] for symbol in plates)))
     return values, flat.reshape((*lead, *flat.shape[1:])), plates
 
 

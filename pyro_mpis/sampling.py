@@ -65,12 +65,7 @@ def _select(graph: FactorGraph, site: SiteValue, drawn: Drawn, num_draws: int) -
         value = value[tuple(selection)]
     else:
         value = value.unsqueeze(0)
-    value = value.expand(
-        (
-            num_draws,
-            *value.shape[1:],
-        )
-    )
+    value = value.expand((num_draws, *value.shape[1:]))
     return graph.to_batch(value, plates, site.batch_shape, left=1)
 
 
@@ -89,13 +84,7 @@ def at_plates(graph: FactorGraph, tensor: Tensor, own: str, plates: str) -> Tens
     while not set(own) <= set(plates):
         tensor, own = _step_inwards(graph, tensor, own, plates)
     order = [1 + own.index(symbol) for symbol in plates if symbol in own]
-    tensor = tensor.permute(
-        (
-            0,
-            *order,
-            *range(1 + len(own), tensor.dim()),
-        )
-    )
+    tensor = tensor.permute((0, *order, *range(1 + len(own), tensor.dim())))
     for position, symbol in enumerate(plates):
         if symbol not in own:
             tensor = tensor.unsqueeze(1 + position)
@@ -141,13 +130,7 @@ def _draw_step(
         total = logits if total is None else total + logits
     assert total is not None
     plate_sizes = [graph.sizes[symbol] for symbol in plates]
-    total = total.expand(
-        (
-            num_draws,
-            *plate_sizes,
-            *sizes,
-        )
-    ).flatten(1 + len(plates))
+    total = total.expand((num_draws, *plate_sizes, *sizes)).flatten(1 + len(plates))
     choice = _categorical(total)
     result = {}
     for symbol, size in zip(reversed(step.dims), reversed(sizes), strict=True):
@@ -159,12 +142,7 @@ def _draw_step(
 def _to_own(graph: FactorGraph, symbol: str, index: Tensor, plates: str) -> Tensor:
     own = graph.tensor_plates(graph.closed(graph.index_plates[symbol]))
     assert sorted(own) == sorted(plates), "an index is summed where its plates are"
-    return index.permute(
-        (
-            0,
-            *(1 + plates.index(symbol) for symbol in own),
-        )
-    )
+    return index.permute((0, *(1 + plates.index(symbol) for symbol in own)))
 
 
 def _at_drawn(

@@ -9,8 +9,9 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.poutine.runtime import _PYRO_STACK
-from pyro_mpis import MPImportance, MPISWarning
 from torch import Tensor
+
+from pyro_mpis import MPImportance, MPISWarning
 
 Program = Callable[..., object]
 
@@ -379,6 +380,19 @@ def test_too_many_dims() -> None:
         pyro.sample("y", dist.Normal(total, 1.0), obs=torch.tensor(0.0))
 
     fails(NotImplementedError, r"site 'y': it reads 70 latent sites.*groups", model)
+
+
+def test_too_much_memory() -> None:
+    """Refused from the sizes alone: nothing large is allocated."""
+
+    def model() -> None:
+        total = torch.tensor(0.0)
+        for name in "abcdefgh":
+            total = total + pyro.sample(name, dist.Normal(0.0, 1.0))
+        with pyro.plate("p", 2):
+            pyro.sample("y", dist.Normal(total, 1.0), obs=torch.zeros(2))
+
+    fails(MemoryError, r"site 'y': its log_prob has 2e\+16 elements \(a: 100.*groups", model, K=100)
 
 
 def test_max_plate_nesting_too_small() -> None:

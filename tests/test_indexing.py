@@ -9,9 +9,11 @@ import pyro.distributions as dist
 import pytest
 import torch
 from oracles import Problem, brute_force
+from pyro.infer.autoguide import AutoNormal
 from pyro.ops.indexing import Vindex
-from pyro_mpis import MPImportance
 from torch import Tensor
+
+from pyro_mpis import MPImportance
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -304,3 +306,51 @@ def test_brute_force_agrees() -> None:
     particles = {name: m.samples for name, m in posterior.marginals().items()}
     exact = brute_force(Problem(radon, None, particles))
     torch.testing.assert_close(posterior.evidence(), exact.log_evidence)
+
+
+def gaussian_mixture(joint: bool) -> None:
+    """Components read by a latent index; their vector has one particle index, or one each."""
+    if joint:
+        loc = pyro.sample("loc", dist.Normal(torch.zeros(2), 2.0).to_event(1))
+    else:
+        with pyro.plate("component", 2):
+            loc = pyro.sample("loc", dist.Normal(0.0, 2.0)).unsqueeze(-2)
+    with pyro.plate("house", 7):
+        kind = pyro.sample("kind", dist.Categorical(torch.ones(2)), infer=GMM_INFER)
+        pyro.sample("y", dist.Normal(Vindex(loc)[..., kind], 1.0), obs=Y)
+
+
+GMM_INFER: dict[str, str] = {}
+
+
+@pytest.mark.parametrize("enumerate_", [False, True])
+def test_elements_read_by_a_latent_index(enumerate_: bool) -> None:
+    """Which component is read depends on a latent: all are, so the plate is refused."""
+    GMM_INFER.clear()
+    if enumerate_:
+        GMM_INFER["enumerate"] = "parallel"
+    pyro.set_rng_seed(0)
+    with pytest.raises(NotImplementedError, match=r"site 'y'.*several elements.*'component'"):
+        MPImportance(gaussian_mixture, num_samples=10).run(False)
+    posterior = MPImportance(gaussian_mixture, num_samples=1000 if enumerate_ else 30).run(True)
+    if enumerate_:
+        nodes = torch.linspace(-12.0, 12.0, 801)
+        log_prior = dist.Normal(0.0, 2.0).log_prob(nodes) + math.log(24.0 / 800)
+        log_lik = dist.Normal(nodes[:, None], 1.0).log_prob(Y)  # (node, house)
+        pair = torch.logaddexp(log_lik[:, None], log_lik[None]) - math.log(2.0)
+        total = (pair.sum(-1) + log_prior[:, None] + log_prior).flatten().logsumexp(0)
+        assert abs(float(posterior.evidence() - total)) < 0.2
+    assert posterior.sample(3)["kind"].shape == (3, 7)
+
+
+def test_autoguide_of_a_model_read_by_index() -> None:
+    """The values of a Delta site are read by index too."""
+    pyro.set_rng_seed(0)
+    guide = AutoNormal(radon, init_scale=1.0)
+    estimates = torch.stack(
+        [MPImportance(radon, guide, num_samples=100).run().evidence() for _ in range(8)]
+    )
+    ratio = (estimates - radon_truth()).exp()
+    error = float(ratio.std() / math.sqrt(len(ratio)))
+    assert abs(float(ratio.mean()) - 1.0) < 6 * error
+    assert error < 0.1
