@@ -34,9 +34,10 @@ def check_memory(structure: Structure, num_samples: int, device: torch.device) -
     plates = [structure.plates[symbol] for symbol in sorted(largest.plates)]
     sizes += [f"plate {plate.name}: {plate.size}" for plate in plates]
     raise MemoryError(
-        f"site '{largest.name}': its log_prob has {elements:.3g} elements "
-        f"({', '.join(sizes)}), which takes about {needed / 2**30:.1f} GiB, and "
-        f"{free / 2**30:.1f} GiB are free. Draw fewer particles, or let some of these latents share one particle index: groups=[(...), ...]."
+        f"site '{largest.name}': its log_prob has {elements:.3g} elements ({', '.join(sizes)}), "
+        f"which takes about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free. Draw "
+        "fewer particles, or let some of these latents share one particle index: "
+        "groups=[(...), ...]."
     )
 
 
