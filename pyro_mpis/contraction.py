@@ -19,7 +19,7 @@ adds up, for each element of the outer plates, the elements that read it.
 [1] Bowyer, Heap and Aitchison (2024), UAI, PMLR 244:394-417.
 """
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -32,6 +32,9 @@ from torch import Tensor
 from pyro_mpis._typing import Ordinal
 from pyro_mpis.factors import ElementMap, FactorGraph, LogFactor
 from pyro_mpis.logspace import log_matmul, logsumexp
+
+
+MANY_TERMS = 64
 
 
 @dataclass(frozen=True)
@@ -67,22 +70,36 @@ class LogSpaceRing(Ring):
         if not terms:
             return packed(torch.zeros((), dtype=self._graph.dtype, device=self._graph.device), "")
         pending = list(terms)
-        for positions in self._path(pending, set(dims)):
+        summed = set(dims)
+        uses = Counter(symbol for term in pending for symbol in dims_of(term))
+        for positions in self._path(pending, summed):
             operands = [pending.pop(position) for position in sorted(positions, reverse=True)]
-            kept = set("".join(dims_of(term) for term in pending))
+            for term in operands:
+                uses.subtract(dims_of(term))
             inside = set("".join(dims_of(term) for term in operands))
-            summed = "".join(sorted((inside & set(dims)) - kept))
-            pending.append(self._eliminate(operands, summed))
+            done = "".join(sorted(s for s in inside & summed if uses[s] == 0))
+            result = self._eliminate(operands, done)
+            uses.update(dims_of(result))
+            pending.append(result)
         (result,) = pending
         return result
 
     def _path(self, terms: Sequence[Tensor], dims: set[str]) -> list[tuple[int, ...]]:
+        """
+        Find an order of pairwise steps.
+
+        A dim of very many terms, such as a global's in a long chain, is summed last whatever the
+        order, but would make each of its terms a neighbour of all others: it is left out of the
+        search.
+        """
         if len(terms) <= 2:
             return [tuple(range(len(terms)))]
-        inputs = [dims_of(term) for term in terms]
+        uses = Counter(symbol for term in terms for symbol in dims_of(term))
+        everywhere = {symbol for symbol, count in uses.items() if count > MANY_TERMS}
+        inputs = ["".join(s for s in dims_of(term) if s not in everywhere) for term in terms]
         output = "".join(sorted(set("".join(inputs)) - dims))
         equation = ",".join(inputs) + "->" + output
-        shapes = [tuple(term.shape) for term in terms]
+        shapes = [tuple(self._dim_to_size[symbol] for symbol in own) for own in inputs]
         path, _ = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize="auto")
         return [tuple(step) for step in path]
 

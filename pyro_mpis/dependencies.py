@@ -17,7 +17,8 @@ together may share a batch dim (greedy colouring); torch has 64 dims in all.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal, cast
 
 import torch
@@ -91,10 +92,20 @@ class Structure:
         """The batch dim in which particles are drawn."""
         return -1 - self.max_plate_nesting
 
-    @property
+    @cached_property
     def index_of(self) -> dict[str, Index]:
         """The index of each random site that has one."""
         return {site: index for index in self.indices for site in index.sites}
+
+    @cached_property
+    def by_symbol(self) -> dict[str, Index]:
+        """The indices by their symbols."""
+        return {index.symbol: index for index in self.indices}
+
+    @cached_property
+    def unique_dims(self) -> bool:
+        """Whether every index has a dim of its own, so that shapes tell what a tensor reads."""
+        return len({index.dim for index in self.indices}) == len(self.indices)
 
     def reads(self, site: Site) -> frozenset[str]:
         """Return the symbols of the indices that a site depends on, its own included."""
@@ -326,24 +337,10 @@ def _with_dims(structure: Structure) -> Structure:
             "of them share one particle index: groups=[(...), ...]."
         )
     indices = tuple(
-        Index(
-            symbol=index.symbol,
-            sites=index.sites,
-            plates=index.plates,
-            dim=structure.shared_dim - colour[index.symbol],
-            support=index.support,
-        )
+        replace(index, dim=structure.shared_dim - colour[index.symbol])
         for index in structure.indices
     )
-    return Structure(
-        max_plate_nesting=structure.max_plate_nesting,
-        plates=structure.plates,
-        guide=structure.guide,
-        model=structure.model,
-        origins=structure.origins,
-        indices=indices,
-        guide_factors=structure.guide_factors,
-    )
+    return replace(structure, indices=indices)
 
 
 def _plates(

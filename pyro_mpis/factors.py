@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pyro_mpis._typing import Arguments, Ordinal, Program, SampleMessage
 from pyro_mpis.dependencies import Index, Site, Structure
-from pyro_mpis.handlers import place, replay
+from pyro_mpis.handlers import place, quoted, replay
 from pyro_mpis.proposals import Particles, model_value
 
 
@@ -409,10 +409,10 @@ class _Packer:
     ) -> list[LogFactor]:
         structure = self.structure
         letters = {structure.plates[symbol].dim: symbol for symbol in plates}
-        left = {i.dim: i.symbol for i in structure.indices if i.symbol in reads}
-        if len({index.dim for index in structure.indices}) == len(structure.indices):
-            left = {index.dim: index.symbol for index in structure.indices}  # trust the shape
-        letters |= left
+        visible = (
+            structure.indices if structure.unique_dims else map(structure.by_symbol.get, reads)
+        )
+        letters |= {index.dim: index.symbol for index in visible if index is not None}
         dims = ""
         for position, size in enumerate(tensor.shape, start=-tensor.dim()):
             if size == 1:
@@ -429,7 +429,7 @@ class _Packer:
             dims += symbol
         missing = {s for s in reads if self.size(s) > 1 and s not in dims}
         if strict and missing:
-            sites = [site for i in structure.indices if i.symbol in missing for site in i.sites]
+            sites = quoted({site for s in missing for site in structure.by_symbol[s].sites})
             raise ValueError(
                 f"site '{name}': it was computed from {sites}, yet its log_prob is the same for "
                 "all particles of them. Particles are in batch dims left of the plates: index from "

@@ -29,7 +29,7 @@ def check_memory(structure: Structure, num_samples: int, device: torch.device) -
     if needed <= free:
         return
     reads = structure.reads(largest)
-    indices = [index for index in structure.indices if index.symbol in reads]
+    indices = [structure.by_symbol[symbol] for symbol in sorted(reads)]
     sizes = [f"{' and '.join(i.sites)}: {i.support or num_samples}" for i in indices]
     plates = [structure.plates[symbol] for symbol in sorted(largest.plates)]
     sizes += [f"plate {plate.name}: {plate.size}" for plate in plates]
@@ -60,5 +60,5 @@ def free_bytes(device: torch.device) -> int | None:
 
 def _elements(structure: Structure, site: Site, num_samples: int) -> int:
     reads = structure.reads(site)
-    sizes = [i.support or num_samples for i in structure.indices if i.symbol in reads]
+    sizes = [structure.by_symbol[symbol].support or num_samples for symbol in reads]
     return math.prod(sizes) * math.prod(structure.plates[s].size for s in site.plates)
