@@ -69,7 +69,7 @@ class LogSpaceRing(Ring):
         """Multiply packed tensors and sum over ``dims``, pair by pair."""
         if not terms:
             return packed(torch.zeros((), dtype=self._graph.dtype, device=self._graph.device), "")
-        pending = list(terms)
+        pending = absorb(terms)
         summed = set(dims)
         uses = Counter(symbol for term in pending for symbol in dims_of(term))
         for positions in self._path(pending, summed):
@@ -155,6 +155,29 @@ def contract(graph: FactorGraph, factors: Sequence[LogFactor], ring: LogSpaceRin
     return result
 
 
+def absorb(terms: Sequence[Tensor]) -> list[Tensor]:
+    """
+    Add each packed tensor to the smallest other one that has all its dims.
+
+    What is left is what an order of eliminations has to be found for.
+    """
+    holders: dict[str, set[int]] = {}
+    for number, term in enumerate(terms):
+        for symbol in dims_of(term):
+            holders.setdefault(symbol, set()).add(number)
+    parts = {number: [term] for number, term in enumerate(terms)}
+    for number in sorted(parts, key=lambda number: terms[number].numel()):
+        own = dims_of(terms[number])
+        rarest = min((holders[symbol] for symbol in own), key=len, default=set(parts))
+        larger = [n for n in rarest if n != number and set(own) <= set(dims_of(terms[n]))]
+        if larger:
+            target = min(larger, key=lambda n: (terms[n].numel(), n))
+            parts[target] = parts.pop(number) + parts[target]
+            for symbol in own:
+                holders[symbol].remove(number)
+    return [sum_product(group, "") if len(group) > 1 else group[0] for group in parts.values()]
+
+
 def sum_product(terms: Sequence[Tensor], dims: str) -> Tensor:
     """
     Multiply packed tensors in log space and sum over ``dims``.
@@ -164,12 +187,7 @@ def sum_product(terms: Sequence[Tensor], dims: str) -> Tensor:
     """
     every = sorted(set("".join(dims_of(term) for term in terms)))
     kept = "".join(symbol for symbol in every if symbol not in dims)
-    if not dims:
-        total = aligned(terms[0], kept)
-        for term in terms[1:]:
-            total = total + aligned(term, kept)
-        return packed(total, kept)
-    if len(terms) == 2:
+    if len(terms) == 2 and dims:
         a, b = terms
         only_a = "".join(s for s in dims_of(a) if s not in dims_of(b) and s not in dims)
         only_b = "".join(s for s in dims_of(b) if s not in dims_of(a) and s not in dims)

@@ -180,8 +180,12 @@ class _Enumerate(Messenger):
             return
         fn = msg["fn"]
         support = fn.enumerate_support(expand=False)  # (S, 1, .., 1, *event)
-        ones = (1,) * (-self.dims[msg["name"]] - 1)
-        msg["value"] = support.reshape(support.shape[:1] + ones + fn.event_shape)
+        shape = [1] * (-self.dims[msg["name"]] - 1)
+        value = support.reshape([len(support), *shape, *fn.event_shape])
+        for frame in msg["cond_indep_stack"]:  # elements of the plates may be read by index
+            if frame.dim is not None:
+                shape[frame.dim] = frame.size
+        msg["value"] = value.expand([len(support), *shape, *fn.event_shape])
         msg["done"] = True
 
 

@@ -16,8 +16,9 @@ over the houses **of each county** it is a factor of ``alpha`` and of its plate,
 Which element each observation reads is found from outside, in one vectorised run: element ``e`` of
 ``alpha`` is nan in run ``b`` where bit ``b`` of ``e`` is set, and in run ``B + b`` where it is not.
 An observation of one element becomes nan in exactly one run of each such pair; so the number of
-runs is logarithmic in the size of the plate. The same runs check that within a plate each element
-reads only its own element of the latents.
+runs is logarithmic in the size of the plate. A discrete latent has another particle's value in
+place of nan. The same runs check that within a plate each element reads only its own element of
+the latents.
 """
 
 import math
@@ -112,23 +113,20 @@ def _probe(
 ) -> dict[str, _Reads]:
     """Run guide and model with nan in place of elements, by the bits of their numbers."""
     slots: dict[Ordinal, tuple[int, int]] = {}
-    total = 0
+    total = 1  # the first run changes nothing
     for plates in sorted({p for p in graph.index_plates.values() if p}, key=sorted):
         bits = max(1, math.ceil(math.log2(math.prod(graph.sizes[s] for s in plates))))
         slots[plates] = (total, bits)
         total += 2 * bits
     patterns = {
-        plates: _nan_pattern(graph, plates, start, bits, total)
+        plates: _pattern(graph, plates, start, bits, total)
         for plates, (start, bits) in slots.items()
     }
     slot_dim = min(index.dim for index in structure.indices) - 1
-    values = _probing_values(structure, particles, patterns, slot_dim)
-    enumerated = {index.sites[0]: index.dim for index in structure.indices if index.enumerated}
+    values = _probing_values(graph, structure, particles, patterns, slot_dim)
 
     def run(name: str, program: Program, values: Mapping[str, Tensor]) -> dict[str, SampleMessage]:
-        return replay(
-            name, program, arguments, values=values, enumerated=enumerated, num_samples=total
-        )
+        return replay(name, program, arguments, values=values, enumerated={}, num_samples=total)
 
     model_values = {}
     if "guide_delta" in structure.origins.values():
@@ -137,7 +135,7 @@ def _probe(
             if origin == "guide_delta":
                 model_values[name] = guide_sites[name]["value"]
     for name, origin in structure.origins.items():
-        if origin in ("guide", "prior"):
+        if origin in ("guide", "prior", "enumerated"):
             model_values[name] = values[name]
     reads = {}
     for name, site in run("model", model, model_values).items():
@@ -147,43 +145,56 @@ def _probe(
         if isinstance(site["mask"], Tensor):
             log_prob = log_prob.where(site["mask"], 0.0)
         inner = "".join(sorted(structure.model[name].plates))
-        is_nan = _by_slot(graph, log_prob.isnan(), inner, slot_dim, total)
-        elements = {p: _decode(is_nan, start, bits) for p, (start, bits) in slots.items()}
+        changed = _changes(graph, log_prob, inner, slot_dim, total)
+        elements = {p: _decode(changed, start, bits) for p, (start, bits) in slots.items()}
         reads[name] = _Reads(inner, elements)
     return reads
 
 
 def _probing_values(
+    graph: FactorGraph,
     structure: Structure,
     particles: Particles,
     patterns: Mapping[Ordinal, Tensor],
     slot_dim: int,
 ) -> dict[str, Tensor]:
     """
-    Return one particle of each random site, with nan in place of elements, in the slots' dim.
+    Return the random sites' values of each run, in the slots' dim.
 
-    Discrete sites cannot be nan, and another site may be read by their value: they have all their
-    particles, in the dim of their index.
+    A continuous site has one particle, with nan at the elements of the run. A discrete one cannot
+    be nan, and others may be read by its value: it has all its particles, in the dim of its index,
+    and the next particle in place of each at the elements of the run.
     """
-    index_of = structure.index_of
-    shared_dim = structure.shared_dim
     values = {}
-    for name, drawn in particles.draws.items():
-        index = index_of.get(name)
-        if is_delta(drawn.fn) or (index is not None and index.enumerated):
-            continue
-        value = drawn.value
-        if index is not None and not value.is_floating_point():
-            dim = index.dim
-        else:
-            value, dim = value[:1], slot_dim
-            if index is not None and index.plates:
-                pattern = patterns[index.plates]
-                pattern = pattern.reshape(pattern.shape + (1,) * drawn.fn.event_dim)
-                value = torch.where(pattern, torch.nan, value)
+    known = {name: drawn.value for name, drawn in particles.draws.items() if not is_delta(drawn.fn)}
+    for index in structure.indices:
+        if index.enumerated:
+            known[index.sites[0]] = graph.values[index.sites[0]].tensor
+    index_of = structure.index_of
+    for name, value in known.items():
+        dim, plates = structure.shared_dim, frozenset[str]()
+        if name in index_of:
+            plates = index_of[name].plates
         if name in structure.model:
             value = model_value(structure, name, value)
-        values[name] = place(value, dim, shared_dim=shared_dim)
+        event_dim = value.dim() - 1 - structure.max_plate_nesting
+        discrete = name in index_of and not value.is_floating_point()
+        if discrete:
+            dim, other = index_of[name].dim, value.roll(1, 0)
+        else:
+            other = torch.full_like(value, torch.nan if value.is_floating_point() else 0)
+        value, other = (
+            place(x if discrete else x[:1], dim, shared_dim=structure.shared_dim)
+            for x in (value, other)
+        )
+        if plates:  # (slots, 1, .., 1, *plates, 1, .., 1)
+            pattern = patterns[plates]
+            ones = (1,) * (-slot_dim - 1 - structure.max_plate_nesting)
+            pattern = pattern.reshape(
+                pattern.shape[:1] + ones + pattern.shape[1:] + (1,) * event_dim
+            )
+            value = torch.where(pattern, other, value)
+        values[name] = value
     return values
 
 
@@ -200,8 +211,8 @@ def _flat_elements(graph: FactorGraph, plates: Ordinal) -> Tensor:
     return number.to(graph.device)
 
 
-def _nan_pattern(graph: FactorGraph, plates: Ordinal, start: int, bits: int, total: int) -> Tensor:
-    """Return where to put nan: (total, *plates)."""
+def _pattern(graph: FactorGraph, plates: Ordinal, start: int, bits: int, total: int) -> Tensor:
+    """Return which elements each run changes: (total, *plates)."""
     number = _flat_elements(graph, plates)
     pattern = torch.zeros((total, *number.shape), dtype=torch.bool, device=graph.device)
     for bit in range(bits):
@@ -211,20 +222,21 @@ def _nan_pattern(graph: FactorGraph, plates: Ordinal, start: int, bits: int, tot
     return pattern
 
 
-def _by_slot(graph: FactorGraph, tensor: Tensor, inner: str, slot_dim: int, total: int) -> Tensor:
-    """Bring a probe's result to (total, *inner): true where it is, whatever discrete sites are."""
-    tensor = tensor.reshape((1,) * (-slot_dim - tensor.dim()) + tensor.shape)
-    plates = tensor.shape[tensor.dim() - graph.max_plate_nesting :]
-    tensor = tensor.reshape((tensor.shape[0], -1, *plates)).any(1)
-    tensor = graph.to_plates(tensor, inner, left=1)
-    return tensor.expand((total, *tensor.shape[1:]))
+def _changes(graph: FactorGraph, log_prob: Tensor, inner: str, slot_dim: int, total: int) -> Tensor:
+    """Return which elements of a log_prob differ from the first run's: (total, *inner)."""
+    log_prob = log_prob.reshape((1,) * (-slot_dim - log_prob.dim()) + log_prob.shape)
+    changed = log_prob != log_prob[:1]  # nan differs from everything
+    plates = changed.shape[changed.dim() - graph.max_plate_nesting :]
+    changed = changed.reshape((changed.shape[0], -1, *plates)).any(1)
+    changed = graph.to_plates(changed, inner, left=1)
+    return changed.expand((total, *changed.shape[1:]))
 
 
-def _decode(is_nan: Tensor, start: int, bits: int) -> Tensor:
-    """Read off which element was nan: the flat element, NONE or SEVERAL."""
-    ones = is_nan[start : start + bits]
-    zeros = is_nan[start + bits : start + 2 * bits]
-    weights = 2 ** torch.arange(bits, device=is_nan.device)
+def _decode(changed: Tensor, start: int, bits: int) -> Tensor:
+    """Read off which element matters: the flat element, NONE or SEVERAL."""
+    ones = changed[start : start + bits]
+    zeros = changed[start + bits : start + 2 * bits]
+    weights = 2 ** torch.arange(bits, device=changed.device)
     element = (ones.long() * weights.reshape((-1,) + (1,) * (ones.dim() - 1))).sum(0)
     nothing = ~(ones | zeros).any(0)
     single = (ones ^ zeros).all(0)

@@ -269,18 +269,55 @@ def test_permuted_elements_of_the_same_plate_are_refused() -> None:
         MPImportance(permuted, num_samples=3).run()
 
 
-def test_discrete_latents_by_index_are_refused() -> None:
-    """A nan cannot travel through an integer."""
+def test_discrete_latents_by_index() -> None:
+    """Sampled, against the sum over all choices; enumerated, against the sum over all values."""
 
-    def discrete() -> None:
+    def discrete(enumerate_: bool) -> None:
+        infer = {"enumerate": "parallel"} if enumerate_ else {}
         with pyro.plate("county", 3):
-            kind = pyro.sample("kind", dist.Categorical(torch.ones(2)))
+            kind = pyro.sample("kind", dist.Categorical(torch.tensor([0.3, 0.7])), infer=infer)
         with pyro.plate("house", 7):
             loc = torch.tensor([-1.0, 1.0])[kind[..., COUNTY]]
             pyro.sample("y", dist.Normal(loc, 1.0), obs=Y)
 
-    with pytest.raises(NotImplementedError, match=r"site 'y'.*plate 'county' from outside"):
-        MPImportance(discrete, num_samples=3).run()
+    log_lik = dist.Normal(torch.tensor([-1.0, 1.0]).unsqueeze(-1), 1.0).log_prob(Y)  # (kind, house)
+    county = torch.zeros(2, 3).index_add(1, COUNTY, log_lik) + torch.tensor([[0.3], [0.7]]).log()
+    posterior = MPImportance(discrete, num_samples=2).run(True)
+    torch.testing.assert_close(posterior.evidence(), county.logsumexp(0).sum())
+    torch.testing.assert_close(posterior.moments()["kind"], county.softmax(0)[1])
+    pyro.set_rng_seed(3)
+    posterior = MPImportance(discrete, num_samples=4).run(False)
+    particles = {name: m.samples for name, m in posterior.marginals().items()}
+    exact = brute_force(Problem(discrete, None, particles, args=(False,)))
+    torch.testing.assert_close(posterior.evidence(), exact.log_evidence)
+
+
+def test_elements_that_cannot_be_found_are_refused() -> None:
+    """A comparison hides a nan."""
+
+    def hidden() -> None:
+        with pyro.plate("county", 3):
+            alpha = pyro.sample("alpha", dist.Normal(-1.0, 1.0))
+        with pyro.plate("house", 7):
+            loc = torch.where(alpha[..., COUNTY] > 0, 1.0, -1.0)
+            pyro.sample("y", dist.Normal(loc, 1.0), obs=Y)
+
+    pyro.set_rng_seed(0)
+    with pytest.raises(NotImplementedError, match=r"site 'y'.*plate 'county' from outside.*hide"):
+        MPImportance(hidden, num_samples=30).run()
+
+
+def test_discrete_latents_of_other_elements_are_refused() -> None:
+    """As for continuous ones."""
+
+    def swapped() -> None:
+        with pyro.plate("county", 2):
+            kind = pyro.sample("kind", dist.Categorical(torch.tensor([0.2, 0.3, 0.5])))
+            pyro.sample("y", dist.Normal(kind[..., [1, 0]].double(), 1.0), obs=Y[:2])
+
+    pyro.set_rng_seed(0)
+    with pytest.raises(NotImplementedError, match=r"site 'y'.*other elements of it than its own"):
+        MPImportance(swapped, num_samples=5).run()
 
 
 def test_no_regrouping_is_wrong() -> None:

@@ -8,8 +8,9 @@ import pyro.ops.einsum.torch_log
 import pytest
 import torch
 from hypothesis import given, settings
-from pyro_mpis.logspace import log_matmul, logsumexp
 from torch import Tensor
+
+from pyro_mpis.logspace import log_matmul, logsumexp
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 

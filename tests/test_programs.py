@@ -16,8 +16,9 @@ from pyro.infer.reparam import LocScaleReparam
 from pyro.nn import PyroModule, PyroParam, PyroSample
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
-from pyro_mpis import MPImportance, MPISWarning
 from torch import Tensor
+
+from pyro_mpis import MPImportance, MPISWarning
 
 pytestmark = pytest.mark.usefixtures("float64")
 

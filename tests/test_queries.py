@@ -9,8 +9,9 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.ops.stats import fit_generalized_pareto
-from pyro_mpis import Marginal, MPImportance, MPISWarning
 from torch import Tensor
+
+from pyro_mpis import Marginal, MPImportance, MPISWarning
 
 pytestmark = pytest.mark.usefixtures("float64")
 

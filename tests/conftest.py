@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all tests share."""
+
+from collections.abc import Iterator
+
+import pyro
+import pytest
+import torch
+
+torch.set_num_threads(1)  # the tensors are small: threads only wait for each other
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """Make float64 the default dtype for the time of a test."""
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(previous)
+
+
+@pytest.fixture(autouse=True)
+def _empty_param_store() -> None:
+    """Start every test without the params of the one before."""
+    pyro.clear_param_store()
