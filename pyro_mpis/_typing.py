@@ -14,9 +14,6 @@ Program: TypeAlias = Callable[..., object]
 # A function of one value of each of its sites: event shapes in, one tensor out.
 MomentFunction: TypeAlias = Callable[..., torch.Tensor]
 
-# What a program is called with.
-Arguments: TypeAlias = tuple[tuple[object, ...], dict[str, object]]
-
 Distribution: TypeAlias = TorchDistribution
 
 # The plates that a factor or an index sits in, by their symbols.

@@ -33,7 +33,6 @@ from pyro_mpis._typing import Ordinal
 from pyro_mpis.factors import ElementMap, FactorGraph, LogFactor
 from pyro_mpis.logspace import log_matmul, logsumexp
 
-
 MANY_TERMS = 64
 
 

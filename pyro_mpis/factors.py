@@ -20,9 +20,9 @@ import torch
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
-from pyro_mpis._typing import Arguments, Ordinal, Program, SampleMessage
+from pyro_mpis._typing import Ordinal, SampleMessage
 from pyro_mpis.dependencies import Index, Site, Structure
-from pyro_mpis.handlers import place, quoted, replay
+from pyro_mpis.handlers import Programs, place, quoted, replay
 from pyro_mpis.proposals import Particles, model_value
 
 
@@ -136,9 +136,7 @@ class FactorGraph:
 def build_graph(
     structure: Structure,
     particles: Particles,
-    model: Program,
-    guide: Program,
-    arguments: Arguments,
+    programs: Programs,
 ) -> FactorGraph:
     """
     Evaluate model and guide with every index in a dim of its own, and pack their log factors.
@@ -147,20 +145,18 @@ def build_graph(
     """
     dims = {index.symbol: index.dim for index in structure.indices}
     enumerated = {index.sites[0]: index.dim for index in structure.indices if index.enumerated}
-    guide_sites = replay_guide(structure, particles, guide, arguments)
+    guide_sites = replay_guide(structure, particles, programs)
     values = model_values(structure, particles, guide_sites)
     model_sites = replay(
+        programs,
         "model",
-        model,
-        arguments,
         values=values,
         enumerated=enumerated,
         num_samples=particles.num_samples,
     )
     _check_same_sites(structure.model, model_sites)
 
-    sizes = {i.symbol: i.support or particles.num_samples for i in structure.indices}
-    packer = _Packer(structure, sizes)
+    packer = _Packer(structure, particles.sizes)
 
     factors = _proposal_factors(structure, particles, packer)
     for name, carried in guide_sites.items():
@@ -182,12 +178,13 @@ def build_graph(
     anything = factors[0].tensor if factors else torch.zeros(())
     return FactorGraph(
         factors=tuple(factors),
-        sizes=sizes | {symbol: plate.size for symbol, plate in structure.plates.items()},
+        sizes={**particles.sizes}
+        | {symbol: plate.size for symbol, plate in structure.plates.items()},
         index_plates={index.symbol: index.plates for index in structure.indices},
         plate_dims={symbol: plate.dim for symbol, plate in structure.plates.items()},
         max_plate_nesting=structure.max_plate_nesting,
         values={
-            name: _site_value(structure, name, model_sites[name], dims, sizes)
+            name: _site_value(structure, name, model_sites[name], dims, particles.sizes)
             for name in structure.origins
         },
         plate_names={symbol: plate.name for symbol, plate in structure.plates.items()},
@@ -206,7 +203,7 @@ class Carried:
 
 
 def replay_guide(
-    structure: Structure, particles: Particles, guide: Program, arguments: Arguments
+    structure: Structure, particles: Particles, programs: Programs
 ) -> dict[str, Carried]:
     """
     Run the guide with each index in its own dim, if any of its sites is computed from others.
@@ -226,9 +223,8 @@ def replay_guide(
 
     def run(values: Mapping[str, Tensor]) -> dict[str, SampleMessage]:
         return replay(
+            programs,
             "guide",
-            guide,
-            arguments,
             values=values,
             enumerated=enumerated,
             num_samples=particles.num_samples,
@@ -268,15 +264,15 @@ def _expanded(
         union = set().union(*(together[s] for s in structure.reads(structure.guide[name])))
         for symbol in union:
             together[symbol] = union
-    dims = {index.symbol: index.dim for index in structure.indices}
     result = {}
     for name, value in values.items():
-        wanted = sorted(dims[symbol] for symbol in together[structure.index_of[name].symbol])
+        symbols = together[structure.index_of[name].symbol]
+        sizes = {structure.by_symbol[s].dim: particles.sizes[s] for s in symbols}
         event_dim = structure.guide[name].event_dim
-        missing = -wanted[0] + event_dim - value.dim()
+        missing = -min(sizes) + event_dim - value.dim()
         shape = list((1,) * missing + value.shape)
-        for dim in wanted:
-            shape[dim - event_dim] = particles.num_samples
+        for dim, size in sizes.items():
+            shape[dim - event_dim] = size
         result[name] = value.expand(shape)
     return result
 

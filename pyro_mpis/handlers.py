@@ -20,8 +20,8 @@ Samples", UAI, PMLR 244:394-417.
 
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, TypeAlias, cast
 
 import pyro
 import torch
@@ -32,12 +32,28 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
-from pyro_mpis._typing import Arguments, Distribution, Program, SampleMessage
+from pyro_mpis._typing import Distribution, Program, SampleMessage
 
 if TYPE_CHECKING:
     from pyro.poutine.runtime import Message
 
+Name: TypeAlias = Literal["model", "guide"]
+
 PARTICLES = "_mpis_particles"  # name of the plate that draws K particles at once
+
+
+@dataclass(frozen=True)
+class Programs:
+    """A model, its guide, and what both are called with."""
+
+    model: Program
+    guide: Program
+    args: tuple[object, ...] = ()
+    kwargs: Mapping[str, object] = field(default_factory=dict)
+
+    def program(self, name: Name) -> Program:
+        """Return the model or the guide."""
+        return self.model if name == "model" else self.guide
 
 
 @dataclass(frozen=True)
@@ -115,9 +131,7 @@ class _Compare(Messenger):
 
 
 def run_plainly(
-    model: Program,
-    guide: Program,
-    arguments: Arguments,
+    programs: Programs,
     compare: Callable[[SampleMessage, SampleMessage], None],
 ) -> tuple[Trace, Trace]:
     """
@@ -129,7 +143,7 @@ def run_plainly(
         raises if they do not fit.
     :return: the traces of guide and model.
     """
-    args, kwargs = arguments
+    guide, args, kwargs = programs.guide, programs.args, programs.kwargs
     if isinstance(guide, torch.nn.Module):
         with poutine.block():  # autoguides make their params from the first values that they see
             guide(*args, **kwargs)
@@ -144,7 +158,7 @@ def run_plainly(
         _Compare(from_guide, compare),
         _Track(lambda site: not is_delta(site["fn"]) and site["name"] not in from_guide),
     ):
-        replayed = poutine.replay(model, trace=guide_values)
+        replayed = poutine.replay(programs.model, trace=guide_values)
         model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
     return guide_trace, model_trace
 
@@ -204,18 +218,14 @@ def _explained(program: str, handler: _Substitute, size: int) -> Iterator[None]:
         ) from error
 
 
-def _run(
-    name: str, program: Program, arguments: Arguments, handler: _Substitute, size: int
-) -> Trace:
-    args, kwargs = arguments
+def _run(programs: Programs, name: Name, handler: _Substitute, size: int) -> Trace:
     with _explained(name, handler, size), handler:
-        return poutine.trace(program).get_trace(*args, **kwargs)
+        return poutine.trace(programs.program(name)).get_trace(*programs.args, **programs.kwargs)
 
 
 def draw(
-    name: str,
-    program: Program,
-    arguments: Arguments,
+    programs: Programs,
+    name: Name,
     *,
     num_samples: int,
     dim: int,
@@ -228,13 +238,13 @@ def draw(
     Distributions do not check their arguments here: an invalid one makes a log_prob nan, which is
     refused later with the site's name.
 
-    :param name: what to call the program in an error.
+    :param name: which of the two programs.
     :param given: values, with the shared dim, of the sites that are not to be drawn.
     :param event_dims: the sites whose particles to return, with their numbers of event dims.
     """
     handler = _Substitute(given)
     with pyro.validation_enabled(False), pyro.plate(PARTICLES, num_samples, dim=dim):
-        trace = _run(name, program, arguments, handler, num_samples)
+        trace = _run(programs, name, handler, num_samples)
     sites = sample_sites(trace)
     draws = {}
     for site_name, event_dim in event_dims.items():
@@ -252,9 +262,8 @@ def draw(
 
 
 def replay(
-    name: str,
-    program: Program,
-    arguments: Arguments,
+    programs: Programs,
+    name: Name,
     *,
     values: Mapping[str, Tensor],
     enumerated: Mapping[str, int],
@@ -272,7 +281,7 @@ def replay(
     """
     handler = _Substitute(values)
     with pyro.validation_enabled(False), _Enumerate(enumerated):
-        return sample_sites(_run(name, program, arguments, handler, num_samples))
+        return sample_sites(_run(programs, name, handler, num_samples))
 
 
 def place(value: Tensor, dim: int, *, shared_dim: int) -> Tensor:

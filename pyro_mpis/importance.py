@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The inference class: what the user holds."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import overload
 
 import pyro
@@ -11,18 +12,24 @@ from pyro.poutine.util import is_validation_enabled
 from torch import Tensor
 
 from pyro_mpis import moments as _moments
-from pyro_mpis._typing import Arguments, MomentFunction, Program
+from pyro_mpis._typing import MomentFunction, Program
 from pyro_mpis._warnings import warn
-from pyro_mpis.contraction import log_evidence
+from pyro_mpis.blocks import (
+    BlockSum,
+    Build,
+    Ranges,
+    evaluate,
+    joint_weights_of_blocks,
+    sample_of_blocks,
+    split,
+)
 from pyro_mpis.dependencies import Structure, analyse, check_same_site
 from pyro_mpis.factors import FactorGraph, build_graph
-from pyro_mpis.handlers import first_line, quoted, run_plainly, sample_sites
-from pyro_mpis.indexing import resolve_indexing
+from pyro_mpis.handlers import Programs, first_line, quoted, run_plainly, sample_sites
+from pyro_mpis.indexing import SiteReads, find_reads, regroup_indexed
 from pyro_mpis.marginals import Marginal
-from pyro_mpis.memory import check_memory
-from pyro_mpis.proposals import draw_particles
-from pyro_mpis.sampling import sample_sites as draw_samples
-from pyro_mpis.source_terms import joint_weights
+from pyro_mpis.memory import default_limit, plan_blocks
+from pyro_mpis.proposals import Particles, draw_particles
 from pyro_mpis.summary import Summary, summarise
 
 DEFAULT_NUM_SAMPLES = 10  # as pyro.infer.Importance has it
@@ -51,6 +58,9 @@ class MPImportance:
     :param groups: groups of latent sites that share one particle index, for sites that are
         strongly dependent or that one likelihood reads many of.
     :param max_plate_nesting: number of batch dims for plates; found by default.
+    :param memory_limit: bytes that the largest tensors may take together; half of what is free by
+        default. A larger sum is evaluated in blocks of particles, with the same result.
+    :param disable_progbar: whether to show no progress bar over blocks in a terminal.
     :raises ValueError: if an argument is not as described.
     """
 
@@ -62,6 +72,8 @@ class MPImportance:
         *,
         groups: Sequence[Sequence[str]] = (),
         max_plate_nesting: int | None = None,
+        memory_limit: int | None = None,
+        disable_progbar: bool = False,
     ) -> None:
         if not callable(model):
             raise ValueError(f"model: expected a callable, but found {type(model).__name__}.")
@@ -77,13 +89,18 @@ class MPImportance:
                 f"num_samples: expected a positive integer, the number of particles of each latent "
                 f"site, but found {num_samples!r}."
             )
+        if memory_limit is not None and (isinstance(memory_limit, bool) or memory_limit <= 0):
+            raise ValueError(
+                f"memory_limit: expected a positive number of bytes, but found {memory_limit!r}."
+            )
         self.model = model
         self.guide = guide
         self.num_samples = num_samples
         self.groups = tuple(groups)
         self.max_plate_nesting = max_plate_nesting
-        self._graph: FactorGraph | None = None
-        self._log_evidence: Tensor | None = None
+        self.memory_limit = memory_limit
+        self.disable_progbar = disable_progbar
+        self._sum: BlockSum | None = None
         self._weights: dict[str, Tensor] = {}
 
     def run(self, *args: object, **kwargs: object) -> "MPImportance":
@@ -98,10 +115,9 @@ class MPImportance:
         :raises MemoryError: if a factor would not fit into free memory.
         """
         guide = self.guide if self.guide is not None else _no_guide
-        arguments = (args, kwargs)
-        param_store = pyro.get_param_store()
-        with torch.no_grad(), param_store.scope(param_store.get_state()):
-            guide_trace, model_trace = _run_plainly(self.model, guide, arguments)
+        programs = Programs(self.model, guide, args, kwargs)
+        with _isolated():
+            guide_trace, model_trace = _run_plainly(programs)
             structure = analyse(
                 guide_trace,
                 model_trace,
@@ -109,21 +125,20 @@ class MPImportance:
                 groups=self.groups,
                 max_plate_nesting=self.max_plate_nesting,
             )
-            check_memory(structure, self.num_samples, _device(model_trace))
-            particles = draw_particles(structure, self.model, guide, arguments, self.num_samples)
-            graph = build_graph(structure, particles, self.model, guide, arguments)
-            graph = resolve_indexing(
-                graph,
-                structure,
-                particles,
-                self.model,
-                guide,
-                arguments,
-                check=is_validation_enabled(),
+            limit = self.memory_limit
+            if limit is None:
+                limit = default_limit(_device(model_trace))
+            block_sizes = plan_blocks(structure, self.num_samples, limit)
+            particles = draw_particles(structure, programs, self.num_samples)
+            build = _builder(structure, particles, programs)
+            total = evaluate(
+                build,
+                split(particles.sizes, block_sizes),
+                particles.sizes,
+                show_progress=not self.disable_progbar,
             )
-            total = log_evidence(graph)
-        _check_positive(graph, total)
-        self._graph, self._log_evidence, self._weights = graph, total.to(graph.dtype), {}
+            _check_positive(total)
+        self._sum, self._weights = total, {}
         for problem in _weaknesses(structure, self.groups, guide_trace, model_trace):
             warn(problem)
         return self
@@ -136,9 +151,9 @@ class MPImportance:
             log itself is biased low.
         :return: a scalar.
         """
-        self._ran()
-        assert self._log_evidence is not None
-        return self._log_evidence if log_scale else self._log_evidence.exp()
+        total = self._ran()
+        log_p = total.log_evidence
+        return (log_p if log_scale else log_p.exp()).to(total.whole.dtype)
 
     @overload
     def moments(self) -> dict[str, Tensor]: ...
@@ -170,7 +185,7 @@ class MPImportance:
         :raises ValueError: if a site is unknown, sites sit in different plates, or a function fails
             or does not return a tensor.
         """
-        graph = self._ran()
+        graph = self._ran().whole
         if functions is None:
             weights = self._joint_weights([[name] for name in graph.values])
             return {name: _moments.mean(graph, weights, name) for name in graph.values}
@@ -199,7 +214,7 @@ class MPImportance:
 
         :raises ValueError: if a site is unknown or sites sit in different plates.
         """
-        graph = self._ran()
+        graph = self._ran().whole
         if sites:
             weights = self._joint_weights([sites])
             return _moments.marginal(graph, weights, sites)
@@ -213,12 +228,13 @@ class MPImportance:
         :return: ``{site: (num_samples, *shape)}``, equally weighted, independent given the
             particles; goes into :class:`pyro.infer.Predictive` as ``posterior_samples``.
         """
-        graph = self._ran()
+        total = self._ran()
         if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
             raise ValueError(
                 f"num_samples: expected a positive integer, but found {num_samples!r}."
             )
-        return draw_samples(graph, num_samples)
+        with _isolated():
+            return sample_of_blocks(total, num_samples)
 
     def summary(self) -> Summary:
         """
@@ -231,19 +247,19 @@ class MPImportance:
             warn(problem)
         return summary
 
-    def _ran(self) -> FactorGraph:
-        if self._graph is None:
+    def _ran(self) -> BlockSum:
+        if self._sum is None:
             raise RuntimeError("no particles yet: call .run(*args, **kwargs) before any query.")
-        return self._graph
+        return self._sum
 
     def _joint_weights(self, tuples: Sequence[Sequence[str]]) -> dict[str, Tensor]:
         """Compute the joint weights that are not known yet, in one pass."""
-        graph = self._ran()
-        wanted = [_moments.joint_indices(graph, sites) for sites in tuples]
+        total = self._ran()
+        wanted = [_moments.joint_indices(total.whole, sites) for sites in tuples]
         missing = [symbols for symbols in wanted if symbols not in self._weights]
         if missing:
-            _, weights = joint_weights(graph, missing)
-            self._weights |= weights
+            with _isolated():
+                self._weights |= joint_weights_of_blocks(total, missing)
         return self._weights
 
 
@@ -251,10 +267,33 @@ def _no_guide(*args: object, **kwargs: object) -> None:
     """Sample nothing: every latent is proposed from the prior."""
 
 
-def _run_plainly(model: Program, guide: Program, arguments: Arguments) -> tuple[Trace, Trace]:
+@contextmanager
+def _isolated() -> Iterator[None]:
+    """Run programs without gradients and without a trace in the param store."""
+    param_store = pyro.get_param_store()
+    with torch.no_grad(), param_store.scope(param_store.get_state()):
+        yield
+
+
+def _builder(structure: Structure, particles: Particles, programs: Programs) -> Build:
+    """Return the function that evaluates the factors of a block of particles."""
+    check = is_validation_enabled()
+    reads: list[SiteReads] = []  # the same for all blocks: found once
+
+    def build(ranges: Ranges) -> FactorGraph:
+        part = particles.block(structure, ranges) if ranges else particles
+        graph = build_graph(structure, part, programs)
+        if not reads:
+            reads.append(find_reads(graph, structure, part, programs, check=check))
+        return regroup_indexed(graph, reads[0])
+
+    return build
+
+
+def _run_plainly(programs: Programs) -> tuple[Trace, Trace]:
     """Run guide and model once, with errors that say what to do."""
     try:
-        return run_plainly(model, guide, arguments, check_same_site)
+        return run_plainly(programs, check_same_site)
     except RuntimeError as error:
         if "Multiple sample sites" in str(error):
             raise ValueError(
@@ -287,10 +326,11 @@ def _split_moment(
     return function, names
 
 
-def _check_positive(graph: FactorGraph, total: Tensor) -> None:
+def _check_positive(total: BlockSum) -> None:
     """Refuse an evidence of zero, and name the site that rules everything out."""
-    if bool(torch.isfinite(total)):
+    if bool(torch.isfinite(total.log_evidence)):
         return
+    _, graph = next(total.graphs([0]))
     for factor in graph.factors:
         particle_dims = [d for d, s in enumerate(factor.dims) if s in graph.index_plates]
         best = factor.tensor.amax(particle_dims) if particle_dims else factor.tensor

@@ -28,53 +28,66 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pyro_mpis._typing import Arguments, Ordinal, Program, SampleMessage
+from pyro_mpis._typing import Ordinal, SampleMessage
 from pyro_mpis.contraction import packed, regroup
 from pyro_mpis.dependencies import Structure
 from pyro_mpis.factors import ElementMap, FactorGraph, LogFactor
-from pyro_mpis.handlers import is_delta, place, replay
+from pyro_mpis.handlers import Name, Programs, is_delta, place, replay
 from pyro_mpis.proposals import Particles, model_value
 
 NONE, SEVERAL = -1, -2  # in place of an element
 
 
 @dataclass(frozen=True)
-class _Reads:
+class ElementReads:
     """Which element of the plates of an index each element of a site's plates reads."""
 
     inner: str  # the site's plates
     elements: Mapping[Ordinal, Tensor]  # plates of an index -> flat element, NONE or SEVERAL
 
 
-def resolve_indexing(
+SiteReads = Mapping[str, ElementReads]
+
+
+def find_reads(
     graph: FactorGraph,
     structure: Structure,
     particles: Particles,
-    model: Program,
-    guide: Program,
-    arguments: Arguments,
+    programs: Programs,
     *,
     check: bool,
-) -> FactorGraph:
+) -> SiteReads:
     """
-    Regroup the factors that read latents of other plates by index.
+    Find which elements of the latents' plates each site reads.
 
-    :param check: probe models without such factors too, to verify that plates are independent.
-    :raises NotImplementedError: if an element reads several elements, or plates cross.
+    :param check: probe models without reads of other plates too, to verify that the elements of a
+        plate are independent.
+    :return: for each site; empty if there is nothing to find.
+    :raises NotImplementedError: if the model cannot be probed, and must be.
     """
     foreign = [factor for factor in graph.factors if _foreign(graph, factor)]
     plated = any(graph.index_plates.values())
     if not plated or not (foreign or check):
-        return graph
+        return {}
     try:
-        reads = _probe(graph, structure, particles, model, guide, arguments)
+        return _probe(graph, structure, particles, programs)
     except ValueError as error:
         if not foreign:
-            return graph  # the check is a courtesy; a model that cannot take nan goes without
+            return {}  # the check is a courtesy; a model that cannot take nan goes without
         raise NotImplementedError(
             f"site '{foreign[0].name}': it reads latents of a plate that it is not in, and which "
             f"element it reads could not be found out, since the model stopped at a nan: {error}"
         ) from error
+
+
+def regroup_indexed(graph: FactorGraph, reads: SiteReads) -> FactorGraph:
+    """
+    Regroup the factors that read latents of other plates by index.
+
+    :raises NotImplementedError: if an element reads several elements, or plates cross.
+    """
+    if not reads and not any(_foreign(graph, factor) for factor in graph.factors):
+        return graph
     factors: list[LogFactor] = []
     for factor in sorted(graph.factors, key=lambda f: not _has_local(graph, f)):
         if factor.name in reads:
@@ -107,10 +120,8 @@ def _probe(
     graph: FactorGraph,
     structure: Structure,
     particles: Particles,
-    model: Program,
-    guide: Program,
-    arguments: Arguments,
-) -> dict[str, _Reads]:
+    programs: Programs,
+) -> dict[str, ElementReads]:
     """Run guide and model with nan in place of elements, by the bits of their numbers."""
     slots: dict[Ordinal, tuple[int, int]] = {}
     total = 1  # the first run changes nothing
@@ -125,12 +136,12 @@ def _probe(
     slot_dim = min(index.dim for index in structure.indices) - 1
     values = _probing_values(graph, structure, particles, patterns, slot_dim)
 
-    def run(name: str, program: Program, values: Mapping[str, Tensor]) -> dict[str, SampleMessage]:
-        return replay(name, program, arguments, values=values, enumerated={}, num_samples=total)
+    def run(name: Name, values: Mapping[str, Tensor]) -> dict[str, SampleMessage]:
+        return replay(programs, name, values=values, enumerated={}, num_samples=total)
 
     model_values = {}
     if "guide_delta" in structure.origins.values():
-        guide_sites = run("guide", guide, {n: v for n, v in values.items() if n in structure.guide})
+        guide_sites = run("guide", {n: v for n, v in values.items() if n in structure.guide})
         for name, origin in structure.origins.items():
             if origin == "guide_delta":
                 model_values[name] = guide_sites[name]["value"]
@@ -138,7 +149,7 @@ def _probe(
         if origin in ("guide", "prior", "enumerated"):
             model_values[name] = values[name]
     reads = {}
-    for name, site in run("model", model, model_values).items():
+    for name, site in run("model", model_values).items():
         if site["mask"] is False or site["infer"].get("_deterministic"):
             continue
         log_prob = site["fn"].log_prob(site["value"])
@@ -147,7 +158,7 @@ def _probe(
         inner = "".join(sorted(structure.model[name].plates))
         changed = _changes(graph, log_prob, inner, slot_dim, total)
         elements = {p: _decode(changed, start, bits) for p, (start, bits) in slots.items()}
-        reads[name] = _Reads(inner, elements)
+        reads[name] = ElementReads(inner, elements)
     return reads
 
 
@@ -244,7 +255,7 @@ def _decode(changed: Tensor, start: int, bits: int) -> Tensor:
     return element.masked_fill(nothing, NONE)
 
 
-def _check_own_elements(graph: FactorGraph, factor: LogFactor, reads: _Reads) -> None:
+def _check_own_elements(graph: FactorGraph, factor: LogFactor, reads: ElementReads) -> None:
     """Refuse a factor whose plate elements read other elements than their own."""
     ordinals = {graph.index_plates[symbol] for symbol in _indices(graph, factor)}
     for plates in sorted(ordinals, key=sorted):
@@ -276,7 +287,9 @@ def _unknown(graph: FactorGraph, factor: LogFactor) -> NotImplementedError:
     )
 
 
-def _resolve(graph: FactorGraph, factor: LogFactor, reads: _Reads) -> tuple[FactorGraph, LogFactor]:
+def _resolve(
+    graph: FactorGraph, factor: LogFactor, reads: ElementReads
+) -> tuple[FactorGraph, LogFactor]:
     """Regroup one factor, or note that its plates are ragged parts of others."""
     foreign = _foreign(graph, factor)
     deepest = max(foreign, key=lambda plates: len(graph.closed(plates)))
@@ -321,7 +334,7 @@ def _resolve(graph: FactorGraph, factor: LogFactor, reads: _Reads) -> tuple[Fact
 
 
 def _known_elements(
-    graph: FactorGraph, factor: LogFactor, reads: _Reads, plates: Ordinal
+    graph: FactorGraph, factor: LogFactor, reads: ElementReads, plates: Ordinal
 ) -> Tensor:
     """Return the element that each element reads; where it reads none, any will do."""
     elements = reads.elements[plates]

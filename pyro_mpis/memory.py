@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Refuse a run whose tensors cannot fit, before anything large is allocated."""
+"""Cut a run into blocks that fit into memory, from sizes alone, before anything is allocated."""
 
 import math
 import os
+from collections.abc import Mapping
 
 import torch
 
@@ -10,39 +11,55 @@ from pyro_mpis.dependencies import Site, Structure
 
 # A log_prob, the value that it is computed from and one temporary live at once.
 TENSORS_AT_ONCE = 3
+# Of the memory that is free, how much a run takes by default.
+FRACTION = 0.5
+# More blocks than anyone would wait for.
+MAX_BLOCKS = 10_000
 
 
-def check_memory(structure: Structure, num_samples: int, device: torch.device) -> None:
+def plan_blocks(structure: Structure, num_samples: int, memory_limit: int | None) -> dict[str, int]:
     """
-    Check that the largest factor fits into free memory.
+    Find how many particles of which indices to take at once.
 
-    :raises MemoryError: if not, with the site and the latents that it reads.
+    Halves the particles of indices outside of all plates, the largest first, until the largest
+    factor fits.
+
+    :param memory_limit: in bytes; ``None`` for no limit.
+    :return: symbol of the index -> number of particles in a block; empty if all fits.
+    :raises MemoryError: if no block is small enough, or too many would be needed; names the site
+        and the latents that it reads.
     """
+    if memory_limit is None or not structure.model:
+        return {}
+    sizes = {index.symbol: index.support or num_samples for index in structure.indices}
+    blocks: dict[str, int] = {}
+    while True:
+        site = max(structure.model.values(), key=lambda site: _elements(structure, site, sizes))
+        if _bytes(structure, site, sizes) <= memory_limit:
+            return blocks
+        cuttable = [
+            symbol
+            for symbol in sorted(structure.reads(site))
+            if sizes[symbol] > 1
+            and not structure.by_symbol[symbol].plates
+            and not structure.by_symbol[symbol].enumerated
+        ]
+        count = math.prod(math.ceil(num_samples / size) for size in blocks.values())
+        if not cuttable or count > MAX_BLOCKS:
+            raise _too_large(structure, site, num_samples, sizes, memory_limit)
+        largest = max(cuttable, key=lambda symbol: sizes[symbol])
+        sizes[largest] = math.ceil(sizes[largest] / 2)
+        blocks[largest] = sizes[largest]
+
+
+def default_limit(device: torch.device) -> int | None:
+    """Return the memory that a run may take by default, in bytes; None where it is unknown."""
     free = free_bytes(device)
-    if free is None or not structure.model:
-        return
-    largest = max(
-        structure.model.values(), key=lambda site: _elements(structure, site, num_samples)
-    )
-    elements = _elements(structure, largest, num_samples)
-    needed = elements * torch.get_default_dtype().itemsize * TENSORS_AT_ONCE
-    if needed <= free:
-        return
-    reads = structure.reads(largest)
-    indices = [structure.by_symbol[symbol] for symbol in sorted(reads)]
-    sizes = [f"{' and '.join(i.sites)}: {i.support or num_samples}" for i in indices]
-    plates = [structure.plates[symbol] for symbol in sorted(largest.plates)]
-    sizes += [f"plate {plate.name}: {plate.size}" for plate in plates]
-    raise MemoryError(
-        f"site '{largest.name}': its log_prob has {elements:.3g} elements ({', '.join(sizes)}), "
-        f"which takes about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free. Draw "
-        "fewer particles, or let some of these latents share one particle index: "
-        "groups=[(...), ...]."
-    )
+    return None if free is None else int(free * FRACTION)
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Return the free memory of a device; None where it cannot be known."""
+    """Return the free memory of a device in bytes; None where it cannot be known."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
@@ -58,7 +75,30 @@ def free_bytes(device: torch.device) -> int | None:
         return None
 
 
-def _elements(structure: Structure, site: Site, num_samples: int) -> int:
-    reads = structure.reads(site)
-    sizes = [structure.by_symbol[symbol].support or num_samples for symbol in reads]
-    return math.prod(sizes) * math.prod(structure.plates[s].size for s in site.plates)
+def _elements(structure: Structure, site: Site, sizes: Mapping[str, int]) -> int:
+    plates = math.prod(structure.plates[symbol].size for symbol in site.plates)
+    return plates * math.prod(sizes[symbol] for symbol in structure.reads(site))
+
+
+def _bytes(structure: Structure, site: Site, sizes: Mapping[str, int]) -> int:
+    itemsize = torch.get_default_dtype().itemsize
+    return _elements(structure, site, sizes) * itemsize * TENSORS_AT_ONCE
+
+
+def _too_large(
+    structure: Structure, site: Site, num_samples: int, sizes: Mapping[str, int], memory_limit: int
+) -> MemoryError:
+    indices = [structure.by_symbol[symbol] for symbol in sorted(structure.reads(site))]
+    parts = [f"{' and '.join(i.sites)}: {i.support or num_samples}" for i in indices]
+    plates = [structure.plates[symbol] for symbol in sorted(site.plates)]
+    parts += [f"plate {plate.name}: {plate.size}" for plate in plates]
+    whole = {index.symbol: index.support or num_samples for index in structure.indices}
+    needed = _bytes(structure, site, whole) / 2**30
+    smallest = _bytes(structure, site, sizes) / 2**30
+    return MemoryError(
+        f"site '{site.name}': its log_prob has one element for each combination of "
+        f"{', '.join(parts)}: {needed:.3g} GiB, and {smallest:.3g} GiB in up to {MAX_BLOCKS} blocks "
+        f"of particles, where the limit is {memory_limit / 2**30:.3g} GiB (memory_limit). Draw "
+        "fewer particles, let some of these latents share one particle index "
+        "(groups=[(...), ...]), or enumerate a discrete one."
+    )

@@ -16,33 +16,44 @@ The members of a group share :math:`k`; their joint density is mixed over parent
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
-from pyro_mpis._typing import Arguments, Distribution, Program
+from pyro_mpis._typing import Distribution
 from pyro_mpis.dependencies import Index, Structure
-from pyro_mpis.handlers import Draw, draw, is_delta, place, quoted, relayout, replay
+from pyro_mpis.handlers import Draw, Programs, draw, is_delta, place, quoted, relayout, replay
 
 
 @dataclass(frozen=True)
 class Particles:
     """K particles of every random site, and the log density that each index was drawn from."""
 
-    num_samples: int
+    num_samples: int  # K
+    sizes: Mapping[str, int]  # symbol of the index -> number of particles, or of values
     draws: Mapping[str, Draw]  # of the guide's latent sites and of those drawn from the prior
     log_proposals: Mapping[str, Tensor]  # symbol of the index -> (K, *plates), in nats
 
+    def block(self, structure: Structure, ranges: Mapping[str, slice]) -> "Particles":
+        """Return a part of the particles of some indices; K stays what it was."""
+        draws = dict(self.draws)
+        for symbol, part in ranges.items():
+            for name in structure.by_symbol[symbol].sites:
+                draws[name] = replace(draws[name], value=draws[name].value[part])
+        log_proposals = {
+            symbol: log_proposal[ranges.get(symbol, slice(None))]
+            for symbol, log_proposal in self.log_proposals.items()
+        }
+        sizes = {
+            symbol: len(range(size)[ranges.get(symbol, slice(None))])
+            for symbol, size in self.sizes.items()
+        }
+        return Particles(self.num_samples, sizes, draws, log_proposals)
 
-def draw_particles(
-    structure: Structure,
-    model: Program,
-    guide: Program,
-    arguments: Arguments,
-    num_samples: int,
-) -> Particles:
+
+def draw_particles(structure: Structure, programs: Programs, num_samples: int) -> Particles:
     """
     Draw K particles of every random site and evaluate their proposal densities.
 
@@ -57,9 +68,8 @@ def draw_particles(
         if name not in structure.guide_factors and (name in origins or name not in structure.model)
     }
     draws = draw(
+        programs,
         "guide",
-        guide,
-        arguments,
         num_samples=num_samples,
         dim=shared,
         given={},
@@ -77,9 +87,8 @@ def draw_particles(
             if name in origins
         }
         draws |= draw(
+            programs,
             "model",
-            model,
-            arguments,
             num_samples=num_samples,
             dim=shared,
             given=given,
@@ -88,11 +97,12 @@ def draw_particles(
     for name, drawn in draws.items():
         _check_vectorised(structure, name, drawn, num_samples)
     log_proposals = {
-        index.symbol: _log_proposal(structure, index, draws, model, guide, arguments)
+        index.symbol: _log_proposal(structure, index, draws, programs)
         for index in structure.indices
         if not index.enumerated
     }
-    return Particles(num_samples, draws, log_proposals)
+    sizes = {index.symbol: index.support or num_samples for index in structure.indices}
+    return Particles(num_samples, sizes, draws, log_proposals)
 
 
 def model_value(structure: Structure, name: str, value: Tensor) -> Tensor:
@@ -124,9 +134,7 @@ def _log_proposal(
     structure: Structure,
     index: Index,
     draws: Mapping[str, Draw],
-    model: Program,
-    guide: Program,
-    arguments: Arguments,
+    programs: Programs,
 ) -> Tensor:
     """Return log Q of one index at its particles: (K, *plates)."""
     members = {name: draws[name] for name in index.sites}
@@ -143,7 +151,7 @@ def _log_proposal(
     if not mixed:
         return _joint(structure, index, {n: d.fn for n, d in members.items()}, members, 1)
     if len(members) > 1:
-        fns = _fns_by_parent(structure, index, draws, model, guide, arguments)
+        fns = _fns_by_parent(structure, index, draws, programs)
     else:
         fns = {name: drawn.fn for name, drawn in members.items()}
     by_parent = _joint(structure, index, fns, members, 2)  # (K, parents' K or 1, *plates)
@@ -210,9 +218,7 @@ def _fns_by_parent(
     structure: Structure,
     index: Index,
     draws: Mapping[str, Draw],
-    model: Program,
-    guide: Program,
-    arguments: Arguments,
+    programs: Programs,
 ) -> dict[str, Distribution]:
     """Return the members' proposals given members at particle k and all others at particle j."""
     shared = structure.shared_dim
@@ -228,9 +234,8 @@ def _fns_by_parent(
         if name in structure.guide and not is_delta(drawn.fn)
     }
     sites = replay(
+        programs,
         "guide",
-        guide,
-        arguments,
         values=guide_values,
         enumerated={},
         num_samples=num_samples,
@@ -246,9 +251,8 @@ def _fns_by_parent(
             if origin == "guide_delta":
                 model_values[name] = sites[name]["value"]
         sites = replay(
+            programs,
             "model",
-            model,
-            arguments,
             values=model_values,
             enumerated={},
             num_samples=num_samples,

@@ -100,7 +100,8 @@ def _problems(rows: list[Row], num_samples: int) -> list[str]:
             "quantiles rest on a handful of particles. Raise num_samples, fit a guide (AutoNormal, "
             "SVI), group strongly dependent sites (groups=), or enumerate discrete ones."
         )
-    heavy = [row for row in rows if row.k_hat > HIGH_K_HAT]
+    # with nearly even weights, the tail that k-hat is fitted to is noise
+    heavy = [row for row in rows if row.k_hat > HIGH_K_HAT and row.ess < 0.5 * num_samples]
     if heavy:
         worst = max(heavy, key=lambda row: row.k_hat)
         problems.append(

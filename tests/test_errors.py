@@ -79,7 +79,7 @@ def test_failed_run_keeps_the_last_posterior() -> None:
     before = posterior.evidence()
     with pytest.raises(TypeError):
         posterior.run(1, 2, 3)
-    assert posterior.evidence() is before
+    assert torch.equal(posterior.evidence(), before)
 
 
 def test_unknown_sites() -> None:
@@ -392,7 +392,12 @@ def test_too_much_memory() -> None:
         with pyro.plate("p", 2):
             pyro.sample("y", dist.Normal(total, 1.0), obs=torch.zeros(2))
 
-    fails(MemoryError, r"site 'y': its log_prob has 2e\+16 elements \(a: 100.*groups", model, K=100)
+    fails(
+        MemoryError,
+        r"site 'y': its log_prob has one element for each.*a: 100.*p: 2.*groups",
+        model,
+        K=100,
+    )
 
 
 def test_max_plate_nesting_too_small() -> None:

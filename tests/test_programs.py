@@ -217,7 +217,7 @@ def test_event_dims_differ_between_guide_and_model() -> None:
     truth = dist.MultivariateNormal(torch.zeros(3), 2 * torch.eye(3) + 1.0).log_prob(Y)
     for model, guide in ((hierarchy, joint_guide), (joint_model, plated_guide)):
         pyro.set_rng_seed(0)
-        posterior = MPImportance(model, guide, num_samples=3000).run()
+        posterior = MPImportance(model, guide, num_samples=1000).run()
         assert abs(float(posterior.evidence() - truth)) < 0.2
         assert posterior.moments()["x"].shape == (3,)
         assert posterior.sample(4)["x"].shape == (4, 3)

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make demo` and `make test` need Python 3.10 or newer, git and make, and nothing else.
+# PIP_CONSTRAINT, if set, pins versions as pip itself reads it; see constraints.txt.
+
+PYTHON ?= python3
+JOBS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := pyro_mpis tests tutorials $(wildcard benchmarks)
+
+# One thread for each process: the tensors are small, and the test workers share the cores.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.PHONY: help demo test test-slow lint types tests doctests tutorials clean distclean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo       install into .venv and run tutorials/eight_schools.py"
+	@echo "make test       lint, types, tests, doctests, tutorials at small size"
+	@echo "make test-slow  the tests left out of make test"
+	@echo "make lint       ruff check and ruff format --check"
+	@echo "make clean      remove caches, build products and output/; distclean: .venv too"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	    || { echo "Python 3.10 or newer is needed; say which: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	    echo "python -m venv failed; on Debian and Ubuntu it is the package python3-venv"; exit 1; }
+
+# Stamps: install again only when what the package needs has changed.
+$(VENV)/.stamp-demo: setup.cfg pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e '.[tutorials]'
+	@touch $@
+
+$(VENV)/.stamp-dev: setup.cfg pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e '.[dev,tutorials]'
+	@touch $@ $(VENV)/.stamp-demo
+
+demo: $(VENV)/.stamp-demo
+	$(BIN)/python tutorials/eight_schools.py
+
+test: lint types tests doctests tutorials
+
+lint: $(VENV)/.stamp-dev
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+types: $(VENV)/.stamp-dev
+	$(BIN)/mypy
+
+tests: $(VENV)/.stamp-dev
+	$(ONE_THREAD) $(BIN)/python -m pytest -q -n $(JOBS)
+
+test-slow: $(VENV)/.stamp-dev
+	$(ONE_THREAD) $(BIN)/python -m pytest -q -n $(JOBS) -m slow
+
+doctests: $(VENV)/.stamp-dev
+	$(ONE_THREAD) $(BIN)/python -m pytest -q --doctest-modules --doctest-glob='*.md' pyro_mpis README.md
+
+# CI in the environment makes the tutorials small. What they assert counts here, not what they print.
+tutorials: $(VENV)/.stamp-dev
+	CI=1 $(BIN)/python tutorials/eight_schools.py > /dev/null
+ifdef PYRO_MPIS_DATA
+	CI=1 $(BIN)/python tutorials/chimpanzees.py > /dev/null
+	CI=1 $(BIN)/python tutorials/chimpanzees.py --published > /dev/null
+else
+	@echo "tutorials/chimpanzees.py not run: PYRO_MPIS_DATA is not set"
+endif
+
+clean:
+	rm -rf build dist output *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)

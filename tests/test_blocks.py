@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sums over blocks of particles equal the sum over all of them."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer.autoguide import AutoNormal, AutoStructured
+
+from pyro_mpis import MPImportance
+from pyro_mpis.blocks import split
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+Y = torch.tensor([[0.3, -0.5, 1.2], [0.8, 0.1, -0.2]], dtype=torch.float64)
+COUNTY = torch.tensor([0, 1, 1])
+
+
+def model() -> None:
+    """Three globals, two levels of plates, one plate read by index."""
+    a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    b = pyro.sample("b", dist.LogNormal(0.0, 0.5))
+    c = pyro.sample("c", dist.Categorical(torch.tensor([0.2, 0.8])))
+    with pyro.plate("county", 2, dim=-1):
+        v = pyro.sample("v", dist.Normal(a, b))
+    with pyro.plate("outer", 2, dim=-2), pyro.plate("inner", 3, dim=-1):
+        pyro.sample("y", dist.Normal(v[..., COUNTY] + a * c, b), obs=Y)
+
+
+GUIDES = {
+    "prior": lambda: None,
+    "AutoNormal": lambda: AutoNormal(pyro.poutine.block(model, hide=["c"])),
+    "AutoStructured": lambda: AutoStructured(
+        pyro.poutine.block(model, hide=["c"]),
+        conditionals={"a": "normal", "b": "normal", "v": "normal"},
+        dependencies={"b": {"a": "linear"}},
+    ),
+}
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+@pytest.mark.parametrize("memory_limit", [40_000, 10_000, 6_000])
+def test_every_query_is_that_of_the_whole(guide: str, memory_limit: int) -> None:
+    """Given the same particles, to rounding; down to blocks of a single particle."""
+    pyro.set_rng_seed(0)
+    program = GUIDES[guide]()
+    if program is not None:
+        program()  # makes its params
+    results = []
+    for limit in (None, memory_limit):
+        pyro.set_rng_seed(1)
+        posterior = MPImportance(model, program, num_samples=7, memory_limit=limit).run()
+        results.append(posterior)
+    whole, blocked = results
+    assert blocked._sum is not None
+    assert len(blocked._sum.blocks) > 1
+    torch.testing.assert_close(blocked.evidence(), whole.evidence())
+    for site, mean in whole.moments().items():
+        torch.testing.assert_close(blocked.moments()[site], mean)
+        torch.testing.assert_close(
+            blocked.marginals(site).log_weights, whole.marginals(site).log_weights
+        )
+        torch.testing.assert_close(blocked.marginals(site).samples, whole.marginals(site).samples)
+    torch.testing.assert_close(
+        blocked.moments(torch.mul, "a", "v"), whole.moments(torch.mul, "a", "v")
+    )
+    torch.testing.assert_close(
+        blocked.marginals("a", "b", "c").weights, whole.marginals("a", "b", "c").weights
+    )
+
+
+def test_samples_have_the_moments() -> None:
+    """Means over joint draws from all blocks, within 6 standard errors, at a fixed seed."""
+    pyro.set_rng_seed(1)
+    posterior = MPImportance(model, num_samples=6, memory_limit=10_000).run()
+    draws = posterior.sample(20_000)
+    assert draws["c"].dtype == torch.long
+    for site, mean in posterior.moments().items():
+        values = draws[site].double()
+        error = values.std(0) / math.sqrt(20_000)
+        assert bool(((values.mean(0) - mean).abs() <= 6 * error + 1e-9).all()), site
+    product = (draws["a"][:, None] * draws["v"]).mean(0)
+    spread = (draws["a"][:, None] * draws["v"]).std(0) / math.sqrt(20_000)
+    exact = posterior.moments(torch.mul, "a", "v")
+    assert bool(((product - exact).abs() <= 6 * spread).all())
+    halves = draws["a"][:10_000].mean(), draws["a"][10_000:].mean()
+    assert abs(float(halves[0] - halves[1])) < 12 * float(draws["a"].std()) / 100.0
+
+
+def test_blocks_cover_all_particles_once() -> None:
+    blocks = split({"a": 7, "b": 3}, {"a": 3, "b": 2})
+    seen = [
+        (i, j) for ranges in blocks for i in range(7)[ranges["a"]] for j in range(3)[ranges["b"]]
+    ]
+    assert sorted(seen) == [(i, j) for i in range(7) for j in range(3)]
+    assert split({"a": 7}, {}) == ({},)
+
+
+def test_no_block_is_small_enough() -> None:
+    with pytest.raises(MemoryError, match=r"site 'y'.*v: 7.*memory_limit.*groups"):
+        MPImportance(model, num_samples=7, memory_limit=300).run()
+
+
+@pytest.mark.parametrize("memory_limit", [0, -5, True])
+def test_limit_that_makes_no_sense(memory_limit: int) -> None:
+    with pytest.raises(ValueError, match="memory_limit: expected a positive number of bytes"):
+        MPImportance(model, num_samples=7, memory_limit=memory_limit)
