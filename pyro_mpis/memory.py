@@ -97,7 +97,7 @@ def _too_large(
     smallest = _bytes(structure, site, sizes) / 2**30
     return MemoryError(
         f"site '{site.name}': its log_prob has one element for each combination of "
-        f"{', '.join(parts)}: {needed:.3g} GiB, and {smallest:.3g} GiB in up to {MAX_BLOCKS} blocks "
+        f"{', '.join(parts)}: {needed:.3g} GiB, {smallest:.3g} GiB in up to {MAX_BLOCKS} blocks "
         f"of particles, where the limit is {memory_limit / 2**30:.3g} GiB (memory_limit). Draw "
         "fewer particles, let some of these latents share one particle index "
         "(groups=[(...), ...]), or enumerate a discrete one."
