@@ -45,7 +45,7 @@ GUIDES = {
 def test_every_query_is_that_of_the_whole(guide: str, memory_limit: int) -> None:
     """Given the same particles, to rounding; down to blocks of a single particle."""
     pyro.set_rng_seed(0)
-    program = GUIDES[guide]()
+    program = GUIDES[guide]()  # type: ignore[no-untyped-call]
     if program is not None:
         program()  # makes its params
     results = []

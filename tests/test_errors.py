@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bad input: each error names the site or argument, says why and what to do; nothing stays behind."""
+"""Bad input: errors name the site or argument, say why and what to do; nothing stays behind."""
 
 from collections.abc import Callable
 
@@ -107,7 +107,7 @@ def test_moments_that_make_no_sense() -> None:
     with pytest.raises(ValueError, match=r"moment 'm': expected a function and the names"):
         posterior.moments({"m": "a"})  # type: ignore[dict-item]
     with pytest.raises(ValueError, match=r"moment function of 'a' failed: it returned int, not"):
-        posterior.moments(lambda a: 3, "a")
+        posterior.moments(lambda a: 3, "a")  # type: ignore[arg-type, return-value]
     with pytest.raises(ValueError, match=r"moment function of 'a' failed"):
         posterior.moments(lambda a: a.item(), "a")
     with pytest.raises(ValueError, match=r"moment function of 'a', 'b' failed"):

@@ -175,7 +175,7 @@ def test_masked_observations_read_nothing() -> None:
         mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
         with pyro.plate("county", 3):
             alpha = pyro.sample("alpha", dist.Normal(mu, 1.0))
-        with pyro.plate("house", len(houses)), pyro.poutine.mask(mask=keep):
+        with pyro.plate("house", len(houses)), pyro.poutine.mask(mask=keep):  # type: ignore[call-overload]
             pyro.sample("y", dist.Normal(alpha[..., COUNTY[houses]], 1.0), obs=Y[houses])
 
     results = []
@@ -275,7 +275,7 @@ def test_discrete_latents_by_index() -> None:
     def discrete(enumerate_: bool) -> None:
         infer = {"enumerate": "parallel"} if enumerate_ else {}
         with pyro.plate("county", 3):
-            kind = pyro.sample("kind", dist.Categorical(torch.tensor([0.3, 0.7])), infer=infer)
+            kind = pyro.sample("kind", dist.Categorical(torch.tensor([0.3, 0.7])), infer=infer)  # type: ignore[arg-type]
         with pyro.plate("house", 7):
             loc = torch.tensor([-1.0, 1.0])[kind[..., COUNTY]]
             pyro.sample("y", dist.Normal(loc, 1.0), obs=Y)
@@ -353,7 +353,7 @@ def gaussian_mixture(joint: bool) -> None:
         with pyro.plate("component", 2):
             loc = pyro.sample("loc", dist.Normal(0.0, 2.0)).unsqueeze(-2)
     with pyro.plate("house", 7):
-        kind = pyro.sample("kind", dist.Categorical(torch.ones(2)), infer=GMM_INFER)
+        kind = pyro.sample("kind", dist.Categorical(torch.ones(2)), infer=GMM_INFER)  # type: ignore[arg-type]
         pyro.sample("y", dist.Normal(Vindex(loc)[..., kind], 1.0), obs=Y)
 
 

@@ -72,7 +72,7 @@ def test_matrix_product(dtype: torch.dtype, ab: tuple[Tensor, Tensor]) -> None:
 @given(matrices())
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_derivatives_of_the_matrix_product_are_shares(ab: tuple[Tensor, Tensor]) -> None:
-    """Those of add-and-sum; each finite entry's derivatives sum to one, each -inf entry's to zero."""
+    """Those of add-and-sum; of each finite entry they sum to one, of each -inf entry to zero."""
     a, b = (x.requires_grad_() for x in ab)
     result = log_matmul(a, b)
     weight = torch.rand(result.shape, generator=torch.Generator().manual_seed(0)).double()

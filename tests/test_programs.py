@@ -71,7 +71,7 @@ def test_masks_and_scales_are_those_of_the_log_prob() -> None:
         return model
 
     def by_handler(mu: Tensor) -> None:
-        with poutine.mask(mask=keep):
+        with poutine.mask(mask=keep):  # type: ignore[call-overload]
             pyro.sample("y", dist.Normal(mu, 1.0), obs=Y)
 
     def by_distribution(mu: Tensor) -> None:
@@ -95,13 +95,13 @@ def test_masks_and_scales_are_those_of_the_log_prob() -> None:
 
 
 def test_obs_mask_imputes_the_hidden() -> None:
-    """Hidden observations become latents, drawn from the prior: they add nothing to the evidence."""
+    """Hidden observations become latents, drawn from the prior, and add nothing to the evidence."""
     keep = torch.tensor([True, False, True])
 
     def model() -> None:
         mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
         with pyro.plate("p", 3):
-            pyro.sample("y", dist.Normal(mu, 1.0), obs=Y, obs_mask=keep)
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=Y, obs_mask=keep)  # type: ignore[arg-type]
 
     pyro.set_rng_seed(0)
     posterior = MPImportance(model, num_samples=400).run()
@@ -114,7 +114,7 @@ def test_obs_mask_imputes_the_hidden() -> None:
 
 def test_mask_only_in_the_model_warns() -> None:
     def model() -> None:
-        with pyro.plate("p", 3), poutine.mask(mask=torch.tensor([True, True, False])):
+        with pyro.plate("p", 3), poutine.mask(mask=torch.tensor([True, True, False])):  # type: ignore[call-overload]
             x = pyro.sample("x", dist.Normal(0.0, 1.0))
             pyro.sample("y", dist.Normal(x, 1.0), obs=Y)
 
@@ -123,7 +123,7 @@ def test_mask_only_in_the_model_warns() -> None:
             pyro.sample("x", dist.Normal(0.0, 1.0))
 
     def masked_guide() -> None:
-        with poutine.mask(mask=torch.tensor([True, True, False])):
+        with poutine.mask(mask=torch.tensor([True, True, False])):  # type: ignore[call-overload]
             guide()
 
     with pytest.warns(MPISWarning, match=r"'x': masked in the model but not in the guide"):
@@ -158,16 +158,16 @@ def test_deterministic_adds_nothing() -> None:
 
 
 def test_modules_with_random_weights_and_params() -> None:
-    class Regression(PyroModule):  # type: ignore[misc]
+    class Regression(PyroModule):
         def __init__(self) -> None:
             super().__init__()
             self.weight = PyroSample(dist.Normal(0.0, 1.0).expand([2]).to_event(1))
             self.scale = PyroParam(torch.tensor(1.0), constraint=dist.constraints.positive)
 
         def forward(self, x: Tensor, y: Tensor) -> None:
-            mean = (self.weight * x).sum(-1)
+            mean = (self.weight * x).sum(-1)  # type: ignore[operator]
             with pyro.plate("p", len(y)):
-                pyro.sample("y", dist.Normal(mean, self.scale), obs=y)
+                pyro.sample("y", dist.Normal(mean, self.scale), obs=y)  # type: ignore[arg-type]
 
     x = torch.tensor([[1.0, 0.5], [1.0, -1.0], [1.0, 2.0]])
     found = evidence(Regression(), None, x, Y, num_samples=20_000)
@@ -191,10 +191,10 @@ def test_params_in_model_and_guide_are_read_and_kept() -> None:
     fresh = evidence(model, guide)
     assert list(store.keys()) == []
     pyro.param("loc", torch.tensor(0.3))
-    leaf = store["loc"].unconstrained()
+    leaf = store["loc"].unconstrained()  # type: ignore[attr-defined]
     assert float(evidence(model, guide)) != float(fresh)
     assert list(store.keys()) == ["loc"]
-    assert store["loc"].unconstrained() is leaf
+    assert store["loc"].unconstrained() is leaf  # type: ignore[attr-defined]
     assert leaf.grad is None
     store.clear()
 
@@ -298,7 +298,7 @@ def test_model_with_a_delta_latent() -> None:
 
 
 def test_many_sites_share_dims() -> None:
-    """A long chain needs a handful of dims, with or without pyro.markov; the closed form is known."""
+    """A long chain needs a handful of dims, with or without pyro.markov; its evidence is known."""
     steps = 70
     y = torch.linspace(-1.0, 1.0, steps)
 

@@ -139,8 +139,8 @@ def test_quantiles_longhand() -> None:
 def test_it_is_an_empirical_distribution(posterior: MPImportance) -> None:
     marginal = posterior.marginals("x")
     assert isinstance(marginal, dist.Empirical)
-    assert marginal.sample((7,)).shape == (7, 2, 3)
-    assert bool(marginal.log_prob(marginal.sample()).isfinite().all())
+    assert marginal.sample((7,)).shape == (7, 2, 3)  # type: ignore[no-untyped-call]
+    assert bool(marginal.log_prob(marginal.sample()).isfinite().all())  # type: ignore[no-untyped-call]
     assert posterior.marginals("v").quantile(0.5).shape == (2, 1, 4)
     assert posterior.marginals("kind").mean.is_floating_point()
 
@@ -239,7 +239,7 @@ def exact_weights(posterior: MPImportance, s: float) -> Tensor:
         - standard.log_prob(b)
         + dist.Normal(b, s).log_prob(torch.tensor(-0.5).double())
     )
-    return log_r.flatten().softmax(0).reshape(30, 30).sum(-1)
+    return log_r.flatten().softmax(0).reshape(30, 30).sum(-1)  # type: ignore[no-any-return]
 
 
 def test_results_pickle_without_their_programs(posterior: MPImportance) -> None:
