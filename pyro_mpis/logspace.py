@@ -24,16 +24,13 @@ class _LogSumExp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        result: Tensor = x.logsumexp(-1)
-        ctx.save_for_backward(x, result)
-        return result
+        ctx.save_for_backward(x)
+        return x.logsumexp(-1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        x, result = ctx.saved_tensors
-        finite = result.masked_fill(result == -torch.inf, 0.0)
-        share: Tensor = (x - finite.unsqueeze(-1)).exp()
-        return grad.unsqueeze(-1) * share
+        (x,) = ctx.saved_tensors
+        return grad.unsqueeze(-1) * _shares(x)
 
 
 def logsumexp(x: Tensor, num_dims: int = 1) -> Tensor:
@@ -57,32 +54,29 @@ class _LogMatmul(torch.autograd.Function):
         a_max, b_max, ea, eb = _shifted(a, b)
         product = ea @ eb
         del ea, eb
-        lost = _lost(product, a_max, b_max)
-        result = product.log_().add_(a_max).add_(b_max)
-        if lost is not None:
-            for block in lost.split(_rows(a)):
-                batch, m, n = block.unbind(1)
-                terms = a[batch, m] + b[batch, :, n]
-                result[batch, m, n] = terms.logsumexp(-1)
-        ctx.save_for_backward(a, b, result, *([] if lost is None else [lost]))
+        lost = (product < _SAFE[product.dtype]).nonzero()
+        result = product.log().add_(a_max).add_(b_max)
+        for block in lost.split(_rows(a)):
+            batch, m, n = block.unbind(1)
+            result[batch, m, n] = (a[batch, m] + b[batch, :, n]).logsumexp(-1)
+        ctx.save_for_backward(a, b, product, lost)
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        a, b, result, *rest = ctx.saved_tensors
-        a_max, b_max, ea, eb = _shifted(a, b)
-        finite = result.masked_fill(result == -torch.inf, torch.inf)
-        scaled = grad * (a_max + b_max - finite).exp()
-        if rest:
-            batch, m, n = rest[0].unbind(1)
-            scaled[batch, m, n] = 0.0
+        # Shares are found from the shifted terms themselves: the result is rounded, and in single
+        # precision its error grows with its size.
+        a, b, product, lost = ctx.saved_tensors
+        _, _, ea, eb = _shifted(a, b)
+        scaled = grad / product
+        batch, m, n = lost.unbind(1)
+        scaled[batch, m, n] = 0.0
         grad_a = ea * (scaled @ eb.mT)
         grad_b = eb * (ea.mT @ scaled)
         del ea, eb, scaled
-        for block in rest[0].split(_rows(a)) if rest else ():
+        for block in lost.split(_rows(a)):
             batch, m, n = block.unbind(1)
-            terms = a[batch, m] + b[batch, :, n] - finite[batch, m, n].unsqueeze(1)
-            share = grad[batch, m, n].unsqueeze(1) * terms.exp()
+            share = grad[batch, m, n].unsqueeze(1) * _shares(a[batch, m] + b[batch, :, n])
             grad_a.index_put_((batch, m), share, accumulate=True)
             grad_b.mT.index_put_((batch, n), share, accumulate=True)
         return grad_a, grad_b
@@ -113,12 +107,9 @@ def _shifted(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return a_max, b_max, (a - a_max).exp_(), (b - b_max).exp_()
 
 
-def _lost(product: Tensor, a_max: Tensor, b_max: Tensor) -> Tensor | None:
-    """Return the positions (count, 3) of the entries to recompute; None where all are fine."""
-    doubtful = product < _SAFE[product.dtype]
-    if not bool(doubtful.any()):
-        return None
-    return doubtful.nonzero()
+def _shares(x: Tensor) -> Tensor:
+    """Return the softmax over the last dim; zero, not nan, where the whole row is -inf."""
+    return x.softmax(-1).nan_to_num_(nan=0.0)
 
 
 def _rows(a: Tensor) -> int:
