@@ -57,6 +57,7 @@ class Site:
     batch_shape: torch.Size
     plates: frozenset[str]  # symbols
     reads: frozenset[str]  # random sites
+    silent: bool  # adds nothing to the density, as pyro.deterministic
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,11 @@ class Structure:
     def unique_dims(self) -> bool:
         """Whether every index has a dim of its own, so that shapes tell what a tensor reads."""
         return len({index.dim for index in self.indices}) == len(self.indices)
+
+    def proposal_site(self, name: str) -> Site:
+        """Return the statement that a random site is drawn from: the guide's or the model's."""
+        in_guide = name in self.guide and self.origins.get(name) != "prior"
+        return self.guide[name] if in_guide else self.model[name]
 
     def reads(self, site: Site) -> frozenset[str]:
         """Return the symbols of the indices that a site depends on, its own included."""
@@ -314,8 +320,8 @@ def _index_plates(
 
 def _with_dims(structure: Structure) -> Structure:
     """Give each index a batch dim; two that are read together get different ones."""
-    together = [structure.reads(site) for site in structure.model.values()]
-    together += [structure.reads(site) for site in structure.guide.values()]
+    sites = [*structure.model.values(), *structure.guide.values()]
+    together = [structure.reads(site) for site in sites if not site.silent]
     colour: dict[str, int] = {}
     if len(structure.indices) <= UNIQUE_DIMS:
         colour = {index.symbol: number for number, index in enumerate(structure.indices)}
@@ -376,12 +382,20 @@ def _read(site: SampleMessage, plates: Mapping[str, Plate]) -> Site:
         log_prob, read_by_log_prob = _log_prob(name, fn, value)
         reads |= read_by_log_prob
         _check_shape(site, log_prob, frames)
+    reads |= get_provenance(site["mask"]) | get_provenance(site["scale"])
+    if is_latent(site) and get_provenance(site["mask"]):
+        raise NotImplementedError(
+            f"site '{name}': a latent site under a mask computed from {quoted(reads - {name})}. "
+            "Where it is masked it has neither a prior nor a proposal to weigh. Mask what reads "
+            "the site instead, or choose its value with torch.where."
+        )
     return Site(
         name=name,
         event_dim=fn.event_dim,
         batch_shape=fn.batch_shape,
         plates=frozenset(plate.symbol for plate in frames),
         reads=reads - {name},
+        silent=_is_silent(site),
     )
 
 

@@ -16,14 +16,15 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import pyro
 import torch
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from pyro_mpis._typing import Ordinal, SampleMessage
 from pyro_mpis.dependencies import Index, Site, Structure
-from pyro_mpis.handlers import Programs, place, quoted, replay
-from pyro_mpis.proposals import Particles, model_value
+from pyro_mpis.handlers import Programs, check_same_sites, place, quoted, replay
+from pyro_mpis.proposals import Particles, model_inputs
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,13 @@ def build_graph(
     dims = {index.symbol: index.dim for index in structure.indices}
     enumerated = {index.sites[0]: index.dim for index in structure.indices if index.enumerated}
     guide_sites = replay_guide(structure, particles, programs)
-    values = model_values(structure, particles, guide_sites)
+    random = {
+        name: place(drawn.value, structure.index_of[name].dim, shared_dim=structure.shared_dim)
+        for name, drawn in particles.draws.items()
+        if name in structure.index_of and name not in enumerated
+    }
+    carried = {name: site.value for name, site in guide_sites.items()}
+    values = model_inputs(structure, random, carried)
     model_sites = replay(
         programs,
         "model",
@@ -154,27 +161,10 @@ def build_graph(
         enumerated=enumerated,
         num_samples=particles.num_samples,
     )
-    _check_same_sites(structure.model, model_sites)
+    check_same_sites("model", set(structure.model), set(model_sites))
 
-    packer = _Packer(structure, particles.sizes)
-
-    factors = _proposal_factors(structure, particles, packer)
-    for name, carried in guide_sites.items():
-        log_density = -carried.log_density
-        factors += packer.pack(f"{name} (guide)", log_density, structure.guide[name], strict=False)
-    for name, model_site in model_sites.items():
-        if name in enumerated and model_site["mask"] is False:
-            factors.append(packer.zeros(structure.index_of[name], model_site["value"].double()))
-        if model_site["mask"] is False or structure.origins.get(name) == "model_delta":
-            continue
-        if model_site["infer"].get("_deterministic"):
-            continue
-        log_prob = model_site["fn"].log_prob(model_site["value"])
-        log_prob = scale_and_mask(log_prob, model_site["scale"], model_site["mask"])
-        factors += packer.pack(name, log_prob, structure.model[name], strict=True)
-        if name in enumerated:
-            factors.append(packer.zeros(structure.index_of[name], log_prob))
-        del log_prob
+    with pyro.validation_enabled(False):  # the tensors are large, and have been checked
+        factors = _factors(structure, particles, guide_sites, model_sites)
     anything = factors[0].tensor if factors else torch.zeros(())
     return FactorGraph(
         factors=tuple(factors),
@@ -186,12 +176,39 @@ def build_graph(
         values={
             name: _site_value(structure, name, model_sites[name], dims, particles.sizes)
             for name in structure.origins
+            if _has_value(structure, name)
         },
         plate_names={symbol: plate.name for symbol, plate in structure.plates.items()},
         index_sites={index.symbol: index.sites for index in structure.indices},
         dtype=_result_type(factors),
         device=anything.device,
     )
+
+
+def _factors(
+    structure: Structure,
+    particles: Particles,
+    guide_sites: "Mapping[str, Carried]",
+    model_sites: Mapping[str, SampleMessage],
+) -> list[LogFactor]:
+    """Evaluate and pack the densities of all sites."""
+    packer = _Packer(structure, particles.sizes)
+
+    factors = _proposal_factors(structure, particles, packer)
+    for name, guide_site in guide_sites.items():
+        log_density = -guide_site.log_density
+        factors += packer.pack(f"{name} (guide)", log_density, structure.guide[name], strict=False)
+    for name, site in model_sites.items():
+        origin = structure.origins.get(name)
+        if origin == "enumerated":
+            factors.append(packer.zeros(structure.index_of[name], site["value"].device))
+        if structure.model[name].silent or origin == "model_delta":
+            continue
+        log_prob = site["fn"].log_prob(site["value"])
+        log_prob = scale_and_mask(log_prob, site["scale"], site["mask"])
+        factors += packer.pack(name, log_prob, structure.model[name], strict=True)
+        del log_prob
+    return factors
 
 
 @dataclass(frozen=True)
@@ -288,35 +305,8 @@ def _only_read(structure: Structure, name: str, tensor: Tensor, event_dim: int) 
     return tensor
 
 
-def model_values(
-    structure: Structure, particles: Particles, guide_sites: Mapping[str, Carried]
-) -> dict[str, Tensor]:
-    """Return the value of each latent site of the model, each index in its own dim."""
-    index_of = structure.index_of
-    values = {}
-    for name, origin in structure.origins.items():
-        if origin == "guide_delta":
-            values[name] = guide_sites[name].value
-        elif origin in ("guide", "prior"):
-            value = model_value(structure, name, particles.draws[name].value)
-            values[name] = place(value, index_of[name].dim, shared_dim=structure.shared_dim)
-    return values
-
-
 def _carried(structure: Structure) -> list[str]:
     return [name for name, origin in structure.origins.items() if origin == "guide_delta"]
-
-
-def _check_same_sites(expected: Mapping[str, Site], found: Mapping[str, SampleMessage]) -> None:
-    different = set(expected) ^ set(found)
-    if different:
-        name = min(different)
-        where = "only without particles" if name in expected else "only with particles"
-        raise ValueError(
-            f"site '{name}': met in the model {where}. The sites of a model must be the same for "
-            "every value of its latents: replace branches on a latent's value by torch.where, "
-            "poutine.mask or a fixed number of steps."
-        )
 
 
 def _proposal_factors(
@@ -333,6 +323,13 @@ def _proposal_factors(
         name = " and ".join(index.sites) + " (proposal)"
         factors += packer.pack_index(name, tensor, index)
     return factors
+
+
+def _has_value(structure: Structure, name: str) -> bool:
+    """Whether queries can be asked of a site: not of a model's Delta that reads another plate."""
+    site = structure.model[name]
+    inside = (structure.by_symbol[symbol].plates for symbol in structure.reads(site))
+    return structure.origins[name] != "model_delta" or all(p <= site.plates for p in inside)
 
 
 def _site_value(
@@ -390,10 +387,10 @@ class _Packer:
         """Pack a tensor with the dims of an index and its plates."""
         return self._pack(name, tensor, {index.symbol}, index.plates, True)
 
-    def zeros(self, index: Index, like: Tensor) -> LogFactor:
+    def zeros(self, index: Index, device: torch.device) -> LogFactor:
         """Return log 1 in the dims of an enumerated index, to say which plates it sits in."""
         dims = "".join(s for s in (index.symbol, *sorted(index.plates)) if self.size(s) > 1)
-        tensor = like.new_zeros([self.size(symbol) for symbol in dims])
+        tensor = torch.zeros([self.size(symbol) for symbol in dims], device=device)
         return LogFactor(f"{index.sites[0]} (support)", tensor, dims, index.plates)
 
     def pack(self, name: str, tensor: Tensor, site: Site, *, strict: bool) -> list[LogFactor]:
@@ -429,7 +426,8 @@ class _Packer:
             raise ValueError(
                 f"site '{name}': it was computed from {sites}, yet its log_prob is the same for "
                 "all particles of them. Particles are in batch dims left of the plates: index from "
-                "the right (x[..., 0], not x[0]), and do not reduce over all dims."
+                "the right (x[..., 0], not x[0]), do not reduce over all dims, and make constants "
+                "by torch.zeros, not by x.new_zeros."
             )
         _check_finite(name, tensor)
         tensor = tensor.reshape([size for size in tensor.shape if size != 1])

@@ -214,7 +214,8 @@ def _explained(program: str, handler: _Substitute, size: int) -> Iterator[None]:
             f"the {program} runs on single values, but not on {size} particles at once ({where}): "
             f"{type(error).__name__}: {first_line(error)}. Particles are in batch dims left of the "
             "plates: index from the right (x[..., 0], not x[0]), keep batch dims when reshaping, "
-            "do not call .item() on a latent's value, and do not branch on it (torch.where does)."
+            "stack latents with torch.stack(torch.broadcast_tensors(a, b), -1), do not call "
+            ".item() on a latent's value, and do not branch on it (torch.where does)."
         ) from error
 
 
@@ -246,6 +247,7 @@ def draw(
     with pyro.validation_enabled(False), pyro.plate(PARTICLES, num_samples, dim=dim):
         trace = _run(programs, name, handler, num_samples)
     sites = sample_sites(trace)
+    check_same_sites(name, set(event_dims), set(sites) & set(event_dims))
     draws = {}
     for site_name, event_dim in event_dims.items():
         site = sites[site_name]
@@ -268,20 +270,32 @@ def replay(
     values: Mapping[str, Tensor],
     enumerated: Mapping[str, int],
     num_samples: int,
+    validate: bool = False,
 ) -> dict[str, SampleMessage]:
     """
     Run a program with given values of its latent sites; draws nothing that counts.
 
-    Distributions do not check their arguments here: the plain run has done it, and the tensors
-    are large.
-
     :param values: particles, in whatever batch dims.
     :param enumerated: batch dim for the support of each site to sum out exactly.
+    :param validate: whether distributions check their arguments; for large tensors it takes time.
     :return: the sample sites of the run.
     """
     handler = _Substitute(values)
-    with pyro.validation_enabled(False), _Enumerate(enumerated):
+    with pyro.validation_enabled(validate), _Enumerate(enumerated):
         return sample_sites(_run(programs, name, handler, num_samples))
+
+
+def check_same_sites(name: Name, expected: Set[str], found: Set[str]) -> None:
+    """Refuse a program whose sites depend on the values of its latents."""
+    different = expected ^ found
+    if different:
+        site = min(different)
+        where = "only without particles" if site in expected else "only with particles"
+        raise ValueError(
+            f"site '{site}': met in the {name} {where}. The sites of a {name} must be the same for "
+            "every value of its latents: replace branches on a latent's value by torch.where, "
+            "poutine.mask or a fixed number of steps."
+        )
 
 
 def place(value: Tensor, dim: int, *, shared_dim: int) -> Tensor:
@@ -292,27 +306,6 @@ def place(value: Tensor, dim: int, *, shared_dim: int) -> Tensor:
     :return: ``(K, 1, .., 1, *plates, *event)``.
     """
     return value.reshape(value.shape[:1] + (1,) * (shared_dim - dim) + value.shape[1:])
-
-
-def relayout(value: Tensor, *, site: str, num_dims: int) -> Tensor:
-    """
-    Give a value of the guide's event dims as many dims as the model's event dims need.
-
-    A guide may draw as one event what the model draws in a plate, or the reverse: the same tensor
-    but for dims of size one next to the particles' dim.
-
-    :param value: ``(K, *plates, *event)`` as the guide has it.
-    :param num_dims: number of plates and event dims in the model.
-    """
-    shape = value.shape[1:]
-    while len(shape) > num_dims and shape[0] == 1:
-        shape = shape[1:]
-    if len(shape) > num_dims:
-        raise ValueError(
-            f"site '{site}': the guide's value has shape {tuple(shape)} for each particle, but the "
-            f"model's site has only {num_dims} dims (plates and event). Give both the same shape."
-        )
-    return value.reshape(value.shape[:1] + (1,) * (num_dims - len(shape)) + shape)
 
 
 def quoted(names: Set[str]) -> str:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The inference class: what the user holds."""
 
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import overload
@@ -26,10 +27,10 @@ from pyro_mpis.blocks import (
 from pyro_mpis.dependencies import Structure, analyse, check_same_site
 from pyro_mpis.factors import FactorGraph, build_graph
 from pyro_mpis.handlers import Programs, first_line, quoted, run_plainly, sample_sites
-from pyro_mpis.indexing import SiteReads, find_reads, regroup_indexed
+from pyro_mpis.indexing import SiteReads, check_provenance, find_reads, regroup_indexed
 from pyro_mpis.marginals import Marginal
 from pyro_mpis.memory import default_limit, plan_blocks
-from pyro_mpis.proposals import Particles, draw_particles
+from pyro_mpis.proposals import Particles, check_arguments, draw_particles
 from pyro_mpis.summary import Summary, summarise
 
 DEFAULT_NUM_SAMPLES = 10  # as pyro.infer.Importance has it
@@ -84,11 +85,7 @@ class MPImportance:
         if num_samples is None:
             num_samples = DEFAULT_NUM_SAMPLES
             warn(f"num_samples not given: {num_samples} particles of each latent site are drawn.")
-        if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
-            raise ValueError(
-                f"num_samples: expected a positive integer, the number of particles of each latent "
-                f"site, but found {num_samples!r}."
-            )
+        num_samples = _positive(num_samples)
         if memory_limit is not None and (isinstance(memory_limit, bool) or memory_limit <= 0):
             raise ValueError(
                 f"memory_limit: expected a positive number of bytes, but found {memory_limit!r}."
@@ -137,6 +134,8 @@ class MPImportance:
                 particles.sizes,
                 show_progress=not self.disable_progbar,
             )
+            if is_validation_enabled():
+                check_arguments(structure, programs, particles)
             _check_positive(total)
         self._sum, self._weights = total, {}
         for problem in _weaknesses(structure, self.groups, guide_trace, model_trace):
@@ -229,10 +228,7 @@ class MPImportance:
             particles; goes into :class:`pyro.infer.Predictive` as ``posterior_samples``.
         """
         total = self._ran()
-        if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
-            raise ValueError(
-                f"num_samples: expected a positive integer, but found {num_samples!r}."
-            )
+        num_samples = _positive(num_samples)
         with _isolated():
             return sample_of_blocks(total, num_samples)
 
@@ -263,6 +259,17 @@ class MPImportance:
         return self._weights
 
 
+def _positive(num_samples: int) -> int:
+    """Return a number of samples, of any integer type."""
+    try:
+        number = operator.index(num_samples)
+    except TypeError:
+        number = 0
+    if isinstance(num_samples, bool) or number < 1:
+        raise ValueError(f"num_samples: expected a positive integer, but found {num_samples!r}.")
+    return number
+
+
 def _no_guide(*args: object, **kwargs: object) -> None:
     """Sample nothing: every latent is proposed from the prior."""
 
@@ -284,6 +291,8 @@ def _builder(structure: Structure, particles: Particles, programs: Programs) -> 
         part = particles.block(structure, ranges) if ranges else particles
         graph = build_graph(structure, part, programs)
         if not reads:
+            if not structure.unique_dims:
+                check_provenance(graph, structure, part, programs)
             reads.append(find_reads(graph, structure, part, programs, check=check))
         return regroup_indexed(graph, reads[0])
 
@@ -298,7 +307,8 @@ def _run_plainly(programs: Programs) -> tuple[Trace, Trace]:
         if "Multiple sample sites" in str(error):
             raise ValueError(
                 f"{first_line(error)}. Each sample statement needs a name of its own: in a loop, "
-                "number them, as in pyro.sample(f'x_{i}', ...)."
+                "number them, as in pyro.sample(f'x_{i}', ...). A plate entered twice is to be "
+                "made once: plate = pyro.plate(...), then with plate: ..."
             ) from error
         raise
 
@@ -383,6 +393,18 @@ def _weaknesses(
         and site["mask"] is not True
         and guide_sites[name]["mask"] is None
     }
+    strange = {
+        name
+        for name, origin in structure.origins.items()
+        if origin == "guide"
+        and structure.guide[name].plates - structure.model[name].plates
+        and structure.model[name].plates - structure.guide[name].plates
+    }
+    if strange:
+        result.append(
+            f"{quoted(strange)}: in other plates in the guide than in the model, so that all plate "
+            "elements share one particle index. Give the guide's plates the model's names."
+        )
     if flat:
         result.append(
             f"{quoted(flat)}: masked in the model but not in the guide. Where masked, the prior "

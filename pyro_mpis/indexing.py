@@ -17,14 +17,16 @@ Which element each observation reads is found from outside, in one vectorised ru
 ``alpha`` is nan in run ``b`` where bit ``b`` of ``e`` is set, and in run ``B + b`` where it is not.
 An observation of one element becomes nan in exactly one run of each such pair; so the number of
 runs is logarithmic in the size of the plate. A discrete latent has another particle's value in
-place of nan. The same runs check that within a plate each element reads only its own element of
-the latents.
+place of nan. All this is done at many combinations of particles, since which element is read may
+depend on a latent (a change point, a mixture's component): then several are. The same runs check
+that within a plate each element reads only its own element of the latents.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import pyro
 import torch
 from torch import Tensor
 
@@ -32,10 +34,11 @@ from pyro_mpis._typing import Ordinal, SampleMessage
 from pyro_mpis.contraction import packed, regroup
 from pyro_mpis.dependencies import Structure
 from pyro_mpis.factors import ElementMap, FactorGraph, LogFactor
-from pyro_mpis.handlers import Name, Programs, is_delta, place, replay
-from pyro_mpis.proposals import Particles, model_value
+from pyro_mpis.handlers import Name, Programs, is_delta, replay
+from pyro_mpis.proposals import Particles, model_inputs
 
 NONE, SEVERAL = -1, -2  # in place of an element
+PROBE_ELEMENTS = 2**22  # of a probe's tensors, event dims aside
 
 
 @dataclass(frozen=True)
@@ -70,14 +73,53 @@ def find_reads(
     if not plated or not (foreign or check):
         return {}
     try:
-        return _probe(graph, structure, particles, programs)
+        try:
+            return _probe(graph, structure, particles, programs, with_nan=True)
+        except ValueError:  # code that stops at a nan, as a Cholesky factor does
+            return _probe(graph, structure, particles, programs, with_nan=False)
     except ValueError as error:
         if not foreign:
-            return {}  # the check is a courtesy; a model that cannot take nan goes without
+            return {}
         raise NotImplementedError(
             f"site '{foreign[0].name}': it reads latents of a plate that it is not in, and which "
-            f"element it reads could not be found out, since the model stopped at a nan: {error}"
+            f"element it reads could not be found out: {error}"
         ) from error
+
+
+def check_provenance(
+    graph: FactorGraph, structure: Structure, particles: Particles, programs: Programs
+) -> None:
+    """
+    Check that sites depend on no latent but those that they were seen to read.
+
+    Needed where indices share dims: there, shapes do not tell. Each index is changed in the runs
+    of the bits of its number, as elements of plates are.
+
+    :raises NotImplementedError: if a dependence was missed.
+    """
+    numbers = {index.symbol: number for number, index in enumerate(structure.indices)}
+    bits = max(1, math.ceil(math.log2(len(numbers))))
+    codes = {symbol: _code(torch.tensor(n), bits).reshape(-1) for symbol, n in numbers.items()}
+    patterns = {
+        name: codes[index.symbol].reshape((-1,) + (1,) * structure.max_plate_nesting)
+        for name, index in structure.index_of.items()
+    }
+    values = _known_values(graph, structure, particles)
+    try:
+        log_probs = _probing_runs(structure, programs, values, patterns, 1, with_nan=True)
+    except ValueError:
+        log_probs = _probing_runs(structure, programs, values, patterns, 1, with_nan=False)
+    for name, log_prob in log_probs.items():
+        changed = _differs(log_prob, log_prob[:1]).flatten(1).any(1)
+        expected = torch.zeros(1 + 2 * bits, dtype=torch.bool)
+        for symbol in structure.reads(structure.model[name]):
+            expected |= codes[symbol]
+        if bool((changed & ~expected.to(changed.device)).any()):
+            raise NotImplementedError(
+                f"site '{name}': it depends on latents besides those that it was seen to be "
+                "computed from, which matters with this many latents. Compute it by torch "
+                "operations, without writing into a tensor in place and without leaving torch."
+            )
 
 
 def regroup_indexed(graph: FactorGraph, reads: SiteReads) -> FactorGraph:
@@ -121,92 +163,124 @@ def _probe(
     structure: Structure,
     particles: Particles,
     programs: Programs,
-) -> dict[str, ElementReads]:
-    """Run guide and model with nan in place of elements, by the bits of their numbers."""
+    *,
+    with_nan: bool,
+) -> SiteReads:
+    """Change elements of the latents by the bits of their numbers, and see what else changes."""
     slots: dict[Ordinal, tuple[int, int]] = {}
     total = 1  # the first run changes nothing
     for plates in sorted({p for p in graph.index_plates.values() if p}, key=sorted):
         bits = max(1, math.ceil(math.log2(math.prod(graph.sizes[s] for s in plates))))
         slots[plates] = (total, bits)
         total += 2 * bits
-    patterns = {
-        plates: _pattern(graph, plates, start, bits, total)
-        for plates, (start, bits) in slots.items()
-    }
-    slot_dim = min(index.dim for index in structure.indices) - 1
-    values = _probing_values(graph, structure, particles, patterns, slot_dim)
-
-    def run(name: Name, values: Mapping[str, Tensor]) -> dict[str, SampleMessage]:
-        return replay(programs, name, values=values, enumerated={}, num_samples=total)
-
-    model_values = {}
-    if "guide_delta" in structure.origins.values():
-        guide_sites = run("guide", {n: v for n, v in values.items() if n in structure.guide})
-        for name, origin in structure.origins.items():
-            if origin == "guide_delta":
-                model_values[name] = guide_sites[name]["value"]
-    for name, origin in structure.origins.items():
-        if origin in ("guide", "prior", "enumerated"):
-            model_values[name] = values[name]
+    patterns = {}
+    for name, index in structure.index_of.items():
+        if index.plates:
+            start, bits = slots[index.plates]
+            code = _code(_flat_elements(graph, index.plates), bits)[1:]
+            pattern = code.new_zeros((total, *code.shape[1:]))
+            pattern[start : start + 2 * bits] = code
+            patterns[name] = pattern
+    largest = math.prod(graph.sizes[symbol] for symbol in graph.plate_dims)
+    rows = max(1, min(max(particles.sizes.values()), PROBE_ELEMENTS // (total * largest)))
+    values = _known_values(graph, structure, particles)
+    log_probs = _probing_runs(structure, programs, values, patterns, rows, with_nan=with_nan)
     reads = {}
-    for name, site in run("model", model_values).items():
-        if site["mask"] is False or site["infer"].get("_deterministic"):
-            continue
-        log_prob = site["fn"].log_prob(site["value"])
-        if isinstance(site["mask"], Tensor):
-            log_prob = log_prob.where(site["mask"], 0.0)
+    for name, log_prob in log_probs.items():
         inner = "".join(sorted(structure.model[name].plates))
-        changed = _changes(graph, log_prob, inner, slot_dim, total)
+        changed = graph.to_plates(_differs(log_prob, log_prob[:1]), inner, left=2)
         elements = {p: _decode(changed, start, bits) for p, (start, bits) in slots.items()}
         reads[name] = ElementReads(inner, elements)
     return reads
 
 
-def _probing_values(
-    graph: FactorGraph,
-    structure: Structure,
-    particles: Particles,
-    patterns: Mapping[Ordinal, Tensor],
-    slot_dim: int,
+def _known_values(
+    graph: FactorGraph, structure: Structure, particles: Particles
 ) -> dict[str, Tensor]:
-    """
-    Return the random sites' values of each run, in the slots' dim.
-
-    A continuous site has one particle, with nan at the elements of the run. A discrete one cannot
-    be nan, and others may be read by its value: it has all its particles, in the dim of its index,
-    and the next particle in place of each at the elements of the run.
-    """
-    values = {}
-    known = {name: drawn.value for name, drawn in particles.draws.items() if not is_delta(drawn.fn)}
+    """Return the values of every random site: (K, *plates, *event), or its whole support."""
+    values = {name: drawn.value for name, drawn in particles.draws.items()}
+    values = {n: value for n, value in values.items() if not is_delta(particles.draws[n].fn)}
     for index in structure.indices:
         if index.enumerated:
-            known[index.sites[0]] = graph.values[index.sites[0]].tensor
-    index_of = structure.index_of
-    for name, value in known.items():
-        dim, plates = structure.shared_dim, frozenset[str]()
-        if name in index_of:
-            plates = index_of[name].plates
-        if name in structure.model:
-            value = model_value(structure, name, value)
-        event_dim = value.dim() - 1 - structure.max_plate_nesting
-        discrete = name in index_of and not value.is_floating_point()
-        if discrete:
-            dim, other = index_of[name].dim, value.roll(1, 0)
-        else:
-            other = torch.full_like(value, torch.nan if value.is_floating_point() else 0)
-        value, other = (
-            place(x if discrete else x[:1], dim, shared_dim=structure.shared_dim)
-            for x in (value, other)
-        )
-        if plates:  # (slots, 1, .., 1, *plates, 1, .., 1)
-            pattern = patterns[plates]
-            ones = (1,) * (-slot_dim - 1 - structure.max_plate_nesting)
-            pattern = pattern.reshape(
-                pattern.shape[:1] + ones + pattern.shape[1:] + (1,) * event_dim
-            )
-            value = torch.where(pattern, other, value)
-        values[name] = value
+            values[index.sites[0]] = graph.values[index.sites[0]].tensor
     return values
+
+
+def _probing_runs(
+    structure: Structure,
+    programs: Programs,
+    known: Mapping[str, Tensor],
+    patterns: Mapping[str, Tensor],
+    rows: int,
+    *,
+    with_nan: bool,
+) -> dict[str, Tensor]:
+    """
+    Evaluate the model with some of its latents' elements changed.
+
+    :param known: the random sites' values, ``(number, *plates, *event)``.
+    :param patterns: for the sites to change, the elements that each run changes,
+        ``(runs, *plates)``; the first run changes none.
+    :param rows: number of combinations of particles to do it at, picked at random.
+    :param with_nan: whether to change continuous latents to nan; otherwise, and discrete ones
+        always, to the value of the next particle.
+    :return: for each site its log_prob, ``(runs, rows, *plates)``.
+    """
+    runs = max((len(pattern) for pattern in patterns.values()), default=1)
+    generator = torch.Generator().manual_seed(0)  # the same rows for all blocks and queries
+    values = {}
+    for name, value in known.items():
+        size = len(value)
+        order = torch.cat(
+            [torch.randperm(size, generator=generator) for _ in range(math.ceil(rows / size))]
+        )[:rows].to(value.device)
+        other = value[(order + 1) % size]
+        value = value[order]
+        if with_nan and value.is_floating_point():
+            other = torch.full_like(value, torch.nan)
+        value, other = value.unsqueeze(0), other.unsqueeze(0)
+        if name in patterns:
+            pattern = patterns[name].to(value.device).unsqueeze(1)  # (runs, 1, *plates)
+            event_dim = value.dim() - 2 - structure.max_plate_nesting
+            value = torch.where(pattern.reshape(pattern.shape + (1,) * event_dim), other, value)
+        value = value.expand((runs, rows, *value.shape[2:]))
+        values[name] = value.reshape((runs * rows, *value.shape[2:]))
+
+    def run(name: Name, values: Mapping[str, Tensor]) -> dict[str, SampleMessage]:
+        return replay(programs, name, values=values, enumerated={}, num_samples=runs * rows)
+
+    carried = {}
+    if "guide_delta" in structure.origins.values():
+        guide_values = {name: value for name, value in values.items() if name in structure.guide}
+        carried = {name: site["value"] for name, site in run("guide", guide_values).items()}
+    log_probs = {}
+    with pyro.validation_enabled(False):
+        for name, site in run("model", model_inputs(structure, values, carried)).items():
+            if structure.model[name].silent:
+                continue
+            log_prob = site["fn"].log_prob(site["value"])
+            if isinstance(site["mask"], Tensor):
+                log_prob = log_prob.where(site["mask"], 0.0)
+            dims = 1 + structure.max_plate_nesting
+            log_prob = log_prob.reshape((1,) * (dims - log_prob.dim()) + log_prob.shape)
+            log_prob = log_prob.expand((runs * rows, *log_prob.shape[1:]))
+            log_probs[name] = log_prob.reshape((runs, rows, *log_prob.shape[1:]))
+    return log_probs
+
+
+def _differs(x: Tensor, y: Tensor) -> Tensor:
+    """Return where two tensors differ by more than rounding; nan differs from everything."""
+    finite = y[y.isfinite()].abs()
+    largest = float(finite.max()) if finite.numel() else 0.0
+    noise = 100.0 * torch.finfo(y.dtype).eps * (1.0 + largest)
+    return (x != y) & ~((x - y).abs() <= noise)
+
+
+def _code(numbers: Tensor, bits: int) -> Tensor:
+    """Return in which runs each number is changed: (1 + 2 bits, *shape); in the first, none is."""
+    shifts = torch.arange(bits, device=numbers.device).reshape((-1,) + (1,) * numbers.dim())
+    is_set = numbers.bitwise_right_shift(shifts).bitwise_and(1).bool()
+    return torch.cat([torch.zeros_like(is_set[:1]), is_set, ~is_set])
 
 
 def _flat_elements(graph: FactorGraph, plates: Ordinal) -> Tensor:
@@ -222,37 +296,23 @@ def _flat_elements(graph: FactorGraph, plates: Ordinal) -> Tensor:
     return number.to(graph.device)
 
 
-def _pattern(graph: FactorGraph, plates: Ordinal, start: int, bits: int, total: int) -> Tensor:
-    """Return which elements each run changes: (total, *plates)."""
-    number = _flat_elements(graph, plates)
-    pattern = torch.zeros((total, *number.shape), dtype=torch.bool, device=graph.device)
-    for bit in range(bits):
-        is_set = number.bitwise_right_shift(bit).bitwise_and(1).bool()
-        pattern[start + bit] = is_set
-        pattern[start + bits + bit] = ~is_set
-    return pattern
-
-
-def _changes(graph: FactorGraph, log_prob: Tensor, inner: str, slot_dim: int, total: int) -> Tensor:
-    """Return which elements of a log_prob differ from the first run's: (total, *inner)."""
-    log_prob = log_prob.reshape((1,) * (-slot_dim - log_prob.dim()) + log_prob.shape)
-    changed = log_prob != log_prob[:1]  # nan differs from everything
-    plates = changed.shape[changed.dim() - graph.max_plate_nesting :]
-    changed = changed.reshape((changed.shape[0], -1, *plates)).any(1)
-    changed = graph.to_plates(changed, inner, left=1)
-    return changed.expand((total, *changed.shape[1:]))
-
-
 def _decode(changed: Tensor, start: int, bits: int) -> Tensor:
-    """Read off which element matters: the flat element, NONE or SEVERAL."""
+    """
+    Read off which element matters.
+
+    :param changed: ``(runs, rows, *inner)``.
+    :return: the flat element, ``(*inner)``; NONE, or SEVERAL where rows differ too.
+    """
     ones = changed[start : start + bits]
     zeros = changed[start + bits : start + 2 * bits]
     weights = 2 ** torch.arange(bits, device=changed.device)
     element = (ones.long() * weights.reshape((-1,) + (1,) * (ones.dim() - 1))).sum(0)
     nothing = ~(ones | zeros).any(0)
     single = (ones ^ zeros).all(0)
-    element = element.masked_fill(~single, SEVERAL)
-    return element.masked_fill(nothing, NONE)
+    highest = element.masked_fill(nothing, NONE).amax(0)
+    lowest = element.masked_fill(nothing, int(2**bits)).amin(0)
+    several = (~single & ~nothing).any(0) | ((lowest != highest) & (highest != NONE))
+    return highest.masked_fill(several, SEVERAL)
 
 
 def _check_own_elements(graph: FactorGraph, factor: LogFactor, reads: ElementReads) -> None:
@@ -352,7 +412,7 @@ def _known_elements(
         for symbol in _indices(graph, factor):
             if graph.index_plates[symbol] == plates:
                 first = tensor.select(factor.dims.index(symbol), 0)
-                varies = tensor != first.unsqueeze(factor.dims.index(symbol))
+                varies = _differs(tensor, first.unsqueeze(factor.dims.index(symbol)))
                 others = [d for d, s in enumerate(factor.dims) if s not in reads.inner]
                 varies = varies.permute(
                     (*others, *(factor.dims.index(s) for s in reads.inner))

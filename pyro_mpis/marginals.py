@@ -143,7 +143,8 @@ class Marginal(Empirical):
 
     def _weighted(self, values: Tensor) -> Tensor:
         weights = self._expanded_weights()
-        return (weights * values).sum(len(self.batch_shape)).to(values.dtype)
+        products = torch.where(weights > 0, weights * values, 0.0)  # not 0 * inf
+        return products.sum(len(self.batch_shape)).to(values.dtype)
 
 
 def _pareto_k(log_weights: Tensor) -> float:

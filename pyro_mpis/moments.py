@@ -193,5 +193,6 @@ def _expectation(
     num = weight.dim() - len(plates)
     dtype = values.dtype if values.is_floating_point() else graph.dtype
     spread = weight.reshape(weight.shape + (1,) * right)
-    total = (values.double() * spread).sum(tuple(range(num))) if num else values.double()
+    values = torch.where(spread > 0, values.double() * spread, 0.0)  # not 0 * inf
+    total = values.sum(tuple(range(num))) if num else values
     return graph.to_batch(total, plates, _batch_shape(graph, sites), left=0).to(dtype)

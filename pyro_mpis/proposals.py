@@ -24,7 +24,17 @@ from torch import Tensor
 
 from pyro_mpis._typing import Distribution
 from pyro_mpis.dependencies import Index, Structure
-from pyro_mpis.handlers import Draw, Programs, draw, is_delta, place, quoted, relayout, replay
+from pyro_mpis.handlers import (
+    Draw,
+    Programs,
+    check_same_sites,
+    draw,
+    first_line,
+    is_delta,
+    place,
+    quoted,
+    replay,
+)
 
 
 @dataclass(frozen=True)
@@ -81,11 +91,8 @@ def draw_particles(structure: Structure, programs: Programs, num_samples: int) -
         if origin == "prior" or (origin == "enumerated" and name not in draws)
     }
     if "prior" in origins.values():
-        given = {
-            name: model_value(structure, name, drawn.value)
-            for name, drawn in draws.items()
-            if name in origins
-        }
+        values = {name: drawn.value for name, drawn in draws.items()}
+        given = model_inputs(structure, values, values)
         draws |= draw(
             programs,
             "model",
@@ -105,10 +112,77 @@ def draw_particles(structure: Structure, programs: Programs, num_samples: int) -
     return Particles(num_samples, sizes, draws, log_proposals)
 
 
+def check_arguments(structure: Structure, programs: Programs, particles: Particles) -> None:
+    """
+    Let distributions check their arguments and values, at each particle k of all sites together.
+
+    All combinations are not checked: their tensors are large.
+
+    :raises ValueError: if an argument or a value is invalid; names the site.
+    """
+    values = {name: drawn.value for name, drawn in particles.draws.items()}
+    num_samples = particles.num_samples
+    inputs = model_inputs(structure, values, values)
+    sites = replay(
+        programs, "model", values=inputs, enumerated={}, num_samples=num_samples, validate=True
+    )
+    check_same_sites("model", set(structure.model), set(sites))
+    for name, site in sites.items():
+        if structure.model[name].silent:
+            continue
+        try:
+            site["fn"].log_prob(site["value"])
+        except ValueError as error:
+            raise ValueError(
+                f"site '{name}': with {num_samples} particles, {first_line(error)}. A guide must "
+                "draw inside of the model's support, and an observation lie in it."
+            ) from error
+
+
 def model_value(structure: Structure, name: str, value: Tensor) -> Tensor:
-    """Give the guide's particles of a site the dims of the model's site."""
-    num_dims = structure.max_plate_nesting + structure.model[name].event_dim
-    return relayout(value, site=name, num_dims=num_dims)
+    """
+    Give the guide's value of a site the dims of the model's site.
+
+    A guide may draw as one event what the model draws in a plate, or the reverse: the same tensor
+    but for dims of size one between the particles' dims and the site's own.
+
+    :param value: ``(*particles, *plates, *event)`` with the guide's event dims.
+    :return: the same with the model's.
+    """
+    nesting = structure.max_plate_nesting
+    wanted = nesting + structure.model[name].event_dim
+    own = nesting + structure.guide[name].event_dim if name in structure.guide else wanted
+    if own == wanted:
+        return value
+    value = value.reshape((1,) * (own - value.dim()) + value.shape)
+    left, right = value.shape[: value.dim() - own], value.shape[value.dim() - own :]
+    while len(right) > wanted and right[0] == 1:
+        right = right[1:]
+    if len(right) > wanted:
+        raise ValueError(
+            f"site '{name}': the guide's value has shape {tuple(right)} for each particle, but the "
+            f"model's site has only {wanted} dims (plates and event). Give both the same shape."
+        )
+    return value.reshape((*left, *(1,) * (wanted - len(right)), *right))
+
+
+def model_inputs(
+    structure: Structure, random: Mapping[str, Tensor], carried: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """
+    Return the values that the model's latent sites are to have.
+
+    :param random: of the random sites, wherever their particles are, with the event dims of the
+        program that draws them.
+    :param carried: of the guide's ``Delta`` sites.
+    """
+    result = {}
+    for name, origin in structure.origins.items():
+        if origin == "guide_delta":
+            result[name] = model_value(structure, name, carried[name])
+        elif name in random:
+            result[name] = model_value(structure, name, random[name])
+    return result
 
 
 def _check_vectorised(structure: Structure, name: str, drawn: Draw, num_samples: int) -> None:
@@ -120,8 +194,13 @@ def _check_vectorised(structure: Structure, name: str, drawn: Draw, num_samples:
             f"{tuple(batch_shape)}, but only the particles' dim and {structure.max_plate_nesting} "
             "dims of plates are expected. Index from the right, and keep batch dims when reshaping."
         )
-    site = structure.guide.get(name, structure.model.get(name))
-    assert site is not None
+    site = structure.proposal_site(name)
+    if drawn.reads_particles and is_delta(drawn.fn) and not site.reads:
+        raise ValueError(
+            f"site '{name}': its value differs between particles, but from which sites it was "
+            "computed could not be followed. Compute it by torch operations, without writing into "
+            "a tensor in place."
+        )
     if site.reads and num_samples > 1 and not drawn.reads_particles:
         raise ValueError(
             f"site '{name}': its proposal was computed from {quoted(site.reads)}, yet it is the "
@@ -141,13 +220,12 @@ def _log_proposal(
     outside = {
         name
         for member in index.sites
-        for name in _reads(structure, member)
+        for name in structure.proposal_site(member).reads
         if name not in index.sites
     }
     mixed = any(drawn.reads_particles for drawn in members.values())
     if len(members) > 1:
         _check_no_detour(structure, index, outside)
-        mixed = mixed and bool(outside)
     if not mixed:
         return _joint(structure, index, {n: d.fn for n, d in members.items()}, members, 1)
     if len(members) > 1:
@@ -159,21 +237,15 @@ def _log_proposal(
     return by_parent.logsumexp(1) - torch.tensor(num_parents, dtype=by_parent.dtype).log()
 
 
-def _reads(structure: Structure, name: str) -> frozenset[str]:
-    """Return the random sites that a random site's proposal reads."""
-    in_guide = structure.origins.get(name) != "prior"
-    return structure.guide[name].reads if in_guide else structure.model[name].reads
-
-
 def _check_no_detour(structure: Structure, index: Index, outside: set[str]) -> None:
     """Refuse a group whose members depend on each other through a site outside of it."""
     pending, seen = list(outside), set[str]()
     while pending:
         name = pending.pop()
-        if name in seen or (name not in structure.guide and name not in structure.model):
+        if name in seen:
             continue
         seen.add(name)
-        through = _reads(structure, name)
+        through = structure.proposal_site(name).reads
         if through & set(index.sites):
             raise ValueError(
                 f"groups: {index.sites} share one particle index, but one of them is proposed "
@@ -202,8 +274,7 @@ def _joint(
             value = place(value, structure.shared_dim - 1, shared_dim=structure.shared_dim)
         log_prob = fns[name].log_prob(value)
         log_prob = scale_and_mask(log_prob, mask=drawn.mask)
-        own = structure.guide if structure.origins.get(name) != "prior" else structure.model
-        for symbol in sorted(own[name].plates - index.plates):
+        for symbol in sorted(structure.proposal_site(name).plates - index.plates):
             log_prob = log_prob.sum(structure.plates[symbol].dim, keepdim=True)
         missing = particle_dims + structure.max_plate_nesting - log_prob.dim()
         log_prob = log_prob.reshape((1,) * missing + log_prob.shape)
@@ -228,38 +299,14 @@ def _fns_by_parent(
         dim = shared - 1 if name in index.sites else shared
         return place(value, dim, shared_dim=shared)
 
-    guide_values = {
-        name: placed(name, drawn.value)
-        for name, drawn in draws.items()
-        if name in structure.guide and not is_delta(drawn.fn)
-    }
-    sites = replay(
-        programs,
-        "guide",
-        values=guide_values,
-        enumerated={},
-        num_samples=num_samples,
-    )
-    fns: dict[str, Distribution] = {n: sites[n]["fn"] for n in index.sites if n in sites}
-    if any(structure.origins.get(name) == "prior" for name in index.sites):
-        model_values = {
-            name: placed(name, model_value(structure, name, drawn.value))
-            for name, drawn in draws.items()
-            if name in structure.origins and not is_delta(drawn.fn)
-        }
-        for name, origin in structure.origins.items():
-            if origin == "guide_delta":
-                model_values[name] = sites[name]["value"]
-        sites = replay(
-            programs,
-            "model",
-            values=model_values,
-            enumerated={},
-            num_samples=num_samples,
-        )
-        fns |= {
-            name: sites[name]["fn"]
-            for name in index.sites
-            if structure.origins.get(name) == "prior"
-        }
+    random = {name: placed(name, d.value) for name, d in draws.items() if not is_delta(d.fn)}
+    guide_values = {name: value for name, value in random.items() if name in structure.guide}
+    sites = replay(programs, "guide", values=guide_values, enumerated={}, num_samples=num_samples)
+    fns = {name: sites[name]["fn"] for name in index.sites if name in sites}
+    from_prior = [name for name in index.sites if structure.origins.get(name) == "prior"]
+    if from_prior:
+        carried = {name: site["value"] for name, site in sites.items()}
+        values = model_inputs(structure, random, carried)
+        sites = replay(programs, "model", values=values, enumerated={}, num_samples=num_samples)
+        fns |= {name: sites[name]["fn"] for name in from_prior}
     return fns

@@ -416,3 +416,102 @@ def test_runs_under_handlers() -> None:
     conditioned = poutine.condition(lambda: chain(), {"a": torch.tensor(0.0)})
     posterior = MPImportance(conditioned, num_samples=2).run()
     assert set(posterior.moments()) == {"b"}
+
+
+def written_in_place(a: Tensor) -> Tensor:
+    """The same value, by a way on which its origin is lost."""
+    v = torch.zeros((*a.shape, 1))
+    v[..., 0] = a
+    return v[..., 0]
+
+
+def test_origins_lost_by_writing_in_place() -> None:
+    """Seen from shapes where every site has a dim, refused where sites share dims."""
+
+    def model(n: int) -> None:
+        xs: list[Tensor] = []
+        for i in range(n):
+            loc = xs[-1] if xs else torch.tensor(0.0)
+            xs.append(pyro.sample(f"x{i}", dist.Normal(loc, 1.0)))
+        for i in range(n - 2):
+            mean = written_in_place(xs[i]) + xs[i + 2]
+            pyro.sample(f"y{i}", dist.Normal(mean, 1.0), obs=torch.tensor(0.3))
+
+    assert bool(MPImportance(model, num_samples=3).run(4).evidence().isfinite())
+    with pytest.raises(NotImplementedError, match=r"site 'y\d+': it depends on latents besides"):
+        MPImportance(model, num_samples=3).run(20)
+
+    def guide() -> None:
+        u = pyro.sample("u", dist.Normal(0.0, 1.5), infer={"is_auxiliary": True})
+        pyro.sample("a", dist.Delta(written_in_place(u)))
+
+    fails(ValueError, r"site 'a': its value differs between particles.*in place", chain, guide)
+
+
+def test_group_whose_parent_is_read_in_place() -> None:
+    """The mixture over the parent is found from shapes: right, whatever the origin says."""
+
+    def guide(in_place: bool) -> None:
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        seen = written_in_place(a) if in_place else a
+        b = pyro.sample("b", dist.Normal(0.8 * seen, 0.7))
+        pyro.sample("c", dist.Normal(b, 0.7))
+
+    def model(in_place: bool) -> None:
+        sites = [pyro.sample(name, dist.Normal(0.0, 1.0)) for name in "abc"]
+        pyro.sample("y", dist.Normal(sum(sites), 1.0), obs=torch.tensor(2.0))
+
+    results = []
+    for in_place in (False, True):
+        pyro.set_rng_seed(0)
+        posterior = MPImportance(model, guide, num_samples=4, groups=[("b", "c")]).run(in_place)
+        results.append(posterior.evidence())
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_latent_under_a_mask_that_depends_on_a_latent() -> None:
+    def model() -> None:
+        z = pyro.sample("z", dist.Bernoulli(0.5))
+        with poutine.mask(mask=z.bool()):  # type: ignore[call-overload]
+            x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(1.0))
+
+    fails(NotImplementedError, r"site 'x': a latent site under a mask computed from 'z'", model)
+
+
+def test_arguments_invalid_at_some_particles() -> None:
+    """Where a distribution would clamp them in silence."""
+
+    def model() -> None:
+        a = pyro.sample("a", dist.Normal(0.5, 0.5))
+        pyro.sample("y", dist.Bernoulli(a.clamp(max=0.9)), obs=torch.tensor(1.0))
+
+    pyro.set_rng_seed(0)
+    with pytest.raises(ValueError, match=r"(model runs on single values, but not on 50|Expected)"):
+        MPImportance(model, num_samples=50).run()
+
+
+def test_guide_outside_of_the_support() -> None:
+    """Where torch does not tell the support of a transformed distribution."""
+
+    def model() -> None:
+        s = pyro.sample("s", dist.Exponential(1.0))
+        pyro.sample("y", dist.Normal(s, 1.0), obs=torch.tensor(1.0))
+
+    def guide() -> None:
+        affine = dist.transforms.AffineTransform(2.0, 1.0)
+        pyro.sample("s", dist.TransformedDistribution(dist.Normal(0.0, 1.0), [affine]))
+
+    pyro.set_rng_seed(0)
+    fails(ValueError, r"site 's'.*with 50 particles|after site 's'", model, guide, K=50)
+
+
+def test_sites_that_depend_on_a_reduction_over_latents() -> None:
+    def model() -> None:
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        b = pyro.sample("b", dist.Normal(a, 1.0)) if bool((a > 1.0).any()) else a
+        pyro.sample("y", dist.Normal(b, 1.0), obs=torch.tensor(0.5))
+
+    pyro.set_rng_seed(1)
+    with pytest.raises(ValueError, match=r"site 'b': met in the model only with"):
+        MPImportance(model, num_samples=100).run()

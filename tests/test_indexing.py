@@ -13,7 +13,7 @@ from pyro.infer.autoguide import AutoNormal
 from pyro.ops.indexing import Vindex
 from torch import Tensor
 
-from pyro_mpis import MPImportance
+from pyro_mpis import MPImportance, indexing
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -292,19 +292,74 @@ def test_discrete_latents_by_index() -> None:
     torch.testing.assert_close(posterior.evidence(), exact.log_evidence)
 
 
-def test_elements_that_cannot_be_found_are_refused() -> None:
-    """A comparison hides a nan."""
+def compared() -> None:
+    """What is read is hidden behind a comparison, which a nan does not pass."""
+    with pyro.plate("county", 3):
+        alpha = pyro.sample("alpha", dist.Normal(0.0, 1.0))
+    with pyro.plate("house", 7):
+        loc = torch.where(alpha[..., COUNTY] > 0, 1.0, -1.0)
+        pyro.sample("y", dist.Normal(loc, 1.0), obs=Y)
 
-    def hidden() -> None:
-        with pyro.plate("county", 3):
-            alpha = pyro.sample("alpha", dist.Normal(-1.0, 1.0))
-        with pyro.plate("house", 7):
-            loc = torch.where(alpha[..., COUNTY] > 0, 1.0, -1.0)
-            pyro.sample("y", dist.Normal(loc, 1.0), obs=Y)
 
+def check_by_brute_force(model: Callable[[], None], num_samples: int = 3) -> None:
+    """Evidence and marginals are the sums over all choices."""
+    posterior = MPImportance(model, num_samples=num_samples).run()
+    marginals = posterior.marginals()
+    exact = brute_force(Problem(model, None, {name: m.samples for name, m in marginals.items()}))
+    torch.testing.assert_close(posterior.evidence(), exact.log_evidence)
+    for name, marginal in marginals.items():
+        torch.testing.assert_close(marginal.weights, exact.weights(name))
+
+
+def test_comparisons_are_found_at_other_particles() -> None:
+    for seed in range(3):
+        pyro.set_rng_seed(seed)
+        check_by_brute_force(compared)
+
+
+def test_elements_that_cannot_be_found_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a probe at one particle, a comparison can hide what is read."""
+    monkeypatch.setattr(indexing, "PROBE_ELEMENTS", 1)
     pyro.set_rng_seed(0)
     with pytest.raises(NotImplementedError, match=r"site 'y'.*plate 'county' from outside.*hide"):
-        MPImportance(hidden, num_samples=30).run()
+        MPImportance(compared, num_samples=30).run()
+
+
+def test_element_that_depends_on_a_continuous_latent_is_refused() -> None:
+    """A change point: before it one element is read, after it the other."""
+    time = torch.arange(7.0)
+
+    def change_point() -> None:
+        tau = pyro.sample("tau", dist.Uniform(0.0, 7.0))
+        with pyro.plate("segment", 2):
+            rate = pyro.sample("rate", dist.Normal(0.0, 1.0))
+        with pyro.plate("time", 7):
+            loc = torch.where(time > tau, rate[..., 1:], rate[..., :1])
+            pyro.sample("y", dist.Normal(loc, 1.0), obs=Y)
+
+    def flips() -> None:
+        s = pyro.sample("s", dist.Normal(0.0, 1.0))
+        with pyro.plate("county", 2):
+            x = pyro.sample("x", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(torch.where(s > 0, x, x.flip(-1)), 1.0), obs=Y[:2])
+
+    for seed in range(3):
+        pyro.set_rng_seed(seed)
+        with pytest.raises(NotImplementedError, match=r"site 'y'.*several elements.*'segment'"):
+            MPImportance(change_point, num_samples=20).run()
+        with pytest.raises(NotImplementedError, match=r"site 'y'.*other elements of it than its"):
+            MPImportance(flips, num_samples=20).run()
+
+
+def test_plates_are_checked_where_nan_stops_the_model() -> None:
+    def cholesky() -> None:
+        with pyro.plate("county", 2):
+            s = pyro.sample("s", dist.LogNormal(0.0, 0.5))
+            cov = torch.diag_embed(torch.stack([s, s.flip(-1)], -1))
+            pyro.sample("y", dist.MultivariateNormal(torch.zeros(2), cov), obs=torch.ones(2, 2))
+
+    with pytest.raises(NotImplementedError, match=r"site 'y'.*other elements of it than its own"):
+        MPImportance(cholesky, num_samples=5).run()
 
 
 def test_discrete_latents_of_other_elements_are_refused() -> None:

@@ -427,3 +427,108 @@ def test_nothing_requires_grad_outside_of_training() -> None:
     assert not posterior.marginals("mu").mean.requires_grad
     assert not posterior.sample(2)["mu"].requires_grad
     assert scale.grad is None
+
+
+def test_masks_and_scales_are_read_too() -> None:
+    """With more sites than dims of their own, what a mask or a scale was computed from counts."""
+
+    def masked(n: int) -> None:
+        xs = [pyro.sample(f"x{i}", dist.Normal(0.0, 1.0)) for i in range(n)]
+        z = pyro.sample("z", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+        with poutine.mask(mask=z.bool()):  # type: ignore[call-overload]
+            pyro.sample("y", dist.Normal(xs[3], 1.0), obs=torch.tensor(1.0))
+
+    def scaled(n: int) -> None:
+        xs = [pyro.sample(f"x{i}", dist.Normal(0.0, 1.0)) for i in range(n)]
+        z = pyro.sample("z", dist.Gamma(5.0, 5.0))
+        with poutine.scale(scale=z):
+            pyro.sample("y", dist.Normal(xs[3], 1.0), obs=torch.tensor(1.0))
+
+    for model in (masked, scaled):
+        means = []
+        for n in (5, 20):
+            pyro.set_rng_seed(0)
+            posterior = MPImportance(model, num_samples=2000).run(n)
+            means.append(float(posterior.moments()["z"]))
+        assert abs(means[0] - means[1]) < 0.05
+
+
+def test_infinite_values_of_weight_zero_do_not_count() -> None:
+    def model() -> None:
+        z = pyro.sample("z", dist.Categorical(torch.ones(3)), infer={"enumerate": "parallel"})
+        pyro.factor("f", torch.tensor([-1e9, 0.0, 0.0])[z])
+
+    posterior = MPImportance(model, num_samples=1).run()
+    mean = posterior.moments(lambda z: 1.0 / z, "z")
+    torch.testing.assert_close(mean, torch.tensor(0.75))
+
+
+def test_delta_of_one_event_for_a_plated_site() -> None:
+    """The guide's value is one vector, the model's site is plated."""
+
+    def model() -> None:
+        with pyro.plate("p", 3):
+            x = pyro.sample("x", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(x, 1.0), obs=Y)
+
+    def guide() -> None:
+        u = pyro.sample(
+            "u", dist.Normal(torch.zeros(3), 1.2).to_event(1), infer={"is_auxiliary": True}
+        )
+        pyro.sample("x", dist.Delta(u, event_dim=1))
+
+    pyro.set_rng_seed(0)
+    posterior = MPImportance(model, guide, num_samples=20_000).run()
+    truth = dist.Normal(0.0, math.sqrt(2.0)).log_prob(Y).sum()
+    assert abs(float(posterior.evidence() - truth)) < 0.1
+    assert posterior.sample(2)["x"].shape == (2, 3)
+
+
+def test_guide_in_a_plate_of_another_name_warns() -> None:
+    def guide() -> None:
+        pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("other", 3):
+            pyro.sample("x", dist.Normal(0.0, 1.0))
+
+    with pytest.warns(MPISWarning, match=r"'x': in other plates in the guide"):
+        evidence(hierarchy, guide)
+
+
+def test_model_delta_read_by_index_has_no_queries() -> None:
+    """The evidence is that of the model without it."""
+    county = torch.tensor([0, 1, 1])
+
+    def model(named: bool) -> None:
+        with pyro.plate("county", 2):
+            a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        with pyro.plate("p", 3):
+            mean = a[..., county]
+            if named:
+                mean = pyro.sample("mean", dist.Delta(mean))
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=Y)
+
+    torch.testing.assert_close(evidence(model, None, True), evidence(model, None, False))
+    posterior = MPImportance(model, num_samples=3).run(True)
+    assert set(posterior.sample(2)) == {"a"}
+    with pytest.raises(ValueError, match=r"site 'mean': the model has no such latent site"):
+        posterior.marginals("mean")
+
+
+def test_group_that_reads_an_enumerated_site() -> None:
+    def model() -> None:
+        z = pyro.sample("z", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+        a = pyro.sample("a", dist.Normal(z, 1.0))
+        b = pyro.sample("b", dist.Normal(a, 1.0))
+        pyro.sample("y", dist.Normal(b, 1.0), obs=Y[0])
+
+    pyro.set_rng_seed(0)
+    posterior = MPImportance(model, num_samples=20_000, groups=[("a", "b")]).run()
+    density = dist.Normal(torch.tensor([0.0, 1.0]), math.sqrt(3.0)).log_prob(Y[0])
+    truth = density.logsumexp(0) - math.log(2.0)
+    assert abs(float(posterior.evidence() - truth)) < 0.05
+
+
+def test_numbers_of_samples_may_be_numpy_s() -> None:
+    import numpy as np
+
+    assert MPImportance(hierarchy, num_samples=np.int64(3)).num_samples == 3  # type: ignore[arg-type]
