@@ -5,52 +5,141 @@ The sum over all combinations, in blocks that fit into memory.
 Cutting the particles of indices outside of all plates into blocks splits the sum (18) of [1] into
 independent sums :math:`P = \sum_b P_b`, each evaluated by the same code from its own particles:
 nothing of the model's needs to know. Weights are those of the blocks, each times
-:math:`P_b / P`; joint draws come from block :math:`b` with that probability.
+:math:`P_b / P`; joint draws come from block :math:`b` with that probability. Independent
+replicates, each with particles of its own, are combined alike: :math:`P = R^{-1} \sum_r P_r`.
+
+Blocks and replicates are units of work that any executor may run: pure, and picklable if model and
+guide are.
 
 [1] Bowyer, Heap and Aitchison (2024), UAI, PMLR 244:394-417.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TypeVar
 
+import pyro
 import torch
+from pyro.params.param_store import StateDict
+from pyro.poutine.util import is_validation_enabled
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_mpis.contraction import log_evidence
-from pyro_mpis.factors import FactorGraph, SiteValue
+from pyro_mpis.dependencies import Structure
+from pyro_mpis.factors import FactorGraph, SiteValue, build_graph
+from pyro_mpis.handlers import Programs
+from pyro_mpis.indexing import SiteReads, check_provenance, find_reads, regroup_indexed
+from pyro_mpis.proposals import Particles, check_arguments, draw_particles
 from pyro_mpis.sampling import sample_sites
 from pyro_mpis.source_terms import joint_weights
 
 Ranges = Mapping[str, slice]  # symbol of an index -> its particles in a block
-Build = Callable[[Ranges], FactorGraph]
+Result = TypeVar("Result")
 Item = TypeVar("Item")
+Job = Callable[[], Result]
+
+
+@dataclass(frozen=True)
+class Environment:
+    """The global state that programs run in, as it is when this is made."""
+
+    params: StateDict = field(default_factory=lambda: pyro.get_param_store().get_state())
+    dtype: torch.dtype = field(default_factory=torch.get_default_dtype)
+    validate: bool = field(default_factory=is_validation_enabled)
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Restore that state, without gradients; leave no trace in the present one."""
+        dtype = torch.get_default_dtype()
+        torch.set_default_dtype(self.dtype)
+        try:
+            with (
+                torch.no_grad(),
+                pyro.validation_enabled(self.validate),
+                pyro.get_param_store().scope(self.params),
+            ):
+                yield
+        finally:
+            torch.set_default_dtype(dtype)
+
+
+@dataclass(frozen=True)
+class Builder:
+    """Evaluates the factors of a block of particles; can be pickled if the programs can."""
+
+    structure: Structure
+    particles: Particles
+    programs: Programs
+    environment: Environment
+    reads: SiteReads | None = None  # found from the first block, the same for all
+
+    def __call__(self, ranges: Ranges) -> FactorGraph:
+        """Evaluate a block."""
+        assert self.reads is not None
+        particles = self.particles.block(self.structure, ranges)
+        return regroup_indexed(build_graph(self.structure, particles, self.programs), self.reads)
+
+    def started(self, ranges: Ranges) -> "tuple[Builder, FactorGraph]":
+        """Evaluate the first block, and find what holds for all."""
+        particles = self.particles.block(self.structure, ranges)
+        graph = build_graph(self.structure, particles, self.programs)
+        if not self.structure.unique_dims:
+            check_provenance(graph, self.structure, particles, self.programs)
+        check = self.environment.validate
+        reads = find_reads(graph, self.structure, particles, self.programs, check=check)
+        return replace(self, reads=reads), regroup_indexed(graph, reads)
 
 
 @dataclass(frozen=True)
 class BlockSum:
-    """The evidence as a sum over blocks, and what it takes to evaluate a block again."""
+    """The evidence of one set of particles as a sum over blocks."""
 
-    whole: FactorGraph  # sizes and values of all particles; the factors of a single block only
+    builder: Builder
     blocks: tuple[Ranges, ...]
+    whole: FactorGraph  # sizes and values of all particles; factors only of a single block
     log_evidences: Tensor  # (blocks,), float64
-    build: Build
-    show_progress: bool
 
     @property
     def log_evidence(self) -> Tensor:
         """The log evidence: a scalar, float64."""
         return self.log_evidences.logsumexp(0)
 
-    def graphs(self, numbers: Iterable[int]) -> Iterator[tuple[int, FactorGraph]]:
-        """Yield the graphs of some blocks, evaluated anew where there are several."""
-        if len(self.blocks) == 1:
-            yield 0, self.whole
-            return
-        for number in _progress(list(numbers), self.show_progress):
-            yield number, self.build(self.blocks[number])
+    def job(self, number: int, function: Callable[[FactorGraph], Result]) -> Job[Result]:
+        """Return the application of a function to the graph of a block, to be called or sent."""
+        if self.whole.factors:
+            return partial(function, self.whole)
+        return partial(_apply, self.builder, self.blocks[number], function)
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Where jobs run: here, one after the other, or where an executor sends them."""
+
+    executor: Executor | None = None
+    show_progress: bool = True
+
+    def run(self, jobs: Sequence[Job[Result]]) -> list[Result]:
+        """Run jobs and return their results in order; shows a bar in a terminal."""
+        if self.executor is None or len(jobs) == 1:
+            return [job() for job in self._progress(jobs)]
+        futures = [self.executor.submit(job) for job in jobs]
+        return [future.result() for future in self._progress(futures)]
+
+    def _progress(self, items: Sequence[Item]) -> Iterable[Item]:
+        disable = None if self.show_progress and len(items) > 1 else True  # None: in a terminal
+        bar: Iterable[Item] = tqdm(items, desc="blocks", disable=disable, leave=False)
+        return bar
+
+
+def _apply(builder: Builder, ranges: Ranges, function: Callable[[FactorGraph], Result]) -> Result:
+    with builder.environment.entered():
+        return function(builder(ranges))
 
 
 def split(particles: Mapping[str, int], block_sizes: Mapping[str, int]) -> tuple[Ranges, ...]:
@@ -71,70 +160,167 @@ def split(particles: Mapping[str, int], block_sizes: Mapping[str, int]) -> tuple
     return tuple(dict(combination) for combination in itertools.product(*cuts))
 
 
-def evaluate(
-    build: Build, blocks: Sequence[Ranges], sizes: Mapping[str, int], *, show_progress: bool
-) -> BlockSum:
-    """
-    Evaluate every block once: evidences, and the values of the sites at all particles.
+@dataclass(frozen=True)
+class Plan:
+    """What an independent replicate of a run needs."""
 
-    :param build: evaluates the factors of a block.
-    :param sizes: number of particles of each index, all blocks together.
+    structure: Structure
+    programs: Programs
+    num_samples: int
+    block_sizes: Mapping[str, int]
+    environment: Environment = field(default_factory=Environment)
+
+    def run(self, workers: Workers) -> BlockSum:
+        """Draw particles and evaluate them block by block; draws random numbers."""
+        with self.environment.entered():
+            particles = draw_particles(self.structure, self.programs, self.num_samples)
+            builder = Builder(self.structure, particles, self.programs, self.environment)
+            total = evaluate(builder, split(particles.sizes, self.block_sizes), workers)
+            if self.environment.validate:
+                check_arguments(self.structure, self.programs, particles)
+        return total
+
+
+def run_replicates(plan: Plan, num_replicates: int, workers: Workers) -> list[BlockSum]:
     """
+    Run independent replicates, each with a seed drawn from the global generator.
+
+    Each is a unit of work for an executor; a single one sends its blocks instead.
+    """
+    if num_replicates == 1:
+        return [plan.run(workers)]
+    seeds = torch.randint(2**31 - 1, (num_replicates,)).tolist()
+    return workers.run([partial(_replicate, plan, seed) for seed in seeds])
+
+
+def _replicate(plan: Plan, seed: int) -> BlockSum:
+    with _seeded(seed):
+        total = plan.run(Workers(show_progress=False))
+    # the factors are many times the particles: they are not kept for every replicate, nor sent
+    return replace(total, whole=replace(total.whole, factors=()))
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    state = pyro.util.get_rng_state()
+    pyro.set_rng_seed(seed)
+    try:
+        yield
+    finally:
+        pyro.util.set_rng_state(state)
+
+
+def evaluate(builder: Builder, blocks: Sequence[Ranges], workers: Workers) -> BlockSum:
+    """Evaluate every block once: evidences, and the values of the sites at all particles."""
+    builder, graph = builder.started(blocks[0])
     if len(blocks) == 1:
-        graph = build(blocks[0])
-        total = log_evidence(graph).double()
-        return BlockSum(graph, tuple(blocks), total.unsqueeze(0), build, show_progress)
-    whole: FactorGraph | None = None
-    log_evidences = []
-    for ranges in _progress(blocks, show_progress):
-        graph = build(ranges)
-        log_evidences.append(log_evidence(graph).double())
-        if whole is None:
-            whole = replace(graph, factors=(), sizes={**graph.sizes, **sizes}, values={})
-        whole = replace(whole, values=_with_values(whole, graph, ranges))
-        del graph
-    assert whole is not None
-    return BlockSum(whole, tuple(blocks), torch.stack(log_evidences), build, show_progress)
+        return BlockSum(builder, tuple(blocks), graph, log_evidence(graph).double().unsqueeze(0))
+    results = [_first_pass(graph)]
+    whole = replace(graph, factors=(), sizes={**graph.sizes, **builder.particles.sizes}, values={})
+    del graph
+    results += workers.run([partial(_apply, builder, part, _first_pass) for part in blocks[1:]])
+    for (_, values), ranges in zip(results, blocks, strict=True):
+        whole = replace(whole, values=_with_values(whole, values, ranges))
+    log_evidences = torch.stack([log_p for log_p, _ in results])
+    return BlockSum(builder, tuple(blocks), whole, log_evidences)
 
 
-def joint_weights_of_blocks(blocks: BlockSum, tuples: Sequence[str]) -> dict[str, Tensor]:
-    """Compute what :func:`~pyro_mpis.source_terms.joint_weights` does, over all blocks."""
-    result: dict[str, Tensor] = {}
-    shares = (blocks.log_evidences - blocks.log_evidence).exp()
-    possible = (shares > 0).nonzero().squeeze(-1).tolist()
-    for number, graph in blocks.graphs(possible):
-        for symbols, weight in joint_weights(graph, tuples).items():
-            plates = weight.shape[len(symbols) :]
-            if symbols not in result:
-                sizes = [blocks.whole.sizes[symbol] for symbol in symbols]
-                result[symbols] = weight.new_zeros((*sizes, *plates))
-            result[symbols][_part(symbols, blocks.blocks[number])] += shares[number] * weight
-    return result
+def _first_pass(graph: FactorGraph) -> tuple[Tensor, Mapping[str, SiteValue]]:
+    return log_evidence(graph).double(), graph.values
 
 
-def sample_of_blocks(blocks: BlockSum, num_draws: int) -> dict[str, Tensor]:
-    """Draw what :func:`~pyro_mpis.sampling.sample_sites` does, over all blocks."""
-    if len(blocks.blocks) == 1:
-        return sample_sites(blocks.whole, num_draws)
-    shares = (blocks.log_evidences - blocks.log_evidence).exp()
-    chosen = shares.multinomial(num_draws, replacement=True)
-    counts = chosen.bincount(minlength=len(shares)).tolist()
-    parts = [
-        sample_sites(graph, counts[number])
-        for number, graph in blocks.graphs(n for n, count in enumerate(counts) if count)
+def joint_weights_of(
+    sums: Sequence[BlockSum], tuples: Sequence[str], workers: Workers
+) -> list[dict[str, Tensor]]:
+    """
+    Compute :func:`~pyro_mpis.source_terms.joint_weights` over the blocks of several sums.
+
+    :return: for each of the sums; weights add up to one in each.
+    """
+    shares = [(total.log_evidences - total.log_evidence).exp() for total in sums]
+    units = [
+        (replicate, int(block))
+        for replicate, share in enumerate(shares)
+        for block in (share > 0).nonzero().squeeze(-1).tolist()
     ]
+    function = partial(joint_weights, tuples=tuple(tuples))
+    found = workers.run([sums[replicate].job(block, function) for replicate, block in units])
+    results: list[dict[str, Tensor]] = [{} for _ in sums]
+    for (replicate, block), (log_p, weights) in zip(units, found, strict=True):
+        total, result = sums[replicate], results[replicate]
+        if not torch.allclose(log_p.double(), total.log_evidences[block], rtol=1e-4, atol=1e-3):
+            raise RuntimeError(
+                "the model or its parameters have changed since .run: particles that were weighed "
+                f"at log evidence {float(total.log_evidences[block]):.4f} are now at "
+                f"{float(log_p):.4f}. Run again."
+            )
+        for symbols, weight in weights.items():
+            if symbols not in result:
+                sizes = [total.whole.sizes[symbol] for symbol in symbols]
+                result[symbols] = weight.new_zeros((*sizes, *weight.shape[len(symbols) :]))
+            result[symbols][_part(symbols, total.blocks[block])] += (
+                shares[replicate][block] * weight
+            )
+    return results
+
+
+def sample_of(sums: Sequence[BlockSum], num_draws: int, workers: Workers) -> dict[str, Tensor]:
+    """
+    Draw joint samples over the blocks of several sums of equal prior weight.
+
+    Draws random numbers: from the global generator alone, and from seeds drawn from it if there
+    are several blocks or sums, wherever they run.
+    """
+    units = [
+        (replicate, block)
+        for replicate, total in enumerate(sums)
+        for block in range(len(total.blocks))
+    ]
+    if len(units) == 1:
+        (sample,) = workers.run([sums[0].job(0, partial(sample_sites, num_draws=num_draws))])
+        return sample
+    log_evidences = torch.cat([total.log_evidences for total in sums])
+    chosen = log_evidences.softmax(0).multinomial(num_draws, replacement=True)
+    counts = chosen.bincount(minlength=len(units)).tolist()
+    seeds = torch.randint(2**31 - 1, (len(units),)).tolist()
+    jobs = [
+        sums[replicate].job(block, partial(_seeded_sample, num_draws=count, seed=seed))
+        for (replicate, block), count, seed in zip(units, counts, seeds, strict=True)
+        if count
+    ]
+    parts = workers.run(jobs)
     order = chosen.argsort(stable=True).argsort()  # the draws' own order, not the blocks'
     return {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
+
+
+def _seeded_sample(graph: FactorGraph, num_draws: int, seed: int) -> dict[str, Tensor]:
+    with _seeded(seed):
+        return sample_sites(graph, num_draws)
+
+
+def evidence_error(log_evidences: Tensor) -> float:
+    """
+    Return the standard error of the log of the mean evidence of several replicates.
+
+    By the delta method: that of the mean evidence, relative to it.
+
+    :param log_evidences: ``(replicates,)``; -inf is an evidence of zero.
+    """
+    number = len(log_evidences)
+    ratios = (log_evidences - log_evidences.logsumexp(0)).exp() * number  # of mean one
+    return float(ratios.std()) / math.sqrt(number)
 
 
 def _part(symbols: str, ranges: Ranges) -> tuple[slice, ...]:
     return tuple(ranges.get(symbol, slice(None)) for symbol in symbols)
 
 
-def _with_values(whole: FactorGraph, graph: FactorGraph, ranges: Ranges) -> dict[str, SiteValue]:
+def _with_values(
+    whole: FactorGraph, found: Mapping[str, SiteValue], ranges: Ranges
+) -> dict[str, SiteValue]:
     """Put a block's values of the sites into their places among all particles."""
     values = dict(whole.values)
-    for name, site in graph.values.items():
+    for name, site in found.items():
         if not set(site.indices) & set(ranges):
             values.setdefault(name, site)
             continue
@@ -144,10 +330,3 @@ def _with_values(whole: FactorGraph, graph: FactorGraph, ranges: Ranges) -> dict
             values[name] = replace(site, tensor=site.tensor.new_empty((*sizes, *rest)))
         values[name].tensor[_part(site.indices, ranges)] = site.tensor
     return values
-
-
-def _progress(items: Sequence[Item], show: bool) -> Iterable[Item]:
-    """Show a bar over several items, in a terminal."""
-    disable = None if show else True  # None: not outside of a terminal
-    bar: Iterable[Item] = tqdm(items, desc="blocks", disable=disable, leave=False)
-    return bar

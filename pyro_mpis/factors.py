@@ -148,8 +148,8 @@ def build_graph(
     enumerated = {index.sites[0]: index.dim for index in structure.indices if index.enumerated}
     guide_sites = replay_guide(structure, particles, programs)
     random = {
-        name: place(drawn.value, structure.index_of[name].dim, shared_dim=structure.shared_dim)
-        for name, drawn in particles.draws.items()
+        name: place(value, structure.index_of[name].dim, shared_dim=structure.shared_dim)
+        for name, value in particles.values.items()
         if name in structure.index_of and name not in enumerated
     }
     carried = {name: site.value for name, site in guide_sites.items()}
@@ -232,8 +232,8 @@ def replay_guide(
         return {}
     index_of = structure.index_of
     values = {
-        name: place(drawn.value, index_of[name].dim, shared_dim=structure.shared_dim)
-        for name, drawn in particles.draws.items()
+        name: place(value, index_of[name].dim, shared_dim=structure.shared_dim)
+        for name, value in particles.values.items()
         if name in structure.guide and name in index_of and not index_of[name].enumerated
     }
     enumerated = {index.sites[0]: index.dim for index in structure.indices if index.enumerated}

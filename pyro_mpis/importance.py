@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The inference class: what the user holds."""
 
+import math
 import operator
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import overload
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from typing import TypeVar, overload
 
-import pyro
 import torch
 from pyro.poutine.trace_struct import Trace
-from pyro.poutine.util import is_validation_enabled
 from torch import Tensor
 
 from pyro_mpis import moments as _moments
@@ -17,21 +16,22 @@ from pyro_mpis._typing import MomentFunction, Program
 from pyro_mpis._warnings import warn
 from pyro_mpis.blocks import (
     BlockSum,
-    Build,
-    Ranges,
-    evaluate,
-    joint_weights_of_blocks,
-    sample_of_blocks,
-    split,
+    Environment,
+    Plan,
+    Workers,
+    evidence_error,
+    joint_weights_of,
+    run_replicates,
+    sample_of,
 )
 from pyro_mpis.dependencies import Structure, analyse, check_same_site
-from pyro_mpis.factors import FactorGraph, build_graph
+from pyro_mpis.factors import FactorGraph
 from pyro_mpis.handlers import Programs, first_line, quoted, run_plainly, sample_sites
-from pyro_mpis.indexing import SiteReads, check_provenance, find_reads, regroup_indexed
-from pyro_mpis.marginals import Marginal
+from pyro_mpis.marginals import Marginal, merge
 from pyro_mpis.memory import default_limit, plan_blocks
-from pyro_mpis.proposals import Particles, check_arguments, draw_particles
 from pyro_mpis.summary import Summary, summarise
+
+Answer = TypeVar("Answer")
 
 DEFAULT_NUM_SAMPLES = 10  # as pyro.infer.Importance has it
 
@@ -61,6 +61,11 @@ class MPImportance:
     :param max_plate_nesting: number of batch dims for plates; found by default.
     :param memory_limit: bytes that the largest tensors may take together; half of what is free by
         default. A larger sum is evaluated in blocks of particles, with the same result.
+    :param num_replicates: number of independent sets of particles. Evidences are averaged, moments
+        and marginals weighted by evidence; their spread gives :meth:`evidence_error`.
+    :param executor: any :class:`concurrent.futures.Executor` (a process pool, or Dask's, loky's,
+        mpi4py's) to send replicates, or the blocks of a single one, to. Model and guide must then
+        be what it can pickle; the result is the same.
     :param disable_progbar: whether to show no progress bar over blocks in a terminal.
     :raises ValueError: if an argument is not as described.
     """
@@ -74,6 +79,8 @@ class MPImportance:
         groups: Sequence[Sequence[str]] = (),
         max_plate_nesting: int | None = None,
         memory_limit: int | None = None,
+        num_replicates: int = 1,
+        executor: Executor | None = None,
         disable_progbar: bool = False,
     ) -> None:
         if not callable(model):
@@ -85,7 +92,8 @@ class MPImportance:
         if num_samples is None:
             num_samples = DEFAULT_NUM_SAMPLES
             warn(f"num_samples not given: {num_samples} particles of each latent site are drawn.")
-        num_samples = _positive(num_samples)
+        num_samples = _positive("num_samples", num_samples)
+        num_replicates = _positive("num_replicates", num_replicates)
         if memory_limit is not None and (isinstance(memory_limit, bool) or memory_limit <= 0):
             raise ValueError(
                 f"memory_limit: expected a positive number of bytes, but found {memory_limit!r}."
@@ -96,9 +104,11 @@ class MPImportance:
         self.groups = tuple(groups)
         self.max_plate_nesting = max_plate_nesting
         self.memory_limit = memory_limit
+        self.num_replicates = num_replicates
+        self.executor = executor
         self.disable_progbar = disable_progbar
-        self._sum: BlockSum | None = None
-        self._weights: dict[str, Tensor] = {}
+        self._sums: list[BlockSum] = []
+        self._weights: list[dict[str, Tensor]] = []
 
     def run(self, *args: object, **kwargs: object) -> "MPImportance":
         """
@@ -113,7 +123,7 @@ class MPImportance:
         """
         guide = self.guide if self.guide is not None else _no_guide
         programs = Programs(self.model, guide, args, kwargs)
-        with _isolated():
+        with Environment().entered():
             guide_trace, model_trace = _run_plainly(programs)
             structure = analyse(
                 guide_trace,
@@ -126,33 +136,45 @@ class MPImportance:
             if limit is None:
                 limit = default_limit(_device(model_trace))
             block_sizes = plan_blocks(structure, self.num_samples, limit)
-            particles = draw_particles(structure, programs, self.num_samples)
-            build = _builder(structure, particles, programs)
-            total = evaluate(
-                build,
-                split(particles.sizes, block_sizes),
-                particles.sizes,
-                show_progress=not self.disable_progbar,
-            )
-            if is_validation_enabled():
-                check_arguments(structure, programs, particles)
-            _check_positive(total)
-        self._sum, self._weights = total, {}
+            plan = Plan(structure, programs, self.num_samples, block_sizes)
+        sums = run_replicates(plan, self.num_replicates, self._workers)
+        possible = [total for total in sums if bool(torch.isfinite(total.log_evidence))]
+        if not possible:
+            raise _impossible(sums[0])
+        self._sums, self._weights = possible, [{} for _ in possible]
         for problem in _weaknesses(structure, self.groups, guide_trace, model_trace):
             warn(problem)
         return self
 
     def evidence(self, log_scale: bool = True) -> Tensor:
         """
-        Estimate the evidence p(x): (18) of [1].
+        Estimate the evidence p(x): (18) of [1], the mean over replicates.
 
         :param log_scale: whether to return log p(x), in nats. Its exponential is unbiased; the
             log itself is biased low.
         :return: a scalar.
         """
-        total = self._ran()
-        log_p = total.log_evidence
-        return (log_p if log_scale else log_p.exp()).to(total.whole.dtype)
+        sums = self._ran()
+        log_evidences = torch.stack([total.log_evidence for total in sums])
+        log_p = log_evidences.logsumexp(0) - math.log(self.num_replicates)
+        return (log_p if log_scale else log_p.exp()).to(sums[0].whole.dtype)
+
+    def evidence_error(self) -> float:
+        """
+        Return the standard error of the log evidence, in nats, from the spread of the replicates.
+
+        :raises ValueError: with a single replicate.
+        """
+        sums = self._ran()
+        if self.num_replicates < 2:
+            raise ValueError(
+                "num_replicates: one set of particles has no spread to tell an error from. Ask for "
+                "several, num_replicates=8 for example."
+            )
+        log_evidences = torch.full((self.num_replicates,), -math.inf, dtype=torch.double)
+        for number, total in enumerate(sums):
+            log_evidences[number] = total.log_evidence
+        return evidence_error(log_evidences)
 
     @overload
     def moments(self) -> dict[str, Tensor]: ...
@@ -184,20 +206,25 @@ class MPImportance:
         :raises ValueError: if a site is unknown, sites sit in different plates, or a function fails
             or does not return a tensor.
         """
-        graph = self._ran().whole
         if functions is None:
-            weights = self._joint_weights([[name] for name in graph.values])
-            return {name: _moments.mean(graph, weights, name) for name in graph.values}
+            means = self._in_each(
+                [[name] for name in self._sites()],
+                lambda graph, weights: {n: _moments.mean(graph, weights, n) for n in graph.values},
+            )
+            return self._averaged(means)
         if isinstance(functions, Mapping):
             asked = {name: _split_moment(name, spec) for name, spec in functions.items()}
-            weights = self._joint_weights([names for _, names in asked.values()])
-            return {
+        else:
+            asked = {"": _split_moment("", (functions, *sites))}
+        values = self._in_each(
+            [names for _, names in asked.values()],
+            lambda graph, weights: {
                 name: _moments.expectation(graph, weights, function, names)
                 for name, (function, names) in asked.items()
-            }
-        function, names = _split_moment("", (functions, *sites))
-        weights = self._joint_weights([names])
-        return _moments.expectation(graph, weights, function, names)
+            },
+        )
+        averaged = self._averaged(values)
+        return averaged if isinstance(functions, Mapping) else averaged[""]
 
     @overload
     def marginals(self) -> dict[str, Marginal]: ...
@@ -213,12 +240,14 @@ class MPImportance:
 
         :raises ValueError: if a site is unknown or sites sit in different plates.
         """
-        graph = self._ran().whole
-        if sites:
-            weights = self._joint_weights([sites])
-            return _moments.marginal(graph, weights, sites)
-        weights = self._joint_weights([[name] for name in graph.values])
-        return {name: _moments.marginal(graph, weights, [name]) for name in graph.values}
+        asked = [list(sites)] if sites else [[name] for name in self._sites()]
+        found = self._in_each(
+            asked,
+            lambda graph, weights: [_moments.marginal(graph, weights, names) for names in asked],
+        )
+        log_shares = self._log_shares()
+        merged = [merge(parts, log_shares) for parts in zip(*found, strict=True)]
+        return merged[0] if sites else dict(zip(self._sites(), merged, strict=True))
 
     def sample(self, num_samples: int = 1) -> dict[str, Tensor]:
         """
@@ -227,10 +256,7 @@ class MPImportance:
         :return: ``{site: (num_samples, *shape)}``, equally weighted, independent given the
             particles; goes into :class:`pyro.infer.Predictive` as ``posterior_samples``.
         """
-        total = self._ran()
-        num_samples = _positive(num_samples)
-        with _isolated():
-            return sample_of_blocks(total, num_samples)
+        return sample_of(self._ran(), _positive("num_samples", num_samples), self._workers)
 
     def summary(self) -> Summary:
         """
@@ -238,65 +264,80 @@ class MPImportance:
 
         Warns (:class:`~pyro_mpis.MPISWarning`) of low ESS and high k-hat, and says what helps.
         """
-        summary, problems = summarise(self.marginals(), float(self.evidence()), self.num_samples)
+        error = self.evidence_error() if self.num_replicates > 1 else None
+        summary, problems = summarise(
+            self.marginals(),
+            float(self.evidence()),
+            error,
+            self.num_samples * self.num_replicates,
+        )
         for problem in problems:
             warn(problem)
         return summary
 
-    def _ran(self) -> BlockSum:
-        if self._sum is None:
+    @property
+    def _workers(self) -> Workers:
+        return Workers(self.executor, not self.disable_progbar)
+
+    def _ran(self) -> list[BlockSum]:
+        if not self._sums:
             raise RuntimeError("no particles yet: call .run(*args, **kwargs) before any query.")
-        return self._sum
+        return self._sums
 
-    def _joint_weights(self, tuples: Sequence[Sequence[str]]) -> dict[str, Tensor]:
-        """Compute the joint weights that are not known yet, in one pass."""
-        total = self._ran()
-        wanted = [_moments.joint_indices(total.whole, sites) for sites in tuples]
-        missing = [symbols for symbols in wanted if symbols not in self._weights]
+    def _sites(self) -> list[str]:
+        return list(self._ran()[0].whole.values)
+
+    def _log_shares(self) -> Tensor:
+        """Return the log of each replicate's share of the evidence."""
+        return torch.stack([total.log_evidence for total in self._ran()]).log_softmax(0)
+
+    def _in_each(
+        self,
+        tuples: Sequence[Sequence[str]],
+        query: Callable[[FactorGraph, Mapping[str, Tensor]], Answer],
+    ) -> list[Answer]:
+        """Answer a query from each replicate's weights; those not known yet take one pass."""
+        sums = self._ran()
+        wanted = [_moments.joint_indices(sums[0].whole, sites) for sites in tuples]
+        missing = [symbols for symbols in wanted if symbols not in self._weights[0]]
         if missing:
-            with _isolated():
-                self._weights |= joint_weights_of_blocks(total, missing)
-        return self._weights
+            found = joint_weights_of(sums, missing, self._workers)
+            for weights, new in zip(self._weights, found, strict=True):
+                weights |= new
+        return [
+            query(total.whole, weights) for total, weights in zip(sums, self._weights, strict=True)
+        ]
+
+    def _averaged(self, values: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Average moments over replicates by their shares of the evidence."""
+        if len(values) == 1:
+            return dict(values[0])
+        shares = self._log_shares().exp()
+        return {
+            name: sum(
+                (
+                    share.to(value[name].dtype) * value[name]
+                    for share, value in zip(shares, values, strict=True)
+                ),
+                torch.zeros_like(values[0][name]),
+            )
+            for name in values[0]
+        }
 
 
-def _positive(num_samples: int) -> int:
-    """Return a number of samples, of any integer type."""
+def _positive(name: str, number: int) -> int:
+    """Return a positive integer, of any integer type."""
     try:
-        number = operator.index(num_samples)
+        value = operator.index(number)
     except TypeError:
-        number = 0
-    if isinstance(num_samples, bool) or number < 1:
-        raise ValueError(f"num_samples: expected a positive integer, but found {num_samples!r}.")
-    return number
+        value = 0
+    if isinstance(number, bool) or value < 1:
+        raise ValueError(f"{name}: expected a positive integer, but found {number!r}.")
+    return value
 
 
 def _no_guide(*args: object, **kwargs: object) -> None:
     """Sample nothing: every latent is proposed from the prior."""
-
-
-@contextmanager
-def _isolated() -> Iterator[None]:
-    """Run programs without gradients and without a trace in the param store."""
-    param_store = pyro.get_param_store()
-    with torch.no_grad(), param_store.scope(param_store.get_state()):
-        yield
-
-
-def _builder(structure: Structure, particles: Particles, programs: Programs) -> Build:
-    """Return the function that evaluates the factors of a block of particles."""
-    check = is_validation_enabled()
-    reads: list[SiteReads] = []  # the same for all blocks: found once
-
-    def build(ranges: Ranges) -> FactorGraph:
-        part = particles.block(structure, ranges) if ranges else particles
-        graph = build_graph(structure, part, programs)
-        if not reads:
-            if not structure.unique_dims:
-                check_provenance(graph, structure, part, programs)
-            reads.append(find_reads(graph, structure, part, programs, check=check))
-        return regroup_indexed(graph, reads[0])
-
-    return build
 
 
 def _run_plainly(programs: Programs) -> tuple[Trace, Trace]:
@@ -336,24 +377,23 @@ def _split_moment(
     return function, names
 
 
-def _check_positive(total: BlockSum) -> None:
-    """Refuse an evidence of zero, and name the site that rules everything out."""
-    if bool(torch.isfinite(total.log_evidence)):
-        return
-    _, graph = next(total.graphs([0]))
+def _impossible(total: BlockSum) -> ValueError:
+    """Say which site makes the evidence zero."""
+    with total.builder.environment.entered():
+        graph = total.builder(total.blocks[0])
     for factor in graph.factors:
         particle_dims = [d for d, s in enumerate(factor.dims) if s in graph.index_plates]
         best = factor.tensor.amax(particle_dims) if particle_dims else factor.tensor
         if bool((best == -torch.inf).any()):
             count = int((best == -torch.inf).sum())
-            raise ValueError(
+            return ValueError(
                 f"site '{factor.name}': probability zero for all particles at {count} of "
                 f"{best.numel()} plate elements, so the evidence is zero. Check the data against "
                 "the distribution's support, or use a guide that reaches where the data have "
                 "positive probability."
             )
     names = {factor.name for factor in graph.factors if bool((factor.tensor == -torch.inf).any())}
-    raise ValueError(
+    return ValueError(
         f"the evidence is zero: no combination of particles has positive probability at all of "
         f"{quoted(names)} together. Draw more particles, or use a guide nearer to the posterior."
     )

@@ -34,7 +34,7 @@ from pyro_mpis._typing import Ordinal, SampleMessage
 from pyro_mpis.contraction import packed, regroup
 from pyro_mpis.dependencies import Structure
 from pyro_mpis.factors import ElementMap, FactorGraph, LogFactor
-from pyro_mpis.handlers import Name, Programs, is_delta, replay
+from pyro_mpis.handlers import Name, Programs, replay
 from pyro_mpis.proposals import Particles, model_inputs
 
 NONE, SEVERAL = -1, -2  # in place of an element
@@ -198,8 +198,8 @@ def _known_values(
     graph: FactorGraph, structure: Structure, particles: Particles
 ) -> dict[str, Tensor]:
     """Return the values of every random site: (K, *plates, *event), or its whole support."""
-    values = {name: drawn.value for name, drawn in particles.draws.items()}
-    values = {n: value for n, value in values.items() if not is_delta(particles.draws[n].fn)}
+    drawn = particles.values.items()
+    values = {name: value for name, value in drawn if name not in particles.deltas}
     for index in structure.indices:
         if index.enumerated:
             values[index.sites[0]] = graph.values[index.sites[0]].tensor

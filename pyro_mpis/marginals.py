@@ -147,6 +147,23 @@ class Marginal(Empirical):
         return products.sum(len(self.batch_shape)).to(values.dtype)
 
 
+def merge(parts: Sequence[Marginal], log_shares: Tensor) -> Marginal:
+    """
+    Put the particles of several marginals of the same sites together.
+
+    :param log_shares: the log of each one's weight in the whole, ``(parts,)``.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    dim = len(parts[0].batch_shape)
+    samples = torch.cat([part.samples for part in parts], dim)
+    log_weights = [
+        part.log_weights + share.to(part.log_weights.dtype)
+        for part, share in zip(parts, log_shares, strict=True)
+    ]
+    return Marginal(samples, torch.cat(log_weights, dim), parts[0].event_shapes)
+
+
 def _pareto_k(log_weights: Tensor) -> float:
     """Fit the tail of one set of weights; size of the tail as in Vehtari et al. (2024)."""
     num = log_weights.numel()

@@ -43,15 +43,16 @@ class Particles:
 
     num_samples: int  # K
     sizes: Mapping[str, int]  # symbol of the index -> number of particles, or of values
-    draws: Mapping[str, Draw]  # of the guide's latent sites and of those drawn from the prior
+    values: Mapping[str, Tensor]  # (K, *plates, *event), of the guide's sites and the prior's
+    deltas: frozenset[str]  # sites of the guide among them that draw nothing
     log_proposals: Mapping[str, Tensor]  # symbol of the index -> (K, *plates), in nats
 
     def block(self, structure: Structure, ranges: Mapping[str, slice]) -> "Particles":
         """Return a part of the particles of some indices; K stays what it was."""
-        draws = dict(self.draws)
+        values = dict(self.values)
         for symbol, part in ranges.items():
             for name in structure.by_symbol[symbol].sites:
-                draws[name] = replace(draws[name], value=draws[name].value[part])
+                values[name] = values[name][part]
         log_proposals = {
             symbol: log_proposal[ranges.get(symbol, slice(None))]
             for symbol, log_proposal in self.log_proposals.items()
@@ -60,7 +61,7 @@ class Particles:
             symbol: len(range(size)[ranges.get(symbol, slice(None))])
             for symbol, size in self.sizes.items()
         }
-        return Particles(self.num_samples, sizes, draws, log_proposals)
+        return replace(self, sizes=sizes, values=values, log_proposals=log_proposals)
 
 
 def draw_particles(structure: Structure, programs: Programs, num_samples: int) -> Particles:
@@ -109,7 +110,9 @@ def draw_particles(structure: Structure, programs: Programs, num_samples: int) -
         if not index.enumerated
     }
     sizes = {index.symbol: index.support or num_samples for index in structure.indices}
-    return Particles(num_samples, sizes, draws, log_proposals)
+    values = {name: drawn.value for name, drawn in draws.items()}
+    deltas = frozenset(name for name, drawn in draws.items() if is_delta(drawn.fn))
+    return Particles(num_samples, sizes, values, deltas, log_proposals)
 
 
 def check_arguments(structure: Structure, programs: Programs, particles: Particles) -> None:
@@ -120,9 +123,8 @@ def check_arguments(structure: Structure, programs: Programs, particles: Particl
 
     :raises ValueError: if an argument or a value is invalid; names the site.
     """
-    values = {name: drawn.value for name, drawn in particles.draws.items()}
     num_samples = particles.num_samples
-    inputs = model_inputs(structure, values, values)
+    inputs = model_inputs(structure, particles.values, particles.values)
     sites = replay(
         programs, "model", values=inputs, enumerated={}, num_samples=num_samples, validate=True
     )

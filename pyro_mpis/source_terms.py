@@ -19,12 +19,12 @@ from pyro_mpis.contraction import log_evidence
 from pyro_mpis.factors import FactorGraph, LogFactor
 
 
-def joint_weights(graph: FactorGraph, tuples: Iterable[str]) -> dict[str, Tensor]:
+def joint_weights(graph: FactorGraph, tuples: Iterable[str]) -> tuple[Tensor, dict[str, Tensor]]:
     """
     Compute the joint marginal weights of tuples of indices, all in one pass.
 
     :param tuples: strings of distinct index symbols whose plates lie within one another.
-    :return: for each tuple its weights, linear scale, float64,
+    :return: the log evidence; and for each tuple its weights, linear scale, float64,
         ``(*indices, *plates)`` with the dims of the deepest ordinal's plates as
         :meth:`~pyro_mpis.factors.FactorGraph.tensor_plates` lists them. They sum to one over the
         indices for every plate element.
@@ -48,7 +48,7 @@ def joint_weights(graph: FactorGraph, tuples: Iterable[str]) -> dict[str, Tensor
         weight = grad.detach().double().reshape(shape)
         total = weight.sum(tuple(range(len(symbols))), keepdim=True) if symbols else 1.0
         weights[symbols] = weight / total
-    return weights
+    return log_p.detach(), weights
 
 
 def _source(graph: FactorGraph, symbols: str) -> LogFactor:

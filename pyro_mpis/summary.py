@@ -35,6 +35,7 @@ class Summary:
 
     rows: tuple[Row, ...]
     log_evidence: float
+    evidence_error: float | None  # standard error of the log evidence, over replicates
     num_samples: int
 
     def __str__(self) -> str:
@@ -54,12 +55,18 @@ class Summary:
             )
             for line in lines
         ]
-        title = f"log evidence {self.log_evidence:.2f}, {self.num_samples} particles a site"
+        error = (
+            "" if self.evidence_error is None else f" (standard error {self.evidence_error:.2g})"
+        )
+        title = f"log evidence {self.log_evidence:.2f}{error}, {self.num_samples} particles a site"
         return "\n".join([*table, title])
 
 
 def summarise(
-    marginals: Mapping[str, Marginal], log_evidence: float, num_samples: int
+    marginals: Mapping[str, Marginal],
+    log_evidence: float,
+    evidence_error: float | None,
+    num_samples: int,
 ) -> tuple[Summary, list[str]]:
     """
     Make the table, and say what is poor.
@@ -69,7 +76,9 @@ def summarise(
     rows: list[Row] = []
     for name, marginal in marginals.items():
         rows += _rows(name, marginal)
-    return Summary(tuple(rows), log_evidence, num_samples), _problems(rows, num_samples)
+    return Summary(tuple(rows), log_evidence, evidence_error, num_samples), _problems(
+        rows, num_samples
+    )
 
 
 def _rows(name: str, marginal: Marginal) -> list[Row]:

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Independent replicates, and blocks and replicates sent to executors."""
+
+import math
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_mpis import MPImportance
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+Y = torch.tensor([0.3, -0.5, 1.2], dtype=torch.float64)
+
+
+def model() -> None:
+    """A hierarchy with a param: workers must know the param store too."""
+    scale = pyro.param("scale", torch.tensor(1.0))
+    mu = pyro.sample("mu", dist.Normal(0.0, scale))
+    nu = pyro.sample("nu", dist.Normal(0.0, 1.0))
+    with pyro.plate("p", 3):
+        x = pyro.sample("x", dist.Normal(mu, 1.0))
+        pyro.sample("y", dist.Normal(x + nu, 1.0), obs=Y)
+
+
+def impossible_half_of_the_time() -> None:
+    """With one particle, the evidence is often zero."""
+    z = pyro.sample("z", dist.Bernoulli(0.5))
+    pyro.factor("f", torch.where(z == 1.0, 0.0, -math.inf))
+
+
+def run(executor: Executor | None = None, **options: Any) -> MPImportance:
+    pyro.clear_param_store()
+    pyro.param("scale", torch.tensor(1.5))
+    pyro.set_rng_seed(0)
+    return MPImportance(model, num_samples=6, executor=executor, **options).run()
+
+
+def check_same(one: MPImportance, other: MPImportance) -> None:
+    """Same numbers, to rounding, for every query; draws too."""
+    torch.testing.assert_close(one.evidence(), other.evidence())
+    for site, mean in one.moments().items():
+        torch.testing.assert_close(mean, other.moments()[site])
+        torch.testing.assert_close(
+            one.marginals(site).log_weights, other.marginals(site).log_weights
+        )
+    torch.testing.assert_close(
+        one.moments(torch.mul, "mu", "x"), other.moments(torch.mul, "mu", "x")
+    )
+    draws = []
+    for posterior in (one, other):
+        pyro.set_rng_seed(5)
+        draws.append(posterior.sample(50))
+    for site, values in draws[0].items():
+        torch.testing.assert_close(values, draws[1][site])
+
+
+def test_replicates_are_runs_weighted_by_evidence() -> None:
+    """Against the same runs one by one, with the seeds that the replicates have."""
+    num_replicates = 5
+    posterior = run(num_replicates=num_replicates)
+    assert posterior.marginals("x").samples.shape == (3, 30)
+    single = []
+    pyro.set_rng_seed(0)
+    MPImportance(model, num_samples=6)  # draws nothing
+    pyro.set_rng_seed(0)
+    with pyro.poutine.block():
+        model()  # the plain run, before the seeds are drawn
+    for seed in torch.randint(2**31 - 1, (num_replicates,)).tolist():
+        state = pyro.util.get_rng_state()
+        pyro.set_rng_seed(seed)
+        single.append(MPImportanceOfOneDraw().run())
+        pyro.util.set_rng_state(state)
+    log_evidences = torch.stack([one.evidence() for one in single])
+    torch.testing.assert_close(
+        posterior.evidence(), log_evidences.logsumexp(0) - math.log(num_replicates)
+    )
+    shares = log_evidences.softmax(0)
+    for site, mean in posterior.moments().items():
+        means = torch.stack([one.moments()[site] for one in single], -1)
+        torch.testing.assert_close(mean, (shares * means).sum(-1))
+        torch.testing.assert_close(posterior.marginals(site).mean, mean)
+    ratios = shares * num_replicates
+    error = float(ratios.std()) / math.sqrt(num_replicates)
+    assert posterior.evidence_error() == pytest.approx(error)
+    assert f"(standard error {error:.2g})" in str(posterior.summary())
+
+
+class MPImportanceOfOneDraw:
+    """A run whose plain run draws nothing from the generator, as in a replicate."""
+
+    def run(self) -> MPImportance:
+        posterior = MPImportance(model, num_samples=6)
+        state = pyro.util.get_rng_state()
+
+        def restoring() -> None:
+            if not restored:
+                restored.append(True)
+                model()
+                pyro.util.set_rng_state(state)
+            else:
+                model()
+
+        restored: list[bool] = []
+        posterior.model = restoring
+        return posterior.run()
+
+
+def test_standard_error_is_that_of_the_spread() -> None:
+    """Over many repetitions, the error of the log evidence is as large as reported."""
+    truth = dist.MultivariateNormal(torch.zeros(3), 2 * torch.eye(3) + 1.5**2 + 1.0).log_prob(Y)
+    scores = []
+    for seed in range(60):
+        pyro.clear_param_store()
+        pyro.param("scale", torch.tensor(1.5))
+        pyro.set_rng_seed(seed)
+        posterior = MPImportance(model, num_samples=20, num_replicates=12).run()
+        scores.append(float(posterior.evidence() - truth) / posterior.evidence_error())
+    spread = float(torch.tensor(scores).std())
+    assert 0.6 < spread < 1.9  # one, were the evidences normal; chi-square of 59 allows 0.7 to 1.4
+
+
+def test_no_spread_without_replicates() -> None:
+    with pytest.raises(ValueError, match=r"num_replicates: one set of particles has no spread"):
+        run().evidence_error()
+    for number in (0, 1.5, True):
+        with pytest.raises(ValueError, match="num_replicates: expected a positive integer"):
+            MPImportance(model, num_samples=3, num_replicates=number)  # type: ignore[arg-type]
+
+
+def test_replicates_without_evidence_count_as_zero() -> None:
+    pyro.set_rng_seed(0)
+    posterior = MPImportance(impossible_half_of_the_time, num_samples=1, num_replicates=40).run()
+    assert 0.2 < float(posterior.evidence(log_scale=False)) < 0.8
+    assert float(posterior.moments()["z"]) == pytest.approx(1.0)
+    assert bool((posterior.sample(10)["z"] == 1.0).all())
+    assert posterior.evidence_error() > 0.0
+
+
+def test_process_pool() -> None:
+    """Replicates, and the blocks of a single run, in two processes: the same numbers as here."""
+    with ProcessPoolExecutor(2) as pool:
+        check_same(run(num_replicates=3), run(pool, num_replicates=3))
+        check_same(run(memory_limit=1_500), run(pool, memory_limit=1_500))
+    assert len(run(memory_limit=1_500)._sums[0].blocks) > 1
+
+
+class Failing(Executor):
+    """An executor whose second job is lost."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> "Future[Any]":
+        future: Future[Any] = Future()
+        self.count += 1
+        if self.count == 2:
+            future.set_exception(RuntimeError("worker died"))
+        else:
+            future.set_result(fn(*args, **kwargs))
+        return future
+
+
+def test_a_lost_worker_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="worker died"):
+        run(Failing(), num_replicates=3)
+
+
+def test_params_that_change_after_the_run_are_noticed() -> None:
+    """Blocks are evaluated again by a query: with other parameters they would be others."""
+    posterior = run(memory_limit=1_500)
+    with torch.no_grad():
+        pyro.get_param_store()["scale"].unconstrained().mul_(3.0)  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError, match=r"parameters have changed since \.run"):
+        posterior.moments()
+
+
+def test_dask() -> None:
+    distributed = pytest.importorskip("distributed", reason="needs pyro-mpis[dask]")
+    cluster = distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, dashboard_address=None, processes=True
+    )
+    with cluster, distributed.Client(cluster) as client:
+        check_same(run(num_replicates=3), run(client.get_executor(), num_replicates=3))
