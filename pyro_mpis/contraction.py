@@ -34,6 +34,8 @@ from pyro_mpis.factors import ElementMap, FactorGraph, LogFactor
 from pyro_mpis.logspace import log_matmul, logsumexp
 
 MANY_TERMS = 64
+STACK_ELEMENTS = 2**16  # of a term, above which stacking copies more than it saves
+STACK = "\0"  # the dim of stacked terms: no symbol of an index or a plate
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,15 @@ class Elimination:
 
     terms: tuple[Tensor, ...]  # packed
     dims: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """Multiply some operands, by number, and sum over ``dims``; the result has a number too."""
+
+    operands: tuple[int, ...]
+    dims: str
+    result: int
 
 
 class LogSpaceRing(Ring):
@@ -68,22 +79,43 @@ class LogSpaceRing(Ring):
         """Multiply packed tensors and sum over ``dims``, pair by pair."""
         if not terms:
             return packed(torch.zeros((), dtype=self._graph.dtype, device=self._graph.device), "")
-        pending = absorb(terms)
-        summed = set(dims)
-        uses = Counter(symbol for term in pending for symbol in dims_of(term))
-        for positions in self._path(pending, summed):
-            operands = [pending.pop(position) for position in sorted(positions, reverse=True)]
-            for term in operands:
-                uses.subtract(dims_of(term))
-            inside = set("".join(dims_of(term) for term in operands))
-            done = "".join(sorted(s for s in inside & summed if uses[s] == 0))
-            result = self._eliminate(operands, done)
-            uses.update(dims_of(result))
-            pending.append(result)
-        (result,) = pending
+        steps = absorb(terms)
+        inputs = [step.result for step in steps]
+        owned = {step.result: dims_of(terms[step.operands[-1]]) for step in steps}
+        steps = [step for step in steps if len(step.operands) > 1]
+        steps += self._steps(inputs, owned, set(dims), first_result=2 * len(terms))
+        known = dict(enumerate(terms))
+        for wave in _waves(steps):
+            for group in _alike(wave, known):
+                known |= self._eliminate_all(group, known)
+        (result,) = known.values()
         return result
 
-    def _path(self, terms: Sequence[Tensor], dims: set[str]) -> list[tuple[int, ...]]:
+    def _steps(
+        self, inputs: Sequence[int], owned: dict[int, str], dims: set[str], *, first_result: int
+    ) -> list[Step]:
+        """
+        Find what is contracted with what, and which dims each step sums.
+
+        :param inputs: numbers of the terms; ``owned`` has their dims.
+        """
+        pending = list(inputs)
+        uses = Counter(symbol for number in inputs for symbol in owned[number])
+        steps: list[Step] = []
+        for positions in self._path([owned[number] for number in inputs], dims):
+            operands = [pending.pop(position) for position in sorted(positions, reverse=True)]
+            for operand in operands:
+                uses.subtract(owned[operand])
+            inside = set("".join(owned[operand] for operand in operands))
+            summed = "".join(sorted(s for s in inside & dims if uses[s] == 0))
+            result = first_result + len(steps)
+            steps.append(Step(tuple(operands), summed, result))
+            pending.append(result)
+            owned[result] = "".join(sorted(inside - set(summed)))
+            uses.update(owned[result])
+        return steps
+
+    def _path(self, inputs: Sequence[str], dims: set[str]) -> list[tuple[int, ...]]:
         """
         Find an order of pairwise steps.
 
@@ -91,21 +123,40 @@ class LogSpaceRing(Ring):
         order, but would make each of its terms a neighbour of all others: it is left out of the
         search.
         """
-        if len(terms) <= 2:
-            return [tuple(range(len(terms)))]
-        uses = Counter(symbol for term in terms for symbol in dims_of(term))
+        if len(inputs) <= 2:
+            return [tuple(range(len(inputs)))]
+        uses = Counter(symbol for own in inputs for symbol in own)
         everywhere = {symbol for symbol, count in uses.items() if count > MANY_TERMS}
-        inputs = ["".join(s for s in dims_of(term) if s not in everywhere) for term in terms]
+        inputs = ["".join(s for s in own if s not in everywhere) for own in inputs]
         output = "".join(sorted(set("".join(inputs)) - dims))
         equation = ",".join(inputs) + "->" + output
         shapes = [tuple(self._dim_to_size[symbol] for symbol in own) for own in inputs]
         path, _ = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize="auto")
         return [tuple(step) for step in path]
 
-    def _eliminate(self, terms: Sequence[Tensor], dims: str) -> Tensor:
-        if self._record is not None and dims:
-            self._record.append(Elimination(tuple(terms), dims))
-        return sum_product(terms, dims)
+    def _eliminate_all(self, steps: Sequence[Step], known: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Take steps that are alike: as one on stacked terms, if they are several."""
+        terms = [[known.pop(operand) for operand in step.operands] for step in steps]
+        if self._record is not None:
+            for step, operands in zip(steps, terms, strict=True):
+                if step.dims:
+                    self._record.append(Elimination(tuple(operands), step.dims))
+        first = steps[0]
+        if len(steps) == 1:
+            return {first.result: sum_product(terms[0], first.dims)}
+        stacked = [
+            packed(torch.stack([own[place] for own in terms]), STACK + dims_of(terms[0][place]))
+            for place in range(len(first.operands))
+        ]
+        result = sum_product(stacked, first.dims)
+        layout = dims_of(result).replace(STACK, "")
+        result = aligned(result, STACK + layout)
+        canonical = _renaming([dims_of(term) for term in terms[0]])
+        results = {}
+        for step, operands, part in zip(steps, terms, result.unbind(), strict=True):
+            back = {v: k for k, v in _renaming([dims_of(term) for term in operands]).items()}
+            results[step.result] = packed(part, "".join(back[canonical[s]] for s in layout))
+        return results
 
     def product(self, term: Tensor, ordinal: Ordinal) -> Tensor:
         """Multiply a packed tensor over the plates of ``ordinal``."""
@@ -154,17 +205,53 @@ def contract(graph: FactorGraph, factors: Sequence[LogFactor], ring: LogSpaceRin
     return result
 
 
-def absorb(terms: Sequence[Tensor]) -> list[Tensor]:
+def _waves(steps: Sequence[Step]) -> list[list[Step]]:
+    """Order steps into waves: the steps of one depend on earlier ones only."""
+    level: dict[int, int] = {}
+    waves: dict[int, list[Step]] = {}
+    for step in steps:
+        level[step.result] = 1 + max(level.get(operand, 0) for operand in step.operands)
+        waves.setdefault(level[step.result], []).append(step)
+    return [waves[number] for number in sorted(waves)]
+
+
+def _alike(steps: Sequence[Step], known: Mapping[int, Tensor]) -> list[list[Step]]:
+    """Group steps that are the same but for the names of their dims, as those of a chain are."""
+    if len(steps) == 1:
+        return [list(steps)]
+    groups: dict[object, list[Step]] = {}
+    for step in steps:
+        terms = [known[operand] for operand in step.operands]
+        if max(term.numel() for term in terms) > STACK_ELEMENTS:
+            groups[step.result] = [step]
+            continue
+        names = _renaming([dims_of(term) for term in terms])
+        shape = tuple(
+            (tuple(names[s] for s in dims_of(term)), term.shape, term.dtype) for term in terms
+        )
+        groups.setdefault((shape, tuple(sorted(names[s] for s in step.dims))), []).append(step)
+    return list(groups.values())
+
+
+def _renaming(dims: Sequence[str]) -> dict[str, int]:
+    """Return the number of each symbol in the order of their first appearance."""
+    return {symbol: number for number, symbol in enumerate(dict.fromkeys("".join(dims)))}
+
+
+def absorb(terms: Sequence[Tensor]) -> list[Step]:
     """
     Add each packed tensor to the smallest other one that has all its dims.
 
     What is left is what an order of eliminations has to be found for.
+
+    :return: a step for each tensor that is left: it comes last among the operands. A step of a
+        single operand is that operand.
     """
     holders: dict[str, set[int]] = {}
     for number, term in enumerate(terms):
         for symbol in dims_of(term):
             holders.setdefault(symbol, set()).add(number)
-    parts = {number: [term] for number, term in enumerate(terms)}
+    parts = {number: [number] for number in range(len(terms))}
     for number in sorted(parts, key=lambda number: terms[number].numel()):
         own = dims_of(terms[number])
         rarest = min((holders[symbol] for symbol in own), key=len, default=set(parts))
@@ -174,7 +261,10 @@ def absorb(terms: Sequence[Tensor]) -> list[Tensor]:
             parts[target] = parts.pop(number) + parts[target]
             for symbol in own:
                 holders[symbol].remove(number)
-    return [sum_product(group, "") if len(group) > 1 else group[0] for group in parts.values()]
+    return [
+        Step(tuple(group), "", len(terms) + number if len(group) > 1 else number)
+        for number, group in parts.items()
+    ]
 
 
 def sum_product(terms: Sequence[Tensor], dims: str) -> Tensor:
