@@ -267,6 +267,7 @@ class MPImportance:
         error = self.evidence_error() if self.num_replicates > 1 else None
         summary, problems = summarise(
             self.marginals(),
+            self._sampled(),
             float(self.evidence()),
             error,
             self.num_samples * self.num_replicates,
@@ -286,6 +287,16 @@ class MPImportance:
 
     def _sites(self) -> list[str]:
         return list(self._ran()[0].whole.values)
+
+    def _sampled(self) -> set[str]:
+        """Return the sites that have particles, not their whole support or a fixed value."""
+        total = self._ran()[0]
+        by_symbol = total.builder.structure.by_symbol
+        return {
+            name
+            for name, site in total.whole.values.items()
+            if any(not by_symbol[symbol].enumerated for symbol in site.indices)
+        }
 
     def _log_shares(self) -> Tensor:
         """Return the log of each replicate's share of the evidence."""

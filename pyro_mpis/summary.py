@@ -3,7 +3,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, fields
 
 import torch
@@ -45,8 +45,9 @@ class Summary:
         for row in self.rows:
             numbers = [getattr(row, field.name) for field in fields(row)[1:6]]
             cells = [f"{x:.3g}" if abs(x) >= 1e4 else f"{x:.2f}" for x in numbers]
+            ess = "-" if math.isnan(row.ess) else f"{row.ess:.1f}"
             k_hat = "-" if math.isnan(row.k_hat) else f"{row.k_hat:.2f}"
-            lines.append((row.name, *cells, f"{row.ess:.1f}", k_hat))
+            lines.append((row.name, *cells, ess, k_hat))
         widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
         table = [
             "  ".join(
@@ -64,6 +65,7 @@ class Summary:
 
 def summarise(
     marginals: Mapping[str, Marginal],
+    sampled: Set[str],
     log_evidence: float,
     evidence_error: float | None,
     num_samples: int,
@@ -71,26 +73,29 @@ def summarise(
     """
     Make the table, and say what is poor.
 
+    :param sampled: the sites that have particles; ESS and k-hat of others (summed over their whole
+        support, or fixed) say nothing, and are nan.
     :return: the summary, and one sentence for each kind of problem.
     """
     rows: list[Row] = []
     for name, marginal in marginals.items():
-        rows += _rows(name, marginal)
+        rows += _rows(name, marginal, name in sampled)
     return Summary(tuple(rows), log_evidence, evidence_error, num_samples), _problems(
         rows, num_samples
     )
 
 
-def _rows(name: str, marginal: Marginal) -> list[Row]:
+def _rows(name: str, marginal: Marginal, sampled: bool) -> list[Row]:
     batch, shape = marginal.batch_shape, marginal.batch_shape + marginal.event_shape
     tail = (1,) * len(marginal.event_shape)
     quantiles = marginal.quantile([0.05, 0.5, 0.95])
+    unknown = torch.full_like(marginal.ess, math.nan)
     columns: list[Tensor] = [
         marginal.mean,
         marginal.variance.sqrt(),
         *quantiles,
-        marginal.ess.reshape(batch + tail).expand(shape),
-        marginal.pareto_k.reshape(batch + tail).expand(shape),
+        (marginal.ess if sampled else unknown).reshape(batch + tail).expand(shape),
+        (marginal.pareto_k if sampled else unknown).reshape(batch + tail).expand(shape),
     ]
     numbers = torch.stack([column.double().reshape(-1).cpu() for column in columns], 1).tolist()
     positions = itertools.product(*(range(size) for size in shape))

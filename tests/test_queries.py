@@ -246,3 +246,25 @@ def test_results_pickle_without_their_programs(posterior: MPImportance) -> None:
     marginal = posterior.marginals("x")
     again = pickle.loads(pickle.dumps(marginal))
     torch.testing.assert_close(again.mean, marginal.mean)
+
+
+def test_summary_of_sites_without_particles() -> None:
+    """Summed exactly, or fixed by the guide: no ESS, and no warning of one."""
+
+    def model() -> None:
+        pyro.sample("z", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+        pyro.sample("c", dist.Normal(0.0, 1.0))
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=torch.tensor(0.3))
+
+    def guide() -> None:
+        pyro.sample("c", dist.Delta(torch.tensor(0.2)))
+
+    with pytest.warns(MPISWarning, match="fixes 'c' at a point"):
+        posterior = MPImportance(model, guide, num_samples=50).run()
+    rows = {row.name: row for row in posterior.summary().rows}
+    assert math.isnan(rows["z"].ess)
+    assert math.isnan(rows["c"].ess)
+    assert rows["mu"].ess > 5.0
+    assert rows["z"].mean == pytest.approx(0.3)
+    assert rows["c"].mean == pytest.approx(0.2)
