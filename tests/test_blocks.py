@@ -71,6 +71,21 @@ def test_every_query_is_that_of_the_whole(guide: str, memory_limit: int) -> None
     )
 
 
+def test_groups_are_cut_together() -> None:
+    results = []
+    for limit in (None, 10_000):
+        pyro.set_rng_seed(1)
+        options = {"groups": [("a", "b")], "memory_limit": limit}
+        posterior = MPImportance(model, num_samples=11, **options).run()  # type: ignore[arg-type]
+        results.append(posterior)
+    whole, blocked = results
+    assert len(blocked._sums[0].blocks) > 1
+    assert blocked.marginals("a", "b").samples.shape == (11, 2)
+    torch.testing.assert_close(blocked.evidence(), whole.evidence())
+    torch.testing.assert_close(blocked.marginals("a", "b").mean, whole.marginals("a", "b").mean)
+    torch.testing.assert_close(blocked.moments()["v"], whole.moments()["v"])
+
+
 def test_samples_have_the_moments() -> None:
     """Means over joint draws from all blocks, within 6 standard errors, at a fixed seed."""
     pyro.set_rng_seed(1)
