@@ -144,10 +144,11 @@ def peaks(
         return list(pool.map(one, jobs))
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Return a Markdown table; the first column to the left, the others to the right."""
-    rule = "|".join(["---"] + ["--:"] * (len(header) - 1))
-    lines = ["| " + " | ".join(header) + " |", f"|{rule}|"]
+def table(header: str, rows: Iterable[Sequence[object]]) -> str:
+    """Return a Markdown table with the given columns; the first to the left, the rest right."""
+    columns = header.split(",")
+    rule = "|".join(["---"] + ["--:"] * (len(columns) - 1))
+    lines = ["| " + " | ".join(columns) + " |", f"|{rule}|"]
     lines += ["| " + " | ".join(_cell(cell) for cell in row) + " |" for row in rows]
     return "\n".join(lines) + "\n"
 

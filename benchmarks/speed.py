@@ -11,12 +11,13 @@ that ``PYRO_MPIS_DATA`` names, and are left out without.
 
 import argparse
 import functools
+import inspect
 import json
 import math
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,22 +26,21 @@ import opt_einsum
 import pyro
 import torch
 from _cases import HAS_DATA, TRUTHS, Case, eight_schools_model, load
+from _competitors import floor, functions, one_block, samples
 from _measure import GIB, Peak, Timing, interleaved, peaks, report_peak, table
 from pyro import poutine
-from pyro.infer import TraceTMC_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoNormal
 
-from pyro_mpis import MPImportance, factors
-from pyro_mpis import blocks as package_blocks
-from pyro_mpis._typing import SampleMessage
-from pyro_mpis.handlers import Programs, replay
+from pyro_mpis import MPImportance
 from pyro_mpis.logspace import log_matmul
 
-Function = Callable[[], float | None]
+Job = tuple[str, int, str]  # the name of a case, K, a key of ``functions``
+NOT_TIMED = Timing(math.nan, math.nan, None, 0)
+PROCESS_LIMIT = 6 * GIB
 
 # CPU seconds and peak MB on one thread of a 2.5 GHz Xeon, measured once with the authors' library
-# under torch 2.2: sampling and evidence, all marginals, and the memory of each above the 360 MB of
-# a process with torch and the data. None: stopped at 6 GB.
+# under torch 2.2: sampling and evidence, all marginals, the peaks of both; a process without a
+# problem has 360 MB. None: stopped at 6,144 MB.
 AUTHORS = {
     ("bus_breakdown", 15): (0.777, 3.605, 686, 730),
     ("bus_breakdown", 30): (21.737, None, 5972, None),
@@ -64,82 +64,34 @@ class Setting:
     def case(self, name: str) -> Case:
         return load(name, self.device)
 
-    def peaks(self, jobs: list[tuple[str, int, str]]) -> dict[tuple[str, int, str], Peak]:
-        """Measure the memory of jobs: the name of a case, K, and a key of ``functions``."""
+    def peaks(
+        self, jobs: Iterable[Job], *, seconds: float = 60.0, workers: int = 2
+    ) -> dict[Job, Peak]:
+        """Run jobs in processes of their own, for their memory and to see whether they can."""
+        jobs = list(jobs)
         command = [sys.executable, __file__, "--device", self.device, "--job"]
-        return dict(zip(jobs, peaks(command, [{"job": job} for job in jobs]), strict=True))
+        found = peaks(command, [{"job": job} for job in jobs], seconds=seconds, workers=workers)
+        return dict(zip(jobs, found, strict=True))
 
 
-def inference(case: Case, num_samples: int, memory_limit: int | None = None) -> MPImportance:
-    return MPImportance(
-        case.model,
-        case.guide,
-        num_samples,
-        max_plate_nesting=case.max_plate_nesting,
-        memory_limit=memory_limit,
-    ).run(**case.data)
-
-
-def functions(case: Case, num_samples: int) -> dict[str, Function]:
-    """Return all that is measured of a case; each gives the error of the log evidence."""
-
-    def evidence() -> float:
-        return inference(case, num_samples).evidence().item() - case.truth
-
-    def queries() -> float:
-        posterior = inference(case, num_samples)
-        posterior.moments()
-        posterior.marginals()
-        return posterior.evidence().item() - case.truth
-
-    guide = config_enumerate(case.guide, "parallel", num_samples=num_samples)
-    elbo = TraceTMC_ELBO(max_plate_nesting=case.max_plate_nesting)
-
-    def tmc() -> float:
-        return -elbo.loss(case.model, guide, **case.data) - case.truth
-
-    def blocks() -> float:
-        return inference(case, num_samples, 3 * GIB // 2).evidence().item() - case.truth
-
-    return {"evidence": evidence, "queries": queries, "tmc": tmc, "blocks": blocks}
-
-
-def floor(case: Case, num_samples: int) -> Function:
-    """Return a function that evaluates every log_prob of the model once, in its dedicated dims."""
-    calls: list[Callable[[], dict[str, SampleMessage]]] = []
-
-    def recorded(programs: Programs, name: str, **kwargs: object) -> dict[str, SampleMessage]:
-        if name == "model":
-            calls.append(functools.partial(replay, programs, name, **kwargs))
-        return replay(programs, name, **kwargs)
-
-    factors.replay = recorded
-    try:
-        inference(case, num_samples)
-    finally:
-        factors.replay = replay
-
-    def evaluate() -> None:
-        with torch.no_grad(), pyro.validation_enabled(False):
-            for site in calls[0]().values():
-                site["fn"].log_prob(site["value"])
-
-    return evaluate
-
-
-def error(timing: Timing | Peak) -> str:
-    return "-" if timing.value is None else f"{timing.value:+.3g}"
+def error(measured: Timing | Peak) -> str:
+    return "-" if measured.value is None else f"{measured.value:+.3g}"
 
 
 def ratio(a: float | None, b: float | None) -> float:
     return a / b if a is not None and b else math.nan
 
 
-# --- 1. Pyro's own --------------------------------------------------------------------------
+def ratio_of(times: dict[str, Timing], a: str, b: str) -> float:
+    return times[a].seconds / times[b].seconds
 
 
 def against_tmc(setting: Setting) -> str:
-    """Evidence against Pyro's TraceTMC_ELBO, with the same model, guide and K."""
+    """
+    Evidence against Pyro's TraceTMC_ELBO
+
+    The same model, guide and K. Below some 30 MiB, memory is what libraries take when first used.
+    """
     ks = {
         "bus_breakdown": (5, 10, 15, 30),
         "chimpanzees": (5, 8, 10, 15),
@@ -151,181 +103,182 @@ def against_tmc(setting: Setting) -> str:
     jobs = [(name, k) for name in ks for k in ks[name] if name not in TRUTHS or HAS_DATA]
     if setting.quick:
         jobs = [("eight_schools", 5), ("chain-20", 5)]
-    memory = setting.peaks([(*job, what) for job in jobs for what in ("evidence", "tmc")])
+    both = ("evidence", "tmc")
+    memory = setting.peaks((*job, what) for job in jobs for what in both)
     rows = []
     for name, k in jobs:
-        peak = {what: memory[name, k, what] for what in ("evidence", "tmc")}
-        runs = {what: f for what, f in functions(setting.case(name), k).items() if what in peak}
-        feasible = {what: f for what, f in runs.items() if not peak[what].failure}
-        times = interleaved(feasible)
-        missing = Timing(math.nan, math.nan, None, 0)
-        ours, theirs = (times.get(what, missing) for what in ("evidence", "tmc"))
-        rows.append(
-            [
-                name,
-                k,
-                ours.seconds,
-                peak["tmc"].failure or theirs.seconds,
-                ratio(ours.seconds, theirs.seconds),
-                peak["evidence"].mib,
-                peak["tmc"].mib,
-                ratio(peak["evidence"].mib, peak["tmc"].mib),
-                error(ours),
-                error(theirs),
-            ]
-        )
-    header = "model,K,s,TMC s,ratio,MiB,TMC MiB,ratio,error,TMC error".split(",")
-    return table(header, rows)
+        peak = [memory[name, k, what] for what in both]
+        runs = functions(setting.case(name), k)
+        possible = [what for what in both if not memory[name, k, what].failure]
+        times = interleaved({what: runs[what] for what in possible})
+        t = [times.get(what, NOT_TIMED) for what in both]
+        seconds = [p.failure or timing.seconds for p, timing in zip(peak, t, strict=True)]
+        mib = [p.mib for p in peak]
+        row = [name, k, *seconds, t[0].seconds / t[1].seconds, *mib, mib[0] / mib[1]]
+        rows.append([*row, error(t[0]), error(t[1])])
+    return table("model,K,s,TMC s,ratio,MiB,TMC MiB,ratio,error,TMC error", rows)
 
 
-# --- 2. to 4.: the same runs, seen three ways -----------------------------------------------
+# --- three sections of the same runs --------------------------------------------------------
+
+QUERIES = ("evidence", "queries")
 
 
 @functools.cache
-def standard_runs(setting: Setting) -> dict[tuple[str, int], dict[str, Timing]]:
-    """Time the floor, evidence, all queries and 1,000 samples."""
+def standard_runs(
+    setting: Setting,
+) -> tuple[dict[tuple[str, int], dict[str, Timing]], dict[Job, Peak]]:
+    """Time the floor, evidence, all queries and 1,000 samples, each where it fits into memory."""
     jobs = list(AUTHORS) if HAS_DATA else []
     jobs += [("eight_schools", 30), ("chain-300", 30)]
     if setting.quick:
         jobs = [("eight_schools", 5), ("hierarchy-1000", 5)]
+    memory = setting.peaks((*job, what) for job in jobs for what in QUERIES)
     result = {}
     for name, k in jobs:
         case = setting.case(name)
         runs = functions(case, k)
-        posterior = inference(case, k)
-        result[name, k] = interleaved(
-            {
-                "floor": floor(case, k),
-                "evidence": runs["evidence"],
-                "queries": runs["queries"],
-                "samples": lambda posterior=posterior: posterior.sample(1000) and None,
-            },
-            budget=4.0,
-        )
-    return result
+        competitors = {what: runs[what] for what in QUERIES if not memory[name, k, what].failure}
+        if "evidence" in competitors:
+            competitors |= {"samples": samples(case, k), "floor": floor(case, k)}
+        times = interleaved(competitors, budget=4.0)
+        names = (*QUERIES, "samples", "floor")
+        result[name, k] = {what: times.get(what, NOT_TIMED) for what in names}
+    return result, memory
 
 
 def against_authors(setting: Setting) -> str:
-    """Evidence, and evidence with all moments and marginals, against the authors' library."""
-    runs = {job: times for job, times in standard_runs(setting).items() if job in AUTHORS}
-    memory = setting.peaks([(*job, what) for job in runs for what in ("evidence", "queries")])
+    """
+    Evidence, and all queries, against the authors' library
+
+    Queries are evidence and all moments and marginals; the authors' figure is that of all marginals
+    alone, from one thread of a 2.5 GHz Xeon. Memory is above the bare process.
+    """
+    runs, memory = standard_runs(setting)
     rows = []
-    for job, times in runs.items():
-        for place_, what in enumerate(("evidence", "queries")):
-            their_seconds, their_mib = AUTHORS[job][place_], AUTHORS[job][2 + place_]
-            above = None if their_mib is None else their_mib - AUTHORS_BARE
-            mine = times[what]
-            rows.append(
-                [
-                    job[0],
-                    job[1],
-                    what,
-                    mine.cpu_seconds,
-                    their_seconds,
-                    ratio(mine.cpu_seconds, their_seconds),
-                    mine.cpu_seconds / times["floor"].cpu_seconds,
-                    memory[(*job, what)].mib,
-                    above,
-                    ratio(memory[(*job, what)].mib, above),
-                    error(mine),
-                ]
-            )
+    for job, figures in AUTHORS.items():
+        for number, what in enumerate(QUERIES if job in runs else ()):
+            theirs, their_peak = figures[number], figures[2 + number]
+            above = their_peak and their_peak - AUTHORS_BARE
+            ours, peak = runs[job][what], memory[(*job, what)]
+            row = [*job, what, peak.failure or ours.cpu_seconds, theirs]
+            row += [ratio(ours.cpu_seconds, theirs)]
+            row += [ours.cpu_seconds / runs[job]["floor"].cpu_seconds]
+            rows.append([*row, peak.mib, above, ratio(peak.mib, above), error(ours)])
     header = "model,K,what,CPU s,authors' CPU s,ratio,x floor,MiB,authors' MB,ratio,error"
-    return table(header.split(","), rows)
+    return table(header, rows)
 
 
 def against_floor(setting: Setting) -> str:
-    """Evidence against evaluating every log_prob of the model once."""
+    """
+    Evidence against the floor
+
+    The floor: every log_prob of the model once, each site's particles in their dedicated dims.
+    """
     rows = []
-    for job, t in standard_runs(setting).items():
+    for job, t in standard_runs(setting)[0].items():
         seconds = (t["floor"].seconds, t["evidence"].seconds)
         times = ratio_of(t, "evidence", "floor")
         rows.append([*job, *seconds, times, error(t["evidence"]), t["evidence"].runs])
-    return table(["model", "K", "floor s", "evidence s", "ratio", "error", "runs"], rows)
+    return table("model,K,floor s,evidence s,ratio,error,runs", rows)
 
 
 def queries(setting: Setting) -> str:
-    """All queries against evidence alone."""
+    """
+    All queries against evidence alone
+
+    Queries are evidence and all moments and marginals, the run included; 1,000 samples are drawn
+    after a run, which is not included.
+    """
     rows = []
-    for job, t in standard_runs(setting).items():
-        what = (("evidence", "queries"), ("evidence", "samples"))
-        ratios = [ratio_of(t, other, alone) for alone, other in what]
-        seconds = [t[name].seconds for name in ("evidence", "queries", "samples")]
+    for job, t in standard_runs(setting)[0].items():
+        seconds = [t[name].seconds for name in (*QUERIES, "samples")]
+        ratios = [ratio_of(t, what, "evidence") for what in ("queries", "samples")]
         rows.append([*job, *seconds, *ratios, error(t["evidence"])])
-    header = "model,K,evidence s,+ moments + marginals s,1000 samples s,ratio,samples' ratio,error"
-    return table(header.split(","), rows)
+    header = (
+        "model,K,evidence s,queries s,1000 samples s,queries / evidence,samples / evidence,error"
+    )
+    return table(header, rows)
 
 
-def ratio_of(times: dict[str, Timing], a: str, b: str) -> float:
-    return times[a].seconds / times[b].seconds
-
-
-# --- 5. growth ------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------
 
 
 def growth(setting: Setting) -> str:
-    """Cost as K and the data grow; the slope expected is that of the largest factor."""
-    fixed, sizes = 10, (10**3, 10**4, 10**5, 10**6)
-    lines: dict[str, tuple[list[tuple[str, int]], float]] = {
-        "hierarchy, 100,000 observations": ([("hierarchy-100000", k) for k in KS], 1.0),
-    }
+    """
+    Cost as K and the data grow
+
+    Of the evidence. The slope expected is that of the largest factor: K to the number of latents
+    that the likelihood reads, or one in the number of observations.
+    """
+    lines = {"hierarchy, 100,000 observations": (1, "hierarchy-100000", (5, 10, 20, 40, 80))}
     if HAS_DATA:
-        lines["bus_breakdown"] = ([("bus_breakdown", k) for k in KS[:4]], 3.0)
-        lines["chimpanzees"] = ([("chimpanzees", k) for k in (4, 6, 8, 10, 12)], 5.0)
+        lines["bus_breakdown"] = (3, "bus_breakdown", (5, 10, 20, 40))
+        lines["chimpanzees"] = (5, "chimpanzees", (4, 6, 8, 10, 12))
+    sizes = (10**3, 10**4, 10**5, 10**6)
+    jobs = {label: [(name, k) for k in ks] for label, (_, name, ks) in lines.items()}
     by_data = "hierarchy, K = 10"
-    lines[by_data] = ([(f"hierarchy-{size}", fixed) for size in sizes], 1.0)
+    jobs[by_data] = [(f"hierarchy-{size}", 10) for size in sizes]
     if setting.quick:
-        lines = {by_data: ([(f"hierarchy-{size}", fixed) for size in sizes[:2]], 1.0)}
-    rows, curves = [], {}
-    for label, (jobs, slope) in lines.items():
-        times = [
-            interleaved(
-                {"evidence": functions(setting.case(name), k)["evidence"]}, rounds=5, budget=1.5
-            )["evidence"]
-            for name, k in jobs
-        ]
-        by_k = label != by_data
-        xs = [k if by_k else int(name.split("-")[1]) for name, k in jobs]
-        ys = [t.seconds for t in times]
-        curves[label] = (by_k, xs, ys, slope)
-        last = math.log(ys[-1] / ys[-2]) / math.log(xs[-1] / xs[-2])
-        for x, t in zip(xs, times, strict=True):
-            end = [last, slope] if x == xs[-1] else [None, None]
-            rows.append([label, f"{x:,}", t.seconds, *end, error(t)])
+        jobs = {by_data: jobs[by_data][:2]}
+    memory = setting.peaks((*job, "evidence") for own in jobs.values() for job in own)
+    rows, curves = [], []
+    for label, own in jobs.items():
+        slope = lines[label][0] if label in lines else 1
+        xs: list[int] = []
+        ys: list[float] = []
+        for name, k in own:
+            x = k if label in lines else int(name.split("-")[1])
+            peak = memory[name, k, "evidence"]
+            if peak.failure:
+                rows.append([label, f"{x:,}", peak.failure, *[None] * 4])
+                continue
+            runs = {"evidence": functions(setting.case(name), k)["evidence"]}
+            timing = interleaved(runs, rounds=5, budget=1.5)["evidence"]
+            xs.append(x)
+            ys.append(timing.seconds)
+            here = math.log(ys[-1] / ys[-2]) / math.log(xs[-1] / xs[-2]) if len(xs) > 1 else None
+            rows.append([label, f"{x:,}", ys[-1], here, slope, peak.mib, error(timing)])
+        curves.append((label, label in lines, xs, ys, slope))
+    text = table("model,K or observations,s,slope,expected,MiB,error", rows)
     if setting.picture:
         draw(curves, setting.picture)
-    return table(["model", "K or observations", "s", "last slope", "expected", "error"], rows)
+        text += f"\n![seconds against K and observations]({setting.picture.name})\n"
+    return text
 
 
-KS = (5, 10, 20, 40, 80)
-
-
-def draw(curves: dict[str, tuple[bool, list[int], list[float], float]], picture: Path) -> None:
+def draw(
+    curves: Sequence[tuple[str, bool, list[int], list[float], int]],
+    picture: Path,
+) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
-    for label, (by_k, xs, ys, slope) in curves.items():
+    for label, by_k, xs, ys, slope in curves:
         axis = axes[0 if by_k else 1]
         (line,) = axis.loglog(xs, ys, "o-", label=label)
         expected = [ys[-1] * (x / xs[-1]) ** slope for x in xs]
-        axis.loglog(xs, expected, ":", color=line.get_color(), label=f"slope {slope:g}")
+        axis.loglog(xs, expected, ":", color=line.get_color(), label=f"slope {slope}")
+    lowest = min(y for _, _, _, ys, _ in curves for y in ys)
     for axis, name in zip(axes, ("particles K", "observations"), strict=True):
         axis.set(xlabel=name, ylabel="seconds for the evidence")
-        axis.set_ylim(bottom=min(min(ys) for _, _, ys, _ in curves.values()) / 2)
+        axis.set_ylim(bottom=lowest / 3)
         axis.legend(fontsize=8)
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=120)
     plt.close(figure)
 
 
-# --- 6. overhead ----------------------------------------------------------------------------
-
-
 def overhead(setting: Setting) -> str:
-    """A run on eight schools as a multiple of two plain traces."""
+    """
+    Overhead of a run
+
+    Eight schools, K = 30, as a multiple of plain traces of guide and model, one each; without a
+    guide, of two traces of the model.
+    """
     case = setting.case("eight_schools")
     args, model = tuple(case.data.values()), eight_schools_model
     auto = AutoNormal(model, init_scale=1.0)
@@ -336,32 +289,20 @@ def overhead(setting: Setting) -> str:
         poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args)
 
     def run(guide: Callable[..., object] | None) -> float:
-        posterior = MPImportance(model, guide, 30).run(*args)
-        return posterior.evidence().item() - case.truth
+        return MPImportance(model, guide, 30).run(*args).evidence().item() - case.truth
 
-    times = interleaved(
-        {
-            "AutoNormal traces": lambda: traces(auto),
-            "AutoNormal": lambda: run(auto),
-            "none traces": lambda: traces(model),  # the prior is the guide
-            "none": lambda: run(None),
-        },
-        rounds=5 if setting.quick else 50,
-    )
-    rows = [
-        [
-            guide,
-            1e3 * times[f"{guide} traces"].seconds,
-            1e3 * times[guide].seconds,
-            ratio_of(times, guide, f"{guide} traces"),
-            error(times[guide]),
-        ]
-        for guide in ("AutoNormal", "none")
-    ]
-    return table(["guide", "two plain traces, ms", "run and evidence, ms", "ratio", "error"], rows)
-
-
-# --- 7. many sites --------------------------------------------------------------------------
+    competitors = {
+        "AutoNormal traces": lambda: traces(auto),
+        "AutoNormal": lambda: run(auto),
+        "none traces": lambda: traces(model),  # the prior is the guide
+        "none": lambda: run(None),
+    }
+    times = interleaved(competitors, rounds=5 if setting.quick else 50)
+    rows = []
+    for guide in ("AutoNormal", "none"):
+        ms = [1e3 * times[name].seconds for name in (f"{guide} traces", guide)]
+        rows.append([guide, *ms, ms[1] / ms[0], error(times[guide])])
+    return table("guide,two plain traces (ms),run and evidence (ms),ratio,error", rows)
 
 
 @contextmanager
@@ -385,106 +326,81 @@ def search_time() -> Iterator[list[float]]:
 
 
 def many_sites(setting: Setting) -> str:
-    """Loops over sites: chains with two globals, independent latents, latents in one plate."""
+    """
+    Many sites
+
+    K = 10. ``steps`` is a chain with two globals without ``pyro.markov``, ``chain`` one with it and
+    without globals, ``loop`` has independent latents, ``plated`` latents under one plate of ten.
+    """
     k = 10
     names = ["steps-250", "steps-1000", "chain-1000", "loop-250", "loop-1000", "plated-200"]
     if setting.quick:
         names = ["steps-10", "steps-20", "loop-20", "plated-10"]
-    memory = setting.peaks([(name, k, "evidence") for name in names])
+    memory = setting.peaks((name, k, "evidence") for name in names)
     competitors = {name: functions(setting.case(name), k)["evidence"] for name in names}
-    times = interleaved(competitors, rounds=5, budget=40.0)
+    times = interleaved(competitors, rounds=5, budget=30.0)
     rows = []
     for name in names:
         with search_time() as seconds:
             begin = time.perf_counter()
             competitors[name]()
             share = sum(seconds) / (time.perf_counter() - begin)
-        kind, size = name.split("-")
-        before = [n for n in names if n.startswith(kind) and int(n.split("-")[1]) < int(size)]
-        growth_ = ratio_of(times, name, before[0]) if before else None
+        before = next(n for n in names if n.split("-")[0] == name.split("-")[0])
+        times_ = ratio_of(times, name, before) if before != name else None
         mib = memory[name, k, "evidence"].mib
-        rows.append([name, times[name].seconds, growth_, f"{share:.1%}", mib, error(times[name])])
-    return table(["model", "s", "x the smaller one", "order search", "MiB", "error"], rows)
-
-
-# --- 8. kernel ------------------------------------------------------------------------------
+        rows.append([name, times[name].seconds, times_, f"{share:.1%}", mib, error(times[name])])
+    return table("model,s,x the smaller one,share of the order's search,MiB,error", rows)
 
 
 def kernel(setting: Setting) -> str:
-    """A matrix product in log space against exp, bmm, log."""
+    """
+    Matrix products in log space
+
+    100 products of 100 by 100 in float32, against ``exp``, ``bmm``, ``log``; errors are relative,
+    against float64, wrong is an entry off by more than 1e-3.
+    """
     batch, size = (5, 20) if setting.quick else (100, 100)
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, batch, size, size, generator=generator).to(setting.device)
     slope = 100.0 * torch.arange(size, device=a.device)
-    inputs = {
-        "sd 1": (a, b),
-        "sd 10": (10 * a, 10 * b),
-        "sd 100": (100 * a, 100 * b),
-        "sd 1000": (1000 * a, 1000 * b),
-        "slopes of +-100 a particle": (a + slope, b - slope.unsqueeze(-1)),
-    }
+    inputs = {f"sd {sd}": (sd * a, sd * b) for sd in (1, 10, 100, 1000)}
+    inputs["slopes of +-100 a particle"] = (a + slope, b - slope.unsqueeze(-1))
 
     def naive(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return torch.bmm(a.exp(), b.exp()).log()
 
+    kernels = {"ours": log_matmul, "naive": naive}
     rows = []
     for label, (a, b) in inputs.items():
-        truth = torch.stack(
-            [
-                (x.double().unsqueeze(-1) + y.double()).logsumexp(-2)
-                for x, y in zip(a, b, strict=True)
-            ]
-        )
-        times = interleaved(
-            {
-                "ours": lambda a=a, b=b: log_matmul(a, b) is None or None,
-                "naive": lambda a=a, b=b: naive(a, b) is None or None,
-            },
-            rounds=20,
-        )
-        results = (log_matmul(a, b), naive(a, b))
-        errors = [(result - truth).abs() / truth.abs().clamp(min=1) for result in results]
-        wrong = (~(errors[1] < 1e-3)).double().mean().item()
-        ms = [1e3 * times[name].seconds for name in ("ours", "naive")]
+        competitors = {
+            name: lambda kernel=kernel, a=a, b=b: kernel(a, b) is None or None
+            for name, kernel in kernels.items()
+        }
+        times = interleaved(competitors, rounds=20)
+        pairs = zip(a.double(), b.double(), strict=True)
+        truth = torch.stack([(x.unsqueeze(-1) + y).logsumexp(-2) for x, y in pairs])
+        errors = [
+            (kernel(a, b) - truth).abs() / truth.abs().clamp(min=1) for kernel in kernels.values()
+        ]
+        wrong = (~(errors[1] < 1e-3)).double().mean().item()  # nan is wrong too
+        ms = [1e3 * times[name].seconds for name in kernels]
         rows.append([label, *ms, ms[1] / ms[0], f"{errors[0].max():.1e}", f"{wrong:.1%}"])
-    header = "entries,log_matmul ms,exp-bmm-log ms,speed,relative error,exp-bmm-log wrong entries"
-    return table(header.split(","), rows)
-
-
-# --- 9. blocks ------------------------------------------------------------------------------
+    return table("entries,log_matmul ms,naive ms,speed,largest error,naive wrong", rows)
 
 
 def blocks(setting: Setting) -> str:
-    """A sum that does not fit into memory at once: chimpanzees, 1.5 GiB."""
+    """
+    A sum in blocks
+
+    The chimpanzees with ``memory_limit`` 1.5 GiB. The time at K = 30 is extrapolated.
+    """
     if setting.quick or not HAS_DATA:
         return "Not run: needs the chimpanzees data and a minute.\n"
-    case, rows = setting.case("chimpanzees"), []
-    command = [sys.executable, __file__, "--device", setting.device, "--job"]
-    jobs = [{"job": ("chimpanzees", 20, "blocks")}]
-    (peak,) = peaks(command, jobs, seconds=240.0)
-    rows.append([20, "all", peak.failure or peak.seconds, peak.mib, error(peak)])
-    seconds, count = one_block(case, 30, 3 * GIB // 2)
-    rows.append([30, f"one of {count}, times {count}", seconds * count, None, "-"])
-    return table(["K", "blocks", "s", "peak MiB", "error"], rows)
-
-
-def one_block(case: Case, num_samples: int, memory_limit: int) -> tuple[float, int]:
-    """Time a run of the first block alone; and say how many blocks there are."""
-    split = package_blocks.split
-    counts: list[int] = []
-
-    def first(*args: object) -> object:
-        ranges = split(*args)
-        counts.append(len(ranges))
-        return ranges[:1]
-
-    package_blocks.split = first
-    try:
-        begin = time.perf_counter()
-        inference(case, num_samples, memory_limit)
-        return time.perf_counter() - begin, counts[0]
-    finally:
-        package_blocks.split = split
+    (peak,) = setting.peaks([("chimpanzees", 20, "blocks")], seconds=240.0).values()
+    rows = [[20, "all", peak.failure or peak.seconds, peak.mib, error(peak)]]
+    seconds, count = one_block(setting.case("chimpanzees"), 30)
+    rows.append([30, f"one of {count} times {count}", seconds * count, None, "-"])
+    return table("K,blocks,s,MiB,error", rows)
 
 
 SECTIONS: dict[str, Callable[[Setting], str]] = {
@@ -514,38 +430,41 @@ def main() -> None:
     if arguments.job:
         name, num_samples, what = json.loads(arguments.job)["job"]
         function = functions(load(name, arguments.device), num_samples)[what]
-        report_peak(function, 6 * GIB)
+        report_peak(function, PROCESS_LIMIT)
         return
-    whole = not arguments.quick and not arguments.only
-    output = arguments.output or (Path("docs/benchmarks.md") if whole else None)
-    setting = Setting(
-        arguments.device, arguments.quick, output.with_suffix(".png") if output else None
-    )
+    output = arguments.output
+    if output is None and not arguments.quick and not arguments.only:
+        output = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
+    picture = output.with_suffix(".png") if output else None
+    setting = Setting(arguments.device, arguments.quick, picture)
     parts = [heading(setting)]
     print(parts[0])
     for number, (name, section) in enumerate(SECTIONS.items(), 1):
         if arguments.only in (None, name):
             begin = time.perf_counter()
-            parts.append(f"## {number}. {(section.__doc__ or '').strip()}\n\n{section(setting)}")
+            title, _, note = inspect.cleandoc(section.__doc__ or "").partition("\n\n")
+            parts.append(f"## {number}. {title}\n\n{note}\n\n{section(setting)}")
             print(f"{parts[-1]}\n({time.perf_counter() - begin:.0f} s)\n", flush=True)
     if output:
         output.write_text("\n".join(parts))
 
 
 def heading(setting: Setting) -> str:
-    cpu = platform.processor() or platform.machine()
-    names = Path("/proc/cpuinfo")
-    if names.exists():
-        lines = [line for line in names.read_text().splitlines() if line.startswith("model name")]
-        cpu = lines[0].split(":")[1].strip() if lines else cpu
-    where = torch.cuda.get_device_name() if setting.device == "cuda" else f"{cpu}, one thread"
+    where = f"one thread of {platform.processor() or platform.machine()}"
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+        where = f"one thread of {names[0]}" if names else where
+    if setting.device == "cuda":
+        where = torch.cuda.get_device_name()
     return f"""# Benchmarks
 
-`python benchmarks/speed.py`, on {where}; torch {torch.__version__}, Pyro {pyro.__version__}.
+`python benchmarks/speed.py` on {where}; torch {torch.__version__}, Pyro {pyro.__version__}.
 
 Seconds are medians of interleaved runs in one process. MiB are the peak of a process of its own,
 above the same process with everything imported and the data loaded. Errors are those of the log
-evidence, medians over runs: negative, since the logarithm of an unbiased estimate is biased low.
+evidence, medians over runs: mostly negative, since the logarithm of an unbiased estimate is biased
+low, and smaller the larger K.
 """
 
 

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from pyro_mpis._typing import Ordinal
 from pyro_mpis.factors import ElementMap, FactorGraph, LogFactor
-from pyro_mpis.logspace import log_matmul, logsumexp
+from pyro_mpis.logspace import log_matmul, logsumexp, sum_in_double
 
 MANY_TERMS = 64
 STACK_ELEMENTS = 2**16  # of a term, above which stacking copies more than it saves
@@ -138,9 +138,10 @@ class LogSpaceRing(Ring):
         """Take steps that are alike: as one on stacked terms, if they are several."""
         terms = [[known.pop(operand) for operand in step.operands] for step in steps]
         if self._record is not None:
-            for step, operands in zip(steps, terms, strict=True):
-                if step.dims:
-                    self._record.append(Elimination(tuple(operands), step.dims))
+            return {
+                step.result: self._eliminate_one_by_one(operands, step.dims)
+                for step, operands in zip(steps, terms, strict=True)
+            }
         first = steps[0]
         if len(steps) == 1:
             return {first.result: sum_product(terms[0], first.dims)}
@@ -158,6 +159,17 @@ class LogSpaceRing(Ring):
             results[step.result] = packed(part, "".join(back[canonical[s]] for s in layout))
         return results
 
+    def _eliminate_one_by_one(self, terms: Sequence[Tensor], dims: str) -> Tensor:
+        """Sum over one dim after the other and note each, so that each can be drawn by itself."""
+        assert self._record is not None
+        pending = list(terms)
+        for symbol in sorted(dims, key=lambda s: sum(s in dims_of(term) for term in terms)):
+            involved = [term for term in pending if symbol in dims_of(term)]
+            pending = [term for term in pending if symbol not in dims_of(term)]
+            self._record.append(Elimination(tuple(involved), symbol))
+            pending.append(sum_product(involved, symbol))
+        return sum_product(pending, "")
+
     def product(self, term: Tensor, ordinal: Ordinal) -> Tensor:
         """Multiply a packed tensor over the plates of ``ordinal``."""
         own = frozenset(dims_of(term))
@@ -170,7 +182,7 @@ class LogSpaceRing(Ring):
         if not positions:
             return term
         kept = "".join(symbol for symbol in dims_of(term) if symbol not in ordinal)
-        return packed(term.sum(positions, dtype=torch.float64), kept)
+        return packed(sum_in_double(term, positions), kept)
 
     def inv(self, term: Tensor) -> Tensor:
         """Refuse: nothing is divided here."""
@@ -274,6 +286,9 @@ def sum_product(terms: Sequence[Tensor], dims: str) -> Tensor:
     A genuine matrix product goes through :func:`~pyro_mpis.logspace.log_matmul`; where one tensor
     has every dim, add and log-sum-exp.
     """
+    uses = Counter(symbol for term in terms for symbol in dims_of(term))
+    terms = [_without_own(term, "".join(s for s in dims if uses[s] == 1)) for term in terms]
+    dims = "".join(symbol for symbol in dims if uses[symbol] > 1)
     every = sorted(set("".join(dims_of(term) for term in terms)))
     kept = "".join(symbol for symbol in every if symbol not in dims)
     if len(terms) == 2 and dims:
@@ -287,6 +302,15 @@ def sum_product(terms: Sequence[Tensor], dims: str) -> Tensor:
     for term in terms[1:]:
         total = total + aligned(term, layout)
     return packed(logsumexp(total, len(dims)), kept)
+
+
+def _without_own(term: Tensor, dims: str) -> Tensor:
+    """Sum a term over those of ``dims`` that it has: dims of no other term."""
+    own = [symbol for symbol in dims if symbol in dims_of(term)]
+    if not own:
+        return term
+    kept = "".join(symbol for symbol in dims_of(term) if symbol not in own)
+    return packed(logsumexp(aligned(term, kept + "".join(own)), len(own)), kept)
 
 
 def _matmul(a: Tensor, b: Tensor, only_a: str, only_b: str, dims: str) -> Tensor:

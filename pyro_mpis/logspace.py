@@ -8,6 +8,7 @@ zero its derivative is zero too, never nan. (A logarithm clamped away from zero,
 ``pyro.ops.einsum.torch_log``, gets evidence right and every derivative wrong.)
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,6 +32,38 @@ class _LogSumExp(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return grad.unsqueeze(-1) * _shares(x)
+
+
+class _SumInDouble(torch.autograd.Function):
+    """``x.sum(dims, dtype=torch.float64)`` that converts a part of ``x`` at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dims: tuple[int, ...]) -> Tensor:
+        ctx.dims, ctx.shape, ctx.dtype = dims, x.shape, x.dtype
+        kept = [dim for dim in range(x.dim()) if dim not in dims]
+        longest = max(kept, key=lambda dim: x.shape[dim], default=None)
+        if longest is None or x.numel() <= _BLOCK or x.dtype == torch.float64:
+            return x.sum(dims, dtype=torch.float64)
+        size = max(1, _BLOCK * x.shape[longest] // x.numel())
+        parts = [part.sum(dims, dtype=torch.float64) for part in x.split(size, longest)]
+        return torch.cat(parts, kept.index(longest))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.to(ctx.dtype)
+        for dim in sorted(ctx.dims):
+            grad = grad.unsqueeze(dim)
+        return grad.expand(ctx.shape), None
+
+
+def sum_in_double(x: Tensor, dims: Sequence[int]) -> Tensor:
+    """
+    Sum over some dims in float64, without a copy of the whole tensor in float64.
+
+    :param dims: nonnegative.
+    """
+    result: Tensor = _SumInDouble.apply(x, tuple(dims))  # type: ignore[no-untyped-call]
+    return result
 
 
 def logsumexp(x: Tensor, num_dims: int = 1) -> Tensor:

@@ -13,6 +13,7 @@ whenever two latents meet in one observation (a -> x <- b), where each depends o
 [1] Bowyer, Heap and Aitchison (2024), UAI, PMLR 244:394-417.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor
 
 from pyro_mpis.contraction import Elimination, LogSpaceRing, aligned, contract, dims_of, packed
 from pyro_mpis.factors import FactorGraph, SiteValue
+
+DRAW_ELEMENTS = 2**22  # probabilities that are looked at together
 
 Drawn = Mapping[str, Tensor]  # index -> (N, *plates of the index), plates as tensor_plates has them
 
@@ -34,9 +37,15 @@ def sample_indices(graph: FactorGraph, num_draws: int) -> dict[str, Tensor]:
     steps: list[Elimination] = []
     with torch.no_grad():
         contract(graph, graph.factors, LogSpaceRing(graph, record=steps))
-        drawn: dict[str, Tensor] = {}
-        for step in reversed(steps):
-            drawn |= _draw_step(graph, step, drawn, num_draws)
+        largest = max((_elements(graph, step) for step in steps), default=1)
+        size = max(1, DRAW_ELEMENTS // largest)
+        chunks = []
+        for start in range(0, num_draws, size):
+            chunk: dict[str, Tensor] = {}
+            for step in reversed(steps):
+                chunk |= _draw_step(graph, step, chunk, min(size, num_draws - start))
+            chunks.append(chunk)
+    drawn = {symbol: torch.cat([chunk[symbol] for chunk in chunks]) for symbol in chunks[0]}
     for symbol, plates in graph.index_plates.items():
         if symbol not in drawn:  # one particle, or an index that no factor distinguishes
             shape = [graph.sizes[s] for s in graph.tensor_plates(graph.closed(plates))]
@@ -117,6 +126,13 @@ def _positions(graph: FactorGraph, plate: str, layout: str) -> Tensor:
     return aligned(packed(numbers, plate), layout)
 
 
+def _elements(graph: FactorGraph, step: Elimination) -> int:
+    """Return how many probabilities one draw takes at a step."""
+    present = set("".join(dims_of(term) for term in step.terms))
+    plates = (graph.sizes[symbol] for symbol in present if symbol not in graph.index_plates)
+    return math.prod(plates) * math.prod(graph.sizes[symbol] for symbol in step.dims)
+
+
 def _draw_step(
     graph: FactorGraph, step: Elimination, drawn: Drawn, num_draws: int
 ) -> dict[str, Tensor]:
@@ -130,8 +146,8 @@ def _draw_step(
         total = logits if total is None else total + logits
     assert total is not None
     plate_sizes = [graph.sizes[symbol] for symbol in plates]
-    total = total.expand((num_draws, *plate_sizes, *sizes)).flatten(1 + len(plates))
-    choice = _categorical(total)
+    total = total.expand((total.shape[0], *plate_sizes, *sizes)).flatten(1 + len(plates))
+    choice = _categorical(total, num_draws)
     result = {}
     for symbol, size in zip(reversed(step.dims), reversed(sizes), strict=True):
         result[symbol] = choice % size
@@ -174,11 +190,18 @@ def _at_drawn(
     return term
 
 
-def _categorical(logits: Tensor) -> Tensor:
-    """Draw from the softmax over the last dim by inverting its distribution function."""
+def _categorical(logits: Tensor, num_draws: int) -> Tensor:
+    """
+    Draw from the softmax over the last dim by inverting its distribution function.
+
+    :param logits: ``(num_draws, *plates, categories)``, or with one for all draws.
+    :return: ``(num_draws, *plates)``.
+    """
     logits = logits.double()
     cumulative = (logits - logits.amax(-1, keepdim=True)).exp().cumsum(-1)
-    total = cumulative[..., -1:]
-    uniform = torch.rand(total.shape, dtype=total.dtype, device=total.device) * total
-    choice = torch.searchsorted(cumulative, uniform, right=True).squeeze(-1)
-    return choice.clamp(max=logits.shape[-1] - 1)
+    draws = (num_draws, 1) if len(logits) == num_draws else (1, num_draws)
+    shape = (draws[0], *logits.shape[1:-1], draws[1])
+    uniform = torch.rand(shape, dtype=logits.dtype, device=logits.device) * cumulative[..., -1:]
+    choice = torch.searchsorted(cumulative, uniform, right=True)
+    choice = choice.clamp(max=logits.shape[-1] - 1)
+    return choice.transpose(0, -1).squeeze(-1) if draws[0] == 1 else choice.squeeze(-1)

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from pyro_mpis.logspace import log_matmul, logsumexp
+from pyro_mpis import logspace
+from pyro_mpis.logspace import log_matmul, logsumexp, sum_in_double
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 
@@ -115,6 +116,21 @@ def test_gradients_by_finite_differences() -> None:
     )
     assert torch.autograd.gradcheck(log_matmul, (a, b))
     assert torch.autograd.gradcheck(logsumexp, (a,))
+
+
+@pytest.mark.parametrize("dims", [(0,), (1, 3), (0, 1, 2, 3)])
+def test_sum_in_double(dims: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of single-precision numbers, in parts: no more error than the inputs have."""
+    x = torch.randn(3, 40, 5, 7, generator=torch.Generator().manual_seed(0))
+    expected = x.double().sum(dims)
+    for block in (10**9, 100, 1):
+        monkeypatch.setattr(logspace, "_BLOCK", block)
+        torch.testing.assert_close(sum_in_double(x, dims), expected, rtol=1e-14, atol=1e-13)
+    x = x.double().requires_grad_()
+    weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).double()
+    (found,) = torch.autograd.grad((sum_in_double(x, dims) * weight).sum(), x)
+    (exact,) = torch.autograd.grad((x.sum(dims) * weight).sum(), x)
+    torch.testing.assert_close(found, exact)
 
 
 def test_derivative_of_an_empty_sum_is_zero() -> None:

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is measured of a case: runs, Pyro's own estimate, and the least that a run can cost."""
+
+import functools
+import time
+from collections.abc import Callable
+
+import pyro
+import torch
+from _cases import Case
+from _measure import GIB
+from pyro.infer import TraceTMC_ELBO, config_enumerate
+
+from pyro_mpis import MPImportance, factors
+from pyro_mpis import blocks as package_blocks
+from pyro_mpis._typing import SampleMessage
+from pyro_mpis.handlers import Programs, replay
+
+Function = Callable[[], float | None]
+MEMORY_LIMIT = 3 * GIB // 2  # of runs in blocks
+
+
+def inference(case: Case, num_samples: int, memory_limit: int | None = None) -> MPImportance:
+    return MPImportance(
+        case.model,
+        case.guide,
+        num_samples,
+        max_plate_nesting=case.max_plate_nesting,
+        memory_limit=memory_limit,
+    ).run(**case.data)
+
+
+def functions(case: Case, num_samples: int) -> dict[str, Function]:
+    """Return functions that give the error of the log evidence."""
+
+    def evidence() -> float:
+        return inference(case, num_samples).evidence().item() - case.truth
+
+    def queries() -> float:
+        posterior = inference(case, num_samples)
+        posterior.moments()
+        posterior.marginals()
+        return posterior.evidence().item() - case.truth
+
+    guide = config_enumerate(case.guide, "parallel", num_samples=num_samples)
+    elbo = TraceTMC_ELBO(max_plate_nesting=case.max_plate_nesting)
+
+    def tmc() -> float:
+        return -elbo.loss(case.model, guide, **case.data) - case.truth
+
+    def blocks() -> float:
+        return inference(case, num_samples, MEMORY_LIMIT).evidence().item() - case.truth
+
+    return {"evidence": evidence, "queries": queries, "tmc": tmc, "blocks": blocks}
+
+
+def samples(case: Case, num_samples: int) -> Function:
+    """Return a function that draws 1,000 joint samples, after a run."""
+    posterior = inference(case, num_samples)
+
+    def draw() -> None:
+        posterior.sample(1000)
+
+    return draw
+
+
+def floor(case: Case, num_samples: int) -> Function:
+    """Return a function that evaluates every log_prob of the model once, in its dedicated dims."""
+    calls: list[Callable[[], dict[str, SampleMessage]]] = []
+
+    def recorded(programs: Programs, name: str, **kwargs: object) -> dict[str, SampleMessage]:
+        if name == "model":
+            calls.append(functools.partial(replay, programs, name, **kwargs))
+        return replay(programs, name, **kwargs)
+
+    factors.replay = recorded
+    try:
+        inference(case, num_samples)
+    finally:
+        factors.replay = replay
+
+    def evaluate() -> None:
+        with torch.no_grad(), pyro.validation_enabled(False):
+            for site in calls[0]().values():
+                site["fn"].log_prob(site["value"])
+
+    return evaluate
+
+
+def one_block(case: Case, num_samples: int) -> tuple[float, int]:
+    """Time a run of the first block alone; and say how many blocks there are."""
+    split = package_blocks.split
+    counts: list[int] = []
+
+    def first(*args: object) -> object:
+        ranges = split(*args)
+        counts.append(len(ranges))
+        return ranges[:1]
+
+    package_blocks.split = first
+    try:
+        begin = time.perf_counter()
+        inference(case, num_samples, MEMORY_LIMIT)
+        return time.perf_counter() - begin, counts[0]
+    finally:
+        package_blocks.split = split
