@@ -65,7 +65,11 @@ def samples(case: Case, num_samples: int) -> Function:
 
 
 def floor(case: Case, num_samples: int) -> Function:
-    """Return a function that evaluates every log_prob of the model once, in its dedicated dims."""
+    """
+    Return a function that evaluates every log_prob of the model once, in its dedicated dims.
+
+    It gives the number of entries of the largest.
+    """
     calls: list[Callable[[], dict[str, SampleMessage]]] = []
 
     def recorded(programs: Programs, name: str, **kwargs: object) -> dict[str, SampleMessage]:
@@ -79,10 +83,10 @@ def floor(case: Case, num_samples: int) -> Function:
     finally:
         factors.replay = replay
 
-    def evaluate() -> None:
+    def evaluate() -> float:
         with torch.no_grad(), pyro.validation_enabled(False):
-            for site in calls[0]().values():
-                site["fn"].log_prob(site["value"])
+            sites = calls[0]().values()
+            return float(max(site["fn"].log_prob(site["value"]).numel() for site in sites))
 
     return evaluate
 

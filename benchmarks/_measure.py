@@ -134,8 +134,8 @@ def peaks(
             return Peak(failure=f"over {seconds:.0f} s")
         if done.returncode == 0:
             return Peak(**json.loads(done.stdout.splitlines()[-1]))
-        lines = [line for line in done.stderr.splitlines() if line and line[0].isalpha()]
-        last = lines[-1] if lines else f"exit status {done.returncode}"
+        errors = [x for x in done.stderr.splitlines() if "Error" in x.split(":")[0] and x[0] != " "]
+        last = errors[-1] if errors else f"exit status {done.returncode}"
         if "memory" in last.lower() or done.returncode < 0:
             return Peak(failure="out of memory")
         return Peak(failure=last[:60])

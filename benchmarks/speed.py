@@ -179,8 +179,9 @@ def against_floor(setting: Setting) -> str:
     for job, t in standard_runs(setting)[0].items():
         seconds = (t["floor"].seconds, t["evidence"].seconds)
         times = ratio_of(t, "evidence", "floor")
-        rows.append([*job, *seconds, times, error(t["evidence"]), t["evidence"].runs])
-    return table("model,K,floor s,evidence s,ratio,error,runs", rows)
+        entries = f"{t['floor'].value or 0:,.0f}"
+        rows.append([*job, entries, *seconds, times, error(t["evidence"]), t["evidence"].runs])
+    return table("model,K,entries of the largest,floor s,evidence s,ratio,error,runs", rows)
 
 
 def queries(setting: Setting) -> str:
