@@ -15,6 +15,7 @@ particles of :math:`h(z_i^k) / Q_i(z_i^k)` has the expectation :math:`K \int h`,
 The members of a group share :math:`k`; their joint density is mixed over parents outside the group.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -35,6 +36,8 @@ from pyro_mpis.handlers import (
     quoted,
     replay,
 )
+
+MIXTURE_ELEMENTS = 2**24  # densities of pairs of particles that are held at once
 
 
 @dataclass(frozen=True)
@@ -230,13 +233,21 @@ def _log_proposal(
         _check_no_detour(structure, index, outside)
     if not mixed:
         return _joint(structure, index, {n: d.fn for n, d in members.items()}, members, 1)
-    if len(members) > 1:
-        fns = _fns_by_parent(structure, index, draws, programs)
-    else:
-        fns = {name: drawn.fn for name, drawn in members.items()}
-    by_parent = _joint(structure, index, fns, members, 2)  # (K, parents' K or 1, *plates)
-    num_parents = by_parent.shape[1]
-    return by_parent.logsumexp(1) - torch.tensor(num_parents, dtype=by_parent.dtype).log()
+    if len(members) > 1:  # their proposals at particle k differ with k: all k at once
+        return _mixed(
+            _joint(structure, index, _fns_by_parent(structure, index, draws, programs), members, 2)
+        )
+    ((name, drawn),) = members.items()
+    size = max(1, MIXTURE_ELEMENTS // drawn.value.numel())  # particles k that are mixed at once
+    parts = [replace(drawn, value=value) for value in drawn.value.split(size)]
+    return torch.cat(
+        [_mixed(_joint(structure, index, {name: drawn.fn}, {name: part}, 2)) for part in parts]
+    )
+
+
+def _mixed(by_parent: Tensor) -> Tensor:
+    """Average densities over the parents' particles: (K, parents' K or 1, *plates), log scale."""
+    return by_parent.logsumexp(1) - math.log(by_parent.shape[1])
 
 
 def _check_no_detour(structure: Structure, index: Index, outside: set[str]) -> None:

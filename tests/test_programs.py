@@ -18,7 +18,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 
-from pyro_mpis import MPImportance, MPISWarning
+from pyro_mpis import MPImportance, MPISWarning, proposals
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -522,10 +522,20 @@ def test_group_that_reads_an_enumerated_site() -> None:
         pyro.sample("y", dist.Normal(b, 1.0), obs=Y[0])
 
     pyro.set_rng_seed(0)
-    posterior = MPImportance(model, num_samples=20_000, groups=[("a", "b")]).run()
+    posterior = MPImportance(model, num_samples=2_000, groups=[("a", "b")]).run()
     density = dist.Normal(torch.tensor([0.0, 1.0]), math.sqrt(3.0)).log_prob(Y[0])
     truth = density.logsumexp(0) - math.log(2.0)
-    assert abs(float(posterior.evidence() - truth)) < 0.05
+    assert abs(float(posterior.evidence() - truth)) < 0.1
+
+
+def test_mixtures_are_the_same_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pairs of particles of a child and its parents are many: a part of them at a time."""
+    results = []
+    for elements in (2**24, 40, 1):
+        monkeypatch.setattr(proposals, "MIXTURE_ELEMENTS", elements)
+        results.append(evidence(hierarchy, num_samples=7))
+    torch.testing.assert_close(results[0], results[1])
+    torch.testing.assert_close(results[0], results[2])
 
 
 def test_numbers_of_samples_may_be_numpy_s() -> None:
