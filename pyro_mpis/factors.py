@@ -348,7 +348,7 @@ def _site_value(
     indices = "".join(sorted(reads, key=lambda symbol: -dims[symbol]))
     own = structure.model[name]
     num_dims = structure.max_plate_nesting + own.event_dim
-    value = site["value"]
+    value = site["value"].detach()  # a guide's Delta may be a parameter itself
     if value.dim() < num_dims:
         value = value.reshape((1,) * (num_dims - value.dim()) + value.shape)
     left = value.dim() - num_dims
