@@ -59,10 +59,8 @@ class LogSpaceRing(Ring):
     """
     Sums and products of packed tensors in log space.
 
-    :param plates: the symbols that are plates.
-    :param nesting: the ragged plates.
-    :param sizes: of every symbol.
-    :param record: where to note each elimination, in order, for sampling.
+    :param graph: for the sizes of the dims and the ragged plates.
+    :param record: where to note each elimination, one dim at a time and in order, for sampling.
     """
 
     def __init__(
