@@ -11,13 +11,14 @@ SOURCES := pyro_mpis tests tutorials $(wildcard benchmarks)
 # One thread for each process: the tensors are small, and the test workers share the cores.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help demo test test-slow lint types tests doctests tutorials clean distclean
+.PHONY: help demo test test-slow lint types tests doctests tutorials bench clean distclean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo       install into .venv and run tutorials/eight_schools.py"
 	@echo "make test       lint, types, tests, doctests, tutorials at small size"
 	@echo "make test-slow  the tests left out of make test"
+	@echo "make bench      speed and memory against Pyro's estimators, into docs/benchmarks.md"
 	@echo "make lint       ruff check and ruff format --check"
 	@echo "make clean      remove caches, build products and output/; distclean: .venv too"
 
@@ -57,9 +58,13 @@ test-slow: $(VENV)/.stamp-dev
 doctests: $(VENV)/.stamp-dev
 	$(ONE_THREAD) $(BIN)/python -m pytest -q --doctest-modules --doctest-glob='*.md' pyro_mpis README.md
 
+bench: $(VENV)/.stamp-dev
+	$(BIN)/python benchmarks/speed.py
+
 # CI in the environment makes the tutorials small. What they assert counts here, not what they print.
 tutorials: $(VENV)/.stamp-dev
 	CI=1 $(BIN)/python tutorials/eight_schools.py > /dev/null
+	$(BIN)/python benchmarks/speed.py --quick --output output/benchmarks-quick.md > /dev/null
 ifdef PYRO_MPIS_DATA
 	CI=1 $(BIN)/python tutorials/chimpanzees.py > /dev/null
 	CI=1 $(BIN)/python tutorials/chimpanzees.py --published > /dev/null

@@ -18,6 +18,8 @@ from torch import Tensor
 _SAFE = {torch.float32: 1e-20, torch.float64: 1e-200}
 # Elements of the temporaries that recompute such entries.
 _BLOCK = 2**22
+# Elements that are converted to double precision at a time: they stay in the processor's cache.
+_PART = 2**18
 
 
 class _LogSumExp(torch.autograd.Function):
@@ -42,10 +44,10 @@ class _SumInDouble(torch.autograd.Function):
         ctx.dims, ctx.shape, ctx.dtype = dims, x.shape, x.dtype
         kept = [dim for dim in range(x.dim()) if dim not in dims]
         longest = max(kept, key=lambda dim: x.shape[dim], default=None)
-        if longest is None or x.numel() <= _BLOCK or x.dtype == torch.float64:
+        if longest is None or x.numel() <= _PART or x.dtype == torch.float64:
             return x.sum(dims, dtype=torch.float64)
-        size = max(1, _BLOCK * x.shape[longest] // x.numel())
-        parts = [part.sum(dims, dtype=torch.float64) for part in x.split(size, longest)]
+        size = max(1, _PART * x.shape[longest] // x.numel())
+        parts = [part.double().sum(dims) for part in x.split(size, longest)]
         return torch.cat(parts, kept.index(longest))
 
     @staticmethod

@@ -124,7 +124,7 @@ def test_sum_in_double(dims: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -
     x = torch.randn(3, 40, 5, 7, generator=torch.Generator().manual_seed(0))
     expected = x.double().sum(dims)
     for block in (10**9, 100, 1):
-        monkeypatch.setattr(logspace, "_BLOCK", block)
+        monkeypatch.setattr(logspace, "_PART", block)
         torch.testing.assert_close(sum_in_double(x, dims), expected, rtol=1e-14, atol=1e-13)
     x = x.double().requires_grad_()
     weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).double()
