@@ -40,10 +40,10 @@ STACK = "\0"  # the dim of stacked terms: no symbol of an index or a plate
 
 @dataclass(frozen=True)
 class Elimination:
-    """One step of a contraction: sum the product of ``terms`` over ``dims``."""
+    """One step of a contraction: sum the product of ``terms`` over one dim."""
 
-    terms: tuple[Tensor, ...]  # packed
-    dims: str
+    terms: tuple[Tensor, ...]  # packed, each with that dim
+    symbol: str
 
 
 @dataclass(frozen=True)

@@ -146,12 +146,12 @@ def build_graph(
     """
     dims = {index.symbol: index.dim for index in structure.indices}
     enumerated = {index.sites[0]: index.dim for index in structure.indices if index.enumerated}
-    guide_sites = replay_guide(structure, particles, programs)
     random = {
         name: place(value, structure.index_of[name].dim, shared_dim=structure.shared_dim)
         for name, value in particles.values.items()
         if name in structure.index_of and name not in enumerated
     }
+    guide_sites = _replay_guide(structure, particles, programs, random, enumerated)
     carried = {name: site.value for name, site in guide_sites.items()}
     values = model_inputs(structure, random, carried)
     model_sites = replay(
@@ -219,24 +219,24 @@ class Carried:
     log_density: Tensor
 
 
-def replay_guide(
-    structure: Structure, particles: Particles, programs: Programs
+def _replay_guide(
+    structure: Structure,
+    particles: Particles,
+    programs: Programs,
+    random: Mapping[str, Tensor],
+    enumerated: Mapping[str, int],
 ) -> dict[str, Carried]:
     """
     Run the guide with each index in its own dim, if any of its sites is computed from others.
 
+    :param random: the values of the random sites, in the dims of their indices.
+    :param enumerated: the dims of the sites to sum exactly.
     :return: the ``Delta`` sites that the model has, and the guide's ``pyro.factor`` statements.
     """
     names = [*structure.guide_factors, *_carried(structure)]
     if not names:
         return {}
-    index_of = structure.index_of
-    values = {
-        name: place(value, index_of[name].dim, shared_dim=structure.shared_dim)
-        for name, value in particles.values.items()
-        if name in structure.guide and name in index_of and not index_of[name].enumerated
-    }
-    enumerated = {index.sites[0]: index.dim for index in structure.indices if index.enumerated}
+    values = {name: value for name, value in random.items() if name in structure.guide}
 
     def run(values: Mapping[str, Tensor]) -> dict[str, SampleMessage]:
         return replay(

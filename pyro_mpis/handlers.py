@@ -236,8 +236,7 @@ def draw(
     """
     Draw ``num_samples`` particles of the program's latent sites in the shared batch dim ``dim``.
 
-    Distributions do not check their arguments here: an invalid one makes a log_prob nan, which is
-    refused later with the site's name.
+    Distributions do not check their arguments here: that is done once all sites are drawn.
 
     :param name: which of the two programs.
     :param given: values, with the shared dim, of the sites that are not to be drawn.

@@ -73,10 +73,7 @@ def find_reads(
     if not plated or not (foreign or check):
         return {}
     try:
-        try:
-            return _probe(graph, structure, particles, programs, with_nan=True)
-        except ValueError:  # code that stops at a nan, as a Cholesky factor does
-            return _probe(graph, structure, particles, programs, with_nan=False)
+        return _probe(graph, structure, particles, programs)
     except ValueError as error:
         if not foreign:
             return {}
@@ -105,10 +102,7 @@ def check_provenance(
         for name, index in structure.index_of.items()
     }
     values = _known_values(graph, structure, particles)
-    try:
-        log_probs = _probing_runs(structure, programs, values, patterns, 1, with_nan=True)
-    except ValueError:
-        log_probs = _probing_runs(structure, programs, values, patterns, 1, with_nan=False)
+    log_probs = _probed_log_probs(structure, programs, values, patterns, 1)
     for name, log_prob in log_probs.items():
         changed = _differs(log_prob, log_prob[:1]).flatten(1).any(1)
         expected = torch.zeros(1 + 2 * bits, dtype=torch.bool)
@@ -159,12 +153,7 @@ def _has_local(graph: FactorGraph, factor: LogFactor) -> bool:
 
 
 def _probe(
-    graph: FactorGraph,
-    structure: Structure,
-    particles: Particles,
-    programs: Programs,
-    *,
-    with_nan: bool,
+    graph: FactorGraph, structure: Structure, particles: Particles, programs: Programs
 ) -> SiteReads:
     """Change elements of the latents by the bits of their numbers, and see what else changes."""
     slots: dict[Ordinal, tuple[int, int]] = {}
@@ -184,7 +173,7 @@ def _probe(
     largest = math.prod(graph.sizes[symbol] for symbol in graph.plate_dims)
     rows = max(1, min(max(particles.sizes.values()), PROBE_ELEMENTS // (total * largest)))
     values = _known_values(graph, structure, particles)
-    log_probs = _probing_runs(structure, programs, values, patterns, rows, with_nan=with_nan)
+    log_probs = _probed_log_probs(structure, programs, values, patterns, rows)
     reads = {}
     for name, log_prob in log_probs.items():
         inner = "".join(sorted(structure.model[name].plates))
@@ -204,6 +193,20 @@ def _known_values(
         if index.enumerated:
             values[index.sites[0]] = graph.values[index.sites[0]].tensor
     return values
+
+
+def _probed_log_probs(
+    structure: Structure,
+    programs: Programs,
+    known: Mapping[str, Tensor],
+    patterns: Mapping[str, Tensor],
+    rows: int,
+) -> dict[str, Tensor]:
+    """Change latents to nan, or, where that stops the model, to another particle's value."""
+    try:
+        return _probing_runs(structure, programs, known, patterns, rows, with_nan=True)
+    except ValueError:  # as a Cholesky factor does
+        return _probing_runs(structure, programs, known, patterns, rows, with_nan=False)
 
 
 def _probing_runs(

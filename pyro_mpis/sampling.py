@@ -43,7 +43,8 @@ def sample_indices(graph: FactorGraph, num_draws: int) -> dict[str, Tensor]:
         for start in range(0, num_draws, size):
             chunk: dict[str, Tensor] = {}
             for step in reversed(steps):
-                chunk |= _draw_step(graph, step, chunk, min(size, num_draws - start))
+                number = min(size, num_draws - start)
+                chunk[step.symbol] = _draw_step(graph, step, chunk, number)
             chunks.append(chunk)
     drawn = {symbol: torch.cat([chunk[symbol] for chunk in chunks]) for symbol in chunks[0]}
     for symbol, plates in graph.index_plates.items():
@@ -130,64 +131,31 @@ def _elements(graph: FactorGraph, step: Elimination) -> int:
     """Return how many probabilities one draw takes at a step."""
     present = set("".join(dims_of(term) for term in step.terms))
     plates = (graph.sizes[symbol] for symbol in present if symbol not in graph.index_plates)
-    return math.prod(plates) * math.prod(graph.sizes[symbol] for symbol in step.dims)
+    return math.prod(plates) * graph.sizes[step.symbol]
 
 
-def _draw_step(
-    graph: FactorGraph, step: Elimination, drawn: Drawn, num_draws: int
-) -> dict[str, Tensor]:
-    """Draw the indices that one step sums over, given those of later steps."""
-    present = sorted(set("".join(dims_of(term) for term in step.terms)))
-    plates = "".join(symbol for symbol in present if symbol not in graph.index_plates)
-    sizes = [graph.sizes[symbol] for symbol in step.dims]
-    total: Tensor | None = None
+def _draw_step(graph: FactorGraph, step: Elimination, drawn: Drawn, num_draws: int) -> Tensor:
+    """Draw the index that one step sums over, given those of later steps: (N, *plates)."""
+    plates = graph.tensor_plates(graph.closed(graph.index_plates[step.symbol]))
+    total = torch.zeros((), device=graph.device)
     for term in step.terms:
-        logits = _at_drawn(graph, term, step.dims, plates, drawn, num_draws)
-        total = logits if total is None else total + logits
-    assert total is not None
-    plate_sizes = [graph.sizes[symbol] for symbol in plates]
-    total = total.expand((total.shape[0], *plate_sizes, *sizes)).flatten(1 + len(plates))
-    choice = _categorical(total, num_draws)
-    result = {}
-    for symbol, size in zip(reversed(step.dims), reversed(sizes), strict=True):
-        result[symbol] = choice % size
-        choice = choice // size
-    return {symbol: _to_own(graph, symbol, index, plates) for symbol, index in result.items()}
+        assert set(dims_of(term)) - set(graph.index_plates) <= set(plates), "summed in its plates"
+        total = total + _at_drawn(graph, term, step.symbol, plates, drawn)
+    sizes = [graph.sizes[symbol] for symbol in (*plates, step.symbol)]
+    return _categorical(total.expand((total.shape[0], *sizes)), num_draws)
 
 
-def _to_own(graph: FactorGraph, symbol: str, index: Tensor, plates: str) -> Tensor:
-    own = graph.tensor_plates(graph.closed(graph.index_plates[symbol]))
-    assert sorted(own) == sorted(plates), "an index is summed where its plates are"
-    return index.permute((0, *(1 + plates.index(symbol) for symbol in own)))
-
-
-def _at_drawn(
-    graph: FactorGraph,
-    term: Tensor,
-    dims: str,
-    plates: str,
-    drawn: Drawn,
-    num_draws: int,
-) -> Tensor:
-    """Select a factor at the indices drawn already: (N or 1, *plates, *dims)."""
+def _at_drawn(graph: FactorGraph, term: Tensor, symbol: str, plates: str, drawn: Drawn) -> Tensor:
+    """Select a factor at the indices drawn already: (N or 1, *plates, the dim to draw)."""
     own = dims_of(term)
-    given = [symbol for symbol in own if symbol in graph.index_plates and symbol not in dims]
-    own_plates = [symbol for symbol in plates if symbol in own]
-    rest = [symbol for symbol in dims if symbol in own]
-    term = term.permute([own.index(symbol) for symbol in (*given, *own_plates, *rest)])
-    if given:
-        selection = [index_at(graph, drawn, symbol, plates) for symbol in given]
-        selection += [_positions(graph, symbol, plates) for symbol in own_plates]
-        term = term[tuple(selection)]  # (N, *plates, *rest)
-    else:
-        for position, symbol in enumerate(plates):
-            if symbol not in own:
-                term = term.unsqueeze(position)
-        term = term.unsqueeze(0)
-    for position, symbol in enumerate(dims):
-        if symbol not in own:
-            term = term.unsqueeze(1 + len(plates) + position)
-    return term
+    given = [s for s in own if s in graph.index_plates and s != symbol]
+    if not given:
+        return aligned(term, plates + symbol).unsqueeze(0)
+    own_plates = [plate for plate in plates if plate in own]
+    term = term.permute([own.index(s) for s in (*given, *own_plates, symbol)])
+    selection = [index_at(graph, drawn, s, plates) for s in given]
+    selection += [_positions(graph, plate, plates) for plate in own_plates]
+    return term[tuple(selection)]
 
 
 def _categorical(logits: Tensor, num_draws: int) -> Tensor:
