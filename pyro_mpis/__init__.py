@@ -4,8 +4,9 @@
 from pyro_mpis._warnings import MPISWarning
 from pyro_mpis.importance import MPImportance
 from pyro_mpis.marginals import Marginal
+from pyro_mpis.predictive import log_predictive
 from pyro_mpis.summary import Summary
 
 __version__ = "0.1.0"
 
-__all__ = ["MPISWarning", "MPImportance", "Marginal", "Summary"]
+__all__ = ["MPISWarning", "MPImportance", "Marginal", "Summary", "log_predictive"]

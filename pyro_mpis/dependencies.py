@@ -155,7 +155,7 @@ def analyse(
     if isinstance(_unwrapped(guide), GuideMessenger):  # it runs the model, observations and all
         guide_sites = {name: site for name, site in guide_sites.items() if is_latent(site)}
 
-    _refuse_subsampling((guide_trace, model_trace))
+    refuse_subsampling((guide_trace, model_trace))
     found_nesting = find_max_plate_nesting((guide_trace, model_trace))
     if max_plate_nesting is None:
         max_plate_nesting = found_nesting
@@ -446,7 +446,8 @@ def _check_shape(site: SampleMessage, log_prob: Tensor, plates: Sequence[Plate])
             )
 
 
-def _refuse_subsampling(traces: Iterable[Trace]) -> None:
+def refuse_subsampling(traces: Iterable[Trace]) -> None:
+    """Refuse plates that select a minibatch."""
     for trace in traces:
         for name, node in trace.nodes.items():
             site = cast(SampleMessage, node)

@@ -1,0 +1,338 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""
+Predictive log-likelihood of held-out data, from posterior samples of any kind.
+
+With posterior samples :math:`z^s` of what training data x tell, and held-out data x',
+
+.. math:: \log p(x' \mid x) \approx \log \frac{1}{S} \sum_s p(x' \mid z^s), \qquad
+          p(x' \mid z) = p(x, x' \mid z) / p(x \mid z) .
+
+The likelihood is the joint one of all held-out data, not its terms one by one. Latents that only
+held-out data have (those of new plate elements) are drawn from the prior given :math:`z^s`, once
+for each s, which leaves each term of the mean unbiased.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias, cast
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from pyro_mpis._typing import Program, SampleMessage
+from pyro_mpis.blocks import Environment
+from pyro_mpis.dependencies import find_max_plate_nesting, refuse_subsampling
+from pyro_mpis.handlers import first_line, is_delta, is_latent, quoted, sample_sites
+
+# What a program is called with: positional arguments, or keyword arguments by their names.
+Arguments: TypeAlias = Sequence[object] | Mapping[str, object]
+
+ELEMENTS = 2**22  # of the largest tensor that one chunk of samples makes
+
+
+def log_predictive(
+    model: Program,
+    posterior_samples: Mapping[str, Tensor],
+    test: Arguments,
+    *,
+    train: Arguments | None = None,
+) -> Tensor:
+    """
+    Estimate the log predictive density of held-out data: log mean exp over posterior samples.
+
+    Held-out data come in one of two ways::
+
+        # the model called with held-out data alone
+        log_predictive(model, samples, (x_test, y_test))
+        # the model called with all data, training data first in their plates
+        log_predictive(model, samples, {"x": x_all, "y": y_all}, train={"x": x, "y": y})
+
+    The second is log p(all | z) - log p(train | z) in each sample, and is for data that cannot do
+    without the rest (the next steps of a series, more elements of a plate).
+
+    A latent site's value is that of the posterior sample, which is matched **by position**: where
+    ``test`` makes a plate larger, as many first elements as the sample has are the sample's, and
+    those that follow are drawn from the prior, given the rest of the sample. A site in a plate that
+    ``posterior_samples`` does not have is drawn so altogether: leave out the sites of a plate whose
+    elements in ``test`` are others than those of the training data. To average over several draws
+    of new latents, repeat the samples.
+
+    Runs the model on many samples at once, so it is to be vectorised over a batch dim left of its
+    plates. Draws random numbers. Works with samples from :meth:`MPImportance.sample`,
+    ``MCMC.get_samples()``, or ``Predictive(guide, ...)``.
+
+    :param model: the model, with its observations made from the arguments.
+    :param posterior_samples: ``{site: (num_samples, *shape)}``, the shape that of an ordinary run.
+        Values for observed sites are ignored.
+    :param test: the arguments that the model is called with for held-out data: a tuple of
+        positional ones or a dictionary of keyword ones.
+    :param train: likewise for training data, where ``test`` contains them too.
+    :return: a scalar, float64, in nats; ``-inf`` if every sample rules the data out.
+    :raises ValueError: if samples, plates and arguments do not fit; the message names the site.
+    """
+    num_samples = _num_samples(posterior_samples)
+    with Environment().entered():
+        log_likelihood = _log_likelihood(model, posterior_samples, _called(test, "test"))
+        if train is not None:
+            arguments = _called(train, "train")
+            log_likelihood -= _log_likelihood(model, posterior_samples, arguments, train=True)
+    if bool(log_likelihood.isnan().any()):  # infinite in training data, which is no posterior
+        raise ValueError(
+            "posterior_samples: some give the training data probability zero, so they are no "
+            "samples of the posterior given these data. Check that train= is what they are from."
+        )
+    return log_likelihood.logsumexp(0) - math.log(num_samples)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What the model is called with, and the name of the argument that says so."""
+
+    name: str
+    args: tuple[object, ...]
+    kwargs: Mapping[str, object]
+
+    def trace(self, model: Program) -> Trace:
+        return poutine.trace(model).get_trace(*self.args, **self.kwargs)
+
+
+def _called(arguments: Arguments, name: str) -> _Call:
+    if isinstance(arguments, Mapping):
+        return _Call(name, (), arguments)
+    if isinstance(arguments, (tuple, list)):
+        return _Call(name, tuple(arguments), {})
+    raise ValueError(
+        f"{name}: expected the model's arguments as a tuple, or as a dictionary by their names, "
+        f"but found {type(arguments).__name__}. For a single argument x write (x,)."
+    )
+
+
+def _num_samples(posterior_samples: Mapping[str, Tensor]) -> int:
+    """Return the number of samples, the same of all sites."""
+    if not posterior_samples:
+        raise ValueError("posterior_samples: there are none.")
+    for name, sample in posterior_samples.items():
+        if not isinstance(sample, Tensor) or sample.dim() == 0 or len(sample) == 0:
+            found = tuple(sample.shape) if isinstance(sample, Tensor) else type(sample).__name__
+            raise ValueError(
+                f"posterior_samples['{name}']: expected a tensor (num_samples, *shape of the site) "
+                f"with at least one sample, but found {found}."
+            )
+    sizes = {name: len(sample) for name, sample in posterior_samples.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"posterior_samples: the numbers of samples differ: {sizes}.")
+    return next(iter(sizes.values()))
+
+
+def _log_likelihood(
+    model: Program, posterior_samples: Mapping[str, Tensor], call: _Call, *, train: bool = False
+) -> Tensor:
+    """Return the log-likelihood of the data of one call for each sample: (S,), float64."""
+    plain = call.trace(model)
+    refuse_subsampling([plain])
+    sites = sample_sites(plain)
+    observed = [name for name, site in sites.items() if _is_data(site)]
+    if not observed:
+        raise ValueError(
+            f"{call.name}: the model observes nothing when called so; its latents are "
+            f"{quoted({name for name, site in sites.items() if is_latent(site)})}. Pass the data "
+            "that make it observe (obs=)."
+        )
+    _check_sites(sites, posterior_samples, call, train=train)
+    nesting = find_max_plate_nesting([plain])
+    placed = {
+        name: _place(site, posterior_samples[name], nesting, call.name, train=train)
+        for name, site in sites.items()
+        if is_latent(site) and name in posterior_samples
+    }
+    _check_plates(sites, placed)
+    largest = max(site["value"].numel() for site in sites.values())
+    size = max(1, ELEMENTS // largest)
+    num_samples = len(next(iter(posterior_samples.values())))
+    parts = []
+    for start in range(0, num_samples, size):
+        chunk = {name: sample[start : start + size] for name, sample in placed.items()}
+        number = min(size, num_samples - start)
+        trace = _run_together(model, call, chunk, number, nesting)
+        log_probs = {name: _log_prob(trace, name) for name in observed}
+        if start == 0:
+            _check_vectorised(model, call, sites, trace, log_probs, nesting)
+        parts.append(sum(x.reshape(number, -1).sum(-1).double() for x in log_probs.values()))
+    return torch.cat([part for part in parts if isinstance(part, Tensor)])
+
+
+def _is_data(site: SampleMessage) -> bool:
+    """Whether a site is observed; pyro.deterministic is, but only in name."""
+    return site["is_observed"] and not site["infer"].get("_deterministic")
+
+
+def _check_sites(
+    sites: Mapping[str, SampleMessage],
+    posterior_samples: Mapping[str, Tensor],
+    call: _Call,
+    *,
+    train: bool,
+) -> None:
+    """Refuse samples that lack what only they can tell."""
+    missing = {
+        name
+        for name, site in sites.items()
+        if is_latent(site) and not is_delta(site["fn"]) and name not in posterior_samples
+    }
+    unknown = set(posterior_samples) - set(sites)
+    if missing and unknown:
+        raise ValueError(
+            f"posterior_samples: {quoted(unknown)}: no such site in the model, which has "
+            f"{quoted(missing)}, without samples. Rename the one to the other, or leave it out."
+        )
+    if missing and train:
+        raise ValueError(
+            f"site {quoted(missing)}: not in posterior_samples, so its value in the training data "
+            "is not known. Add its samples; or call the model with held-out data alone, without "
+            "train=, so that it is drawn from the prior."
+        )
+    without_plate = {name for name in missing if not _plates(sites[name])}
+    if without_plate:
+        raise ValueError(
+            f"site {quoted(without_plate)}: not in posterior_samples, and in no plate, so it "
+            "cannot be a latent of the held-out data alone. Add its posterior samples; found "
+            f"those of {quoted(set(posterior_samples))}."
+        )
+
+
+def _plates(site: SampleMessage) -> dict[int, str]:
+    """Return the names of the vectorised plates around a site, by their dims."""
+    return {f.dim: f.name for f in site["cond_indep_stack"] if f.dim is not None}
+
+
+def _place(
+    site: SampleMessage, sample: Tensor, nesting: int, argument: str, *, train: bool
+) -> Tensor:
+    """
+    Bring a site's samples, of the shape of an ordinary run, to the left of all plates.
+
+    :return: ``(S, 1, .., 1, *batch shape of the sample, *event)``, where some plates of the sample
+        may be smaller than those of the model's run.
+    """
+    name, expected, found = site["name"], tuple(site["value"].shape), tuple(sample.shape[1:])
+    while len(found) > len(expected) and found[0] == 1:  # as Predictive(parallel=True) leaves them
+        found = found[1:]
+    batch = len(expected) - site["fn"].event_dim
+    fits = len(found) == len(expected) and found[batch:] == expected[batch:]
+    plates = {batch + dim: plate for dim, plate in _plates(site).items()}
+    for position in range(batch if fits else 0):
+        old, new = found[position], expected[position]
+        if old == new:
+            continue
+        if train or position not in plates:
+            fits = False
+        elif old > new:
+            raise ValueError(
+                f"site '{name}': plate '{plates[position]}' has {new} elements in {argument}, but "
+                f"posterior_samples have {old}. Which of them these are cannot be told: select "
+                f"them from the samples; or leave '{name}' out, if the elements are new."
+            )
+    if not fits:
+        raise ValueError(
+            f"site '{name}': posterior_samples have shape {found} for each sample, but the model "
+            f"called with {argument} has {expected}. Only plates may be larger in test."
+        )
+    return sample.reshape(len(sample), *[1] * (nesting - batch), *found)
+
+
+def _check_plates(sites: Mapping[str, SampleMessage], placed: Mapping[str, Tensor]) -> None:
+    """Refuse samples in which a plate has several sizes."""
+    sizes: dict[str, tuple[int, str]] = {}
+    for name, sample in placed.items():
+        for dim, plate in _plates(sites[name]).items():
+            size = sample.shape[dim - sites[name]["fn"].event_dim]
+            other_size, other = sizes.setdefault(plate, (size, name))
+            if size != other_size:
+                raise ValueError(
+                    f"plate '{plate}': {other_size} elements in the samples of '{other}', but "
+                    f"{size} in those of '{name}'. Both must be from the same data."
+                )
+
+
+class _Given(Messenger):
+    """Give latent sites the samples' values; draw the plate elements that these do not have."""
+
+    def __init__(self, placed: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.placed = placed
+
+    def _pyro_sample(self, msg: SampleMessage) -> None:
+        if not is_latent(msg) or msg["name"] not in self.placed:
+            return
+        value = self.placed[msg["name"]]
+        shape = msg["fn"].batch_shape + msg["fn"].event_shape
+        if value.shape != shape and value.dim() == len(shape):
+            drawn = msg["fn"]().to(value).clone()  # some distributions return an expanded tensor
+            drawn[tuple(slice(size) for size in value.shape)] = value
+            value = drawn
+        msg["value"] = value
+        msg["done"] = True
+
+
+def _run_together(
+    model: Program, call: _Call, samples: Mapping[str, Tensor], number: int, nesting: int
+) -> Trace:
+    """Run the model on some samples at once, in the batch dim left of its plates."""
+    try:
+        with _Given(samples), pyro.plate("_mpis_samples", number, dim=-1 - nesting):
+            return call.trace(model)
+    except Exception as error:
+        raise ValueError(
+            f"the model runs on single values with {call.name}, but not on {number} posterior "
+            f"samples at once: {type(error).__name__}: {first_line(error)}. Samples are in a batch "
+            "dim left of the plates: index from the right (x[..., 0], not x[0]), keep batch dims "
+            "when reshaping, do not call .item() on a latent's value or branch on it."
+        ) from error
+
+
+def _log_prob(trace: Trace, name: str) -> Tensor:
+    """Return the terms of the log-likelihood of one site."""
+    site = cast(SampleMessage, trace.nodes[name])
+    log_prob: Tensor = scale_and_mask(
+        site["fn"].log_prob(site["value"]), site["scale"], site["mask"]
+    )
+    if bool(log_prob.isnan().any()):
+        raise ValueError(
+            f"site '{name}': log_prob is nan at some posterior samples. Check the data, and that "
+            "the samples are within the supports of their sites."
+        )
+    return log_prob
+
+
+def _check_vectorised(
+    model: Program,
+    call: _Call,
+    sites: Mapping[str, SampleMessage],
+    together: Trace,
+    log_probs: Mapping[str, Tensor],
+    nesting: int,
+) -> None:
+    """Hold the last of the samples that ran together against a run of its own."""
+    values = {}
+    ran = sample_sites(together)
+    for name, site in sites.items():
+        if is_latent(site) and not is_delta(site["fn"]):
+            values[name] = ran[name]["value"][-1].reshape(site["value"].shape)
+    alone = call.trace(poutine.condition(model, values))
+    for name, log_prob in log_probs.items():
+        expected = _log_prob(alone, name)
+        found = log_prob[-1] if log_prob.dim() == nesting + 1 else log_prob
+        if found.numel() != expected.numel() or not torch.allclose(
+            found.reshape(-1), expected.reshape(-1), rtol=1e-3, atol=1e-3
+        ):
+            raise ValueError(
+                f"site '{name}': its log_prob at one posterior sample is not the same as when that "
+                "sample is among others, so the model is not vectorised. Samples are in a batch "
+                "dim left of the plates: index from the right (x[..., 0], not x[0])."
+            )

@@ -1,0 +1,341 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Predictive log-likelihood: against closed forms, and against one run for each sample."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import cast
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from checks import check_mean
+from pyro import poutine
+from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
+from pyro.optim import ClippedAdam
+from torch import Tensor
+
+import pyro_mpis.predictive
+from pyro_mpis import MPImportance, log_predictive
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+Samples = dict[str, Tensor]
+TRAIN, TEST = torch.tensor([0.3, -1.2, 1.9]).double(), torch.tensor([2.0, -0.4]).double()
+ALL = torch.cat([TRAIN, TEST])
+
+
+# --- two conjugate models: log p(test | train) and exact posterior samples ------------------
+
+
+def common_mean(y: Tensor | None) -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("i", 3 if y is None else len(y)):
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+
+def random_effects(y: Tensor) -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("i", len(y)):
+        z = pyro.sample("z", dist.Normal(mu, 1.0))
+        pyro.sample("y", dist.Normal(z, 0.5), obs=y)
+
+
+def log_marginal(y: Tensor, own_variance: float) -> float:
+    covariance = torch.ones(len(y), len(y)) + own_variance * torch.eye(len(y))
+    normal = torch.distributions.MultivariateNormal(torch.zeros(len(y)), covariance)
+    return float(normal.log_prob(y))
+
+
+def posterior_of_mean(own_variance: float, num_samples: int) -> Tensor:
+    precision = 1 + len(TRAIN) / own_variance
+    mean = TRAIN.sum() / own_variance / precision
+    return mean + torch.randn(num_samples) / math.sqrt(precision)
+
+
+def posterior_of_effects(num_samples: int) -> Samples:
+    mu = posterior_of_mean(1.25, num_samples)
+    precision = 1 + 1 / 0.25
+    z = (mu.unsqueeze(-1) + TRAIN / 0.25) / precision
+    return {"mu": mu, "z": z + torch.randn(z.shape) / math.sqrt(precision)}
+
+
+def ratios(log_truth: float, draw: Callable[[], Tensor], repeats: int = 60) -> Tensor:
+    """Ratios to the truth of independent estimates, whose mean is one."""
+    return torch.stack([(draw() - log_truth).exp() for _ in range(repeats)])
+
+
+def test_conjugate_mean_against_its_closed_form() -> None:
+    """False-alarm probability 1e-6; samples of the prior in place of the posterior's fail."""
+    pyro.set_rng_seed(0)
+    truth = log_marginal(ALL, 1.0) - log_marginal(TRAIN, 1.0)
+    check_mean(
+        ratios(
+            truth,
+            lambda: log_predictive(common_mean, {"mu": posterior_of_mean(1.0, 2000)}, (TEST,)),
+        ),
+        1.0,
+    )
+    prior = ratios(
+        truth, lambda: log_predictive(common_mean, {"mu": torch.randn(2000)}, {"y": TEST})
+    )
+    with pytest.raises(AssertionError):
+        check_mean(prior, 1.0)
+
+
+@pytest.mark.parametrize("way", ["held-out data alone", "all data"])
+def test_new_plate_elements_against_the_closed_form(way: str) -> None:
+    """
+    New effects come from the prior given the sample's mean.
+
+    False-alarm probability 1e-6; new effects of the sample's first elements in place of new
+    draws fail.
+    """
+    pyro.set_rng_seed(0)
+    truth = log_marginal(ALL, 1.25) - log_marginal(TRAIN, 1.25)
+
+    def alone() -> Tensor:
+        return log_predictive(random_effects, {"mu": posterior_of_effects(5000)["mu"]}, (TEST,))
+
+    def together() -> Tensor:
+        samples = posterior_of_effects(5000)
+        return log_predictive(random_effects, samples, (ALL,), train=(TRAIN,))
+
+    def reused() -> Tensor:
+        samples = posterior_of_effects(5000)
+        samples["z"] = samples["z"][:, :2]
+        return log_predictive(random_effects, samples, (TEST,))
+
+    check_mean(ratios(truth, alone if way == "held-out data alone" else together), 1.0)
+    with pytest.raises(AssertionError):
+        check_mean(ratios(truth, reused), 1.0)
+
+
+# --- against one run for each sample --------------------------------------------------------
+
+
+def nested(x: Tensor, y: Tensor) -> None:
+    """Vector and scalar latents, nested plates, a mask, two observed sites, a deterministic one."""
+    weights = pyro.sample("weights", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    scale = pyro.deterministic("scale", weights[..., 0].exp())
+    with pyro.plate("group", len(y), dim=-2):
+        effect = pyro.sample("effect", dist.Normal(0.0, scale))
+        with pyro.plate("trial", y.shape[1], dim=-1):
+            slope = (x * weights).sum(-1)
+            with poutine.mask(mask=cast(torch.BoolTensor, x[..., 0] > -1.0)):
+                pyro.sample("y", dist.Normal(effect + slope, 1.0), obs=y)
+    pyro.sample("total", dist.Normal(weights[..., 1], 2.0), obs=y.sum())
+
+
+def nested_data(groups: int, trials: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(groups * 10 + trials)
+    x = torch.randn(groups, trials, 2, generator=generator)
+    return {"x": x, "y": torch.randn(groups, trials, generator=generator)}
+
+
+def by_loop(model: Callable[..., None], samples: Samples, data: Mapping[str, Tensor]) -> Tensor:
+    """Log-likelihoods of runs with one sample each."""
+    result = []
+    for s in range(len(next(iter(samples.values())))):
+        conditioned = poutine.condition(model, {name: value[s] for name, value in samples.items()})
+        trace = poutine.trace(conditioned).get_trace(**data)
+        trace.compute_log_prob()
+        observed = ("y", "total") if model is nested else ("y",)
+        result.append(sum(trace.nodes[name]["log_prob"].sum() for name in observed))
+    return torch.stack([torch.as_tensor(value) for value in result])
+
+
+def nested_samples(num_samples: int, groups: int = 3) -> Samples:
+    return {
+        "weights": torch.randn(num_samples, 2),
+        "effect": torch.randn(num_samples, groups, 1),
+    }
+
+
+@pytest.mark.parametrize("num_samples", [1, 7])
+@pytest.mark.parametrize("elements", [1, 2**22])
+def test_equals_runs_with_one_sample_each(
+    num_samples: int, elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A larger inner plate has no latents of its own; in chunks of one sample, and all at once."""
+    monkeypatch.setattr(pyro_mpis.predictive, "ELEMENTS", elements)
+    pyro.set_rng_seed(1)
+    samples = nested_samples(num_samples)
+    train, test = nested_data(3, 4), nested_data(3, 6)
+    alone = by_loop(nested, samples, test)
+    expected = alone.logsumexp(0) - math.log(num_samples)
+    torch.testing.assert_close(log_predictive(nested, samples, test), expected)
+    expected = (alone - by_loop(nested, samples, train)).logsumexp(0) - math.log(num_samples)
+    torch.testing.assert_close(log_predictive(nested, samples, test, train=train), expected)
+
+
+def test_elements_that_exist_keep_their_samples_and_the_others_read_globals() -> None:
+    """The prior of new effects has no spread to speak of, so that the answer is known."""
+
+    def model(y: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("group", len(y), dim=-2):
+            effect = pyro.sample("effect", dist.Normal(10 * mu, 1e-9))
+            with pyro.plate("trial", y.shape[1], dim=-1):
+                own = pyro.sample("own", dist.Normal(effect, 1e-9))
+                pyro.sample("y", dist.Normal(own, 1.0), obs=y)
+
+    pyro.set_rng_seed(2)
+    samples = {
+        "mu": torch.randn(5),
+        "effect": torch.randn(5, 2, 1),
+        "own": torch.randn(5, 2, 3),
+    }
+    y = torch.randn(4, 4)
+    own = samples["effect"].expand(5, 2, 4).clone()
+    own[:, :, :3] = samples["own"]
+    own = torch.cat([own, (10 * samples["mu"])[:, None, None].expand(5, 2, 4)], 1)
+    both = torch.distributions.Normal(own, 1.0).log_prob(y)
+    expected = both.sum((1, 2)).logsumexp(0) - math.log(5)
+    torch.testing.assert_close(log_predictive(model, samples, (y,)), expected)
+    old = torch.zeros(4, 4, dtype=torch.bool)
+    old[:2, :3] = True
+    expected = (both * ~old).sum((1, 2)).logsumexp(0) - math.log(5)
+    found = log_predictive(model, samples, (y,), train=(y[:2, :3],))
+    torch.testing.assert_close(found, expected)
+
+
+def test_samples_of_every_kind_of_inference() -> None:
+    """NUTS, SVI with its auxiliary sites, and massively parallel importance sampling."""
+    pyro.set_rng_seed(0)
+    kernel = NUTS(random_effects)
+    mcmc = MCMC(kernel, num_samples=20, warmup_steps=20, disable_progbar=True)
+    mcmc.run(TRAIN)
+    guide = AutoNormal(random_effects)
+    svi = SVI(random_effects, guide, ClippedAdam({"lr": 0.1}), Trace_ELBO())
+    for _ in range(5):
+        svi.step(TRAIN)
+    kinds = {
+        "NUTS": mcmc.get_samples(),
+        "SVI": Predictive(guide, num_samples=20)(TRAIN),
+        "SVI, parallel": Predictive(guide, num_samples=20, parallel=True)(TRAIN),
+        "MPIS": MPImportance(random_effects, num_samples=30).run(TRAIN).sample(20),
+    }
+    y = TRAIN + 0.5
+    for kind, samples in kinds.items():
+        latents = {name: samples[name].detach() for name in ("mu", "z")}
+        expected = by_loop(random_effects, latents, {"y": y}).logsumexp(0) - math.log(20)
+        found = log_predictive(random_effects, samples, (y,))
+        torch.testing.assert_close(found, expected, msg=f"{kind}: {found}, expected {expected}")
+        assert not found.requires_grad
+        grown = log_predictive(random_effects, samples, (ALL,), train=(TRAIN,))
+        assert bool(grown.isfinite()), kind
+
+
+def test_impossible_data_give_minus_infinity() -> None:
+    def model(y: Tensor) -> None:
+        top = pyro.sample("top", dist.Exponential(1.0))
+        pyro.sample("y", dist.Uniform(0.0, top, validate_args=False), obs=y)
+
+    samples = {"top": torch.tensor([1.0, 2.0])}
+    assert float(log_predictive(model, samples, (torch.tensor(3.0),))) == -math.inf
+    found = log_predictive(model, samples, (torch.tensor(1.5),))
+    torch.testing.assert_close(found, torch.tensor(-math.log(4.0)))
+    with pytest.raises(ValueError, match="some give the training data probability zero"):
+        log_predictive(model, samples, (torch.tensor(3.0),), train=(torch.tensor(3.0),))
+
+
+def test_leaves_no_trace() -> None:
+    def model(y: Tensor) -> None:
+        loc = pyro.param("loc", torch.tensor(0.5))
+        mu = pyro.sample("mu", dist.Normal(loc, 1.0))
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    samples = {"mu": torch.tensor([1.0, 2.0])}
+    log_predictive(model, samples, (torch.tensor(3.0),))
+    assert list(pyro.get_param_store().keys()) == []
+    with pytest.raises(ValueError, match="no such site"):
+        log_predictive(model, {"nu": samples["mu"]}, (torch.tensor(3.0),))
+    assert poutine.runtime._PYRO_STACK == []
+
+
+# --- errors ---------------------------------------------------------------------------------
+
+EFFECTS = {"mu": torch.zeros(4), "z": torch.zeros(4, 3)}
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        ({}, "posterior_samples: there are none"),
+        ({"mu": 1.0}, r"posterior_samples\['mu'\]: expected a tensor .* found float"),
+        ({"mu": torch.zeros(0)}, r"at least one sample, but found \(0,\)"),
+        ({"mu": torch.zeros(4), "z": torch.zeros(5, 3)}, "numbers of samples differ"),
+        ({"mu": torch.zeros(4), "x": torch.zeros(4)}, "'x': no such site in the model, which has"),
+        ({"z": torch.zeros(4, 3)}, "site 'mu': not in posterior_samples, and in no plate"),
+        ({"mu": torch.zeros(4, 2), "z": torch.zeros(4, 3)}, r"shape \(2,\) for each sample"),
+        ({"mu": torch.zeros(4), "z": torch.zeros(4)}, r"'z': posterior_samples have shape \(\)"),
+        ({"mu": torch.zeros(4), "z": torch.zeros(4, 9)}, "plate 'i' has 3 elements in test, but"),
+        ({"mu": torch.full((4,), math.nan), "z": torch.zeros(4, 3)}, "site 'y'|single values"),
+    ],
+)
+def test_samples_that_do_not_fit(samples: Samples, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        log_predictive(random_effects, samples, (TRAIN,))
+
+
+def test_arguments_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match=r"test: expected the model's arg.*write \(x,\)"):
+        log_predictive(random_effects, EFFECTS, TRAIN)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="train: expected the model's arguments"):
+        log_predictive(random_effects, EFFECTS, (ALL,), train=TRAIN)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="test: the model observes nothing when called so"):
+        log_predictive(common_mean, {"mu": torch.zeros(4)}, (None,))
+    with pytest.raises(ValueError, match="site 'z': not in posterior_samples, so its value in the"):
+        log_predictive(random_effects, {"mu": torch.zeros(4)}, (ALL,), train=(TRAIN,))
+    with pytest.raises(ValueError, match=r"model called with train has \(2,\)"):
+        log_predictive(random_effects, EFFECTS, (ALL,), train=(TEST,))
+
+
+def test_plates_that_do_not_fit() -> None:
+    def two_in_a_plate(y: Tensor) -> None:
+        with pyro.plate("i", len(y)):
+            a = pyro.sample("a", dist.Normal(0.0, 1.0))
+            b = pyro.sample("b", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(a + b, 1.0), obs=y)
+
+    with pytest.raises(ValueError, match="plate 'i': 3 elements in the samples of 'a', but 2 in"):
+        log_predictive(two_in_a_plate, {"a": torch.zeros(4, 3), "b": torch.zeros(4, 2)}, (ALL,))
+
+    def minibatch(y: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("i", len(y), subsample_size=2) as i:
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y[i])
+
+    with pytest.raises(ValueError, match="plate 'i': a subsample of 2 of 5"):
+        log_predictive(minibatch, {"mu": torch.zeros(4)}, (ALL,))
+
+
+def test_models_that_are_not_vectorised() -> None:
+    def first_row(y: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(w.reshape(-1)[0], 1.0), obs=y)
+
+    def branches(y: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(0.0 if mu > 0 else 1.0, 1.0), obs=y)
+
+    y = torch.tensor(0.5)
+    pyro.set_rng_seed(0)
+    with pytest.raises(ValueError, match=r"site 'y': its log_prob .* the model is not vectorised"):
+        log_predictive(first_row, {"w": torch.randn(4, 2)}, (y,))
+    with pytest.raises(ValueError, match="on single values with test, but not on 4 posterior"):
+        log_predictive(branches, {"mu": torch.randn(4)}, (y,))
+
+
+def test_log_prob_that_is_nan() -> None:
+    def model(y: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(mu, 1.0, validate_args=False), obs=y)
+
+    samples = {"mu": torch.tensor([0.0, math.nan])}
+    with pytest.raises(ValueError, match="site 'y': log_prob is nan at some posterior samples"):
+        log_predictive(model, samples, (torch.tensor(1.0),))
