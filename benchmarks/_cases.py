@@ -1,20 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The models that are measured, with guides, data and the true log evidence."""
 
-import importlib
 import math
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
 import torch
+from paper import published
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-paper_models = importlib.import_module("paper_models")
 
 # Log evidence of the published arrays, by importance sampling from fits to long runs of NUTS;
 # standard errors 0.07, 0.008, 0.008, 0.02.
@@ -24,7 +19,7 @@ TRUTHS = {
     "movielens": -936.101,
     "occupancy": -49412.61,
 }
-HAS_DATA = paper_models.data_dir() is not None
+HAS_DATA = published.data_dir() is not None
 Program = Callable[..., None]
 
 
@@ -49,8 +44,8 @@ def load(name: str, device: str = "cpu") -> Case:
     groups, the size is the number of observations).
     """
     if name in TRUTHS:
-        paper = paper_models.load(name)
-        case = Case(paper.model, paper.guide, paper.data, TRUTHS[name], paper.max_plate_nesting)
+        paper = published.load(name)
+        case = Case(paper.model, paper.guide, paper.train, TRUTHS[name], paper.max_plate_nesting)
     elif name == "eight_schools":
         case = _eight_schools()
     else:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The programs of ``paper_models`` have the paper's log densities.
+The programs of ``benchmarks.paper.published`` have the paper's log densities.
 
 The check values are log densities at fixed latents, computed from the formulas in plain PyTorch,
 without Pyro, in float64 on the training tensors; they agree with the published program's to
@@ -12,16 +12,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import cache
 
-import paper_models
 import pyro
 import pytest
 import torch
-from paper_models import Arrays, PaperModel
 from pyro import poutine
 from torch import Tensor
 
+from benchmarks.paper import published
+from benchmarks.paper.experiment import Arrays, Experiment, read_by_index
+from pyro_mpis import MPImportance
+
 needs_data = pytest.mark.skipif(
-    paper_models.data_dir() is None,
+    published.data_dir() is None,
     reason="PYRO_MPIS_DATA, the folder of the published tensors, is not set or is no folder",
 )
 
@@ -40,12 +42,13 @@ LOG_DENSITIES = {
     ("occupancy", "B"): (-49878.6287, -301.8880, -297.3880),
     ("occupancy", "C"): (-226907.9561, -17850.3300, -17837.2879),
 }
+SAMPLED = sorted({name for name, _ in LOG_DENSITIES})  # every latent of the model in the guide
 ROUNDING = 6e-5  # the values above have four decimals
 
 
 @cache
-def load(name: str) -> PaperModel:
-    return paper_models.load(name, torch.float64)
+def load(name: str) -> Experiment:
+    return published.load(name, torch.float64)
 
 
 def run(program: Callable[..., None], data: Arrays) -> poutine.Trace:
@@ -86,11 +89,11 @@ def point_value(point: str, name: str, like: Tensor) -> Tensor:
 @pytest.mark.parametrize(("name", "point"), LOG_DENSITIES)
 def test_log_densities_at_the_check_points(name: str, point: str) -> None:
     paper = load(name)
-    prior = latent_values(run(paper.model, paper.data))
+    prior = latent_values(run(paper.model, paper.train))
     values = {site: point_value(point, site, value) for site, value in prior.items()}
 
-    model = run(poutine.condition(paper.model, values), paper.data)
-    guide = run(poutine.condition(paper.guide, values), paper.data)
+    model = run(poutine.condition(paper.model, values), paper.train)
+    guide = run(poutine.condition(paper.guide, values), paper.train)
 
     assert {model.nodes[site]["log_prob"].dtype for site in [*values, "obs"]} == {torch.float64}
     found = tuple(
@@ -101,27 +104,27 @@ def test_log_densities_at_the_check_points(name: str, point: str) -> None:
 
 
 @needs_data
-@pytest.mark.parametrize("name", paper_models.NAMES)
+@pytest.mark.parametrize("name", SAMPLED)
 def test_guide_has_exactly_the_models_latents(name: str) -> None:
     paper = load(name)
     model, guide = (
-        {site: value.shape for site, value in latent_values(run(program, paper.data)).items()}
+        {site: value.shape for site, value in latent_values(run(program, paper.train)).items()}
         for program in (paper.model, paper.guide)
     )
     assert model == guide
 
 
 @needs_data
-@pytest.mark.parametrize("name", paper_models.NAMES)
+@pytest.mark.parametrize("name", SAMPLED)
 def test_particles_run_together_as_they_run_one_by_one(name: str) -> None:
     """Three particles in a dim left of the plates, against three ordinary runs."""
     paper = load(name)
     pyro.set_rng_seed(0)
     particles = pyro.plate("particles", 3, dim=-1 - paper.max_plate_nesting)
-    guide = run(particles(paper.guide), paper.data)
-    model = run(poutine.replay(particles(paper.model), guide), paper.data)
+    guide = run(particles(paper.guide), paper.train)
+    model = run(poutine.replay(particles(paper.model), guide), paper.train)
 
-    plain = latent_values(run(paper.guide, paper.data))
+    plain = latent_values(run(paper.guide, paper.train))
     drawn = latent_values(guide)
     for k in range(3):
         values = {site: drawn[site][k].reshape(value.shape) for site, value in plain.items()}
@@ -129,7 +132,7 @@ def test_particles_run_together_as_they_run_one_by_one(name: str) -> None:
             (paper.guide, guide, [*plain]),
             (paper.model, model, [*plain, "obs"]),
         ):
-            alone = run(poutine.condition(program, values), paper.data)
+            alone = run(poutine.condition(program, values), paper.train)
             for site in sites:
                 expected = alone.nodes[site]["log_prob"].sum()
                 torch.testing.assert_close(together.nodes[site]["log_prob"][k].sum(), expected)
@@ -138,9 +141,29 @@ def test_particles_run_together_as_they_run_one_by_one(name: str) -> None:
 def test_read_by_index_keeps_particles_left_of_the_plates() -> None:
     weights = torch.randn(4, 2, 1, 1, 5)  # two particle dims, two plates not its own
     index = torch.tensor([[0, 4, 2], [1, 1, 3]])
-    found = paper_models.read_by_index(weights, index)
+    found = read_by_index(weights, index)
     assert found.shape == (4, 2, 2, 3)
     assert torch.equal(found[3, 1], weights[3, 1, 0, 0][index])
-    assert torch.equal(
-        paper_models.read_by_index(weights[0, 0, 0, 0], index), weights[0, 0, 0, 0][index]
-    )
+    assert torch.equal(read_by_index(weights[0, 0, 0, 0], index), weights[0, 0, 0, 0][index])
+
+
+@needs_data
+def test_presence_summed_out_is_the_sum_over_both_values() -> None:
+    """With one particle the estimate is log p(x, rest) - log q(rest), the sum over z by hand."""
+    summed = load("occupancy_summed")
+    pyro.set_rng_seed(0)
+    posterior = MPImportance(summed.model, summed.guide, num_samples=1).run(**summed.train)
+    values = {name: value[0] for name, value in posterior.sample(1).items() if name != "z"}
+
+    def log_joint(presence: float) -> tuple[Tensor, Tensor]:
+        z = torch.full((12, 6, 200, 1), presence, dtype=torch.float64)
+        at = poutine.condition(load("occupancy").model, values | {"z": z})
+        sites = run(at, summed.train).nodes
+        by_route = sites["z"]["log_prob"] + sites["obs"]["log_prob"].sum(-1, keepdim=True)
+        return by_route, torch.stack([sites[name]["log_prob"].sum() for name in values]).sum()
+
+    (absent, rest), (present, _) = log_joint(0.0), log_joint(1.0)
+    proposal = run(poutine.condition(summed.guide, values), summed.train)
+    expected = torch.logaddexp(absent, present).sum() + rest
+    expected = expected - total_log_prob(proposal, values)
+    torch.testing.assert_close(posterior.evidence(), expected)

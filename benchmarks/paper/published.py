@@ -4,8 +4,8 @@ The four models of the paper's experiments (section 4 and appendix C) as Pyro pr
 
 They follow the program behind the published numbers where it and the text differ: spreads are
 standard deviations, the bus delays are Binomial, company and journey-type weights are one vector
-latent each. The tensors are the published training splits, read from the folder that
-``PYRO_MPIS_DATA`` names.
+latent each. The tensors are the published splits, read from the folder that ``PYRO_MPIS_DATA``
+names.
 
 Every program runs with any number of batch dims left of its plates, so with particles in one
 shared dim or each site's in a dim of its own.
@@ -13,29 +13,18 @@ shared dim or each site's in a dim of its own.
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.infer import config_enumerate
 from torch import Tensor
 
-Arrays = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class PaperModel:
-    """A model of the paper with its proposal and data: ``model(**data)``, ``guide(**data)``."""
-
-    name: str
-    model: Callable[..., None]
-    guide: Callable[..., None]
-    data: Arrays
-    max_plate_nesting: int
+from .experiment import Arrays, Experiment, Program, read_by_index
 
 
 def data_dir() -> Path | None:
@@ -53,20 +42,6 @@ def load_arrays(name: str, dtype: torch.dtype, split: str = "train") -> Arrays:
         raise FileNotFoundError("PYRO_MPIS_DATA does not name a folder")
     with np.load(folder / name / f"{split}.npz", allow_pickle=False) as arrays:
         return {key: torch.as_tensor(arrays[key]).to(dtype) for key in arrays.files}
-
-
-def read_by_index(weights: Tensor, index: Tensor) -> Tensor:
-    """
-    Read a vector latent drawn outside all plates at one position per plate element.
-
-    :param weights: ``(*particles, 1, .., 1, size)``; in an ordinary run ``(size,)``.
-    :param index: long, shaped like the plates of the reader.
-    :return: ``(*particles, *index.shape)``. Plain ``weights[..., index]`` would keep the ones
-        between particles and plates, and so misalign the particles.
-    """
-    batch_shape = weights.shape[:-1]
-    particles = batch_shape[: max(0, len(batch_shape) - index.dim())]
-    return weights.reshape(particles + weights.shape[-1:])[..., index]
 
 
 def _unit(like: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,10 +87,14 @@ def bus_guide(
     run_type: Tensor,
     num_bus_companies: Tensor,
     num_run_types: Tensor,
+    *,
+    unused: bool = True,
 ) -> None:
+    """``unused``: whether the model has the latent that nothing reads."""
     zero, one = _unit(delay_minutes)
     years, boroughs, _ = delay_minutes.shape
-    pyro.sample("log_sigma_phi_psi", dist.Normal(zero, one))
+    if unused:
+        pyro.sample("log_sigma_phi_psi", dist.Normal(zero, one))
     pyro.sample("psi", dist.Normal(zero, one).expand([int(num_run_types)]).to_event(1))
     pyro.sample("phi", dist.Normal(zero, one).expand([int(num_bus_companies)]).to_event(1))
     pyro.sample("sigma_beta", dist.Normal(zero, one))
@@ -220,7 +199,10 @@ def occupancy_model(detected: Tensor, weather: Tensor, quality: Tensor) -> None:
                     pyro.sample("obs", dist.Bernoulli(logits=logits), obs=detected.transpose(0, 1))
 
 
-def occupancy_guide(detected: Tensor, weather: Tensor, quality: Tensor) -> None:
+def occupancy_guide(
+    detected: Tensor, weather: Tensor, quality: Tensor, *, presence: bool = True
+) -> None:
+    """``presence``: whether to propose ``z``, which is summed out otherwise."""
     zero, one = _unit(detected)
     years, birds, routes, _ = detected.shape
     for name in _OCCUPANCY_GLOBALS:
@@ -231,8 +213,9 @@ def occupancy_guide(detected: Tensor, weather: Tensor, quality: Tensor) -> None:
         beta = pyro.sample("beta", dist.Normal(zero, one))
         with pyro.plate("year", years, dim=-3):
             bird_year_mean = pyro.sample("bird_year_mean", dist.Normal(zero, one))
-            with pyro.plate("route", routes, dim=-2):
-                pyro.sample("z", _presence(bird_year_mean, beta, weather))
+            if presence:
+                with pyro.plate("route", routes, dim=-2):
+                    pyro.sample("z", _presence(bird_year_mean, beta, weather))
 
 
 def _birds_first(covariate: Tensor) -> Tensor:
@@ -246,17 +229,35 @@ def _presence(bird_year_mean: Tensor, beta: Tensor, weather: Tensor) -> dist.Ber
 
 # ------------------------------------------------------------------------------------------
 
-_PROGRAMS: dict[str, tuple[Callable[..., None], Callable[..., None], int]] = {
-    "bus_breakdown": (bus_model, bus_guide, 3),
-    "chimpanzees": (chimpanzees_model, chimpanzees_guide, 3),
-    "movielens": (movielens_model, movielens_guide, 2),
-    "occupancy": (occupancy_model, occupancy_guide, 4),
+# z is the only latent that it finds it can sum
+SUMMED: Program = config_enumerate(occupancy_model, "parallel")
+WITHOUT_PRESENCE = functools.partial(occupancy_guide, presence=False)
+
+# name: folder of the data, model, guide, number of plate dims, latents of the test set alone
+_EXPERIMENTS: dict[str, tuple[str, Program, Program, int, tuple[str, ...]]] = {
+    "bus_breakdown": ("bus_breakdown", bus_model, bus_guide, 3, ()),
+    "chimpanzees": ("chimpanzees", chimpanzees_model, chimpanzees_guide, 3, ()),
+    "movielens": ("movielens", movielens_model, movielens_guide, 2, ()),
+    "occupancy": ("occupancy", occupancy_model, occupancy_guide, 4, ("z",)),
+    "occupancy_summed": ("occupancy", SUMMED, WITHOUT_PRESENCE, 4, ("z",)),
 }
 
-NAMES = tuple(_PROGRAMS)
+NAMES = tuple(_EXPERIMENTS)
 
 
-def load(name: str, dtype: torch.dtype = torch.float32) -> PaperModel:
-    """Return one of the paper's models, ``name`` in ``NAMES``, with its training data."""
-    model, guide, max_plate_nesting = _PROGRAMS[name]
-    return PaperModel(name, model, guide, load_arrays(name, dtype), max_plate_nesting)
+def load(name: str, dtype: torch.dtype = torch.float32) -> Experiment:
+    """
+    Return one of the paper's models, ``name`` in ``NAMES``, with its data.
+
+    ``occupancy_summed`` is ``occupancy`` with the presence of a bird on a route summed out.
+    """
+    folder, model, guide, max_plate_nesting, new_latents = _EXPERIMENTS[name]
+    return Experiment(
+        name,
+        model,
+        guide,
+        train=load_arrays(folder, dtype),
+        test=load_arrays(folder, dtype, "test"),
+        max_plate_nesting=max_plate_nesting,
+        new_latents=new_latents,
+    )

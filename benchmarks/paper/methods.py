@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+What is measured: ELBO, predictive log-likelihood and seconds of one method at one seed.
+
+``mpis``: massively parallel importance sampling; ``mpis_grouped``: with the groups below;
+``global``: importance sampling, all latents sharing one index; ``vi``, ``iwae``, ``rws``: a guide
+trained by Pyro's ``Trace_ELBO``, ``RenyiELBO`` with ``alpha=0``, ``ReweightedWakeSleep``.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.infer import ELBO, SVI, Predictive, RenyiELBO, ReweightedWakeSleep, Trace_ELBO
+from pyro.optim import Adam
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_mpis import MPImportance, log_predictive
+from pyro_mpis.handlers import is_latent, sample_sites
+
+from .experiment import Experiment, Program
+
+ITERATIVE = ("vi", "iwae", "rws")
+METHODS = ("mpis", "mpis_grouped", "global", *ITERATIVE)
+POSTERIOR_SAMPLES = 100
+
+# Latents that one likelihood reads and that are few enough to share an index.
+GROUPS: Mapping[str, Sequence[Sequence[str]]] = {"chimpanzees": [("beta_P", "beta_PC")]}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement of one experiment. Finished cells are told apart by these fields."""
+
+    variant: str
+    experiment: str
+    method: str
+    k: int
+    seed: int
+    lr: float | None = None  # of iterative methods
+    iterations: int | None = None
+
+
+@dataclass(frozen=True)
+class Point:
+    """What is measured; seconds are those from the start up to each of the two figures."""
+
+    elbo: float
+    p_ll: float
+    elbo_seconds: float
+    p_ll_seconds: float
+    iteration: int | None = None
+
+
+def run(experiment: Experiment, cell: Cell, memory_limit: int) -> list[Point]:
+    """Run a cell: one point; several, after more and more iterations, of iterative methods."""
+    pyro.set_rng_seed(cell.seed)
+    pyro.clear_param_store()
+    if cell.method in ITERATIVE:
+        return _train(experiment, cell)
+    groups: Sequence[Sequence[str]] = ()
+    if cell.method == "mpis_grouped":
+        groups = GROUPS[cell.experiment]
+    elif cell.method == "global":
+        groups = [_latents(experiment.guide, experiment)]
+    return [_importance(experiment, cell.k, groups, memory_limit)]
+
+
+def _importance(
+    experiment: Experiment, k: int, groups: Sequence[Sequence[str]], memory_limit: int
+) -> Point:
+    clock = Clock()
+    posterior = MPImportance(
+        experiment.model,
+        experiment.guide,
+        k,
+        groups=groups if k > 1 else (),
+        max_plate_nesting=experiment.max_plate_nesting,
+        memory_limit=memory_limit,
+        disable_progbar=True,
+    ).run(**experiment.train)
+    elbo = posterior.evidence().item()
+    elbo_seconds = clock.seconds()
+    p_ll = _predictive(experiment, posterior.sample(POSTERIOR_SAMPLES))
+    return Point(elbo, p_ll, elbo_seconds, clock.seconds())
+
+
+def _predictive(experiment: Experiment, samples: Mapping[str, Tensor]) -> float:
+    known = {name: x for name, x in samples.items() if name not in experiment.new_latents}
+    return log_predictive(experiment.model, known, experiment.test).item()
+
+
+def _latents(program: Program, experiment: Experiment) -> list[str]:
+    sites = sample_sites(poutine.trace(program).get_trace(**experiment.train))
+    return [name for name, site in sites.items() if is_latent(site)]
+
+
+class Clock:
+    """Seconds that have passed while it was not stopped."""
+
+    def __init__(self) -> None:
+        self.total = 0.0
+        self.begin = self._now()
+
+    def seconds(self) -> float:
+        return self.total + self._now() - self.begin
+
+    def stop(self) -> None:
+        self.total = self.seconds()
+
+    def start(self) -> None:
+        self.begin = self._now()
+
+    @staticmethod
+    def _now() -> float:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+# --- iterative methods ----------------------------------------------------------------------
+
+OBJECTIVES: Mapping[str, Callable[[int, int], ELBO]] = {
+    "vi": lambda k, nesting: Trace_ELBO(max_plate_nesting=nesting),
+    "iwae": lambda k, nesting: RenyiELBO(
+        alpha=0, num_particles=k, vectorize_particles=True, max_plate_nesting=nesting
+    ),
+    "rws": lambda k, nesting: ReweightedWakeSleep(
+        num_particles=k,
+        vectorize_particles=True,
+        model_has_params=False,
+        max_plate_nesting=nesting,
+    ),
+}
+
+
+def checkpoints(iterations: int) -> list[int]:
+    """Return after which iterations to measure: ten, evenly on a logarithmic scale."""
+    return sorted({round(iterations ** (i / 9)) for i in range(10)})
+
+
+def _train(experiment: Experiment, cell: Cell) -> list[Point]:
+    """
+    Train a guide of the proposal's form, and measure it on the way.
+
+    The ELBO is the objective's bound with its K particles (of RWS: the bound of IWAE); posterior
+    samples are draws from the guide. The clock stands still while this is measured.
+    """
+    assert cell.lr is not None
+    assert cell.iterations is not None
+    guide = trainable(experiment.guide, experiment)
+    nesting = experiment.max_plate_nesting
+    objective = OBJECTIVES[cell.method](cell.k, nesting)
+    bound = OBJECTIVES["vi" if cell.method == "vi" else "iwae"](cell.k, nesting)
+    svi = SVI(experiment.model, guide, Adam({"lr": cell.lr}), objective)
+    points, clock = [], Clock()
+    for iteration in range(1, cell.iterations + 1):
+        svi.step(**experiment.train)
+        if iteration in checkpoints(cell.iterations):
+            clock.stop()
+            points.append(_measure(experiment, guide, bound, clock.total, iteration))
+            clock.start()
+    return points
+
+
+def _measure(
+    experiment: Experiment, guide: Program, bound: ELBO, seconds: float, iteration: int
+) -> Point:
+    clock = Clock()
+    with torch.no_grad():
+        elbo = -bound.loss(experiment.model, guide, **experiment.train)
+        elbo_seconds = seconds + clock.seconds()
+        samples = Predictive(guide, num_samples=POSTERIOR_SAMPLES, parallel=True)(
+            **experiment.train
+        )
+        latents = _latents(experiment.guide, experiment)
+        p_ll = _predictive(experiment, {name: samples[name] for name in latents})
+    return Point(elbo, p_ll, elbo_seconds, elbo_seconds + clock.seconds(), iteration)
+
+
+class _Trainable(Messenger):
+    """Put params in the place of the arguments of the normal and half-Cauchy proposals."""
+
+    def __init__(self, initial: Mapping[str, dist.TorchDistribution]) -> None:
+        super().__init__()
+        self.initial = initial
+
+    def _pyro_sample(self, msg: Any) -> None:
+        name = msg["name"]
+        if name not in self.initial:
+            return
+        fn = self.initial[name]
+        positive = constraints.positive
+        if isinstance(_base(fn), dist.HalfCauchy):
+            scale = pyro.param(f"{name}.scale", torch.ones_like(fn.sample()), positive)
+            msg["fn"] = dist.HalfCauchy(scale).to_event(fn.event_dim)
+        else:
+            loc = pyro.param(f"{name}.loc", fn.mean.clone())
+            scale = pyro.param(f"{name}.scale", fn.stddev.clone(), positive)
+            msg["fn"] = dist.Normal(loc, scale).to_event(fn.event_dim)
+
+
+def _base(fn: Any) -> dist.TorchDistribution:
+    while hasattr(fn, "base_dist") and not isinstance(fn, dist.HalfCauchy):
+        fn = fn.base_dist
+    return fn
+
+
+def trainable(guide: Program, experiment: Experiment) -> Program:
+    """
+    Return the proposal with arguments to train, one of each latent and plate element.
+
+    They start at the proposal's own. Proposals that read other latents stay as they are.
+    """
+    sites = poutine.trace(guide).get_trace(**experiment.train).nodes
+    initial = {
+        name: sites[name]["fn"]
+        for name in _latents(guide, experiment)
+        if isinstance(_base(sites[name]["fn"]), (dist.Normal, dist.HalfCauchy))
+    }
+    return _Trainable(initial)(guide)
+
+
+# --------------------------------------------------------------------------------------------
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean over seeds and its standard error (nan of one)."""
+    mean = math.fsum(values) / len(values)
+    if len(values) < 2:
+        return mean, math.nan
+    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return mean, math.sqrt(variance / len(values))

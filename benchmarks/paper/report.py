@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Means over seeds, and tables of them beside the authors' figures."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from .methods import Point, mean_and_error
+from .runs import AUTHORS, Result
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and its standard error."""
+
+    mean: float
+    error: float
+
+    def __str__(self) -> str:
+        if math.isnan(self.error):
+            return f"{self.mean:,.1f}"
+        return f"{self.mean:,.1f} ± {self.error:.1f}"
+
+    def z(self, other: Estimate) -> str:
+        """Return the difference in combined standard errors."""
+        return f"{(self.mean - other.mean) / math.hypot(self.error, other.error):+.1f}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method at one K, after some iterations if it is iterative; means over seeds."""
+
+    variant: str
+    experiment: str
+    method: str
+    k: int
+    lr: float | None
+    iteration: int | None
+    seeds: int
+    elbo: Estimate
+    p_ll: Estimate
+    elbo_seconds: float
+    p_ll_seconds: float
+
+
+def summarise(results: Iterable[Result]) -> list[Row]:
+    """Average over seeds; values that are not finite are left out, as the authors do."""
+    groups: dict[tuple[str, str, str, int, float | None, int | None], list[Point]] = {}
+    for result in results:
+        cell = result.cell
+        for point in result.points:
+            if math.isfinite(point.elbo) and math.isfinite(point.p_ll):
+                key = (cell.variant, cell.experiment, cell.method, cell.k, cell.lr, point.iteration)
+                groups.setdefault(key, []).append(point)
+    return [
+        Row(
+            *key,
+            seeds=len(points),
+            elbo=Estimate(*mean_and_error([point.elbo for point in points])),
+            p_ll=Estimate(*mean_and_error([point.p_ll for point in points])),
+            elbo_seconds=mean_and_error([point.elbo_seconds for point in points])[0],
+            p_ll_seconds=mean_and_error([point.p_ll_seconds for point in points])[0],
+        )
+        for key, points in groups.items()
+    ]
+
+
+def authors(experiment: str, method: str) -> dict[int, tuple[Estimate, Estimate]]:
+    """Return the authors' ELBO and predictive log-likelihood by K, of importance sampling."""
+    rows = AUTHORS.get(experiment, {}).get(method)
+    if not isinstance(rows, list):  # an iterative method, or none of theirs
+        return {}
+    return {row[0]: (Estimate(*row[1:3]), Estimate(*row[3:5])) for row in rows if row[3]}
+
+
+def unbiased(experiment: str) -> dict[int, Estimate]:
+    """Return the ELBO of the authors' code with its bias taken out, by K."""
+    rows = AUTHORS.get(experiment, {}).get("unbiased", [])
+    return {row[0]: Estimate(*row[1:]) for row in rows}
+
+
+def write(rows: Sequence[Row], folder: Path) -> None:
+    """Write all rows (JSON), and tables of them (Markdown), to a folder."""
+    summary = [asdict(row) for row in rows]
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    parts = [
+        "## Importance sampling, as published",
+        beside_authors(rows),
+        "## The authors' estimate of occupancy without its bias",
+        beside_unbiased(rows),
+        "## Importance sampling, as intended",
+        of_variant(rows, "intended"),
+        "## Iterative methods, after their last iteration",
+        iterative(rows),
+    ]
+    (folder / "tables.md").write_text("\n\n".join(part for part in parts if part) + "\n")
+
+
+def beside_authors(rows: Sequence[Row]) -> str:
+    """Return the table of all figures that the authors have too."""
+    lines = []
+    for row in rows:
+        theirs = authors(row.experiment, row.method).get(row.k)
+        if row.variant == "published" and theirs is not None:
+            elbo = (row.elbo, theirs[0], row.elbo.z(theirs[0]))
+            p_ll = (row.p_ll, theirs[1], row.p_ll.z(theirs[1]))
+            lines.append([*_key(row), *elbo, *p_ll, f"{row.p_ll_seconds:.2g}"])
+    header = "model,method,K,seeds,ELBO,authors,z,predictive LL,authors,z,seconds"
+    return table(header, lines)
+
+
+def beside_unbiased(rows: Sequence[Row]) -> str:
+    """Return the ELBO of occupancy beside that of the authors' code without its bias."""
+    lines = []
+    for row in rows:
+        reference = unbiased(row.experiment).get(row.k)
+        if (row.variant, row.method) == ("published", "mpis") and reference is not None:
+            theirs = authors(row.experiment, row.method)[row.k][0]
+            lines.append([*_key(row), row.elbo, reference, row.elbo.z(reference), theirs])
+    return table("model,method,K,seeds,ELBO,authors' code unbiased,z,authors", lines)
+
+
+def of_variant(rows: Sequence[Row], variant: str) -> str:
+    """Return a table of importance sampling, without the authors."""
+    lines = []
+    for row in rows:
+        if row.variant == variant and row.iteration is None:
+            elbo = (row.elbo, f"{row.elbo_seconds:.2g}")
+            lines.append([*_key(row), *elbo, row.p_ll, f"{row.p_ll_seconds:.2g}"])
+    return table("model,method,K,seeds,ELBO,seconds,predictive LL,seconds", lines)
+
+
+def iterative(rows: Sequence[Row]) -> str:
+    """Return a table of the iterative methods after their last iteration."""
+    lines = []
+    last = max((row.iteration or 0 for row in rows), default=0)
+    for row in rows:
+        if row.iteration is None or row.iteration != last:
+            continue
+        theirs = AUTHORS.get(row.experiment, {}).get(row.method, {})
+        elbo, p_ll = "-", "-"
+        if row.variant == "published" and theirs.get("iterations") == last:
+            elbo, p_ll = (str(Estimate(*theirs["row"][i : i + 2])) for i in (0, 2))
+        seconds = f"{row.p_ll_seconds:.2g}"
+        lines.append([row.variant, *_key(row), row.lr, row.elbo, elbo, row.p_ll, p_ll, seconds])
+    header = "variant,model,method,K,seeds,rate,ELBO,authors,predictive LL,authors,seconds"
+    return table(header, lines)
+
+
+def _key(row: Row) -> tuple[str, str, str, str]:
+    return row.experiment, row.method, f"{row.k:,}", str(row.seeds)
+
+
+def table(header: str, rows: Iterable[Sequence[object]]) -> str:
+    """Return a Markdown table, or nothing without rows."""
+    body = ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
+    if not body:
+        return ""
+    columns = header.split(",")
+    rule = "|" + "---|" * len(columns)
+    return "\n".join(["| " + " | ".join(columns) + " |", rule, *body])
