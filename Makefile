@@ -11,7 +11,7 @@ SOURCES := pyro_mpis tests tutorials $(wildcard benchmarks)
 # One thread for each process: the tensors are small, and the test workers share the cores.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help demo test test-slow lint types tests doctests tutorials bench clean distclean
+.PHONY: help demo test test-slow lint types tests doctests tutorials bench paper clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make test       lint, types, tests, doctests, tutorials at small size"
 	@echo "make test-slow  the tests left out of make test"
 	@echo "make bench      speed and memory against Pyro's estimators, into docs/benchmarks.md"
+	@echo "make paper      the paper's experiments, into output/paper; half an hour, resumes"
 	@echo "make lint       ruff check and ruff format --check"
 	@echo "make clean      remove caches, build products and output/; distclean: .venv too"
 
@@ -61,10 +62,14 @@ doctests: $(VENV)/.stamp-dev
 bench: $(VENV)/.stamp-dev
 	$(BIN)/python benchmarks/speed.py
 
+paper: $(VENV)/.stamp-dev
+	$(BIN)/python -m benchmarks.paper --output output/paper
+
 # CI in the environment makes the tutorials small. What they assert counts here, not what they print.
 tutorials: $(VENV)/.stamp-dev
 	CI=1 $(BIN)/python tutorials/eight_schools.py > /dev/null
 	$(BIN)/python benchmarks/speed.py --quick --output output/benchmarks-quick.md > /dev/null
+	$(BIN)/python -m benchmarks.paper --quick --output output/paper-quick > /dev/null
 ifdef PYRO_MPIS_DATA
 	CI=1 $(BIN)/python tutorials/chimpanzees.py > /dev/null
 	CI=1 $(BIN)/python tutorials/chimpanzees.py --published > /dev/null

@@ -36,6 +36,7 @@ TITLES = {
     "movielens_100k": "MovieLens 100K",
     "occupancy": "Bird occupancy",
 }
+K_LABEL = "K, samples of each latent"
 SAMPLING = ("mpis", "mpis_grouped", "mpis_summed", "global")
 PANELS: Sequence[tuple[str, Callable[[Row], Estimate], Callable[[Row], float]]] = (
     ("ELBO / nats", lambda row: row.elbo, lambda row: row.elbo_seconds),
@@ -88,7 +89,7 @@ def against_k(rows: Sequence[_Shown], path: Path) -> bool:
                 _line(axes, line, points, open_symbols=True)
 
     shown = [x for x in rows if x.line in SAMPLING and not _global_of_summed(x)]
-    return _grid(shown, path, "K, samples of each latent", panel)
+    return _grid(shown, path, K_LABEL, panel)
 
 
 def against_time(rows: Sequence[_Shown], path: Path) -> bool:
@@ -174,6 +175,9 @@ def _grid(
             axes = grid[number, column]
             panel(axes, number, of_panel)
             axes.set_xscale("log")
+            if x_label == K_LABEL and max(x.row.k for x in of_panel) <= 100:
+                axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+                axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0f}"))
             axes.set_yscale("log")
             axes.invert_yaxis()  # of -log p: better is up
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

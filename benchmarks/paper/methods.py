@@ -64,15 +64,17 @@ class Point:
 
 def run(experiment: Experiment, cell: Cell, memory_limit: int) -> list[Point]:
     """Run a cell: one point; several, after more and more iterations, of iterative methods."""
-    pyro.set_rng_seed(cell.seed)
     pyro.clear_param_store()
+    latents = _latents(experiment.guide, experiment)
+    guide = trainable(experiment.guide, experiment)
+    pyro.set_rng_seed(cell.seed)  # what was drawn so far told the structure only
     if cell.method in ITERATIVE:
-        return _train(experiment, cell)
+        return _train(experiment, guide, cell)
     groups: Sequence[Sequence[str]] = ()
     if cell.method == "mpis_grouped":
         groups = GROUPS[cell.experiment]
     elif cell.method == "global":
-        groups = [_latents(experiment.guide, experiment)]
+        groups = [latents]
     return [_importance(experiment, cell.k, groups, memory_limit)]
 
 
@@ -84,7 +86,7 @@ def _importance(
         experiment.model,
         experiment.guide,
         k,
-        groups=groups if k > 1 else (),
+        groups=groups,
         max_plate_nesting=experiment.max_plate_nesting,
         memory_limit=memory_limit,
         disable_progbar=True,
@@ -149,7 +151,7 @@ def checkpoints(iterations: int) -> list[int]:
     return sorted({round(iterations ** (i / 9)) for i in range(10)})
 
 
-def _train(experiment: Experiment, cell: Cell) -> list[Point]:
+def _train(experiment: Experiment, guide: Program, cell: Cell) -> list[Point]:
     """
     Train a guide of the proposal's form, and measure it on the way.
 
@@ -158,7 +160,6 @@ def _train(experiment: Experiment, cell: Cell) -> list[Point]:
     """
     assert cell.lr is not None
     assert cell.iterations is not None
-    guide = trainable(experiment.guide, experiment)
     nesting = experiment.max_plate_nesting
     objective = OBJECTIVES[cell.method](cell.k, nesting)
     bound = OBJECTIVES["vi" if cell.method == "vi" else "iwae"](cell.k, nesting)

@@ -39,7 +39,10 @@ def load_arrays(name: str, dtype: torch.dtype, split: str = "train") -> Arrays:
     """Read the published arrays of one experiment, cast to ``dtype``."""
     folder = data_dir()
     if folder is None:
-        raise FileNotFoundError("PYRO_MPIS_DATA does not name a folder")
+        raise FileNotFoundError(
+            "The published arrays are in no public place in this form. Set PYRO_MPIS_DATA to a "
+            f"folder with {name}/train.npz and {name}/test.npz."
+        )
     with np.load(folder / name / f"{split}.npz", allow_pickle=False) as arrays:
         return {key: torch.as_tensor(arrays[key]).to(dtype) for key in arrays.files}
 

@@ -88,9 +88,9 @@ def _rows(file: IO[bytes], name: str) -> Iterator[dict[str, str]]:
                     with archive.open(member) as inner:
                         yield from _rows(io.BytesIO(inner.read()), member)
     else:
-        text = io.TextIOWrapper(file, encoding="latin-1", newline="")
-        for row in csv.DictReader(text):
-            yield {key.strip(): (value or "").strip() for key, value in row.items() if key}
+        with io.TextIOWrapper(file, encoding="latin-1", newline="") as text:
+            for row in csv.DictReader(text):
+                yield {key.strip(): (value or "").strip() for key, value in row.items() if key}
 
 
 # --- NYC bus breakdown (C.1) ----------------------------------------------------------------
@@ -439,20 +439,25 @@ def load_birds(*, download: bool) -> Splits:
     names = [_named(start, here) for start in BIRD_FILES]
     if all(names):
         weather, stops = (here[name] for name in names)
+    elif not download:
+        raise Unavailable(
+            f"occupancy: no files {' and '.join(f'{start}*' for start in BIRD_FILES)} in occupancy/ "
+            "in the folder that PYRO_MPIS_DATA names, and downloads are off."
+        )
     else:
-        weather, stops = _birds_of_release(download=download)
+        weather, stops = _birds_of_release()
     return prepare_birds(rows_of(weather), rows_of(stops))
 
 
-def _birds_of_release(*, download: bool) -> list[Path]:
-    item = fetch("occupancy", f"{BIRDS_ITEM}.json", BIRDS_URL, download=download)
+def _birds_of_release() -> list[Path]:
+    item = fetch("occupancy", f"{BIRDS_ITEM}.json", BIRDS_URL, download=True)
     addresses = {file["name"]: file["url"] for file in json.loads(item.read_text())["files"]}
     paths = []
     for start in BIRD_FILES:
         name = _named(start, addresses)
         if not name:
             raise Unavailable(f"occupancy: {BIRDS_URL} lists no file '{start}*'.")
-        paths.append(fetch("occupancy", name, addresses[name], download=download))
+        paths.append(fetch("occupancy", name, addresses[name], download=True))
     return paths
 
 
