@@ -8,8 +8,13 @@ With posterior samples :math:`z^s` of what training data x tell, and held-out da
           p(x' \mid z) = p(x, x' \mid z) / p(x \mid z) .
 
 The likelihood is the joint one of all held-out data, not its terms one by one. Latents that only
-held-out data have (those of new plate elements) are drawn from the prior given :math:`z^s`, once
-for each s, which leaves each term of the mean unbiased.
+held-out data have (those of new plate elements) are drawn from the prior given :math:`z^s`, which
+leaves each term of the mean unbiased. Given :math:`z^s` the elements of a plate are independent, so
+that with several draws :math:`u^m` of these latents each element has a mean of its own,
+
+.. math:: p(x' \mid z^s) \approx \prod_i \frac{1}{M} \sum_m p(x'_i \mid u_i^m, z^s),
+
+over the elements i of the plates that all new latents are in.
 """
 
 import math
@@ -34,6 +39,7 @@ from pyro_mpis.handlers import first_line, is_delta, is_latent, quoted, sample_s
 Arguments: TypeAlias = Sequence[object] | Mapping[str, object]
 
 ELEMENTS = 2**22  # of the largest tensor that one chunk of samples makes
+SAMPLES, LOCAL_SAMPLES = "_mpis_samples", "_mpis_local_samples"  # names of plates
 
 
 def log_predictive(
@@ -42,6 +48,7 @@ def log_predictive(
     test: Arguments,
     *,
     train: Arguments | None = None,
+    num_local_samples: int = 1,
 ) -> Tensor:
     """
     Estimate the log predictive density of held-out data: log mean exp over posterior samples.
@@ -60,8 +67,7 @@ def log_predictive(
     ``test`` makes a plate larger, as many first elements as the sample has are the sample's, and
     those that follow are drawn from the prior, given the rest of the sample. A site in a plate that
     ``posterior_samples`` does not have is drawn so altogether: leave out the sites of a plate whose
-    elements in ``test`` are others than those of the training data. To average over several draws
-    of new latents, repeat the samples.
+    elements in ``test`` are others than those of the training data.
 
     Runs the model on many samples at once, so it is to be vectorised over a batch dim left of its
     plates. Draws random numbers. Works with samples from :meth:`MPImportance.sample`,
@@ -73,15 +79,23 @@ def log_predictive(
     :param test: the arguments that the model is called with for held-out data: a tuple of
         positional ones or a dictionary of keyword ones.
     :param train: likewise for training data, where ``test`` contains them too.
+    :param num_local_samples: draws of each new latent for each posterior sample. Several make the
+        estimate much better where there are many new latents: with one the mean over posterior
+        samples is ruled by the best of the draws, and its logarithm is far too low.
     :return: a scalar, float64, in nats; ``-inf`` if every sample rules the data out.
     :raises ValueError: if samples, plates and arguments do not fit; the message names the site.
     """
     num_samples = _num_samples(posterior_samples)
+    if num_local_samples < 1:
+        raise ValueError(
+            f"num_local_samples: expected a positive integer, but found {num_local_samples!r}."
+        )
     with Environment().entered():
-        log_likelihood = _log_likelihood(model, posterior_samples, _called(test, "test"))
+        log_likelihood = _log_likelihood(
+            model, posterior_samples, _called(test, "test"), num_local_samples
+        )
         if train is not None:
-            arguments = _called(train, "train")
-            log_likelihood -= _log_likelihood(model, posterior_samples, arguments, train=True)
+            log_likelihood -= _log_likelihood(model, posterior_samples, _called(train, "train"))
     if bool(log_likelihood.isnan().any()):  # infinite in training data, which is no posterior
         raise ValueError(
             "posterior_samples: some give the training data probability zero, so they are no "
@@ -94,9 +108,13 @@ def log_predictive(
 class _Call:
     """What the model is called with, and the name of the argument that says so."""
 
-    name: str
+    name: str  # "test" or "train"
     args: tuple[object, ...]
     kwargs: Mapping[str, object]
+
+    @property
+    def train(self) -> bool:
+        return self.name == "train"
 
     def trace(self, model: Program) -> Trace:
         return poutine.trace(model).get_trace(*self.args, **self.kwargs)
@@ -131,7 +149,10 @@ def _num_samples(posterior_samples: Mapping[str, Tensor]) -> int:
 
 
 def _log_likelihood(
-    model: Program, posterior_samples: Mapping[str, Tensor], call: _Call, *, train: bool = False
+    model: Program,
+    posterior_samples: Mapping[str, Tensor],
+    call: _Call,
+    num_local_samples: int = 1,
 ) -> Tensor:
     """Return the log-likelihood of the data of one call for each sample: (S,), float64."""
     plain = call.trace(model)
@@ -144,27 +165,78 @@ def _log_likelihood(
             f"{quoted({name for name, site in sites.items() if is_latent(site)})}. Pass the data "
             "that make it observe (obs=)."
         )
-    _check_sites(sites, posterior_samples, call, train=train)
+    _check_sites(sites, posterior_samples, call)
     nesting = find_max_plate_nesting([plain])
     placed = {
-        name: _place(site, posterior_samples[name], nesting, call.name, train=train)
+        name: _place(site, posterior_samples[name], nesting, call)
         for name, site in sites.items()
         if is_latent(site) and name in posterior_samples
     }
     _check_plates(sites, placed)
-    largest = max(site["value"].numel() for site in sites.values())
+    new = _new_latents(sites, placed)
+    around = [set(_plates(sites[name]).items()) for name in new]
+    shared = set.intersection(*around) if around else set()
+    draws = num_local_samples if new else 1
+    largest = draws * max(site["value"].numel() for site in sites.values())
     size = max(1, ELEMENTS // largest)
     num_samples = len(next(iter(posterior_samples.values())))
     parts = []
     for start in range(0, num_samples, size):
         chunk = {name: sample[start : start + size] for name, sample in placed.items()}
-        number = min(size, num_samples - start)
-        trace = _run_together(model, call, chunk, number, nesting)
+        shape = (draws, min(size, num_samples - start))
+        trace = _run_together(model, call, chunk, shape, nesting)
         log_probs = {name: _log_prob(trace, name) for name in observed}
         if start == 0:
             _check_vectorised(model, call, sites, trace, log_probs, nesting)
-        parts.append(sum(x.reshape(number, -1).sum(-1).double() for x in log_probs.values()))
-    return torch.cat([part for part in parts if isinstance(part, Tensor)])
+        parts.append(_averaged(log_probs, sites, shared))
+    return torch.cat(parts)
+
+
+def _new_latents(sites: Mapping[str, SampleMessage], placed: Mapping[str, Tensor]) -> list[str]:
+    """Return the sites that are drawn from the prior, in some plate elements or in all."""
+    return [
+        name
+        for name, site in sites.items()
+        if is_latent(site)
+        and not (name not in placed and is_delta(site["fn"]))
+        and (name not in placed or placed[name][0].numel() < site["value"].numel())
+    ]
+
+
+def _averaged(
+    log_probs: Mapping[str, Tensor],
+    sites: Mapping[str, SampleMessage],
+    shared: set[tuple[int, str]],
+) -> Tensor:
+    """
+    Sum over plates, and average over draws of new latents in each element of some plates.
+
+    :param log_probs: ``(M, S, *plates)`` of each observed site.
+    :param shared: dims and names of the plates that all new latents are in.
+    :return: the log-likelihood for each sample, ``(S,)``, float64.
+    """
+    outside: list[Tensor] = []
+    inside: list[Tensor] = []
+    for name, log_prob in log_probs.items():
+        if shared <= set(_plates(sites[name]).items()):
+            kept = {dim for dim, _ in shared}
+            others = [dim for dim in range(2 - log_prob.dim(), 0) if dim not in kept]
+            log_prob = (
+                log_prob.sum(others, keepdim=True, dtype=torch.double) if others else log_prob
+            )
+            inside.append(log_prob.double())
+        elif bool((log_prob == log_prob[:1]).all()):  # reads no new latent
+            outside.append(log_prob[0].reshape(log_prob.shape[1], -1).sum(-1, dtype=torch.double))
+        else:
+            raise ValueError(
+                f"site '{name}': reads latents of new plate elements from outside of their plate, "
+                "so that these are not independent. Use num_local_samples=1."
+            )
+    if inside:
+        total = torch.stack(inside).sum(0)
+        mean = total.logsumexp(0) - math.log(len(total))
+        outside.append(mean.reshape(len(mean), -1).sum(-1))
+    return torch.stack(outside).sum(0)
 
 
 def _is_data(site: SampleMessage) -> bool:
@@ -176,8 +248,6 @@ def _check_sites(
     sites: Mapping[str, SampleMessage],
     posterior_samples: Mapping[str, Tensor],
     call: _Call,
-    *,
-    train: bool,
 ) -> None:
     """Refuse samples that lack what only they can tell."""
     missing = {
@@ -191,7 +261,7 @@ def _check_sites(
             f"posterior_samples: {quoted(unknown)}: no such site in the model, which has "
             f"{quoted(missing)}, without samples. Rename the one to the other, or leave it out."
         )
-    if missing and train:
+    if missing and call.train:
         raise ValueError(
             f"site {quoted(missing)}: not in posterior_samples, so its value in the training data "
             "is not known. Add its samples; or call the model with held-out data alone, without "
@@ -211,9 +281,7 @@ def _plates(site: SampleMessage) -> dict[int, str]:
     return {f.dim: f.name for f in site["cond_indep_stack"] if f.dim is not None}
 
 
-def _place(
-    site: SampleMessage, sample: Tensor, nesting: int, argument: str, *, train: bool
-) -> Tensor:
+def _place(site: SampleMessage, sample: Tensor, nesting: int, call: _Call) -> Tensor:
     """
     Bring a site's samples, of the shape of an ordinary run, to the left of all plates.
 
@@ -230,18 +298,18 @@ def _place(
         old, new = found[position], expected[position]
         if old == new:
             continue
-        if train or position not in plates:
+        if call.train or position not in plates:
             fits = False
         elif old > new:
             raise ValueError(
-                f"site '{name}': plate '{plates[position]}' has {new} elements in {argument}, but "
+                f"site '{name}': plate '{plates[position]}' has {new} elements in {call.name}, but "
                 f"posterior_samples have {old}. Which of them these are cannot be told: select "
                 f"them from the samples; or leave '{name}' out, if the elements are new."
             )
     if not fits:
         raise ValueError(
             f"site '{name}': posterior_samples have shape {found} for each sample, but the model "
-            f"called with {argument} has {expected}. Only plates may be larger in test."
+            f"called with {call.name} has {expected}. Only plates may be larger in test."
         )
     return sample.reshape(len(sample), *[1] * (nesting - batch), *found)
 
@@ -272,26 +340,32 @@ class _Given(Messenger):
             return
         value = self.placed[msg["name"]]
         shape = msg["fn"].batch_shape + msg["fn"].event_shape
-        if value.shape != shape and value.dim() == len(shape):
+        if value.shape != shape[len(shape) - value.dim() :]:
             drawn = msg["fn"]().to(value).clone()  # some distributions return an expanded tensor
-            drawn[tuple(slice(size) for size in value.shape)] = value
+            kept = tuple(slice(size) for size in value.shape)
+            drawn[(Ellipsis, *kept)] = value
             value = drawn
         msg["value"] = value
         msg["done"] = True
 
 
 def _run_together(
-    model: Program, call: _Call, samples: Mapping[str, Tensor], number: int, nesting: int
+    model: Program,
+    call: _Call,
+    samples: Mapping[str, Tensor],
+    shape: tuple[int, int],
+    nesting: int,
 ) -> Trace:
-    """Run the model on some samples at once, in the batch dim left of its plates."""
+    """Run the model on some draws of some samples, in two batch dims left of its plates."""
+    draws = pyro.plate(LOCAL_SAMPLES, shape[0], dim=-2 - nesting)
     try:
-        with _Given(samples), pyro.plate("_mpis_samples", number, dim=-1 - nesting):
+        with _Given(samples), draws, pyro.plate(SAMPLES, shape[1], dim=-1 - nesting):
             return call.trace(model)
     except Exception as error:
         raise ValueError(
-            f"the model runs on single values with {call.name}, but not on {number} posterior "
-            f"samples at once: {type(error).__name__}: {first_line(error)}. Samples are in a batch "
-            "dim left of the plates: index from the right (x[..., 0], not x[0]), keep batch dims "
+            f"the model runs on single values with {call.name}, but not on {shape[1]} posterior "
+            f"samples at once: {type(error).__name__}: {first_line(error)}. Samples are in batch "
+            "dims left of the plates: index from the right (x[..., 0], not x[0]), keep batch dims "
             "when reshaping, do not call .item() on a latent's value or branch on it."
         ) from error
 
@@ -323,11 +397,14 @@ def _check_vectorised(
     ran = sample_sites(together)
     for name, site in sites.items():
         if is_latent(site) and not is_delta(site["fn"]):
-            values[name] = ran[name]["value"][-1].reshape(site["value"].shape)
+            value = ran[name]["value"]
+            while value.dim() > nesting + site["fn"].event_dim:  # the last draw, the last sample
+                value = value[-1]
+            values[name] = value.reshape(site["value"].shape)
     alone = call.trace(poutine.condition(model, values))
     for name, log_prob in log_probs.items():
         expected = _log_prob(alone, name)
-        found = log_prob[-1] if log_prob.dim() == nesting + 1 else log_prob
+        found = log_prob[-1, -1] if log_prob.dim() == nesting + 2 else log_prob
         if found.numel() != expected.numel() or not torch.allclose(
             found.reshape(-1), expected.reshape(-1), rtol=1e-3, atol=1e-3
         ):

@@ -441,8 +441,8 @@ def load_birds(*, download: bool) -> Splits:
         weather, stops = (here[name] for name in names)
     elif not download:
         raise Unavailable(
-            f"occupancy: no files {' and '.join(f'{start}*' for start in BIRD_FILES)} in occupancy/ "
-            "in the folder that PYRO_MPIS_DATA names, and downloads are off."
+            f"occupancy: no {BIRD_FILES[0]}* and {BIRD_FILES[1]}* in occupancy/ in the folder that "
+            "PYRO_MPIS_DATA names, and downloads are off."
         )
     else:
         weather, stops = _birds_of_release()
