@@ -20,6 +20,7 @@ over the elements i of the plates that all new latents are in.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import EllipsisType
 from typing import TypeAlias, cast
 
 import pyro
@@ -221,10 +222,8 @@ def _averaged(
         if shared <= set(_plates(sites[name]).items()):
             kept = {dim for dim, _ in shared}
             others = [dim for dim in range(2 - log_prob.dim(), 0) if dim not in kept]
-            log_prob = (
-                log_prob.sum(others, keepdim=True, dtype=torch.double) if others else log_prob
-            )
-            inside.append(log_prob.double())
+            log_prob = log_prob.double()
+            inside.append(log_prob.sum(others, keepdim=True) if others else log_prob)
         elif bool((log_prob == log_prob[:1]).all()):  # reads no new latent
             outside.append(log_prob[0].reshape(log_prob.shape[1], -1).sum(-1, dtype=torch.double))
         else:
@@ -342,8 +341,8 @@ class _Given(Messenger):
         shape = msg["fn"].batch_shape + msg["fn"].event_shape
         if value.shape != shape[len(shape) - value.dim() :]:
             drawn = msg["fn"]().to(value).clone()  # some distributions return an expanded tensor
-            kept = tuple(slice(size) for size in value.shape)
-            drawn[(Ellipsis, *kept)] = value
+            kept: tuple[EllipsisType | slice, ...] = (..., *map(slice, value.shape))
+            drawn[kept] = value
             value = drawn
         msg["value"] = value
         msg["done"] = True

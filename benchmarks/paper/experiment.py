@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -24,18 +24,13 @@ class Experiment:
     max_plate_nesting: int
     # latents of plate elements that the test set has in place of the training set's
     new_latents: tuple[str, ...] = ()
+    local_samples: int = 1  # draws of these for each posterior sample; the authors have one
 
     def to(self, device: str) -> Experiment:
         """Return the experiment with its data on another device."""
-        return Experiment(
-            self.name,
-            self.model,
-            self.guide,
-            {name: value.to(device) for name, value in self.train.items()},
-            {name: value.to(device) for name, value in self.test.items()},
-            self.max_plate_nesting,
-            self.new_latents,
-        )
+        train = {name: value.to(device) for name, value in self.train.items()}
+        test = {name: value.to(device) for name, value in self.test.items()}
+        return replace(self, train=train, test=test)
 
 
 def read_by_index(weights: Tensor, index: Tensor) -> Tensor:

@@ -122,6 +122,7 @@ def occupancy_model(detected: Tensor, weather: Tensor, quality: Tensor) -> None:
 
 
 BUS_GUIDE: Program = functools.partial(bus_guide, unused=False)
+LOCAL_SAMPLES = 30  # of latents of the test set alone
 Loader = Callable[..., Splits]
 SUMMED: Program = config_enumerate(occupancy_model, "parallel")
 WITHOUT_PRESENCE: Program = functools.partial(occupancy_guide, presence=False)
@@ -148,4 +149,5 @@ def load(name: str, *, download: bool = True) -> Experiment:
     """
     loader, model, guide, max_plate_nesting, new_latents = _EXPERIMENTS[name]
     train, test = loader(download=download)
-    return Experiment(name, model, guide, train, test, max_plate_nesting, new_latents)
+    nesting, draws = max_plate_nesting, LOCAL_SAMPLES
+    return Experiment(name, model, guide, train, test, nesting, new_latents, draws)

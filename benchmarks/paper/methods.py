@@ -99,7 +99,9 @@ def _importance(
 
 def _predictive(experiment: Experiment, samples: Mapping[str, Tensor]) -> float:
     known = {name: x for name, x in samples.items() if name not in experiment.new_latents}
-    return log_predictive(experiment.model, known, experiment.test).item()
+    return log_predictive(
+        experiment.model, known, experiment.test, num_local_samples=experiment.local_samples
+    ).item()
 
 
 def _latents(program: Program, experiment: Experiment) -> list[str]:
