@@ -37,6 +37,7 @@ TITLES = {
     "occupancy": "Bird occupancy",
 }
 K_LABEL = "K, samples of each latent"
+TIME_LABEL = "time / s"
 SAMPLING = ("mpis", "mpis_grouped", "mpis_summed", "global")
 PANELS: Sequence[tuple[str, Callable[[Row], Estimate], Callable[[Row], float]]] = (
     ("ELBO / nats", lambda row: row.elbo, lambda row: row.elbo_seconds),
@@ -104,7 +105,7 @@ def against_time(rows: Sequence[_Shown], path: Path) -> bool:
             _line(axes, line, [(x, y) for _, x, y in of_line])
 
     shown = [x for x in rows if x.line in SAMPLING and not _global_of_summed(x)]
-    return _grid(shown, path, "time / s", panel)
+    return _grid(shown, path, TIME_LABEL, panel)
 
 
 def against_iterative(rows: Sequence[_Shown], path: Path) -> bool:
@@ -124,7 +125,7 @@ def against_iterative(rows: Sequence[_Shown], path: Path) -> bool:
 
     trained = {x.panel for x in rows if x.row.iteration is not None}
     shown = [x for x in rows if x.panel in trained and x.line != "global"]
-    return _grid(shown, path, "time / s", panel)
+    return _grid(shown, path, TIME_LABEL, panel)
 
 
 def _global_of_summed(shown: _Shown) -> bool:

@@ -122,7 +122,7 @@ def occupancy_model(detected: Tensor, weather: Tensor, quality: Tensor) -> None:
 
 
 BUS_GUIDE: Program = functools.partial(bus_guide, unused=False)
-LOCAL_SAMPLES = 30  # of latents of the test set alone
+LOCAL_SAMPLES = 10  # of latents of the test set alone
 Loader = Callable[..., Splits]
 SUMMED: Program = config_enumerate(occupancy_model, "parallel")
 WITHOUT_PRESENCE: Program = functools.partial(occupancy_guide, presence=False)

@@ -110,7 +110,12 @@ def _latents(program: Program, experiment: Experiment) -> list[str]:
 
 
 class Clock:
-    """Seconds that have passed while it was not stopped."""
+    """
+    Seconds that have passed while it was not stopped.
+
+    CPU seconds of all threads, which do not depend on what else the machine does; of a GPU, the
+    time until it has finished.
+    """
 
     def __init__(self) -> None:
         self.total = 0.0
@@ -129,7 +134,8 @@ class Clock:
     def _now() -> float:
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
-        return time.perf_counter()
+            return time.perf_counter()
+        return time.process_time()
 
 
 # --- iterative methods ----------------------------------------------------------------------

@@ -24,39 +24,54 @@ AUTHORS = json.loads(Path(__file__).with_name("authors.json").read_text())
 
 @dataclass(frozen=True)
 class Size:
-    """How much to run; the first seed of each importance sampling runs twice, to warm up."""
+    """
+    How much to run.
+
+    Numbers of samples are by experiment, those of ``""`` for the others. The first seed of each
+    number of samples runs twice, to warm up.
+    """
 
     ks: Mapping[str, Sequence[int]]  # of massively parallel importance sampling
-    global_ks: Sequence[int]
+    global_ks: Mapping[str, Sequence[int]]
     seeds: int
+    global_seeds: int
     iterations: int
     iterative_seeds: int
     learning_rates: Sequence[float] | None  # None: the one that the authors chose
-    costly_seeds: int = 3  # of global importance sampling with ``COSTLY`` samples or more
-    largest: int = 5 * 10**8  # samples of all observations together, of global importance sampling
+    costly_seeds: int  # of global importance sampling with ``COSTLY`` samples or more
 
     def with_seeds(self, seeds: int) -> Size:
         """Return the same with another number of seeds everywhere."""
-        return replace(self, seeds=seeds, iterative_seeds=seeds, costly_seeds=seeds)
+        return replace(
+            self, seeds=seeds, global_seeds=seeds, iterative_seeds=seeds, costly_seeds=seeds
+        )
 
 
 COSTLY = 10**5
 SIZES = {
     "quick": Size(
         ks={"": (3,)},
-        global_ks=(3, 30),
+        global_ks={"": (3, 30)},
         seeds=2,
+        global_seeds=2,
         iterations=8,
         iterative_seeds=1,
         learning_rates=None,
+        costly_seeds=1,
     ),
     "default": Size(
         ks={"": (1, 3, 5, 10), "chimpanzees, grouped": (3, 5, 10, 20)},
-        global_ks=(1, 3, 10, 100, 1000, 10_000, 10**6),
+        global_ks={
+            "": (1, 3, 10, 100, 1000),
+            "bus_breakdown": (1, 3, 10, 100, 1000, 10_000),
+            "chimpanzees": (1, 3, 10, 100, 1000, 10_000, 10**6),
+        },
         seeds=30,
+        global_seeds=10,
         iterations=100,
-        iterative_seeds=10,
+        iterative_seeds=5,
         learning_rates=None,
+        costly_seeds=3,
     ),
     "full": Size(
         ks={
@@ -66,13 +81,16 @@ SIZES = {
             "occupancy": (1, 3, 5, 10, 15),
             "": (1, 3, 5, 10, 15, 20, 30, 45, 60, 80, 100),
         },
-        global_ks=(1, 3, 10, 30, 100, 300, 1000, 3000, 10_000, 10**5, 10**6),
+        global_ks={
+            "": (1, 3, 10, 30, 100, 300, 1000, 3000, 10_000, 10**5, 10**6),
+            "occupancy": (1, 3, 10, 30, 100, 300, 1000, 3000, 10_000),
+        },
         seeds=100,
+        global_seeds=100,
         iterations=250,
         iterative_seeds=100,
         learning_rates=(0.3, 0.1, 0.03, 0.01),
         costly_seeds=100,
-        largest=10**11,
     ),
 }
 
@@ -80,22 +98,20 @@ SIZES = {
 def plan(experiment: Experiment, variant: str, size: Size, methods: Sequence[str]) -> list[Cell]:
     """List the cells of an experiment in the order to run them."""
     name = experiment.name
+    key = name.removesuffix("_summed")
     cells = []
     for method in methods:
         if method in ITERATIVE:
             cells += _iterative(experiment, variant, size, method)
-        elif method == "global":
-            data = max(array.numel() for array in experiment.train.values())
-            for k in size.global_ks:
-                seeds = size.costly_seeds if k >= COSTLY else size.seeds
-                if k * data <= size.largest:
-                    cells += [Cell(variant, name, method, k, seed) for seed in range(seeds)]
-        elif method == "mpis" or name in GROUPS:
-            key = f"{name}, grouped" if method == "mpis_grouped" else name.split("_summed")[0]
-            ks = size.ks.get(key, size.ks[""])
-            cells += [
-                Cell(variant, name, method, k, seed) for k in ks for seed in range(size.seeds)
-            ]
+            continue
+        if method == "mpis_grouped" and name not in GROUPS:
+            continue
+        ks = size.global_ks if method == "global" else size.ks
+        for k in ks.get(f"{key}, grouped" if method == "mpis_grouped" else key, ks[""]):
+            seeds = size.global_seeds if method == "global" else size.seeds
+            if k >= COSTLY:
+                seeds = size.costly_seeds
+            cells += [Cell(variant, name, method, k, seed) for seed in range(seeds)]
     return cells
 
 
