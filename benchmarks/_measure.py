@@ -2,6 +2,7 @@
 """Time in interleaved runs, peak memory in processes of their own, tables in Markdown."""
 
 import json
+import platform
 import resource
 import statistics
 import subprocess
@@ -89,6 +90,18 @@ def interleaved(
         )
         for name in competitors
     }
+
+
+def processor(device: str) -> str:
+    """Name what the computations run on."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+        if names:
+            return names[0]
+    return platform.processor() or platform.machine()
 
 
 def peak_bytes() -> int:

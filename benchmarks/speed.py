@@ -14,7 +14,6 @@ import functools
 import inspect
 import json
 import math
-import platform
 import statistics
 import sys
 import time
@@ -28,7 +27,7 @@ import pyro
 import torch
 from _cases import HAS_DATA, TRUTHS, Case, eight_schools_model, load
 from _competitors import floor, functions, one_block, samples
-from _measure import GIB, Peak, Timing, interleaved, peaks, report_peak, table
+from _measure import GIB, Peak, Timing, interleaved, peaks, processor, report_peak, table
 from pyro import poutine
 from pyro.infer.autoguide import AutoNormal
 
@@ -461,13 +460,9 @@ def main() -> None:
 
 
 def heading(setting: Setting) -> str:
-    where = f"one thread of {platform.processor() or platform.machine()}"
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-        where = f"one thread of {names[0]}" if names else where
-    if setting.device == "cuda":
-        where = torch.cuda.get_device_name()
+    where = processor(setting.device)
+    if setting.device != "cuda":
+        where = f"one thread of {where}"
     return f"""# Benchmarks
 
 `python benchmarks/speed.py` on {where}; torch {torch.__version__}, Pyro {pyro.__version__}.

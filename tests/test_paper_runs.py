@@ -207,7 +207,9 @@ def test_means_and_errors_over_seeds() -> None:
     assert Estimate(-10.0, 3.0).z(Estimate(0.0, 4.0)) == "-2.0"
     cell = Cell("published", "chimpanzees", "mpis", 3, 0)
     broken = Result(replace(cell, seed=5), (Point(math.nan, -1.0, 0.1, 0.1),))
-    rows = report.summarise([*results(), broken])
+    short = replace(cell, method="iwae", k=10, lr=0.3, iterations=5)  # there are longer ones
+    rows = report.summarise([*results(), broken, Result(short, (Point(-1.0, -1.0, 1.0, 1.0, 5),))])
+    assert not [row for row in rows if row.iteration == 5]
     row = next(r for r in rows if (r.variant, r.experiment, r.method) == _first(cell) and r.k == 3)
     assert row.seeds == 2
     assert row.elbo == Estimate(-301.0, 1.0)

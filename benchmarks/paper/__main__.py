@@ -11,13 +11,14 @@ tables beside the authors' figures to tables.md, figures to figure*.png.
 
 import argparse
 import json
-import platform
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pyro
 import torch
+
+from benchmarks._measure import processor
 
 from . import bias, figures, intended, published, report
 from .methods import METHODS
@@ -86,8 +87,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _describe_machine(folder: Path, device: str) -> None:
     """Note what the figures come from; of the last call, if there were several."""
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor()
-    about = {"device": name or platform.machine(), "torch": torch.__version__}
+    about = {"device": processor(device), "torch": torch.__version__}
     about |= {"pyro": pyro.__version__, "threads": torch.get_num_threads()}
     (folder / "machine.json").write_text(json.dumps(about, indent=1) + "\n")
 

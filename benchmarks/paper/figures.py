@@ -76,7 +76,7 @@ def _renamed(row: Row) -> _Shown:
 
 
 def against_k(rows: Sequence[_Shown], path: Path) -> bool:
-    """Figure 1: against K, the authors' values as open symbols."""
+    """Figure 1: against K; the authors' values at the same K as open symbols."""
 
     def panel(axes: Any, number: int, shown: Sequence[_Shown]) -> None:
         _, figure, _ = PANELS[number]
@@ -85,8 +85,8 @@ def against_k(rows: Sequence[_Shown], path: Path) -> bool:
             ours = [(row.k, figure(row)) for row in of_line]
             _line(axes, line, ours)
             if line in ("mpis", "global") and ours and shown[0].row.variant == "published":
-                theirs = authors(shown[0].panel, line).items()
-                points = [(k, both[number]) for k, both in theirs if k <= ours[-1][0]]
+                theirs = authors(shown[0].panel, line)
+                points = [(k, theirs[k][number]) for k, _ in ours if k in theirs]
                 _line(axes, line, points, open_symbols=True)
 
     shown = [x for x in rows if x.line in SAMPLING and not _global_of_summed(x)]

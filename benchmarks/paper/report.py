@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 
 from .methods import Point, mean_and_error
 from .runs import AUTHORS, Result
@@ -32,7 +33,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Row:
-    """One method at one K, after some iterations if it is iterative; means over seeds."""
+    """One method at one K, after some iterations if it is iterative; seconds are medians."""
 
     variant: str
     experiment: str
@@ -48,22 +49,33 @@ class Row:
 
 
 def summarise(results: Iterable[Result]) -> list[Row]:
-    """Average over seeds; values that are not finite are left out, as the authors do."""
+    """
+    Average over seeds; values that are not finite are left out, as the authors do.
+
+    Of runs with several numbers of iterations, the longest count.
+    """
+    results = list(results)
+    longest: dict[tuple[str, str, str], int] = {}
+    for result in results:
+        name = (result.cell.variant, result.cell.experiment, result.cell.method)
+        longest[name] = max(longest.get(name, 0), result.cell.iterations or 0)
     groups: dict[tuple[str, str, str, int, float | None, int | None], list[Point]] = {}
     for result in results:
         cell = result.cell
+        name = (cell.variant, cell.experiment, cell.method)
+        if (cell.iterations or 0) < longest[name]:
+            continue
         for point in result.points:
             if math.isfinite(point.elbo) and math.isfinite(point.p_ll):
-                key = (cell.variant, cell.experiment, cell.method, cell.k, cell.lr, point.iteration)
-                groups.setdefault(key, []).append(point)
+                groups.setdefault((*name, cell.k, cell.lr, point.iteration), []).append(point)
     return [
         Row(
             *key,
             seeds=len(points),
             elbo=Estimate(*mean_and_error([point.elbo for point in points])),
             p_ll=Estimate(*mean_and_error([point.p_ll for point in points])),
-            elbo_seconds=mean_and_error([point.elbo_seconds for point in points])[0],
-            p_ll_seconds=mean_and_error([point.p_ll_seconds for point in points])[0],
+            elbo_seconds=median(point.elbo_seconds for point in points),
+            p_ll_seconds=median(point.p_ll_seconds for point in points),
         )
         for key, points in groups.items()
     ]
