@@ -281,7 +281,7 @@ def test_the_truth_of_the_toy_by_simulation() -> None:
     """Simulate the model: the fraction of data sets that equal the observed one."""
     pyro.set_rng_seed(0)
     num_runs = 500_000
-    a, b = torch.randn(num_runs, 1), torch.randn(num_runs, 1)
+    a, b = 2 * torch.rand(2, num_runs, 1) - 1
     z = torch.bernoulli(torch.sigmoid(3 * a * b).expand(-1, len(bias.OBSERVED)))
     x = torch.bernoulli(0.9 * z + 0.1 * (1 - z))
     check_mean((x == bias.OBSERVED).all(-1).double() / bias.exact(), 1.0)
