@@ -167,7 +167,7 @@ def _grid(
     if not names:
         return False
     picture, grid = pyplot.subplots(
-        2, len(names), figsize=(1.2 + 3 * len(names), 5.6), sharex="col", squeeze=False
+        2, len(names), figsize=(2 + 3 * len(names), 5.6), sharex="col", squeeze=False
     )
     handles: dict[str, Any] = {}
     for column, name in enumerate(names):
@@ -196,10 +196,16 @@ def _grid(
                 axes.set_xlabel(x_label)
             for handle, text in zip(*axes.get_legend_handles_labels(), strict=True):
                 handles.setdefault(text, handle)
+    columns = min(4, 2 + len(names) // 2)
     picture.legend(
-        handles.values(), handles.keys(), loc="lower center", ncol=4, frameon=False, fontsize=9
+        handles.values(),
+        handles.keys(),
+        loc="lower center",
+        ncol=columns,
+        frameon=False,
+        fontsize=9,
     )
-    lines = -(-len(handles) // 4)
+    lines = -(-len(handles) // columns)
     picture.tight_layout(rect=(0, 0.045 * lines, 1, 1))
     picture.savefig(path, dpi=110)
     pyplot.close(picture)
