@@ -70,6 +70,17 @@ def test_importance_sampling_finds_both_figures(
     assert 0 < point.elbo_seconds < point.p_ll_seconds
 
 
+def test_samples_in_parts_are_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Global importance sampling of a million samples takes the memory of a part of them."""
+    assert methods._parts(effects(), 10**6) == 1
+    monkeypatch.setattr(methods, "ENTRIES", 10_000)
+    assert methods._parts(effects(), 30_000) == 10  # 9 would do, but do not divide it
+    assert methods._parts(effects(), 7) == 1
+    cell = Cell("published", "chimpanzees", "global", 30_000, seed=1)
+    (point,) = methods.run(effects(), cell, GIB)
+    assert point.elbo == pytest.approx(log_evidence(Y), abs=0.1)
+
+
 def test_one_sample_is_the_same_for_all_importance_sampling() -> None:
     points = [
         methods.run(effects(), Cell("published", "chimpanzees", method, 1, seed=3), GIB)

@@ -33,6 +33,7 @@ from .experiment import Experiment, Program
 ITERATIVE = ("vi", "iwae", "rws")
 METHODS = ("mpis", "mpis_grouped", "global", *ITERATIVE)
 POSTERIOR_SAMPLES = 100
+ENTRIES = 5 * 10**7  # samples of all observations that are evaluated together
 
 # Latents that one likelihood reads and that are few enough to share an index.
 GROUPS: Mapping[str, Sequence[Sequence[str]]] = {"chimpanzees": [("beta_P", "beta_PC")]}
@@ -75,18 +76,35 @@ def run(experiment: Experiment, cell: Cell, memory_limit: int) -> list[Point]:
         groups = GROUPS[cell.experiment]
     elif cell.method == "global":
         groups = [latents]
-    return [_importance(experiment, cell.k, groups, memory_limit)]
+    parts = _parts(experiment, cell.k) if cell.method == "global" else 1
+    return [_importance(experiment, cell.k, parts, groups, memory_limit)]
+
+
+def _parts(experiment: Experiment, k: int) -> int:
+    """
+    Return into how many equal parts to divide the samples of global importance sampling.
+
+    As replicates of fewer samples they have the same estimates, and take less memory.
+    """
+    data = max(array.numel() for array in experiment.train.values())
+    enough = -(-k * data // ENTRIES)
+    return next(parts for parts in range(enough, k + 1) if k % parts == 0)
 
 
 def _importance(
-    experiment: Experiment, k: int, groups: Sequence[Sequence[str]], memory_limit: int
+    experiment: Experiment,
+    k: int,
+    parts: int,
+    groups: Sequence[Sequence[str]],
+    memory_limit: int,
 ) -> Point:
     clock = Clock()
     posterior = MPImportance(
         experiment.model,
         experiment.guide,
-        k,
+        k // parts,
         groups=groups,
+        num_replicates=parts,
         max_plate_nesting=experiment.max_plate_nesting,
         memory_limit=memory_limit,
         disable_progbar=True,
