@@ -38,6 +38,7 @@ TITLES = {
 }
 K_LABEL = "K, samples of each latent"
 TIME_LABEL = "time / s"
+LARGEST_RATIO = 100  # of the worst to the best on one axis; what is beyond is cut off
 SAMPLING = ("mpis", "mpis_grouped", "mpis_summed", "global")
 PANELS: Sequence[tuple[str, Callable[[Row], Estimate], Callable[[Row], float]]] = (
     ("ELBO / nats", lambda row: row.elbo, lambda row: row.elbo_seconds),
@@ -161,7 +162,7 @@ def _grid(
 ) -> bool:
     """Draw a column for each data set, a row for each figure; log axes, better is up."""
     from matplotlib import pyplot
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     names = [name for name in TITLES if any(x.panel == name for x in shown)]
     if not names:
@@ -180,8 +181,10 @@ def _grid(
                 axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
                 axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0f}"))
             axes.set_yscale("log")
-            axes.invert_yaxis()  # of -log p: better is up
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            best, worst = axes.get_ylim()
+            axes.set_ylim(min(worst, LARGEST_RATIO * best), best)  # of -log p: better is up
+            narrow = worst < 3 * best
+            axes.yaxis.set_major_locator(MaxNLocator(5) if narrow else LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"\N{MINUS SIGN}{y:,.0f}"))
             axes.yaxis.set_minor_formatter(NullFormatter())
             axes.grid(True, color="0.92")

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
-from .methods import Point, mean_and_error
+from . import published
+from .methods import METHODS, Point, mean_and_error
 from .runs import AUTHORS, Result
 
 
@@ -68,7 +69,7 @@ def summarise(results: Iterable[Result]) -> list[Row]:
         for point in result.points:
             if math.isfinite(point.elbo) and math.isfinite(point.p_ll):
                 groups.setdefault((*name, cell.k, cell.lr, point.iteration), []).append(point)
-    return [
+    rows = [
         Row(
             *key,
             seeds=len(points),
@@ -79,6 +80,14 @@ def summarise(results: Iterable[Result]) -> list[Row]:
         )
         for key, points in groups.items()
     ]
+    return sorted(rows, key=_order)
+
+
+def _order(row: Row) -> tuple[bool, int, int, float, int, int]:
+    """Sort by variant, experiment, method, rate, K, iteration."""
+    names = [*published.NAMES, row.experiment]  # those that it does not have come last
+    place = (row.variant != "published", names.index(row.experiment))
+    return *place, METHODS.index(row.method), row.lr or 0.0, row.k, row.iteration or 0
 
 
 def authors(experiment: str, method: str) -> dict[int, tuple[Estimate, Estimate]]:
@@ -104,6 +113,8 @@ def write(rows: Sequence[Row], folder: Path) -> None:
         beside_authors(rows),
         "## The authors' estimate of occupancy without its bias",
         beside_unbiased(rows),
+        "## Occupancy with presence summed out, as published",
+        of_variant([row for row in rows if row.experiment == "occupancy_summed"], "published"),
         "## Importance sampling, as intended",
         of_variant(rows, "intended"),
         "## Iterative methods, after their last iteration",
