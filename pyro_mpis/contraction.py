@@ -313,9 +313,10 @@ def _without_own(term: Tensor, dims: str) -> Tensor:
 
 def _matmul(a: Tensor, b: Tensor, only_a: str, only_b: str, dims: str) -> Tensor:
     batch = "".join(s for s in dims_of(a) if s in dims_of(b) and s not in dims)
-    dtype = torch.promote_types(a.dtype, b.dtype)
-    left = aligned(a, batch + only_a + dims).to(dtype)
-    right = aligned(b, batch + dims + only_b).to(dtype)
+    if a.numel() < b.numel():  # the larger one's rows can be worked on in parts
+        a, b, only_a, only_b = b, a, only_b, only_a
+    left = aligned(a, batch + only_a + dims)
+    right = aligned(b, batch + dims + only_b)
     sizes = dict(zip(batch + only_a + dims, left.shape, strict=True))
     sizes |= dict(zip(batch + dims + only_b, right.shape, strict=True))
 
