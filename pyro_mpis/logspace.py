@@ -81,7 +81,7 @@ class _LogSumExp(torch.autograd.Function):
         for part in _parts(x, range(x.dim() - 1)):
             own = x[part]
             highest = own.amax(-1, keepdim=True)
-            total = _exp_(own - _finite(highest)).sum(-1)
+            total = exp_(own - _finite(highest)).sum(-1)
             torch.add(total.log_(), highest.squeeze(-1), out=result[part[:-1]])
         return result
 
@@ -172,9 +172,6 @@ def _product_grads(a: Tensor, b: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     scaled = grad / product
     if any_lost:
         scaled.masked_fill_(lost, 0.0)
-    # what was clamped is no share of anything
-    ea = torch.nn.functional.threshold_(ea, 2 * _SMALLEST[ea.dtype], 0.0)
-    eb = torch.nn.functional.threshold_(eb, 2 * _SMALLEST[eb.dtype], 0.0)
     grad_a = (scaled @ eb.mT).mul_(ea)
     grad_b = (ea.mT @ scaled).mul_(eb)
     if any_lost:
@@ -199,12 +196,14 @@ def _shifted(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # contiguous: a batched product copies each matrix of other tensors by itself
     ea = torch.sub(a, a_max, out=torch.empty(a.shape, dtype=a.dtype, device=a.device))
     eb = torch.sub(b, b_max, out=torch.empty(b.shape, dtype=b.dtype, device=b.device))
-    return a_max, b_max, _exp_(ea), _exp_(eb)
+    return a_max, b_max, exp_(ea), exp_(eb)
 
 
-def _exp_(x: Tensor) -> Tensor:
-    """Exponentiate in place numbers that are at most zero; those of -inf are tiny, not zero."""
-    return x.clamp_(min=_LOWEST[x.dtype]).exp_()
+def exp_(x: Tensor) -> Tensor:
+    """Exponentiate in place numbers that are at most zero; what would underflow is zero."""
+    lowest = _LOWEST[x.dtype]
+    x = x.clamp_(min=lowest).exp_()
+    return torch.nn.functional.threshold_(x, 2.0 * math.exp(lowest), 0.0)
 
 
 def _finite(highest: Tensor) -> Tensor:
@@ -215,8 +214,7 @@ def _finite(highest: Tensor) -> Tensor:
 def _shares(x: Tensor) -> Tensor:
     """Return the softmax over the last dim; zero, not nan, where the whole row is -inf."""
     highest = x.amax(-1, keepdim=True)
-    shares = _exp_(x - _finite(highest))
-    shares = torch.nn.functional.threshold_(shares, 2 * _SMALLEST[x.dtype], 0.0)
+    shares = exp_(x - _finite(highest))
     return shares.div_(shares.sum(-1, keepdim=True).clamp_(min=0.5))
 
 
@@ -245,8 +243,3 @@ def _blocks(a: Tensor, b: Tensor) -> Iterator[tuple[slice, slice]]:
     for start in range(0, a.shape[0], size):
         for row in range(0, a.shape[1], rows):
             yield slice(start, start + size), slice(row, row + rows)
-
-
-_SMALLEST = {
-    dtype: float(torch.tensor(lowest, dtype=dtype).exp()) for dtype, lowest in _LOWEST.items()
-}
