@@ -79,10 +79,10 @@ class _LogSumExp(torch.autograd.Function):
         ctx.save_for_backward(x)
         result = x.new_empty(x.shape[:-1])
         for part in _parts(x, range(x.dim() - 1)):
-            own = x[part]
-            highest = own.amax(-1, keepdim=True)
-            total = exp_(own - _finite(highest)).sum(-1)
-            torch.add(total.log_(), highest.squeeze(-1), out=result[part[:-1]])
+            own = _summed_first(x[part])
+            highest = own.amax(0)
+            total = exp_(own - _finite(highest)).sum(0)
+            torch.add(total.log_(), highest, out=result[part[:-1]])
         return result
 
     @staticmethod
@@ -191,8 +191,8 @@ def _terms(a: Tensor, b: Tensor, lost: Tensor) -> Iterator[tuple[Tensor, Tensor,
 
 
 def _shifted(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    a_max = _finite(a.amax(-1, keepdim=True))
-    b_max = _finite(b.amax(-2, keepdim=True))
+    a_max = _finite(_summed_first(a).amax(0)).unsqueeze(-1)
+    b_max = _finite(_summed_first(b.mT).amax(0)).unsqueeze(-2)
     # contiguous: a batched product copies each matrix of other tensors by itself
     ea = torch.sub(a, a_max, out=torch.empty(a.shape, dtype=a.dtype, device=a.device))
     eb = torch.sub(b, b_max, out=torch.empty(b.shape, dtype=b.dtype, device=b.device))
@@ -203,7 +203,7 @@ def exp_(x: Tensor) -> Tensor:
     """Exponentiate in place numbers that are at most zero; what would underflow is zero."""
     lowest = _LOWEST[x.dtype]
     x = x.clamp_(min=lowest).exp_()
-    return torch.nn.functional.threshold_(x, 2.0 * math.exp(lowest), 0.0)
+    return torch.nn.functional.threshold(x, 2.0 * math.exp(lowest), 0.0, inplace=True)
 
 
 def _finite(highest: Tensor) -> Tensor:
@@ -213,9 +213,14 @@ def _finite(highest: Tensor) -> Tensor:
 
 def _shares(x: Tensor) -> Tensor:
     """Return the softmax over the last dim; zero, not nan, where the whole row is -inf."""
-    highest = x.amax(-1, keepdim=True)
-    shares = exp_(x - _finite(highest))
-    return shares.div_(shares.sum(-1, keepdim=True).clamp_(min=0.5))
+    x = _summed_first(x)
+    shares = exp_(x - _finite(x.amax(0)))
+    return shares.div_(shares.sum(0).clamp_(min=0.5)).movedim(0, -1)
+
+
+def _summed_first(x: Tensor) -> Tensor:
+    """Bring the last dim to the front, in memory too: maxima over short dims are slow elsewhere."""
+    return x.movedim(-1, 0).contiguous()
 
 
 def _part(x: Tensor) -> int:
@@ -225,7 +230,7 @@ def _part(x: Tensor) -> int:
 def _parts(x: Tensor, dims: Iterable[int]) -> Iterator[tuple[slice, ...]]:
     """Cut a tensor along some of its dims, the outermost in memory first, into parts."""
     sizes = list(x.shape)
-    for dim in sorted(dims, key=lambda dim: -x.stride(dim)):
+    for dim in sorted(dims, key=lambda dim: -x.stride()[dim]):
         rest = math.prod(sizes) // max(1, sizes[dim])
         sizes[dim] = max(1, min(sizes[dim], _part(x) // max(1, rest)))
     cuts = [
