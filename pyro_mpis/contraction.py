@@ -22,7 +22,7 @@ adds up, for each element of the outer plates, the elements that read it.
 import math
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import opt_einsum
 import torch
@@ -255,6 +255,22 @@ def log_evidence(graph: FactorGraph, factors: Sequence[LogFactor] | None = None)
     :raises NotImplementedError: if plates cross: the cost would be exponential in their size.
     """
     return contract(graph, graph.factors if factors is None else factors, LogSpaceRing(graph))
+
+
+def reduced(graph: FactorGraph) -> FactorGraph:
+    """Sum the log factors over the plates that hold no index: so are those of observations."""
+    occupied = frozenset[str]().union(*map(graph.closed, graph.index_plates.values()))
+    for inner, element_map in graph.nesting.items():
+        occupied |= inner | frozenset(element_map.outer)
+    factors = []
+    for factor in graph.factors:
+        positions = [n for n, s in enumerate(factor.dims) if s in factor.plates - occupied]
+        if positions:
+            dims = "".join(s for n, s in enumerate(factor.dims) if n not in positions)
+            tensor = sum_in_double(factor.tensor, positions)
+            factor = LogFactor(factor.name, tensor, dims, factor.plates & occupied)
+        factors.append(factor)
+    return replace(graph, factors=tuple(factors))
 
 
 def contract(graph: FactorGraph, factors: Sequence[LogFactor], ring: LogSpaceRing) -> Tensor:

@@ -58,6 +58,7 @@ class Site:
     plates: frozenset[str]  # symbols
     reads: frozenset[str]  # random sites
     silent: bool  # adds nothing to the density, as pyro.deterministic
+    event_size: int = 1  # number of elements of an event
 
 
 @dataclass(frozen=True)
@@ -396,6 +397,7 @@ def _read(site: SampleMessage, plates: Mapping[str, Plate]) -> Site:
         plates=frozenset(plate.symbol for plate in frames),
         reads=reads - {name},
         silent=_is_silent(site),
+        event_size=fn.event_shape.numel(),
     )
 
 

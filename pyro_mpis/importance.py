@@ -11,6 +11,7 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from pyro_mpis import memory
 from pyro_mpis import moments as _moments
 from pyro_mpis._typing import MomentFunction, Program
 from pyro_mpis._warnings import warn
@@ -20,6 +21,7 @@ from pyro_mpis.blocks import (
     Plan,
     Workers,
     evidence_error,
+    impossible_elements,
     joint_weights_of,
     run_replicates,
     sample_of,
@@ -28,7 +30,7 @@ from pyro_mpis.dependencies import Structure, analyse, check_same_site
 from pyro_mpis.factors import FactorGraph
 from pyro_mpis.handlers import Programs, first_line, quoted, run_plainly, sample_sites
 from pyro_mpis.marginals import Marginal, merge
-from pyro_mpis.memory import default_limit, plan_blocks
+from pyro_mpis.memory import default_limit
 from pyro_mpis.summary import Summary, summarise
 
 Answer = TypeVar("Answer")
@@ -132,11 +134,11 @@ class MPImportance:
                 groups=self.groups,
                 max_plate_nesting=self.max_plate_nesting,
             )
-            limit = self.memory_limit
+            device, limit = _device(model_trace), self.memory_limit
             if limit is None:
-                limit = default_limit(_device(model_trace))
-            block_sizes = plan_blocks(structure, self.num_samples, limit)
-            plan = Plan(structure, programs, self.num_samples, block_sizes)
+                limit = default_limit(device)
+            cut = memory.plan(structure, self.num_samples, limit, device.type)
+            plan = Plan(structure, programs, self.num_samples, cut)
         sums = run_replicates(plan, self.num_replicates, self._workers)
         possible = [total for total in sums if bool(torch.isfinite(total.log_evidence))]
         if not possible:
@@ -390,20 +392,17 @@ def _split_moment(
 
 def _impossible(total: BlockSum) -> ValueError:
     """Say which site makes the evidence zero."""
-    with total.builder.environment.entered():
-        graph = total.builder(total.blocks[0])
-    for factor in graph.factors:
-        particle_dims = [d for d, s in enumerate(factor.dims) if s in graph.index_plates]
-        best = factor.tensor.amax(particle_dims) if particle_dims else factor.tensor
-        if bool((best == -torch.inf).any()):
-            count = int((best == -torch.inf).sum())
+    for name, impossible in impossible_elements(total).items():
+        if bool(impossible.any()):
             return ValueError(
-                f"site '{factor.name}': probability zero for all particles at {count} of "
-                f"{best.numel()} plate elements, so the evidence is zero. Check the data against "
-                "the distribution's support, or use a guide that reaches where the data have "
-                "positive probability."
+                f"site '{name}': probability zero for all particles at {int(impossible.sum())} of "
+                f"{impossible.numel()} plate elements, so the evidence is zero. Check the data "
+                "against the distribution's support, or use a guide that reaches where the data "
+                "have positive probability."
             )
-    names = {factor.name for factor in graph.factors if bool((factor.tensor == -torch.inf).any())}
+    with total.builder.environment.entered():
+        factors = total.builder(total.blocks[0]).factors
+    names = {factor.name for factor in factors if bool((factor.tensor == -torch.inf).any())}
     return ValueError(
         f"the evidence is zero: no combination of particles has positive probability at all of "
         f"{quoted(names)} together. Draw more particles, or use a guide nearer to the posterior."
