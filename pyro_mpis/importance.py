@@ -5,7 +5,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from typing import TypeVar, overload
+from typing import TYPE_CHECKING, TypeVar, overload
 
 import torch
 from pyro.poutine.trace_struct import Trace
@@ -14,6 +14,7 @@ from torch import Tensor
 from pyro_mpis import moments as _moments
 from pyro_mpis._typing import MomentFunction, Program
 from pyro_mpis._warnings import warn
+from pyro_mpis.arviz_export import Names, Wanted, build, model_groups, particle_arrays
 from pyro_mpis.blocks import (
     BlockSum,
     Environment,
@@ -30,6 +31,11 @@ from pyro_mpis.handlers import Programs, first_line, quoted, run_plainly, sample
 from pyro_mpis.marginals import Marginal, merge
 from pyro_mpis.memory import default_limit, plan_blocks
 from pyro_mpis.summary import Summary, summarise
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+    from pyro_mpis.arviz_export import ArvizData
 
 Answer = TypeVar("Answer")
 
@@ -275,6 +281,62 @@ class MPImportance:
         for problem in problems:
             warn(problem)
         return summary
+
+    def to_arviz(
+        self,
+        num_samples: int = 1000,
+        *,
+        coords: "Mapping[str, ArrayLike] | None" = None,
+        dims: Mapping[str, Sequence[str]] | None = None,
+        log_likelihood: bool = True,
+        posterior_predictive: bool = False,
+        prior: bool = False,
+    ) -> "ArvizData":
+        """
+        Return the posterior in ArviZ's data structure; draws random numbers.
+
+        Needs ``pip install pyro-mpis[arviz]``. Dims are named after the plates, those of events
+        ``<site>_dim_0`` and so on; a batch dim of size one outside of all plates is dropped. The
+        groups, each in an ordinary run's shapes:
+
+        * ``posterior``: joint draws, with the values of ``pyro.deterministic``;
+          ``sample_stats``: ``lp``, the log joint density of each. The draws are one chain and
+          independent given the particles: read ``az.summary(..., kind="stats")``, since ArviZ's
+          ESS and r-hat are of Markov chains.
+        * ``log_likelihood``: of every observation, for ``az.loo``. Without ``poutine.scale``; nan
+          where ``poutine.mask`` hides it, so drop these before ``az.loo``. ``pyro.factor`` is none.
+        * ``observed_data``, ``constant_data`` (the arrays that the model was called with),
+          ``posterior_predictive``, ``prior``, ``prior_predictive``.
+        * ``particles``, ``particle_weights``, ``particle_ess``: what the draws were drawn from.
+
+        The attributes hold the log evidence, its standard error (of several replicates), the
+        number of particles, and the version.
+
+        :param num_samples: number of draws.
+        :param coords: dim -> names of its elements.
+        :param dims: site or argument -> names of its dims, of all or of those that are no plates.
+        :param log_likelihood: whether to have that group, as large as data times draws.
+        :param posterior_predictive: whether to draw the observed sites given each posterior draw.
+        :param prior: whether to draw latent and observed sites from the prior.
+        :return: an ``xarray.DataTree``; where ArviZ is older than 1.0 an ``InferenceData``.
+        :raises ImportError: without xarray.
+        :raises ValueError: if names do not fit the dims.
+        """
+        names = Names(coords or {}, dims or {})
+        number = _positive("num_samples", num_samples)
+        wanted = Wanted(number, names, log_likelihood, posterior_predictive, prior)
+        total = self._ran()[0]
+        groups, sites = model_groups(total.builder, self.sample(number), wanted)
+        alone = {name for name, site in total.whole.values.items() if len(site.indices) == 1}
+        groups |= particle_arrays(self.marginals(), self._sampled(), alone, sites, names)
+        attributes: dict[str, object] = {
+            "log_evidence": float(self.evidence()),
+            "num_particles": self.num_samples,
+            "num_replicates": self.num_replicates,
+        }
+        if self.num_replicates > 1:
+            attributes["log_evidence_error"] = self.evidence_error()
+        return build(groups, attributes, names)
 
     @property
     def _workers(self) -> Workers:
