@@ -26,6 +26,7 @@ from pyro_mpis.blocks import (
     sample_of,
 )
 from pyro_mpis.dependencies import Structure, analyse, check_same_site
+from pyro_mpis.diagnostics import Diagnosis, diagnose
 from pyro_mpis.factors import FactorGraph
 from pyro_mpis.handlers import Programs, first_line, quoted, run_plainly, sample_sites
 from pyro_mpis.marginals import Marginal, merge
@@ -115,6 +116,7 @@ class MPImportance:
         self.disable_progbar = disable_progbar
         self._sums: list[BlockSum] = []
         self._weights: list[dict[str, Tensor]] = []
+        self._told = False  # whether the user has been told of what is poor
 
     def run(self, *args: object, **kwargs: object) -> "MPImportance":
         """
@@ -148,6 +150,7 @@ class MPImportance:
         if not possible:
             raise _impossible(sums[0])
         self._sums, self._weights = possible, [{} for _ in possible]
+        self._told = False
         for problem in _weaknesses(structure, self.groups, guide_trace, model_trace):
             warn(problem)
         return self
@@ -171,16 +174,13 @@ class MPImportance:
 
         :raises ValueError: with a single replicate.
         """
-        sums = self._ran()
+        self._ran()
         if self.num_replicates < 2:
             raise ValueError(
                 "num_replicates: one set of particles has no spread to tell an error from. Ask for "
                 "several, num_replicates=8 for example."
             )
-        log_evidences = torch.full((self.num_replicates,), -math.inf, dtype=torch.double)
-        for number, total in enumerate(sums):
-            log_evidences[number] = total.log_evidence
-        return evidence_error(log_evidences)
+        return evidence_error(self._replicates())
 
     @overload
     def moments(self) -> dict[str, Tensor]: ...
@@ -268,19 +268,39 @@ class MPImportance:
         """
         Make a table of mean, sd, quantiles, ESS and Pareto k-hat of every scalar.
 
-        Warns (:class:`~pyro_mpis.MPISWarning`) of low ESS and high k-hat, and says what helps.
+        Warns (:class:`~pyro_mpis.MPISWarning`), once a run, of what :meth:`diagnose` finds poor.
         """
-        error = self.evidence_error() if self.num_replicates > 1 else None
-        summary, problems = summarise(
-            self.marginals(),
+        marginals = self.marginals()
+        diagnosis = self._diagnosis(marginals)
+        if not self._told:
+            for problem in diagnosis.problems:
+                warn(str(problem))
+        self._told = True
+        return summarise(
+            marginals,
             self._sampled(),
-            float(self.evidence()),
-            error,
+            diagnosis.log_evidence,
+            diagnosis.evidence_error,
             self.num_samples * self.num_replicates,
         )
-        for problem in problems:
-            warn(problem)
-        return summary
+
+    def diagnose(self, *, show: bool = True) -> Diagnosis:
+        """
+        Say how far to trust the answers: what is poor, at which site, and what would help.
+
+        Looks at the effective sample size of every site and plate element, at Pareto k-hat where
+        there are particles enough (about 50), and at the replicates' spread. Draws nothing.
+
+        :param show: whether to print it.
+        """
+        diagnosis = self._diagnosis(self.marginals())
+        if show:
+            print(diagnosis)
+        self._told = True
+        return diagnosis
+
+    def _diagnosis(self, marginals: Mapping[str, Marginal]) -> Diagnosis:
+        return diagnose(self._ran()[0], marginals, self._sampled(), self._replicates())
 
     def to_arviz(
         self,
@@ -346,6 +366,13 @@ class MPImportance:
         if not self._sums:
             raise RuntimeError("no particles yet: call .run(*args, **kwargs) before any query.")
         return self._sums
+
+    def _replicates(self) -> Tensor:
+        """Return each replicate's log evidence, those of zero last: (replicates,), float64."""
+        log_evidences = torch.full((self.num_replicates,), -math.inf, dtype=torch.double)
+        for number, total in enumerate(self._ran()):
+            log_evidences[number] = total.log_evidence
+        return log_evidences
 
     def _sites(self) -> list[str]:
         return list(self._ran()[0].whole.values)
