@@ -39,9 +39,10 @@ UNEVEN_ESS = 0.5
 LARGE_ERROR = 0.5
 # Below two particles the weighted ones say nothing of the posterior's width, nor how many it takes.
 TELLING_ESS = 2.0
-# A proposal this many times wider than the posterior wastes most particles; one whose centre is
-# this many of its sds off has few where the posterior is.
-WIDE, OFF_CENTRE = 3.0, 1.5
+# A proposal this many times wider than the posterior wastes most particles; one this much narrower
+# has the weight on its outermost; one whose centre is this many of its sds off has few particles
+# where the posterior is.
+WIDE, NARROW, OFF_CENTRE = 3.0, 0.9, 1.5
 # Factors of this many indices are where sharing one pays.
 MANY_INDICES = 4
 # Values of a discrete site, to sum over rather than draw.
@@ -242,7 +243,8 @@ def _site_helps(
     others = [site for site in uneven if site.name not in small]
     if others:
         worst = min(others, key=lambda site: site.lowest_ess)
-        helps.append(_better_guide(worst, marginals[worst.name]))
+        indices = [index for index in total.builder.structure.indices if not index.enumerated]
+        helps.append(_better_guide(worst, marginals[worst.name], len(indices)))
     return helps
 
 
@@ -274,7 +276,7 @@ def _support_size(fn: Distribution) -> int | None:
     return None
 
 
-def _better_guide(site: SiteDiagnosis, marginal: Marginal) -> str:
+def _better_guide(site: SiteDiagnosis, marginal: Marginal, num_indices: int) -> str:
     """Compare the worst element's particles with its posterior."""
     name = site.worst
     source = "the prior" if site.proposal == "prior" else "the guide"
@@ -284,7 +286,7 @@ def _better_guide(site: SiteDiagnosis, marginal: Marginal) -> str:
         if site.proposal == "prior"
         else "Train the guide further, or let the site read in it those that it depends on."
     )
-    wide, off = _mismatch(marginal, int(site.ess.reshape(-1).argmin()))
+    wide, narrow, off = _mismatch(marginal, int(site.ess.reshape(-1).argmin()))
     if site.lowest_ess < TELLING_ESS or math.isinf(wide):
         return f"{name} is drawn from {source}, with most of the weight on one value. {remedy}"
     if wide >= WIDE:
@@ -294,6 +296,16 @@ def _better_guide(site: SiteDiagnosis, marginal: Marginal) -> str:
             f"{name} is drawn from {source}, whose centre is {off:.1f} of its sds off the "
             f"posterior mean. {remedy}"
         )
+    if narrow <= NARROW:
+        return (
+            f"{name} is drawn from {source}, only {narrow:.1f} times as wide as its posterior: "
+            "make the guide wider."
+        )
+    if num_indices == 1:
+        return (
+            "The guide draws all sites as one, so that they share one particle index. With a "
+            "distribution for each site (AutoNormal) all combinations of their particles count."
+        )
     return (
         f"{name} is drawn from {source}, which covers its posterior ({wide:.1f} times as wide). "
         "What makes its weights uneven besides is how few particles there are of the sites that it "
@@ -301,12 +313,12 @@ def _better_guide(site: SiteDiagnosis, marginal: Marginal) -> str:
     )
 
 
-def _mismatch(marginal: Marginal, position: int) -> tuple[float, float]:
+def _mismatch(marginal: Marginal, position: int) -> tuple[float, float, float]:
     """
     Compare the particles of an element without and with their weights.
 
-    :return: the ratio of their standard deviations, and the distance of their means in those of
-        the particles; each of the worst scalar of an event.
+    :return: the highest and the lowest ratio of their standard deviations over the scalars of an
+        event, and the largest distance of their means in those of the particles.
     """
     num_batch = len(marginal.batch_shape)
     weights = marginal.weights.flatten(0, -2)[position] if num_batch else marginal.weights
@@ -318,7 +330,8 @@ def _mismatch(marginal: Marginal, position: int) -> tuple[float, float]:
     sd = (weights * (samples - mean).square()).sum(0).sqrt()
     spread = samples.std(0, correction=0)
     ratios, distances = spread / sd, (mean - centre).abs() / spread
-    return float(ratios.nan_to_num(1.0).max()), float(distances.nan_to_num(0.0).max())
+    ratios = torch.where(ratios.isnan(), 1.0, ratios)  # no spread at all: a fixed value
+    return float(ratios.max()), float(ratios.min()), float(distances.nan_to_num(0.0).max())
 
 
 def _more_particles(total: BlockSum, worst: SiteDiagnosis) -> str:

@@ -12,8 +12,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_mpis import Diagnosis, MPImportance, MPISWarning
-from pyro_mpis.diagnostics import LOW_ESS, UNEVEN_ESS, _size, _support_size
+from pyro_mpis import Diagnosis, Marginal, MPImportance, MPISWarning
+from pyro_mpis.diagnostics import LOW_ESS, UNEVEN_ESS, _better_guide, _size, _support_size
 from pyro_mpis.memory import largest_factor
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -153,6 +153,51 @@ def test_a_guide_off_the_posterior() -> None:
             distances.append(float(found[1]))
     assert len(distances) >= 5
     assert 1.5 <= sum(distances) / len(distances) <= 2.5
+
+
+def test_a_guide_narrower_than_the_posterior() -> None:
+    """The weight is on its outermost particles, of the second of two elements."""
+    samples = torch.stack([torch.linspace(-1.0, 1.0, 20), torch.linspace(-2.0, 2.0, 20)])
+    weights = torch.stack([torch.ones(20), samples[1].abs() ** 8])
+    log_weights = weights.log().log_softmax(-1)
+    marginal = Marginal(samples, log_weights, {"a": torch.Size()})
+    site = replace(
+        diagnosed(wide).sites[0],
+        ess=marginal.ess,
+        proposal="guide",
+        plates=("n",),
+        num_particles=20,
+    )
+    ratio = float(samples[1].std(correction=0) / marginal.variance[1].sqrt())
+    text = _better_guide(site, marginal, 2)
+    assert f"a[n=1] is drawn from the guide, only {ratio:.1f} times as wide as its post" in text
+    assert ratio < 0.9
+    assert "make the guide wider" in text
+
+
+def test_a_guide_with_a_single_index() -> None:
+    """All sites drawn as one vector: its parts may be as wide as the posterior, and ESS low."""
+
+    def model() -> None:
+        for name in "abcd":
+            x = pyro.sample(name, dist.Normal(0.0, 1.0))
+            pyro.sample(f"y_{name}", dist.Normal(x, 0.5), obs=torch.tensor(0.0))
+
+    def guide() -> None:
+        z = pyro.sample(
+            "z", dist.Normal(torch.zeros(4), 0.8).to_event(1), infer={"is_auxiliary": True}
+        )
+        for number, name in enumerate("abcd"):
+            value = z[..., number]
+            pyro.sample(name, dist.Delta(value, log_density=torch.zeros_like(value)))
+
+    texts = []
+    for seed in range(20):
+        pyro.set_rng_seed(seed)
+        with pytest.warns(MPISWarning, match="a single particle index"):
+            posterior = MPImportance(model, guide, num_samples=10).run()
+        texts.append(str(posterior.diagnose(show=False)))
+    assert sum("they share one particle index" in " ".join(text.split()) for text in texts) >= 5
 
 
 def test_all_weight_on_one_particle() -> None:
