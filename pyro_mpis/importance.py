@@ -55,6 +55,8 @@ class MPImportance:
         posterior.moments()            # {site: posterior mean}
         posterior.marginals("mu")      # weighted particles, an Empirical distribution
         posterior.sample(1000)         # {site: joint posterior draws}, for Predictive
+        posterior.diagnose()           # what is poor, and what would help
+        posterior.to_arviz()           # for az.summary, az.plot_forest, az.loo
 
     [1] Bowyer, Heap and Aitchison (2024), "Using Autodiff to Estimate Posterior Moments, Marginals
     and Samples", UAI, PMLR 244:394-417.
