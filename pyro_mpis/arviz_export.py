@@ -193,15 +193,16 @@ def particle_arrays(
 
 def constant_arrays(programs: Programs, sites: Mapping[str, OrdinarySite], names: Names) -> Arrays:
     """Return the model's arguments that are arrays, by parameter name, observations left out."""
-    observed = [site.value for site in sites.values() if site.kind == "observed"]
-    arrays = {}
+    observed = [s.value.detach().cpu().numpy() for s in sites.values() if s.kind == "observed"]
+    arrays: dict[str, tuple[tuple[str, ...], Array]] = {}
     for name, value in _arguments(programs).items():
-        if not isinstance(value, Tensor | np.ndarray):
+        if isinstance(value, Tensor):
+            value = value.detach().cpu().numpy()
+        if not isinstance(value, np.ndarray):
             continue
-        tensor = torch.as_tensor(value).detach()
-        if any(tensor.shape == x.shape and torch.equal(tensor.to(x), x) for x in observed):
-            continue
-        arrays[name] = names.of_argument(name, tensor.dim()), tensor.cpu().numpy()
+        numeric = value.dtype.kind in "biuf"
+        if not numeric or not any(np.array_equal(value, x, equal_nan=True) for x in observed):
+            arrays[name] = names.of_argument(name, value.ndim), value
     return arrays
 
 
@@ -266,9 +267,15 @@ def _check_names(groups: Mapping[str, Arrays], names: Names) -> None:
                 f"dims: no site or argument '{name}' is exported, only {_listed(variables)}."
             )
     sizes: dict[str, int] = {}
-    for arrays in groups.values():
+    for group, arrays in groups.items():
         for own, array in arrays.values():
             sizes |= zip(own, array.shape, strict=True)
+            both = set(own) & set(arrays)
+            if both:
+                raise ValueError(
+                    f"dims: {_listed(both)} is a dim in the group '{group}' and a variable of it. "
+                    "Give the dim another name."
+                )
     for dim, given in names.coords.items():
         if dim not in sizes:
             raise ValueError(

@@ -306,13 +306,19 @@ def _masked(log_prob: Tensor, masks: list[Tensor | None]) -> Tensor:
 
 
 def _check_last(ordinary: Mapping[str, OrdinarySite], part: _Part) -> None:
-    """Compare the last draw with an ordinary run at it: the same, in a vectorised model."""
+    """
+    Compare deterministic sites at the last draw with an ordinary run at it.
+
+    Nothing else has checked that their code is vectorised: they have no log_prob. The tolerance is
+    for rounding, which differs between the two.
+    """
     for name, value in part.kept.items():
-        site = ordinary[name]
-        expected = site.value if site.log_prob is None else site.log_prob
-        if not torch.allclose(
-            value[-1].double(), expected.double(), rtol=1e-3, atol=1e-3, equal_nan=True
-        ):
+        if ordinary[name].kind != "deterministic":
+            continue
+        found, expected = value[-1].double(), ordinary[name].value.double()
+        largest = expected.abs().nan_to_num(0.0, posinf=0.0).max() if expected.numel() else 0.0
+        atol = 1e-2 * float(largest)
+        if not torch.allclose(found, expected, rtol=1e-2, atol=atol, equal_nan=True):
             raise _not_vectorised(name, "another value at the last of them than when it is alone")
 
 

@@ -323,6 +323,39 @@ def test_batch_dims_of_size_one_outside_of_plates_are_dropped() -> None:
 
 
 @pytest.mark.usefixtures("tree")
+def test_sites_that_do_not_count_and_values_unlike_their_plates() -> None:
+    """A latent that is masked altogether; deterministic values that are not shaped as the plate."""
+
+    def model() -> None:
+        with pyro.plate("n", 3):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            with poutine.mask(mask=False):
+                pyro.sample("free", dist.Normal(0.0, 1.0))
+                pyro.sample("unused", dist.Normal(z, 1.0), obs=torch.zeros(3))
+            pyro.deterministic("one", torch.tensor(2.0))
+            pyro.deterministic("five", torch.arange(5.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=torch.zeros(3))
+
+    data = MPImportance(model, num_samples=4).run().to_arviz(6, prior=True)
+    left = ("chain", "draw")
+    assert (
+        dims(data, "posterior")
+        == dims(data, "prior")
+        == {
+            "z": (*left, "n"),
+            "free": (*left, "n"),
+            "one": left,
+            "five": (*left, "five_dim_0"),
+        }
+    )
+    assert dims(data, "log_likelihood").keys() == dims(data, "observed_data").keys() == {"y"}
+    z = values(data, "posterior")["z"]
+    standard = dist.Normal(0.0, 1.0)
+    joint = (standard.log_prob(z) + dist.Normal(z, 1.0).log_prob(torch.zeros(3))).sum(-1)
+    torch.testing.assert_close(values(data, "sample_stats")["lp"], joint)
+
+
+@pytest.mark.usefixtures("tree")
 def test_names_given() -> None:
     """For all dims of a site, or for those that are no plates."""
     posterior = elaborated()
@@ -344,6 +377,7 @@ def test_names_given() -> None:
         ({"dims": {"theta": "group"}}, r"dims: 'theta' has 1 dims"),
         ({"dims": {"sigma": ["a", "b"]}}, r"dims: the argument 'sigma' has 1 dims"),
         ({"dims": {"theta": ["draw"]}}, r"site 'theta': a dim is named 'draw'"),
+        ({"dims": {"theta": ["mu"]}}, r"dims: 'mu' is a dim in the group 'posterior' and a var"),
     ],
 )
 def test_names_that_do_not_fit(names: dict[str, Any], match: str) -> None:
@@ -402,8 +436,11 @@ def test_arguments_that_are_no_arrays() -> None:
         pyro.sample("y", dist.Normal(z + float(x.sum()), 1.0), obs=torch.tensor(0.3))
 
     x = np.arange(6.0).reshape(2, 3)
-    data = MPImportance(model, num_samples=4).run(x, "name", other=SIGMA, n=3).to_arviz(4)
-    assert values(data, "constant_data").keys() == {"x", "other"}
+    names = np.array(["first", "second"])
+    posterior = MPImportance(model, num_samples=4).run(x, "name", other=SIGMA, n=3, names=names)
+    data = posterior.to_arviz(4)
+    assert set(dims(data, "constant_data")) == {"x", "other", "names"}
+    assert np.asarray(data["constant_data"]["names"]).tolist() == ["first", "second"]
     assert data["constant_data"]["x"].shape == (2, 3)
 
     class NoSignature:

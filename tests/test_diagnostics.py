@@ -74,6 +74,7 @@ def test_numbers_of_every_site_and_element() -> None:
     assert diagnosis.bottleneck is min(diagnosis.sites, key=lambda site: site.lowest_ess)
     assert diagnosis.log_evidence == pytest.approx(float(posterior.evidence()))
     assert diagnosis.evidence_error == pytest.approx(posterior.evidence_error())
+    assert f"(standard error {diagnosis.evidence_error:.2g} over 2 replicates)" in str(diagnosis)
 
 
 def test_it_prints_and_draws_nothing(capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,7 +89,7 @@ def test_it_prints_and_draws_nothing(capsys: pytest.CaptureFixture[str]) -> None
     assert torch.equal(torch.get_rng_state(), state)
     assert max(map(len, printed.splitlines())) <= 100
     assert repr(diagnosis) == "<Diagnosis: 1 problems, 3 sites>"
-    assert diagnosis.problems[0].found.split()[0] == "Poor:" or "Poor: " in printed
+    assert "Poor: " in printed
     for site in ("mu", "v", "x"):
         assert re.search(rf"^{site} +prior +6 ", printed, re.MULTILINE)
 
