@@ -23,7 +23,7 @@ from pyro_mpis._typing import Program, SampleMessage
 from pyro_mpis.dependencies import Structure
 from pyro_mpis.handlers import PARTICLES, Programs, is_subsample, replay
 
-CHUNK_ELEMENTS = 2**20  # of the largest site's values, over the draws that are looked at together
+CHUNK_ELEMENTS = 2**22  # of a site's value or argument, over the draws that are run together
 
 Kind = Literal["latent", "deterministic", "observed", "factor"]
 
@@ -37,6 +37,7 @@ class OrdinarySite:
     event_dim: int
     plates: Mapping[int, str]  # batch dim, negative, of each plate that the site is in -> its name
     log_prob: Tensor | None  # (*batch), without scale and mask; None where it does not count
+    elements: int  # of the largest tensor: the value, or an argument of the distribution
 
 
 @dataclass(frozen=True)
@@ -191,13 +192,25 @@ def _ordinary(structure: Structure, site: SampleMessage) -> OrdinarySite:
     if kind == "deterministic":
         value = site["value"]
         event_dim = _deterministic_event_dim(value, sizes, event_dim)
-        return OrdinarySite(kind, value, event_dim, plates, None)
+        return OrdinarySite(kind, value, event_dim, plates, None, value.numel())
     shape = torch.broadcast_shapes(site["value"].shape, site["fn"].shape())
     value = site["value"] if kind == "factor" else site["value"].expand(shape)
-    if structure.model[site["name"]].silent:
-        return OrdinarySite(kind, value, event_dim, plates, None)
-    log_prob = _over_plates(site["fn"].log_prob(site["value"]), site)
-    return OrdinarySite(kind, value, event_dim, plates, log_prob)
+    log_prob = None
+    if not structure.model[site["name"]].silent:
+        log_prob = _over_plates(site["fn"].log_prob(site["value"]), site)
+    elements = max(value.numel(), _largest_argument(site["fn"]))
+    return OrdinarySite(kind, value, event_dim, plates, log_prob, elements)
+
+
+def _largest_argument(fn: object) -> int:
+    """Return the number of elements of the largest tensor that a distribution holds."""
+    sizes = [0]
+    for value in vars(fn).values():
+        if isinstance(value, Tensor):
+            sizes.append(value.numel())
+        elif isinstance(value, torch.distributions.Distribution):
+            sizes.append(_largest_argument(value))
+    return max(sizes)
 
 
 def _deterministic_event_dim(value: Tensor, plates: Mapping[int, int], declared: int) -> int:
@@ -212,7 +225,7 @@ def _deterministic_event_dim(value: Tensor, plates: Mapping[int, int], declared:
 
 
 def _chunk_size(ordinary: Mapping[str, OrdinarySite]) -> int:
-    largest = max((site.value.numel() for site in ordinary.values()), default=1)
+    largest = max((site.elements for site in ordinary.values()), default=1)
     return max(1, CHUNK_ELEMENTS // max(largest, 1))
 
 

@@ -499,6 +499,20 @@ def test_predictions_differ_between_draws_and_feed_what_follows() -> None:
     assert torch.equal(values(data, "posterior")["moved"], torch.full((50,), 100.5))
 
 
+def test_memory_is_bounded_by_the_largest_argument() -> None:
+    """Probabilities of many categories count, not only the value; inside of other distributions."""
+
+    def model() -> None:
+        with pyro.plate("n", 10):
+            fn = dist.Categorical(logits=torch.zeros(10, 3, 100)).to_event(1)
+            pyro.sample("y", fn, obs=torch.zeros(10, 3))
+
+    builder = MPImportance(model, num_samples=1).run()._sums[0].builder
+    sites = predictive.ordinary_sites(builder.structure, builder.programs, {})
+    assert sites["y"].elements == 3000
+    assert predictive._chunk_size(sites) == predictive.CHUNK_ELEMENTS // 3000
+
+
 # --- programs
 
 
