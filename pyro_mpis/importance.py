@@ -5,7 +5,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from typing import TypeVar, overload
+from typing import TYPE_CHECKING, TypeVar, overload
 
 import torch
 from pyro.poutine.trace_struct import Trace
@@ -15,6 +15,7 @@ from pyro_mpis import memory
 from pyro_mpis import moments as _moments
 from pyro_mpis._typing import MomentFunction, Program
 from pyro_mpis._warnings import warn
+from pyro_mpis.arviz_export import Names, Wanted, build, model_groups, particle_arrays
 from pyro_mpis.blocks import (
     BlockSum,
     Environment,
@@ -27,11 +28,17 @@ from pyro_mpis.blocks import (
     sample_of,
 )
 from pyro_mpis.dependencies import Structure, analyse, check_same_site
+from pyro_mpis.diagnostics import Diagnosis, diagnose
 from pyro_mpis.factors import FactorGraph
 from pyro_mpis.handlers import Programs, first_line, quoted, run_plainly, sample_sites
 from pyro_mpis.marginals import Marginal, merge
 from pyro_mpis.memory import default_limit
 from pyro_mpis.summary import Summary, summarise
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+    from pyro_mpis.arviz_export import ArvizData
 
 Answer = TypeVar("Answer")
 
@@ -50,6 +57,8 @@ class MPImportance:
         posterior.moments()            # {site: posterior mean}
         posterior.marginals("mu")      # weighted particles, an Empirical distribution
         posterior.sample(1000)         # {site: joint posterior draws}, for Predictive
+        posterior.diagnose()           # what is poor, and what would help
+        posterior.to_arviz()           # for az.summary, az.plot_forest, az.loo
 
     [1] Bowyer, Heap and Aitchison (2024), "Using Autodiff to Estimate Posterior Moments, Marginals
     and Samples", UAI, PMLR 244:394-417.
@@ -111,6 +120,7 @@ class MPImportance:
         self.disable_progbar = disable_progbar
         self._sums: list[BlockSum] = []
         self._weights: list[dict[str, Tensor]] = []
+        self._told = False  # whether the user has been told of what is poor
 
     def run(self, *args: object, **kwargs: object) -> "MPImportance":
         """
@@ -144,6 +154,7 @@ class MPImportance:
         if not possible:
             raise _impossible(sums[0])
         self._sums, self._weights = possible, [{} for _ in possible]
+        self._told = False
         for problem in _weaknesses(structure, self.groups, guide_trace, model_trace):
             warn(problem)
         return self
@@ -167,16 +178,13 @@ class MPImportance:
 
         :raises ValueError: with a single replicate.
         """
-        sums = self._ran()
+        self._ran()
         if self.num_replicates < 2:
             raise ValueError(
                 "num_replicates: one set of particles has no spread to tell an error from. Ask for "
                 "several, num_replicates=8 for example."
             )
-        log_evidences = torch.full((self.num_replicates,), -math.inf, dtype=torch.double)
-        for number, total in enumerate(sums):
-            log_evidences[number] = total.log_evidence
-        return evidence_error(log_evidences)
+        return evidence_error(self._replicates())
 
     @overload
     def moments(self) -> dict[str, Tensor]: ...
@@ -264,19 +272,95 @@ class MPImportance:
         """
         Make a table of mean, sd, quantiles, ESS and Pareto k-hat of every scalar.
 
-        Warns (:class:`~pyro_mpis.MPISWarning`) of low ESS and high k-hat, and says what helps.
+        Warns (:class:`~pyro_mpis.MPISWarning`), once a run, of what :meth:`diagnose` finds poor.
         """
-        error = self.evidence_error() if self.num_replicates > 1 else None
-        summary, problems = summarise(
-            self.marginals(),
+        marginals = self.marginals()
+        diagnosis = self._diagnosis(marginals)
+        if not self._told:
+            for problem in diagnosis.problems:
+                warn(str(problem))
+        self._told = True
+        return summarise(
+            marginals,
             self._sampled(),
-            float(self.evidence()),
-            error,
+            diagnosis.log_evidence,
+            diagnosis.evidence_error,
             self.num_samples * self.num_replicates,
         )
-        for problem in problems:
-            warn(problem)
-        return summary
+
+    def diagnose(self, *, show: bool = True) -> Diagnosis:
+        """
+        Say how far to trust the answers: what is poor, at which site, and what would help.
+
+        Looks at the effective sample size of every site and plate element, at Pareto k-hat where
+        there are particles enough (about 50), and at the replicates' spread. Draws nothing.
+
+        :param show: whether to print it.
+        """
+        diagnosis = self._diagnosis(self.marginals())
+        if show:
+            print(diagnosis)
+        self._told = True
+        return diagnosis
+
+    def _diagnosis(self, marginals: Mapping[str, Marginal]) -> Diagnosis:
+        return diagnose(self._ran()[0], marginals, self._sampled(), self._replicates())
+
+    def to_arviz(
+        self,
+        num_samples: int = 1000,
+        *,
+        coords: "Mapping[str, ArrayLike] | None" = None,
+        dims: Mapping[str, Sequence[str]] | None = None,
+        log_likelihood: bool = True,
+        posterior_predictive: bool = False,
+        prior: bool = False,
+    ) -> "ArvizData":
+        """
+        Return the posterior in ArviZ's data structure; draws random numbers.
+
+        Needs ``pip install pyro-mpis[arviz]``. Dims are named after the plates, those of events
+        ``<site>_dim_0`` and so on; a batch dim of size one outside of all plates is dropped. The
+        groups, each in an ordinary run's shapes:
+
+        * ``posterior``: joint draws, with the values of ``pyro.deterministic``;
+          ``sample_stats``: ``lp``, the log joint density of each. The draws are one chain and
+          independent given the particles: read ``az.summary(..., kind="stats")``, since ArviZ's
+          ESS and r-hat are of Markov chains.
+        * ``log_likelihood``: of every observation, for ``az.loo``. Without ``poutine.scale``; nan
+          where ``poutine.mask`` hides it, so drop these before ``az.loo``. ``pyro.factor`` is none.
+        * ``observed_data``, ``constant_data`` (the arrays that the model was called with),
+          ``posterior_predictive``, ``prior``, ``prior_predictive``.
+        * ``particles``, ``particle_weights``, ``particle_ess``: what the draws were drawn from.
+
+        The attributes hold the log evidence, its standard error (of several replicates), the
+        number of particles, and the version.
+
+        :param num_samples: number of draws.
+        :param coords: dim -> names of its elements.
+        :param dims: site or argument -> names of its dims, of all or of those that are no plates.
+        :param log_likelihood: whether to have that group, as large as data times draws.
+        :param posterior_predictive: whether to draw the observed sites given each posterior draw.
+        :param prior: whether to draw latent and observed sites from the prior.
+        :return: an ``xarray.DataTree``; where ArviZ is older than 1.0 an ``InferenceData``.
+        :raises ImportError: without xarray.
+        :raises ValueError: if names do not fit the dims.
+        """
+        names = Names(coords or {}, dims or {})
+        number = _positive("num_samples", num_samples)
+        wanted = Wanted(number, names, log_likelihood, posterior_predictive, prior)
+        total = self._ran()[0]
+        groups, sites = model_groups(total.builder, self.sample(number), wanted)
+        alone = {name for name, site in total.whole.values.items() if len(site.indices) == 1}
+        groups |= particle_arrays(self.marginals(), self._sampled(), alone, sites, names)
+        attributes: dict[str, object] = {
+            "log_evidence": float(self.evidence()),
+            "num_particles": self.num_samples,
+            "num_replicates": self.num_replicates,
+        }
+        if self.num_replicates > 1:
+            attributes["log_evidence_error"] = self.evidence_error()
+        return build(groups, attributes, names)
 
     @property
     def _workers(self) -> Workers:
@@ -286,6 +370,13 @@ class MPImportance:
         if not self._sums:
             raise RuntimeError("no particles yet: call .run(*args, **kwargs) before any query.")
         return self._sums
+
+    def _replicates(self) -> Tensor:
+        """Return each replicate's log evidence, those of zero last: (replicates,), float64."""
+        log_evidences = torch.full((self.num_replicates,), -math.inf, dtype=torch.double)
+        for number, total in enumerate(self._ran()):
+            log_evidences[number] = total.log_evidence
+        return log_evidences
 
     def _sites(self) -> list[str]:
         return list(self._ran()[0].whole.values)

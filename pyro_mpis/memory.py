@@ -96,6 +96,18 @@ def _smaller(sizes: Mapping[str, int], whole: Mapping[str, int]) -> dict[str, in
     return {symbol: size for symbol, size in sizes.items() if size < whole[symbol]}
 
 
+def largest_factor(structure: Structure, num_samples: int) -> tuple[Site, int]:
+    """
+    Find the site whose factor is the largest.
+
+    :return: the site, and the bytes that its factor takes with ``num_samples`` particles of each
+        index, were it evaluated at once.
+    """
+    sizes = {index.symbol: index.support or num_samples for index in structure.indices}
+    site = max(structure.model.values(), key=lambda site: _elements(structure, site, sizes))
+    return site, _bytes(structure, site, sizes)
+
+
 def default_limit(device: torch.device) -> int | None:
     """Return the memory that a run may take by default, in bytes; None where it is unknown."""
     free = free_bytes(device)
