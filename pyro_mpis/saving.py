@@ -30,7 +30,7 @@ from pyro_mpis.blocks import BlockSum, Builder, Environment, Ranges, seeded
 from pyro_mpis.contraction import log_evidence
 from pyro_mpis.dependencies import Index, Plate, Site, Structure
 from pyro_mpis.factors import ElementMap, FactorGraph, LogFactor, SiteValue
-from pyro_mpis.handlers import Programs, quoted
+from pyro_mpis.handlers import Name, Programs, quoted
 from pyro_mpis.indexing import ElementReads, SiteReads
 from pyro_mpis.proposals import Particles
 
@@ -361,28 +361,33 @@ def check_structure(path: str | os.PathLike[str], stored: Structure, found: Stru
     """
     advice = "Load it with the model, the guide, and, if given, the arguments of that run."
     where = f"'{os.fspath(path)}'"
-    for program in ("guide", "model"):
-        old: Mapping[str, Site] = getattr(stored, program)
-        new: Mapping[str, Site] = getattr(found, program)
+    programs: tuple[Name, ...] = ("guide", "model")
+    for program in programs:
+        old, new = _described(stored, program), _described(found, program)
         for name in {**old, **new}:
             if old.get(name) != new.get(name):
                 raise ValueError(
                     f"{where}: site '{name}' of the {program} is not as it was in the run: "
-                    f"{_described(new.get(name))}, in place of {_described(old.get(name))}. "
-                    f"{advice}"
+                    f"{new.get(name, 'absent')}; it was {old.get(name, 'absent')}. {advice}"
                 )
     if stored != found:
         raise ValueError(
-            f"{where}: other plates, enumerated sites or groups than in the run, of "
-            f"{quoted(set(stored.origins))}. {advice}"
+            f"{where}: the same sites as in the run, {quoted(set(stored.origins))}, but in another "
+            f"order, or not the same of them enumerated. {advice}"
         )
 
 
-def _described(site: Site | None) -> str:
-    if site is None:
-        return "absent"
-    reads = quoted(set(site.reads)) or "nothing"
-    return f"batch shape {tuple(site.batch_shape)}, {site.event_dim} event dims, reading {reads}"
+def _described(structure: Structure, program: Name) -> dict[str, str]:
+    """Describe the sites of a program in words; symbols would depend on how many there are."""
+    sites: Mapping[str, Site] = getattr(structure, program)
+    result = {}
+    for name, site in sites.items():
+        plates = quoted({structure.plates[symbol].name for symbol in site.plates})
+        result[name] = (
+            f"batch shape {tuple(site.batch_shape)}, {site.event_dim} event dims, "
+            f"in plates {plates or 'none'}, reading {quoted(set(site.reads)) or 'nothing'}"
+        )
+    return result
 
 
 def check_evaluation(path: str | os.PathLike[str], total: BlockSum) -> None:
@@ -442,7 +447,7 @@ def _mapped(tree: object, function: Callable[[Tensor], Tensor]) -> object:
     if isinstance(tree, Tensor):
         return function(tree)
     if isinstance(tree, torch.device):
-        return function(torch.zeros((), device=tree)).device
+        return function(torch.empty(0, device=tree)).device
     if isinstance(tree, dict):
         pairs = [(key, _mapped(value, function)) for key, value in tree.items()]
         same = copy.copy(tree)  # an OrderedDict, say

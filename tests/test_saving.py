@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import json
 import pickle
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -63,7 +64,8 @@ def ran(case: str, guide: Callable[..., object] | None = guide, seed: int = 0) -
 
 def answers(posterior: MPImportance) -> dict[str, object]:
     """Ask everything there is to ask."""
-    with pytest.warns(MPISWarning):  # few particles
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MPISWarning)  # few particles
         summary = posterior.summary()
     pyro.set_rng_seed(3)
     result: dict[str, object] = {
@@ -268,40 +270,43 @@ def test_another_model_guide_or_data(tmp_path: Path) -> None:
 
     path = tmp_path / "file"
     ran("whole").save(path)
-    with pytest.raises(ValueError, match=r"file': site 'other' of the model.*reading nothing, in"):
+    with pytest.raises(ValueError, match=r"'other' of the model.*reading nothing; it was absent"):
         MPImportance.load(path, renamed, guide)
-    with pytest.raises(
-        ValueError, match=r"site 'a' of the guide.*: absent, in place of batch shap"
-    ):
+    with pytest.raises(ValueError, match=r"site 'a' of the guide.*: absent; it was batch shape"):
         MPImportance.load(path, model)
-    with pytest.raises(ValueError, match="file': other plates, enumerated sites or groups"):
+    with pytest.raises(ValueError, match=r"the same sites as in the run, 'a', 'b'.*enumerated"):
         MPImportance.load(path, sampled, guide)
     wide = torch.zeros(2, 3, 1)
     with pytest.raises(ValueError, match=r"site 'y'"):
         MPImportance.load(path, model, guide, args=(COUNTY, {"y": wide}))
 
 
-@pytest.mark.parametrize("case", ["blocks", "replicates"])
+@pytest.mark.parametrize("case", ["whole", "blocks", "replicates"])
 def test_parameters_that_have_changed(case: str, tmp_path: Path) -> None:
-    """Matter where the result is evaluated again, and are refused before any answer."""
+    """Are refused before any answer if they matter: where a result is evaluated again."""
+
+    def learned() -> None:
+        model(COUNTY, {"y": Y}, scale=pyro.param("scale", torch.tensor(1.5)))  # type: ignore[arg-type]
+
+    def learned_guide() -> None:
+        guide(COUNTY, {"y": Y})
+
+    path = tmp_path / case
     pyro.param("loc", torch.tensor(0.3))
-    ran(case).save(tmp_path / case)
-    ran("whole").save(tmp_path / "whole")
-    expected = MPImportance.load(tmp_path / "whole", model, guide).evidence()
-    MPImportance.load(tmp_path / case, model, guide)
+    pyro.param("scale", torch.tensor(1.5))
+    posterior = MPImportance(learned, learned_guide, num_samples=6, **CASES[case]).run()
+    posterior.save(path)
+    expected = answers(posterior)
+    pyro.get_param_store()["loc"] = torch.tensor(2.0)  # of the guide: densities are in the file
+    assert_same(answers(MPImportance.load(path, learned, learned_guide)), expected)
+    pyro.get_param_store()["scale"] = torch.tensor(0.5)
+    if case == "whole":
+        assert_same(answers(MPImportance.load(path, learned, learned_guide)), expected)
+        return
     with pytest.raises(ValueError, match=r"weighed at log evidence .* parameters that they had"):
-        MPImportance.load(tmp_path / case, model, guide, args=(COUNTY, {"y": Y}))  # another scale
-    with torch.no_grad():
-        pyro.get_param_store().get_param("loc").fill_(2.0)
-    assert_same(MPImportance.load(tmp_path / "whole", model, guide).evidence(), expected)
-    if case == "blocks":
-
-        def narrow(*args: Any, **kwargs: Any) -> None:
-            """Evaluated again, though not drawn again: a Delta and what is computed from it."""
-            model(*args, **(kwargs | {"scale": 0.5}))
-
-        with pytest.raises(ValueError, match=rf"{case}': particles that were weighed"):
-            MPImportance.load(tmp_path / case, narrow, guide)
+        MPImportance.load(path, learned, learned_guide)
+    pyro.get_param_store()["scale"] = torch.tensor(1.5)
+    assert_same(answers(MPImportance.load(path, learned, learned_guide)), expected)
 
 
 class Table(NamedTuple):
@@ -395,7 +400,7 @@ def test_every_tensor_moves() -> None:
         before = list(tensors(vars(posterior), set()))
         moved = posterior.to("meta")
         found = list(tensors(vars(moved), set()))
-        assert len(found) == len(before) > 10
+        assert len(found) == len(before) > 8
         assert all(tensor.device.type == "meta" for tensor in found)
         assert all(tensor.device.type == "cpu" for tensor in before)
         assert moved._sums[0].whole.device == torch.device("meta")
@@ -476,7 +481,7 @@ def test_results_pickle_without_the_model(tmp_path: Path) -> None:
     assert_same(loaded.moments(), posterior.moments())
     with pytest.warns(MPISWarning):
         summary = posterior.summary()
-    assert pickle.loads(pickle.dumps(summary)) == summary
+    assert repr(pickle.loads(pickle.dumps(summary))) == repr(summary)
     marginal = posterior.marginals("a", "b")
     others: list[Marginal] = [pickle.loads(pickle.dumps(marginal)), copy.deepcopy(marginal)]
     for other in (*others, copy.copy(marginal)):
