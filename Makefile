@@ -57,7 +57,9 @@ test-slow: $(VENV)/.stamp-dev
 	$(ONE_THREAD) $(BIN)/python -m pytest -q -n $(JOBS) -m slow
 
 doctests: $(VENV)/.stamp-dev
-	$(ONE_THREAD) $(BIN)/python -m pytest -q --doctest-modules --doctest-glob='*.md' pyro_mpis README.md
+	mkdir -p output/doctests  # for the files that they write
+	cd output/doctests && $(ONE_THREAD) $(abspath $(BIN))/python -m pytest -q --doctest-modules \
+	    --doctest-glob='*.md' $(CURDIR)/pyro_mpis $(CURDIR)/README.md
 
 wheel: $(VENV)/.stamp-dev
 	.ci/check-wheel $(BIN)/python

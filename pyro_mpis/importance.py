@@ -273,18 +273,22 @@ class MPImportance:
             warn(problem)
         return summary
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, factors: bool = True) -> None:
         """
         Write the result to a file, for :meth:`load`: tensors and plain data, no code.
 
-        The file takes about :attr:`nbytes` and the size of the arguments of :meth:`run`. Those
-        are kept if they are tensors and plain data (numbers, strings, tuples, lists,
-        dictionaries); a warning says if not. Model, guide, their parameters and the executor are
-        not kept.
+        The arguments of :meth:`run` are kept if they are tensors and plain data (numbers, strings,
+        tuples, lists, dictionaries); a warning says if not. Model, guide, their parameters and the
+        executor are not kept. The file takes about :attr:`nbytes` and the size of the arguments:
+        32 MB for the eight schools with 100 particles, 32 kB without the factors.
 
         :param path: of the file; one that is there is overwritten.
+        :param factors: whether to keep the log factors, by far the largest part, if they fitted
+            into memory. Without them each query of the loaded result evaluates the model again.
         """
         sums = self._ran()
+        if not factors:
+            sums = [replace(total, whole=replace(total.whole, factors=())) for total in sums]
         settings = saving.Settings(
             num_samples=self.num_samples,
             groups=tuple(tuple(group) for group in self.groups),
@@ -318,8 +322,8 @@ class MPImportance:
 
         The file cannot run code, wherever it comes from. Model and guide are run once, to check
         that they have the sites and shapes of the saved run; random numbers that this takes do
-        not count. A result of several blocks or replicates is evaluated again by each query:
-        model and guide need the parameters of the run, which is checked too.
+        not count. A result of several blocks or replicates, or saved without factors, is evaluated
+        again by each query: the programs need the parameters of the run, which is checked too.
 
         :param path: of the file.
         :param model: the model of the saved run.

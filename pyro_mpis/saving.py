@@ -405,9 +405,9 @@ def check_evaluation(path: str | os.PathLike[str], total: BlockSum) -> None:
         raise ValueError(
             f"'{os.fspath(path)}': particles that were weighed at log evidence "
             f"{float(total.log_evidences[block]):.4f} in the run are at {float(found):.4f} now. A "
-            "result of several blocks or replicates is evaluated again by model and guide: give "
-            "them the parameters that they had (the param store's, a module's state_dict), and "
-            "the arguments of that run."
+            "result of several blocks or replicates, or saved without factors, is evaluated again "
+            "by model and guide: give them the parameters that they had (the param store's, a "
+            "module's state_dict), and the arguments of that run."
         )
 
 

@@ -118,6 +118,20 @@ def test_loaded_answers_as_saved(case: str, asked_before: bool, tmp_path: Path) 
     assert_same(answers(again), expected)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_without_factors(case: str, tmp_path: Path) -> None:
+    """A file of the particles alone gives the same answers."""
+    posterior = ran(case)
+    posterior.save(tmp_path / "all")
+    posterior.save(tmp_path / "few", factors=False)
+    sizes = [(tmp_path / name).stat().st_size for name in ("all", "few")]
+    factors = sum(f.tensor.nbytes for s in posterior._sums for f in s.whole.factors)
+    assert sizes[1] + factors * 0.9 < sizes[0] if factors else sizes[1] == sizes[0]
+    loaded = MPImportance.load(tmp_path / "few", model, guide)
+    assert loaded._sums[0].whole.factors == ()
+    assert_same(answers(loaded), answers(posterior))
+
+
 @pytest.mark.usefixtures("float64")
 def test_dtype_of_the_run_is_that_of_the_result(tmp_path: Path) -> None:
     for case in ("whole", "blocks"):
@@ -299,7 +313,10 @@ def test_parameters_that_have_changed(case: str, tmp_path: Path) -> None:
     expected = answers(posterior)
     pyro.get_param_store()["loc"] = torch.tensor(2.0)  # of the guide: densities are in the file
     assert_same(answers(MPImportance.load(path, learned, learned_guide)), expected)
+    posterior.save(tmp_path / "few", factors=False)
     pyro.get_param_store()["scale"] = torch.tensor(0.5)
+    with pytest.raises(ValueError, match=r"few': particles that were weighed at log evidence"):
+        MPImportance.load(tmp_path / "few", learned, learned_guide)
     if case == "whole":
         assert_same(answers(MPImportance.load(path, learned, learned_guide)), expected)
         return
