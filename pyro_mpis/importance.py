@@ -126,7 +126,7 @@ class MPImportance:
         :raises NotImplementedError: if the sum over all combinations is intractable.
         :raises MemoryError: if a factor would not fit into free memory.
         """
-        programs = self._programs(args, kwargs)
+        programs = _programs(self.model, self.guide, args, kwargs)
         with Environment().entered():
             structure, guide_trace, model_trace = self._analysed(programs)
             limit = self.memory_limit
@@ -344,7 +344,7 @@ class MPImportance:
                 )
             args, kwargs = stored.arguments.args, stored.arguments.kwargs
         posterior = cls(model, guide, **vars(stored.settings))
-        programs = posterior._programs(tuple(args or ()), kwargs or {})
+        programs = _programs(model, guide, tuple(args or ()), kwargs or {})
         environment = replace(Environment(), dtype=stored.dtype, validate=stored.validate)
         with seeded(0), environment.entered():
             structure, *_ = posterior._analysed(programs)
@@ -392,11 +392,6 @@ class MPImportance:
     def __getstate__(self) -> dict[str, object]:
         """Leave out the executor, which cannot be pickled."""
         return {**vars(self), "executor": None}
-
-    def _programs(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Programs:
-        return Programs(
-            self.model, self.guide if self.guide is not None else _no_guide, args, kwargs
-        )
 
     def _analysed(self, programs: Programs) -> tuple[Structure, Trace, Trace]:
         """Run guide and model once, and work out their structure."""
@@ -479,6 +474,15 @@ def _positive(name: str, number: int) -> int:
     if isinstance(number, bool) or value < 1:
         raise ValueError(f"{name}: expected a positive integer, but found {number!r}.")
     return value
+
+
+def _programs(
+    model: Program,
+    guide: Program | None,
+    args: tuple[object, ...],
+    kwargs: Mapping[str, object],
+) -> Programs:
+    return Programs(model, guide if guide is not None else _no_guide, args, kwargs)
 
 
 def _no_guide(*args: object, **kwargs: object) -> None:
