@@ -344,7 +344,7 @@ class MPImportance:
                 )
             args, kwargs = stored.arguments.args, stored.arguments.kwargs
         posterior = cls(model, guide, **vars(stored.settings))
-        programs = _programs(model, guide, tuple(args or ()), kwargs or {})
+        programs = _programs(model, guide, tuple(args or ()), dict(kwargs or {}))
         environment = replace(Environment(), dtype=stored.dtype, validate=stored.validate)
         with seeded(0), environment.entered():
             structure, *_ = posterior._analysed(programs)
