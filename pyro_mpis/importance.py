@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The inference class: what the user holds."""
 
+import copy
 import math
 import operator
+import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar, overload
 
 import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_mpis import memory
+from pyro_mpis import memory, saving
 from pyro_mpis import moments as _moments
 from pyro_mpis._typing import MomentFunction, Program
 from pyro_mpis._warnings import warn
@@ -26,6 +29,7 @@ from pyro_mpis.blocks import (
     joint_weights_of,
     run_replicates,
     sample_of,
+    seeded,
 )
 from pyro_mpis.dependencies import Structure, analyse, check_same_site
 from pyro_mpis.diagnostics import Diagnosis, diagnose
@@ -133,17 +137,9 @@ class MPImportance:
         :raises NotImplementedError: if the sum over all combinations is intractable.
         :raises MemoryError: if a factor would not fit into free memory.
         """
-        guide = self.guide if self.guide is not None else _no_guide
-        programs = Programs(self.model, guide, args, kwargs)
+        programs = _programs(self.model, self.guide, args, kwargs)
         with Environment().entered():
-            guide_trace, model_trace = _run_plainly(programs)
-            structure = analyse(
-                guide_trace,
-                model_trace,
-                guide=guide,
-                groups=self.groups,
-                max_plate_nesting=self.max_plate_nesting,
-            )
+            structure, guide_trace, model_trace = self._analysed(programs)
             device, limit = _device(model_trace), self.memory_limit
             if limit is None:
                 limit = default_limit(device)
@@ -362,6 +358,138 @@ class MPImportance:
             attributes["log_evidence_error"] = self.evidence_error()
         return build(groups, attributes, names)
 
+    def save(self, path: str | os.PathLike[str], *, factors: bool = True) -> None:
+        """
+        Write the result to a file, for :meth:`load`: tensors and plain data, no code.
+
+        The arguments of :meth:`run` are kept if they are tensors and plain data (numbers, strings,
+        tuples, lists, dictionaries); a warning says if not. Model, guide, their parameters and the
+        executor are not kept. The file takes about :attr:`nbytes` and the size of the arguments:
+        32 MB for the eight schools with 100 particles, 32 kB without the factors.
+
+        :param path: of the file; one that is there is overwritten.
+        :param factors: whether to keep the log factors, by far the largest part, if they fitted
+            into memory. Without them each query of the loaded result evaluates the model again.
+        """
+        sums = self._ran()
+        if not factors:
+            sums = [replace(total, whole=replace(total.whole, factors=())) for total in sums]
+        settings = saving.Settings(
+            num_samples=self.num_samples,
+            groups=tuple(tuple(group) for group in self.groups),
+            max_plate_nesting=self.max_plate_nesting,
+            memory_limit=self.memory_limit,
+            num_replicates=self.num_replicates,
+            disable_progbar=self.disable_progbar,
+        )
+        stored, unknown = saving.pack(settings, sums, self._weights)
+        if unknown:
+            warn(
+                f"'{os.fspath(path)}': the arguments of .run are not kept, since one is {unknown}, "
+                "neither a tensor nor plain data. Give them again: .load(path, model, guide, "
+                "args=..., kwargs=...)."
+            )
+        saving.write(path, stored)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        model: Program,
+        guide: Program | None = None,
+        *,
+        args: Sequence[object] | None = None,
+        kwargs: Mapping[str, object] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> "MPImportance":
+        """
+        Read a result that :meth:`save` wrote; it then answers as the saved one did.
+
+        The file cannot run code, wherever it comes from. Model and guide are run once, to check
+        that they have the sites and shapes of the saved run; random numbers that this takes do
+        not count. A result of several blocks or replicates, or saved without factors, is evaluated
+        again by each query: the programs need the parameters of the run, which is checked too.
+
+        :param path: of the file.
+        :param model: the model of the saved run.
+        :param guide: its guide.
+        :param args: the arguments of the run, if the file does not hold them or to replace them.
+        :param kwargs: likewise; without ``args``, the run had keyword arguments only.
+        :param device: where to put the tensors.
+        :raises ValueError: if the file is damaged, not a saved result or of another layout; if
+            model, guide or arguments are not those of the run, or arguments are missing.
+        """
+        stored = saving.read(path, saving.resolved(device))
+        if args is None and kwargs is None:
+            if stored.arguments is None:
+                raise ValueError(
+                    f"'{os.fspath(path)}': it does not hold the arguments of the run, which were "
+                    "not all tensors and plain data. Give them: .load(path, model, guide, "
+                    "args=..., kwargs=...)."
+                )
+            args, kwargs = stored.arguments.args, stored.arguments.kwargs
+        posterior = cls(model, guide, **vars(stored.settings))
+        programs = _programs(model, guide, tuple(args or ()), dict(kwargs or {}))
+        environment = replace(Environment(), dtype=stored.dtype, validate=stored.validate)
+        with seeded(0), environment.entered():
+            structure, *_ = posterior._analysed(programs)
+        saving.check_structure(path, stored.structure, structure)
+        posterior._sums = [kept.restored(structure, programs, environment) for kept in stored.sums]
+        posterior._weights = [dict(kept.weights) for kept in stored.sums]
+        saving.check_evaluation(path, posterior._sums[0])
+        return posterior
+
+    def to(self, device: torch.device | str) -> "MPImportance":
+        """
+        Return the result on another device; this one stays where it is, as with a tensor's ``to``.
+
+        Takes the tensors among the arguments of :meth:`run` along, also in tuples, lists and
+        dictionaries, but neither the parameters of modules nor tensors that model and guide refer
+        to by themselves. Those matter where a result is evaluated again, in several blocks or
+        replicates: move them first, ``guide.to(device)``.
+        """
+        result = copy.copy(self)
+        place = saving.resolved(device)
+        result._sums, result._weights = saving.moved((self._sums, self._weights), place)
+        return result
+
+    @property
+    def nbytes(self) -> int:
+        """
+        Bytes of memory that the result holds, without the arguments of :meth:`run`.
+
+        One number for each combination of particles and plate elements of each factor, if they
+        fit into memory at once (for K particles and a site that reads one other, ``K**2`` for each
+        element of its plates); of several blocks or replicates only the particles,
+        and K weights of each site that has been asked for.
+        """
+        kept = [
+            (t.builder.particles, t.builder.reads, t.whole, t.log_evidences) for t in self._sums
+        ]
+        return saving.num_bytes((kept, self._weights))
+
+    def __copy__(self) -> "MPImportance":
+        """Return a copy that shares the result and the executor."""
+        result = self.__class__.__new__(self.__class__)
+        vars(result).update(vars(self))
+        return result
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave out the executor, which cannot be pickled."""
+        return {**vars(self), "executor": None}
+
+    def _analysed(self, programs: Programs) -> tuple[Structure, Trace, Trace]:
+        """Run guide and model once, and work out their structure."""
+        guide_trace, model_trace = _run_plainly(programs)
+        structure = analyse(
+            guide_trace,
+            model_trace,
+            guide=programs.guide,
+            groups=self.groups,
+            max_plate_nesting=self.max_plate_nesting,
+        )
+        return structure, guide_trace, model_trace
+
     @property
     def _workers(self) -> Workers:
         return Workers(self.executor, not self.disable_progbar)
@@ -438,6 +566,15 @@ def _positive(name: str, number: int) -> int:
     if isinstance(number, bool) or value < 1:
         raise ValueError(f"{name}: expected a positive integer, but found {number!r}.")
     return value
+
+
+def _programs(
+    model: Program,
+    guide: Program | None,
+    args: tuple[object, ...],
+    kwargs: Mapping[str, object],
+) -> Programs:
+    return Programs(model, guide if guide is not None else _no_guide, args, kwargs)
 
 
 def _no_guide(*args: object, **kwargs: object) -> None:
