@@ -20,7 +20,7 @@ Samples", UAI, PMLR 244:394-417.
 
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias, cast
 
 import pyro
@@ -201,6 +201,32 @@ class _Enumerate(Messenger):
                 shape[frame.dim] = frame.size
         msg["value"] = value.expand([len(support), *shape, *fn.event_shape])
         msg["done"] = True
+
+
+class _ToEvent(Messenger):
+    """Make the rightmost batch dims of some latent sites event dims."""
+
+    def __init__(self, dims: Mapping[str, int]) -> None:
+        super().__init__()
+        self.dims = dims
+
+    def _pyro_sample(self, msg: SampleMessage) -> None:
+        if msg["name"] in self.dims and not msg["is_observed"]:
+            msg["fn"] = msg["fn"].to_event(self.dims[msg["name"]])
+
+
+def with_event_dims(
+    programs: Programs, guide_dims: Mapping[str, int], model_dims: Mapping[str, int]
+) -> Programs:
+    """
+    Return programs whose sites have event dims in place of some batch dims.
+
+    :param guide_dims: for sites of the guide, how many of their batch dims, from the right.
+    :param model_dims: for sites of the model.
+    """
+    guide = _ToEvent(guide_dims)(programs.guide) if guide_dims else programs.guide
+    model = _ToEvent(model_dims)(programs.model) if model_dims else programs.model
+    return replace(programs, guide=guide, model=model)
 
 
 @contextmanager

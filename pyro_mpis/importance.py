@@ -24,9 +24,16 @@ from pyro_mpis.blocks import (
     run_replicates,
     sample_of,
 )
-from pyro_mpis.dependencies import Structure, analyse, check_same_site
+from pyro_mpis.dependencies import Structure, analyse, check_same_site, vector_dims
 from pyro_mpis.factors import FactorGraph
-from pyro_mpis.handlers import Programs, first_line, quoted, run_plainly, sample_sites
+from pyro_mpis.handlers import (
+    Programs,
+    first_line,
+    quoted,
+    run_plainly,
+    sample_sites,
+    with_event_dims,
+)
 from pyro_mpis.marginals import Marginal, merge
 from pyro_mpis.memory import default_limit, plan_blocks
 from pyro_mpis.summary import Summary, summarise
@@ -123,21 +130,12 @@ class MPImportance:
         """
         guide = self.guide if self.guide is not None else _no_guide
         programs = Programs(self.model, guide, args, kwargs)
-        with Environment().entered():
-            guide_trace, model_trace = _run_plainly(programs)
-            structure = analyse(
-                guide_trace,
-                model_trace,
-                guide=guide,
-                groups=self.groups,
-                max_plate_nesting=self.max_plate_nesting,
-            )
-            limit = self.memory_limit
-            if limit is None:
-                limit = default_limit(_device(model_trace))
-            block_sizes = plan_blocks(structure, self.num_samples, limit)
-            plan = Plan(structure, programs, self.num_samples, block_sizes)
-        sums = run_replicates(plan, self.num_replicates, self._workers)
+        plan, guide_trace, model_trace = self._plan(programs)
+        structure = plan.structure
+        try:
+            sums = run_replicates(plan, self.num_replicates, self._workers)
+        except ValueError as error:
+            sums = self._run_with_event_dims(plan, error)
         possible = [total for total in sums if bool(torch.isfinite(total.log_evidence))]
         if not possible:
             raise _impossible(sums[0])
@@ -275,6 +273,46 @@ class MPImportance:
         for problem in problems:
             warn(problem)
         return summary
+
+    def _plan(self, programs: Programs) -> tuple[Plan, Trace, Trace]:
+        """Run the programs once, plainly: the structure, what fits into memory, the two traces."""
+        with Environment().entered():
+            guide_trace, model_trace = _run_plainly(programs)
+            structure = analyse(
+                guide_trace,
+                model_trace,
+                guide=programs.guide,
+                groups=self.groups,
+                max_plate_nesting=self.max_plate_nesting,
+            )
+            limit = self.memory_limit
+            if limit is None:
+                limit = default_limit(_device(model_trace))
+            block_sizes = plan_blocks(structure, self.num_samples, limit)
+            plan = Plan(structure, programs, self.num_samples, block_sizes)
+        return plan, guide_trace, model_trace
+
+    def _run_with_event_dims(self, plan: Plan, error: ValueError) -> list[BlockSum]:
+        """
+        Run programs that failed with undeclared batch dims in place, with event dims instead.
+
+        A program that works on such dims elementwise wants the particles left of them all; one that
+        sums over a vector's wants them where ``.to_event`` would have them.
+        """
+        structure = plan.structure
+        guide_dims = vector_dims(structure.guide, structure.origins)
+        model_dims = vector_dims(structure.model, structure.origins)
+        if not guide_dims and not model_dims:
+            raise error
+        try:
+            programs = with_event_dims(plan.programs, guide_dims, model_dims)
+            with_events, _, _ = self._plan(programs)
+            return run_replicates(with_events, self.num_replicates, self._workers)
+        except (ValueError, NotImplementedError):
+            raise ValueError(
+                f"{error} Batch dims of {quoted({*guide_dims, *model_dims})} are in no pyro.plate. "
+                "Enclose the site in one or use .to_event, and keep particles left of such dims."
+            ) from error
 
     @property
     def _workers(self) -> Workers:
@@ -420,6 +458,14 @@ def _weaknesses(
     result = []
     carried = [name for name, origin in structure.origins.items() if origin == "guide_delta"]
     points = {name for name in carried if not structure.reads(structure.guide[name])}
+    if structure.undeclared:
+        shapes = ", ".join(f"'{name}' {tuple(s)}" for name, s in structure.undeclared.items())
+        result.append(
+            f"batch dims that no pyro.plate declares ({shapes}) count as event dims: a latent has "
+            "one particle index for all of them, and an observation is summed over them. Enclose "
+            "the site in a plate, which gives each element an index of its own, or silence this "
+            "by .to_event."
+        )
     if points:
         result.append(
             f"the guide fixes {quoted(points)} at a point (Delta): evidence() is the log of the "

@@ -77,6 +77,7 @@ def free_bytes(device: torch.device) -> int | None:
 
 def _elements(structure: Structure, site: Site, sizes: Mapping[str, int]) -> int:
     plates = math.prod(structure.plates[symbol].size for symbol in site.plates)
+    plates *= math.prod(site.batch_shape[dim] for dim in site.undeclared)
     return plates * math.prod(sizes[symbol] for symbol in structure.reads(site))
 
 

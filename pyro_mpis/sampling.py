@@ -76,7 +76,7 @@ def _select(graph: FactorGraph, site: SiteValue, drawn: Drawn, num_draws: int) -
     else:
         value = value.unsqueeze(0)
     value = value.expand((num_draws, *value.shape[1:]))
-    return graph.to_batch(value, plates, site.batch_shape, left=1)
+    return site.ordinary(graph.to_batch(value, plates, site.batch_shape, left=1), left=1)
 
 
 def index_at(graph: FactorGraph, drawn: Drawn, symbol: str, plates: str) -> Tensor:
