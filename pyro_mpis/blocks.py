@@ -25,6 +25,7 @@ from typing import TypeVar
 
 import pyro
 import torch
+from pyro import poutine
 from pyro.params.param_store import StateDict
 from pyro.poutine.util import is_validation_enabled
 from torch import Tensor
@@ -55,11 +56,12 @@ class Environment:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """Restore that state, without gradients; leave no trace in the present one."""
+        """Restore that state, without gradients or outer handlers; leave no trace in this one."""
         dtype = torch.get_default_dtype()
         torch.set_default_dtype(self.dtype)
         try:
             with (
+                poutine.block(),  # handlers around a run neither see nor change its sites
                 torch.no_grad(),
                 pyro.validation_enabled(self.validate),
                 pyro.get_param_store().scope(self.params),

@@ -250,6 +250,18 @@ def _run(programs: Programs, name: Name, handler: _Substitute, size: int) -> Tra
         return poutine.trace(programs.program(name)).get_trace(*programs.args, **programs.kwargs)
 
 
+def trace_at(programs: Programs, values: Mapping[str, Tensor]) -> Trace:
+    """
+    Run the model once at one value of each of its latent sites, and evaluate the densities.
+
+    :return: an ordinary trace, return value included.
+    """
+    with _Substitute(values):
+        trace = poutine.trace(programs.model).get_trace(*programs.args, **programs.kwargs)
+    trace.log_prob_sum()  # memoised in the trace, as the traces of pyro.infer.Importance have it
+    return trace
+
+
 def draw(
     programs: Programs,
     name: Name,

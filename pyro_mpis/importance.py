@@ -32,18 +32,20 @@ from pyro_mpis.handlers import (
     quoted,
     run_plainly,
     sample_sites,
+    trace_at,
     with_event_dims,
 )
 from pyro_mpis.marginals import Marginal, merge
 from pyro_mpis.memory import default_limit, plan_blocks
 from pyro_mpis.summary import Summary, summarise
+from pyro_mpis.trace_posterior import Draws, ImportanceTraces, weighted_draws
 
 Answer = TypeVar("Answer")
 
 DEFAULT_NUM_SAMPLES = 10  # as pyro.infer.Importance has it
 
 
-class MPImportance:
+class MPImportance(ImportanceTraces):
     """
     Massively parallel importance sampling of a model's posterior.
 
@@ -114,8 +116,10 @@ class MPImportance:
         self.num_replicates = num_replicates
         self.executor = executor
         self.disable_progbar = disable_progbar
+        self._programs: Programs | None = None
         self._sums: list[BlockSum] = []
         self._weights: list[dict[str, Tensor]] = []
+        super().__init__()  # type: ignore[no-untyped-call]
 
     def run(self, *args: object, **kwargs: object) -> "MPImportance":
         """
@@ -139,7 +143,8 @@ class MPImportance:
         possible = [total for total in sums if bool(torch.isfinite(total.log_evidence))]
         if not possible:
             raise _impossible(sums[0])
-        self._sums, self._weights = possible, [{} for _ in possible]
+        self._programs, self._sums, self._weights = programs, possible, [{} for _ in possible]
+        self._reset()
         for problem in _weaknesses(structure, self.groups, guide_trace, model_trace):
             warn(problem)
         return self
@@ -313,6 +318,25 @@ class MPImportance:
                 f"{error} Batch dims of {quoted({*guide_dims, *model_dims})} are in no pyro.plate. "
                 "Enclose the site in one or use .to_event, and keep particles left of such dims."
             ) from error
+
+    def get_log_normalizer(self) -> Tensor:
+        """Return the log evidence: :meth:`evidence`, under the name that ``Importance`` has."""
+        return self.evidence()
+
+    def _weighted_draws(self) -> Draws | None:
+        if not self._sums:
+            return None
+        return weighted_draws(self._sums, self.evidence(), self.num_samples, self._workers)
+
+    def _traces_at(self, values: Sequence[Mapping[str, Tensor]]) -> list[Trace]:
+        assert self._programs is not None
+        with self._ran()[0].builder.environment.entered():
+            return [trace_at(self._programs, row) for row in values]
+
+    def _effective_samples(self) -> Tensor:
+        sampled = self._sampled()
+        sizes = [m.ess.min() for name, m in self.marginals().items() if name in sampled]
+        return torch.stack(sizes).min() if sizes else torch.tensor(float(self.num_samples))
 
     @property
     def _workers(self) -> Workers:

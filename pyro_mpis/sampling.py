@@ -61,7 +61,11 @@ def sample_sites(graph: FactorGraph, num_draws: int) -> dict[str, Tensor]:
 
     :return: for each site ``(num_draws, *shape)``, the shape of an ordinary run.
     """
-    drawn = sample_indices(graph, num_draws)
+    return sites_at(graph, sample_indices(graph, num_draws), num_draws)
+
+
+def sites_at(graph: FactorGraph, drawn: Drawn, num_draws: int) -> dict[str, Tensor]:
+    """Return the values of the model's latent sites at given particles, as ordinary runs do."""
     return {name: _select(graph, value, drawn, num_draws) for name, value in graph.values.items()}
 
 
