@@ -18,6 +18,8 @@ Batch dims are counted from the right and are negative: the plates have ``-1`` t
 Samples", UAI, PMLR 244:394-417.
 """
 
+import os
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 Name: TypeAlias = Literal["model", "guide"]
 
 PARTICLES = "_mpis_particles"  # name of the plate that draws K particles at once
+LIBRARIES = (torch.__file__, pyro.__file__, __file__)  # whose lines an error does not show
 
 
 @dataclass(frozen=True)
@@ -236,13 +239,24 @@ def _explained(program: str, handler: _Substitute, size: int) -> Iterator[None]:
         yield
     except Exception as error:
         where = f"at or after site '{handler.last_site}'" if handler.last_site else "at its start"
+        where += _line(error)
         raise ValueError(
             f"the {program} runs on single values, but not on {size} particles at once ({where}): "
             f"{type(error).__name__}: {first_line(error)}. Particles are in batch dims left of the "
             "plates: index from the right (x[..., 0], not x[0]), keep batch dims when reshaping, "
             "stack latents with torch.stack(torch.broadcast_tensors(a, b), -1), do not call "
-            ".item() on a latent's value, and do not branch on it (torch.where does)."
+            ".item() on a latent's value, and do not branch on it (torch.where does). "
+            "pyro.infer.Importance, which runs a program once for each sample, allows all this."
         ) from error
+
+
+def _line(error: Exception) -> str:
+    """Return the user's line that raised an error, for a message."""
+    libraries = tuple(os.path.dirname(str(file)) for file in LIBRARIES)
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith(libraries) and frame.line:
+            return f", in {os.path.basename(frame.filename)}:{frame.lineno}, `{frame.line}`"
+    return ""
 
 
 def _run(programs: Programs, name: Name, handler: _Substitute, size: int) -> Trace:
@@ -331,7 +345,8 @@ def check_same_sites(name: Name, expected: Set[str], found: Set[str]) -> None:
         raise ValueError(
             f"site '{site}': met in the {name} {where}. The sites of a {name} must be the same for "
             "every value of its latents: replace branches on a latent's value by torch.where, "
-            "poutine.mask or a fixed number of steps."
+            "poutine.mask or a fixed number of steps, or use pyro.infer.Importance, which allows "
+            "them."
         )
 
 

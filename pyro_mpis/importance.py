@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The inference class: what the user holds."""
 
+import logging
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -42,6 +43,8 @@ from pyro_mpis.trace_posterior import Draws, ImportanceTraces, weighted_draws
 
 Answer = TypeVar("Answer")
 
+_logger = logging.getLogger("pyro_mpis")
+
 DEFAULT_NUM_SAMPLES = 10  # as pyro.infer.Importance has it
 
 
@@ -67,7 +70,8 @@ class MPImportance(ImportanceTraces):
     :param num_samples: K, the number of particles of each latent site.
     :param groups: groups of latent sites that share one particle index, for sites that are
         strongly dependent or that one likelihood reads many of.
-    :param max_plate_nesting: number of batch dims for plates; found by default.
+    :param max_plate_nesting: number of batch dims for plates; found by default (and for infinity,
+        the default of Pyro's ELBOs).
     :param memory_limit: bytes that the largest tensors may take together; half of what is free by
         default. A larger sum is evaluated in blocks of particles, with the same result.
     :param num_replicates: number of independent sets of particles. Evidences are averaged, moments
@@ -86,7 +90,7 @@ class MPImportance(ImportanceTraces):
         num_samples: int | None = None,
         *,
         groups: Sequence[Sequence[str]] = (),
-        max_plate_nesting: int | None = None,
+        max_plate_nesting: float | None = None,
         memory_limit: int | None = None,
         num_replicates: int = 1,
         executor: Executor | None = None,
@@ -111,7 +115,7 @@ class MPImportance(ImportanceTraces):
         self.guide = guide
         self.num_samples = num_samples
         self.groups = tuple(groups)
-        self.max_plate_nesting = max_plate_nesting
+        self.max_plate_nesting = _number_of_dims(max_plate_nesting)
         self.memory_limit = memory_limit
         self.num_replicates = num_replicates
         self.executor = executor
@@ -261,12 +265,16 @@ class MPImportance(ImportanceTraces):
         """
         return sample_of(self._ran(), _positive("num_samples", num_samples), self._workers)
 
-    def summary(self) -> Summary:
+    def summary(self, prob: float = 0.9) -> Summary:
         """
         Make a table of mean, sd, quantiles, ESS and Pareto k-hat of every scalar.
 
         Warns (:class:`~pyro_mpis.MPISWarning`) of low ESS and high k-hat, and says what helps.
+
+        :param prob: probability between the two outer quantiles, as in :meth:`MCMC.summary`.
         """
+        if not 0 < prob < 1:
+            raise ValueError(f"prob: expected a probability between 0 and 1, but found {prob!r}.")
         error = self.evidence_error() if self.num_replicates > 1 else None
         summary, problems = summarise(
             self.marginals(),
@@ -274,6 +282,7 @@ class MPImportance(ImportanceTraces):
             float(self.evidence()),
             error,
             self.num_samples * self.num_replicates,
+            prob,
         )
         for problem in problems:
             warn(problem)
@@ -290,6 +299,8 @@ class MPImportance(ImportanceTraces):
                 groups=self.groups,
                 max_plate_nesting=self.max_plate_nesting,
             )
+            if self.max_plate_nesting is None:
+                _logger.info("Guessed max_plate_nesting = %d", structure.max_plate_nesting)
             limit = self.memory_limit
             if limit is None:
                 limit = default_limit(_device(model_trace))
@@ -407,6 +418,17 @@ def _positive(name: str, number: int) -> int:
     if isinstance(number, bool) or value < 1:
         raise ValueError(f"{name}: expected a positive integer, but found {number!r}.")
     return value
+
+
+def _number_of_dims(max_plate_nesting: float | None) -> int | None:
+    """Return a number of batch dims, or None for one to be found."""
+    if max_plate_nesting is None or max_plate_nesting == math.inf:
+        return None
+    if isinstance(max_plate_nesting, bool) or max_plate_nesting not in range(64):
+        raise ValueError(
+            f"max_plate_nesting: expected a number of dims, but found {max_plate_nesting!r}."
+        )
+    return int(max_plate_nesting)
 
 
 def _no_guide(*args: object, **kwargs: object) -> None:

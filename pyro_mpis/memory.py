@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 
 import torch
+from pyro import settings
 
 from pyro_mpis.dependencies import Site, Structure
 
@@ -15,6 +16,12 @@ TENSORS_AT_ONCE = 3
 FRACTION = 0.5
 # More blocks than anyone would wait for.
 MAX_BLOCKS = 10_000
+
+
+@settings.register("mpis_memory_fraction", __name__, "FRACTION")
+def _check_fraction(value: float) -> None:
+    if not 0 < value <= 1:
+        raise ValueError(f"mpis_memory_fraction: expected a number in (0, 1], but found {value!r}.")
 
 
 def plan_blocks(structure: Structure, num_samples: int, memory_limit: int | None) -> dict[str, int]:
