@@ -53,6 +53,7 @@ class Programs:
     guide: Program
     args: tuple[object, ...] = ()
     kwargs: Mapping[str, object] = field(default_factory=dict)
+    sites: Mapping[Name, frozenset[str]] = field(default_factory=dict)  # that a plain run met
 
     def program(self, name: Name) -> Program:
         """Return the model or the guide."""
@@ -260,8 +261,15 @@ def _line(error: Exception) -> str:
 
 
 def _run(programs: Programs, name: Name, handler: _Substitute, size: int) -> Trace:
-    with _explained(name, handler, size), handler:
-        return poutine.trace(programs.program(name)).get_trace(*programs.args, **programs.kwargs)
+    """Run a program under a handler; what fails after its last site is not needed."""
+    tracer = poutine.trace()
+    with _explained(name, handler, size), handler, tracer:
+        try:
+            programs.program(name)(*programs.args, **programs.kwargs)
+        except Exception:  # a return value may take code that is not vectorised
+            if name not in programs.sites or not programs.sites[name] <= set(tracer.trace.nodes):
+                raise
+    return tracer.trace
 
 
 def trace_at(programs: Programs, values: Mapping[str, Tensor]) -> Trace:

@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
+from dataclasses import replace
 from typing import TypeVar, overload
 
 import torch
@@ -28,6 +29,7 @@ from pyro_mpis.blocks import (
 from pyro_mpis.dependencies import Structure, analyse, check_same_site, vector_dims
 from pyro_mpis.factors import FactorGraph
 from pyro_mpis.handlers import (
+    Name,
     Programs,
     first_line,
     quoted,
@@ -305,6 +307,11 @@ class MPImportance(ImportanceTraces):
             if limit is None:
                 limit = default_limit(_device(model_trace))
             block_sizes = plan_blocks(structure, self.num_samples, limit)
+            met: dict[Name, frozenset[str]] = {
+                "guide": frozenset(structure.guide),
+                "model": frozenset(structure.model),
+            }
+            programs = replace(programs, sites=met)
             plan = Plan(structure, programs, self.num_samples, block_sizes)
         return plan, guide_trace, model_trace
 
@@ -332,6 +339,8 @@ class MPImportance(ImportanceTraces):
 
     def get_log_normalizer(self) -> Tensor:
         """Return the log evidence: :meth:`evidence`, under the name that ``Importance`` has."""
+        if not self._sums:
+            return super().get_log_normalizer()  # type: ignore[no-untyped-call, no-any-return]
         return self.evidence()
 
     def _weighted_draws(self) -> Draws | None:
