@@ -25,7 +25,6 @@ from typing import TypeVar
 
 import pyro
 import torch
-from pyro import poutine
 from pyro.params.param_store import StateDict
 from pyro.poutine.util import is_validation_enabled
 from torch import Tensor
@@ -34,7 +33,7 @@ from tqdm.auto import tqdm
 from pyro_mpis.contraction import log_evidence
 from pyro_mpis.dependencies import Structure
 from pyro_mpis.factors import FactorGraph, SiteValue, build_graph
-from pyro_mpis.handlers import Programs
+from pyro_mpis.handlers import Programs, isolated
 from pyro_mpis.indexing import SiteReads, check_provenance, find_reads, regroup_indexed
 from pyro_mpis.proposals import Particles, check_arguments, draw_particles
 from pyro_mpis.sampling import sample_sites
@@ -61,7 +60,7 @@ class Environment:
         torch.set_default_dtype(self.dtype)
         try:
             with (
-                poutine.block(),  # handlers around a run neither see nor change its sites
+                isolated(),
                 torch.no_grad(),
                 pyro.validation_enabled(self.validate),
                 pyro.get_param_store().scope(self.params),

@@ -30,6 +30,7 @@ import torch
 from pyro import poutine
 from pyro.ops.provenance import detach_provenance, track_provenance
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _DIM_ALLOCATOR
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
@@ -132,6 +133,17 @@ class _Compare(Messenger):
     def _pyro_sample(self, msg: SampleMessage) -> None:
         if is_latent(msg) and msg["name"] in self.sites:
             self.compare(self.sites[msg["name"]], msg)
+
+
+@contextmanager
+def isolated() -> Iterator[None]:
+    """Let the handlers and plates around neither see nor change what programs do."""
+    around, _DIM_ALLOCATOR._stack = _DIM_ALLOCATOR._stack, []  # else plates would take other dims
+    try:
+        with poutine.block():
+            yield
+    finally:
+        _DIM_ALLOCATOR._stack = around
 
 
 def run_plainly(

@@ -25,6 +25,7 @@ that within a plate each element reads only its own element of the latents.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pyro
 import torch
@@ -238,9 +239,9 @@ def _probing_runs(
     values = {}
     for name, value in known.items():
         size = len(value)
-        order = torch.cat(
-            [torch.randperm(size, generator=generator) for _ in range(math.ceil(rows / size))]
-        )[:rows].to(value.device)
+        shuffled = partial(torch.randperm, size, generator=generator, device="cpu")
+        order = torch.cat([shuffled() for _ in range(math.ceil(rows / size))])
+        order = order[:rows].to(value.device)
         other = value[(order + 1) % size]
         value = value[order]
         if with_nan and value.is_floating_point():
