@@ -56,7 +56,8 @@ test-slow: $(VENV)/.stamp-dev
 	$(ONE_THREAD) $(BIN)/python -m pytest -q -n $(JOBS) -m slow
 
 doctests: $(VENV)/.stamp-dev
-	$(ONE_THREAD) $(BIN)/python -m pytest -q --doctest-modules --doctest-glob='*.md' pyro_mpis README.md
+	$(ONE_THREAD) $(BIN)/python -m pytest -q --doctest-modules --doctest-glob='*.md' pyro_mpis README.md \
+	    docs/from_importance.md
 
 bench: $(VENV)/.stamp-dev
 	$(BIN)/python benchmarks/speed.py

@@ -66,6 +66,10 @@ class MPImportance(ImportanceTraces):
     [1] Bowyer, Heap and Aitchison (2024), "Using Autodiff to Estimate Posterior Moments, Marginals
     and Samples", UAI, PMLR 244:394-417.
 
+    It is a :class:`~pyro.infer.abstract_infer.TracePosterior`, and has all members of
+    ``Importance``: ``EmpiricalMarginal(posterior, "mu")`` works. Batch dims of a site that no plate
+    declares count as event dims. Handlers around a run do not act on it; put them around the model.
+
     :param model: a Pyro model, vectorised over batch dims left of its plates.
     :param guide: a guide for all, some or none of the model's latent sites, autoguides included;
         the rest is drawn from the prior, as all are without a guide.
@@ -297,7 +301,7 @@ class MPImportance(ImportanceTraces):
             structure = analyse(
                 guide_trace,
                 model_trace,
-                guide=programs.guide,
+                guide=self.guide,
                 groups=self.groups,
                 max_plate_nesting=self.max_plate_nesting,
             )
@@ -323,7 +327,7 @@ class MPImportance(ImportanceTraces):
         sums over a vector's wants them where ``.to_event`` would have them.
         """
         structure = plan.structure
-        guide_dims = vector_dims(structure.guide, structure.origins)
+        guide_dims = vector_dims(structure.guide, structure.guide)
         model_dims = vector_dims(structure.model, structure.origins)
         if not guide_dims and not model_dims:
             raise error
@@ -331,7 +335,7 @@ class MPImportance(ImportanceTraces):
             programs = with_event_dims(plan.programs, guide_dims, model_dims)
             with_events, _, _ = self._plan(programs)
             return run_replicates(with_events, self.num_replicates, self._workers)
-        except (ValueError, NotImplementedError):
+        except Exception:  # whatever went wrong with these, the first error is the one to act on
             raise ValueError(
                 f"{error} Batch dims of {quoted({*guide_dims, *model_dims})} are in no pyro.plate. "
                 "Enclose the site in one or use .to_event, and keep particles left of such dims."

@@ -172,6 +172,16 @@ def reduced_declared() -> None:
         pyro.sample("y", dist.Normal((w * x).sum(-1) + b, 1.0), obs=ROWS[0])
 
 
+def reduced_guide() -> None:
+    w = pyro.sample("w", dist.Normal(torch.tensor([0.2, -0.1]), 1.2))
+    pyro.sample("b", dist.Normal(0.3 * w.sum(-1), 1.1))
+
+
+def reduced_guide_declared() -> None:
+    w = pyro.sample("w", dist.Normal(torch.tensor([0.2, -0.1]), 1.2).to_event(1))
+    pyro.sample("b", dist.Normal(0.3 * w.sum(-1), 1.1))
+
+
 def counts() -> None:
     """Discrete, and with event dims of its own."""
     w = pyro.sample("w", dist.Dirichlet(torch.ones(2, 3)))
@@ -228,6 +238,7 @@ PROGRAMS: dict[str, tuple[Program, Program | None, Program, Program | None, int]
     ),
     "mask and scale": (masked_and_scaled, None, masked_and_scaled_declared, None, 4),
     "reduced": (reduced, None, reduced_declared, None, 4),
+    "reduced, guide": (reduced, reduced_guide, reduced_declared, reduced_guide_declared, 4),
     "counts": (counts, None, counts_declared, None, 4),
 }
 
@@ -312,6 +323,35 @@ def test_autoguide_of_undeclared_dims() -> None:
         results.append(MPImportance(model, guide, num_samples=20).run())
     torch.testing.assert_close(results[0].evidence(), results[1].evidence())
     torch.testing.assert_close(results[0].moments(), results[1].moments())
+
+
+def test_auxiliary_sites_of_a_program_that_sums() -> None:
+    """The guide's own latents have event dims too, when the model is run with them."""
+    pyro.set_rng_seed(0)
+    guide: Any = AutoNormal(reduced, init_scale=0.9)
+    posterior = MPImportance(reduced, guide, num_samples=4).run()
+    locs, scales = guide.locs, guide.scales
+
+    def longhand() -> None:
+        pyro.sample("w", dist.Normal(locs.w, scales.w).to_event(1))
+        pyro.sample("b", dist.Normal(locs.b, scales.b))
+
+    particles = {name: marginal.samples for name, marginal in posterior.marginals().items()}
+    check_evidence(
+        posterior.evidence(), brute_force(Problem(reduced_declared, longhand, particles))
+    )
+
+
+def test_group() -> None:
+    """Sites of a group are weighed together."""
+    pyro.set_rng_seed(0)
+    groups = [("w", "v")]
+    posterior = MPImportance(vectors, vector_guide, num_samples=5, groups=groups).run()
+    particles = {name: marginal.samples for name, marginal in posterior.marginals().items()}
+    problem = Problem(vectors_declared, vector_guide_declared, particles, groups=groups)
+    exact = brute_force(problem)
+    check_evidence(posterior.evidence(), exact)
+    check_weights(posterior.marginals("w", "v").log_weights, exact, "w", "v")
 
 
 def test_blocks_and_replicates() -> None:
