@@ -18,6 +18,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoNormal, init_to_value
 from pyro.poutine.runtime import InferDict
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from pyro_mpis import Marginal, MPImportance, MPISWarning
 
@@ -291,11 +292,27 @@ def test_said_once() -> None:
         assert MPImportance(single, num_samples=3).run().marginals("a").event_shape == (1,)
 
 
+class LargestTensor(TorchFunctionMode):
+    """Notes the number of elements of the largest result of any torch function."""
+
+    numel = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.numel = max(self.numel, result.numel())
+        return result
+
+
 def test_many_samples_of_one_site() -> None:
     """Nothing has the square of the number of particles."""
     pyro.set_rng_seed(0)
-    limit = 100 * 10_000 * 8
-    posterior = MPImportance(line, num_samples=10_000, memory_limit=limit).run()
+    with LargestTensor() as largest:
+        posterior = MPImportance(line, num_samples=10_000).run()
+        posterior.moments()
+        posterior.sample(100)
+        assert posterior.log_weights[0].shape == ()
+    assert 40_000 <= largest.numel <= 1_000_000  # (K, 4, 1), and what probes take
     precision = 1.0 + float(X.square().sum())
     mean = float((X * Y).sum()) / precision
     sd = precision**-0.5
