@@ -265,7 +265,7 @@ def _explained(program: str, handler: _Substitute, size: int) -> Iterator[None]:
 
 def _line(error: Exception) -> str:
     """Return the user's line that raised an error, for a message."""
-    libraries = tuple(os.path.dirname(str(file)) for file in LIBRARIES)
+    libraries = tuple(os.path.dirname(str(file)) + os.sep for file in LIBRARIES)
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if not frame.filename.startswith(libraries) and frame.line:
             return f", in {os.path.basename(frame.filename)}:{frame.lineno}, `{frame.line}`"
