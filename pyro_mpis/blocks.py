@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 from pyro_mpis.contraction import log_evidence, reduced
 from pyro_mpis.dependencies import Structure
 from pyro_mpis.factors import FactorGraph, SiteValue, build_graph
-from pyro_mpis.handlers import Programs
+from pyro_mpis.handlers import Programs, isolated
 from pyro_mpis.indexing import SiteReads, check_provenance, find_reads, regroup_indexed
 from pyro_mpis.memory import Cut
 from pyro_mpis.proposals import Particles, check_arguments, draw_particles
@@ -56,11 +56,12 @@ class Environment:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """Restore that state, without gradients; leave no trace in the present one."""
+        """Restore that state, without gradients or outer handlers; leave no trace in this one."""
         dtype = torch.get_default_dtype()
         torch.set_default_dtype(self.dtype)
         try:
             with (
+                isolated(),
                 torch.no_grad(),
                 pyro.validation_enabled(self.validate),
                 pyro.get_param_store().scope(self.params),

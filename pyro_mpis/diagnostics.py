@@ -16,6 +16,7 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
 import torch
+from pyro import settings
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -47,6 +48,15 @@ WIDE, NARROW, OFF_CENTRE = 3.0, 0.9, 1.5
 MANY_INDICES = 4
 # Values of a discrete site, to sum over rather than draw.
 SMALL_SUPPORT = 100
+
+
+def _check_threshold(value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"expected a positive threshold, but found {value!r}.")
+
+
+settings.register("mpis_low_ess", __name__, "LOW_ESS", _check_threshold)
+settings.register("mpis_high_k_hat", __name__, "HIGH_K_HAT", _check_threshold)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 """The inference class: what the user holds."""
 
 import copy
+import logging
 import math
 import operator
 import os
@@ -31,13 +32,23 @@ from pyro_mpis.blocks import (
     sample_of,
     seeded,
 )
-from pyro_mpis.dependencies import Structure, analyse, check_same_site
+from pyro_mpis.dependencies import Structure, analyse, check_same_site, vector_dims
 from pyro_mpis.diagnostics import Diagnosis, diagnose
 from pyro_mpis.factors import FactorGraph
-from pyro_mpis.handlers import Programs, first_line, quoted, run_plainly, sample_sites
+from pyro_mpis.handlers import (
+    Name,
+    Programs,
+    first_line,
+    quoted,
+    run_plainly,
+    sample_sites,
+    trace_at,
+    with_event_dims,
+)
 from pyro_mpis.marginals import Marginal, merge
 from pyro_mpis.memory import default_limit
 from pyro_mpis.summary import Summary, summarise
+from pyro_mpis.trace_posterior import Draws, ImportanceTraces, weighted_draws
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -46,10 +57,12 @@ if TYPE_CHECKING:
 
 Answer = TypeVar("Answer")
 
+_logger = logging.getLogger("pyro_mpis")
+
 DEFAULT_NUM_SAMPLES = 10  # as pyro.infer.Importance has it
 
 
-class MPImportance:
+class MPImportance(ImportanceTraces):
     """
     Massively parallel importance sampling of a model's posterior.
 
@@ -67,13 +80,18 @@ class MPImportance:
     [1] Bowyer, Heap and Aitchison (2024), "Using Autodiff to Estimate Posterior Moments, Marginals
     and Samples", UAI, PMLR 244:394-417.
 
+    It is a :class:`~pyro.infer.abstract_infer.TracePosterior`, and has all members of
+    ``Importance``: ``EmpiricalMarginal(posterior, "mu")`` works. Batch dims of a site that no plate
+    declares count as event dims. Handlers around a run do not act on it; put them around the model.
+
     :param model: a Pyro model, vectorised over batch dims left of its plates.
     :param guide: a guide for all, some or none of the model's latent sites, autoguides included;
         the rest is drawn from the prior, as all are without a guide.
     :param num_samples: K, the number of particles of each latent site.
     :param groups: groups of latent sites that share one particle index, for sites that are
         strongly dependent or that one likelihood reads many of.
-    :param max_plate_nesting: number of batch dims for plates; found by default.
+    :param max_plate_nesting: number of batch dims for plates; found by default (and for infinity,
+        the default of Pyro's ELBOs).
     :param memory_limit: bytes that the largest tensors may take together; half of what is free by
         default. A larger sum is evaluated in blocks of particles, with the same result.
     :param num_replicates: number of independent sets of particles. Evidences are averaged, moments
@@ -92,7 +110,7 @@ class MPImportance:
         num_samples: int | None = None,
         *,
         groups: Sequence[Sequence[str]] = (),
-        max_plate_nesting: int | None = None,
+        max_plate_nesting: float | None = None,
         memory_limit: int | None = None,
         num_replicates: int = 1,
         executor: Executor | None = None,
@@ -117,14 +135,16 @@ class MPImportance:
         self.guide = guide
         self.num_samples = num_samples
         self.groups = tuple(groups)
-        self.max_plate_nesting = max_plate_nesting
+        self.max_plate_nesting = _number_of_dims(max_plate_nesting)
         self.memory_limit = memory_limit
         self.num_replicates = num_replicates
         self.executor = executor
         self.disable_progbar = disable_progbar
+        self._programs: Programs | None = None
         self._sums: list[BlockSum] = []
         self._weights: list[dict[str, Tensor]] = []
         self._told = False  # whether the user has been told of what is poor
+        super().__init__()  # type: ignore[no-untyped-call]
 
     def run(self, *args: object, **kwargs: object) -> "MPImportance":
         """
@@ -137,20 +157,19 @@ class MPImportance:
         :raises NotImplementedError: if the sum over all combinations is intractable.
         :raises MemoryError: if a factor would not fit into free memory.
         """
-        programs = _programs(self.model, self.guide, args, kwargs)
-        with Environment().entered():
-            structure, guide_trace, model_trace = self._analysed(programs)
-            device, limit = _device(model_trace), self.memory_limit
-            if limit is None:
-                limit = default_limit(device)
-            cut = memory.plan(structure, self.num_samples, limit, device.type)
-            plan = Plan(structure, programs, self.num_samples, cut)
-        sums = run_replicates(plan, self.num_replicates, self._workers)
+        programs = _bound(self.model, self.guide, args, kwargs)
+        plan, guide_trace, model_trace = self._plan(programs)
+        structure = plan.structure
+        try:
+            sums = run_replicates(plan, self.num_replicates, self._workers)
+        except ValueError as error:
+            sums = self._run_with_event_dims(plan, error)
         possible = [total for total in sums if bool(torch.isfinite(total.log_evidence))]
         if not possible:
             raise _impossible(sums[0])
-        self._sums, self._weights = possible, [{} for _ in possible]
+        self._programs, self._sums, self._weights = programs, possible, [{} for _ in possible]
         self._told = False
+        self._reset()
         for problem in _weaknesses(structure, self.groups, guide_trace, model_trace):
             warn(problem)
         return self
@@ -264,12 +283,16 @@ class MPImportance:
         """
         return sample_of(self._ran(), _positive("num_samples", num_samples), self._workers)
 
-    def summary(self) -> Summary:
+    def summary(self, prob: float = 0.9) -> Summary:
         """
         Make a table of mean, sd, quantiles, ESS and Pareto k-hat of every scalar.
 
         Warns (:class:`~pyro_mpis.MPISWarning`), once a run, of what :meth:`diagnose` finds poor.
+
+        :param prob: probability between the two outer quantiles, as in :meth:`MCMC.summary`.
         """
+        if not 0 < prob < 1:
+            raise ValueError(f"prob: expected a probability between 0 and 1, but found {prob!r}.")
         marginals = self.marginals()
         diagnosis = self._diagnosis(marginals)
         if not self._told:
@@ -282,6 +305,7 @@ class MPImportance:
             diagnosis.log_evidence,
             diagnosis.evidence_error,
             self.num_samples * self.num_replicates,
+            prob,
         )
 
     def diagnose(self, *, show: bool = True) -> Diagnosis:
@@ -429,10 +453,14 @@ class MPImportance:
                 )
             args, kwargs = stored.arguments.args, stored.arguments.kwargs
         posterior = cls(model, guide, **vars(stored.settings))
-        programs = _programs(model, guide, tuple(args or ()), dict(kwargs or {}))
+        programs = _bound(model, guide, tuple(args or ()), dict(kwargs or {}))
+        posterior._programs = programs
         environment = replace(Environment(), dtype=stored.dtype, validate=stored.validate)
         with seeded(0), environment.entered():
             structure, *_ = posterior._analysed(programs)
+            if structure.undeclared and not stored.structure.undeclared:
+                programs = _with_event_dims(programs, structure)
+                structure, *_ = posterior._analysed(programs)
         saving.check_structure(path, stored.structure, structure)
         posterior._sums = [kept.restored(structure, programs, environment) for kept in stored.sums]
         posterior._weights = [dict(kept.weights) for kept in stored.sums]
@@ -450,7 +478,9 @@ class MPImportance:
         """
         result = copy.copy(self)
         place = saving.resolved(device)
-        result._sums, result._weights = saving.moved((self._sums, self._weights), place)
+        state = (self._sums, self._weights, self._programs)
+        result._sums, result._weights, result._programs = saving.moved(state, place)
+        result._reset()
         return result
 
     @property
@@ -489,6 +519,67 @@ class MPImportance:
             max_plate_nesting=self.max_plate_nesting,
         )
         return structure, guide_trace, model_trace
+
+    def _plan(self, programs: Programs) -> tuple[Plan, Trace, Trace]:
+        """Run the programs once, plainly: the structure, what fits into memory, the two traces."""
+        with Environment().entered():
+            structure, guide_trace, model_trace = self._analysed(programs)
+            if self.max_plate_nesting is None:
+                _logger.info("Guessed max_plate_nesting = %d", structure.max_plate_nesting)
+            device, limit = _device(model_trace), self.memory_limit
+            if limit is None:
+                limit = default_limit(device)
+            cut = memory.plan(structure, self.num_samples, limit, device.type)
+            met: dict[Name, frozenset[str]] = {
+                "guide": frozenset(structure.guide),
+                "model": frozenset(structure.model),
+            }
+            programs = replace(programs, sites=met)
+            plan = Plan(structure, programs, self.num_samples, cut)
+        return plan, guide_trace, model_trace
+
+    def _run_with_event_dims(self, plan: Plan, error: ValueError) -> list[BlockSum]:
+        """
+        Run programs that failed with undeclared batch dims in place, with event dims instead.
+
+        A program that works on such dims elementwise wants the particles left of them all; one that
+        sums over a vector's wants them where ``.to_event`` would have them.
+        """
+        structure = plan.structure
+        guide_dims = vector_dims(structure.guide, structure.guide)
+        model_dims = vector_dims(structure.model, structure.origins)
+        if not guide_dims and not model_dims:
+            raise error
+        try:
+            programs = _with_event_dims(plan.programs, structure)
+            with_events, _, _ = self._plan(programs)
+            return run_replicates(with_events, self.num_replicates, self._workers)
+        except Exception:  # whatever went wrong with these, the first error is the one to act on
+            raise ValueError(
+                f"{error} Batch dims of {quoted({*guide_dims, *model_dims})} are in no pyro.plate. "
+                "Enclose the site in one or use .to_event, and keep particles left of such dims."
+            ) from error
+
+    def get_log_normalizer(self) -> Tensor:
+        """Return the log evidence: :meth:`evidence`, under the name that ``Importance`` has."""
+        if not self._sums:
+            return super().get_log_normalizer()  # type: ignore[no-untyped-call, no-any-return]
+        return self.evidence()
+
+    def _weighted_draws(self) -> Draws | None:
+        if not self._sums:
+            return None
+        return weighted_draws(self._sums, self.evidence(), self.num_samples, self._workers)
+
+    def _traces_at(self, values: Sequence[Mapping[str, Tensor]]) -> list[Trace]:
+        assert self._programs is not None
+        with self._ran()[0].builder.environment.entered():
+            return [trace_at(self._programs, row) for row in values]
+
+    def _effective_samples(self) -> Tensor:
+        sampled = self._sampled()
+        sizes = [m.ess.min() for name, m in self.marginals().items() if name in sampled]
+        return torch.stack(sizes).min() if sizes else torch.tensor(float(self.num_samples))
 
     @property
     def _workers(self) -> Workers:
@@ -568,13 +659,33 @@ def _positive(name: str, number: int) -> int:
     return value
 
 
-def _programs(
+def _bound(
     model: Program,
     guide: Program | None,
     args: tuple[object, ...],
     kwargs: Mapping[str, object],
 ) -> Programs:
     return Programs(model, guide if guide is not None else _no_guide, args, kwargs)
+
+
+def _with_event_dims(programs: Programs, structure: Structure) -> Programs:
+    """Let vectors outside of all plates have event dims."""
+    return with_event_dims(
+        programs,
+        vector_dims(structure.guide, structure.guide),
+        vector_dims(structure.model, structure.origins),
+    )
+
+
+def _number_of_dims(max_plate_nesting: float | None) -> int | None:
+    """Return a number of batch dims, or None for one to be found."""
+    if max_plate_nesting is None or max_plate_nesting == math.inf:
+        return None
+    if isinstance(max_plate_nesting, bool) or max_plate_nesting not in range(64):
+        raise ValueError(
+            f"max_plate_nesting: expected a number of dims, but found {max_plate_nesting!r}."
+        )
+    return int(max_plate_nesting)
 
 
 def _no_guide(*args: object, **kwargs: object) -> None:
@@ -647,6 +758,14 @@ def _weaknesses(
     result = []
     carried = [name for name, origin in structure.origins.items() if origin == "guide_delta"]
     points = {name for name in carried if not structure.reads(structure.guide[name])}
+    if structure.undeclared:
+        shapes = ", ".join(f"'{name}' {tuple(s)}" for name, s in structure.undeclared.items())
+        result.append(
+            f"batch dims that no pyro.plate declares ({shapes}) count as event dims: a latent has "
+            "one particle index for all of them, and an observation is summed over them. Enclose "
+            "the site in a plate, which gives each element an index of its own, or silence this "
+            "by .to_event."
+        )
     if points:
         result.append(
             f"the guide fixes {quoted(points)} at a point (Delta): evidence() is the log of the "

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from pyro import settings
 
 from pyro_mpis.dependencies import Site, Structure
 
@@ -22,6 +23,12 @@ PIECE_BYTES = 2**24
 PIECE_BYTES_OF_GPU = 2**30
 # How many more elements may be evaluated for the sake of pieces.
 MORE_WORK = 1.25
+
+
+@settings.register("mpis_memory_fraction", __name__, "FRACTION")
+def _check_fraction(value: float) -> None:
+    if not 0 < value <= 1:
+        raise ValueError(f"mpis_memory_fraction: expected a number in (0, 1], but found {value!r}.")
 
 
 @dataclass(frozen=True)
@@ -134,6 +141,7 @@ def free_bytes(device: torch.device) -> int | None:
 def _elements(structure: Structure, site: Site, sizes: Mapping[str, int]) -> int:
     """Return the number of elements that a site's log_prob is computed from."""
     plates = math.prod(structure.plates[symbol].size for symbol in site.plates)
+    plates *= math.prod(site.batch_shape[dim] for dim in site.undeclared)
     return plates * site.event_size * math.prod(sizes[s] for s in structure.reads(site))
 
 
@@ -146,7 +154,9 @@ def _reduced_bytes(structure: Structure, site: Site, sizes: Mapping[str, int]) -
     """Return what a contraction needs for a factor, summed over the plates without an index."""
     reads = structure.reads(site)
     with_index = frozenset[str]().union(*(index.plates for index in structure.indices))
-    plates = (site.plates & with_index).union(*(structure.by_symbol[s].plates for s in reads))
+    plates = (site.factor_plates & with_index).union(
+        *(structure.by_symbol[s].plates for s in reads)
+    )
     elements = math.prod(structure.plates[symbol].size for symbol in plates)
     elements *= math.prod(sizes[symbol] for symbol in reads)
     return elements * torch.double.itemsize * TENSORS_AT_ONCE

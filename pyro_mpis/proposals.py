@@ -193,13 +193,16 @@ def model_inputs(
 def _check_vectorised(structure: Structure, name: str, drawn: Draw, num_samples: int) -> None:
     event_dim = drawn.fn.event_dim
     batch_shape = drawn.value.shape[: drawn.value.dim() - event_dim]
-    if len(batch_shape) != -structure.shared_dim or batch_shape[0] != num_samples:
+    site = structure.proposal_site(name)
+    nesting = structure.max_plate_nesting
+    expected = (num_samples, *(1,) * (nesting - len(site.batch_shape)), *site.batch_shape)
+    if tuple(batch_shape) != expected:
         raise ValueError(
             f"site '{name}': with {num_samples} particles its batch shape is "
-            f"{tuple(batch_shape)}, but only the particles' dim and {structure.max_plate_nesting} "
-            "dims of plates are expected. Index from the right, and keep batch dims when reshaping."
+            f"{tuple(batch_shape)}, but without them {tuple(site.batch_shape)}, so that {expected} "
+            "is expected: the particles' dim left of all dims that plates and sites have. Index "
+            "from the right, and keep batch dims when reshaping."
         )
-    site = structure.proposal_site(name)
     if drawn.reads_particles and is_delta(drawn.fn) and not site.reads:
         raise ValueError(
             f"site '{name}': its value differs between particles, but from which sites it was "
@@ -287,8 +290,11 @@ def _joint(
             value = place(value, structure.shared_dim - 1, shared_dim=structure.shared_dim)
         log_prob = fns[name].log_prob(value)
         log_prob = scale_and_mask(log_prob, mask=drawn.mask)
-        for symbol in sorted(structure.proposal_site(name).plates - index.plates):
-            log_prob = log_prob.sum(structure.plates[symbol].dim, keepdim=True)
+        site = structure.proposal_site(name)
+        summed = [structure.plates[symbol].dim for symbol in sorted(site.plates - index.plates)]
+        for dim in (*summed, *site.undeclared):
+            if -dim <= log_prob.dim():
+                log_prob = log_prob.sum(dim, keepdim=True)
         missing = particle_dims + structure.max_plate_nesting - log_prob.dim()
         log_prob = log_prob.reshape((1,) * missing + log_prob.shape)
         if missing:  # a log_prob that lost its particles' dim, for example a scalar zero

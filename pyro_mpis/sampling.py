@@ -55,7 +55,11 @@ def sample_sites(graph: FactorGraph, num_draws: int) -> dict[str, Tensor]:
 
     :return: for each site ``(num_draws, *shape)``, the shape of an ordinary run.
     """
-    drawn = sample_indices(graph, num_draws)
+    return sites_at(graph, sample_indices(graph, num_draws), num_draws)
+
+
+def sites_at(graph: FactorGraph, drawn: Drawn, num_draws: int) -> dict[str, Tensor]:
+    """Return the values of the model's latent sites at given particles, as ordinary runs do."""
     return {name: _select(graph, value, drawn, num_draws) for name, value in graph.values.items()}
 
 
@@ -70,7 +74,7 @@ def _select(graph: FactorGraph, site: SiteValue, drawn: Drawn, num_draws: int) -
     else:
         value = value.unsqueeze(0)
     value = value.expand((num_draws, *value.shape[1:]))
-    return graph.to_batch(value, plates, site.batch_shape, left=1)
+    return site.ordinary(graph.to_batch(value, plates, site.batch_shape, left=1), left=1)
 
 
 def index_at(graph: FactorGraph, drawn: Drawn, symbol: str, plates: str) -> Tensor:

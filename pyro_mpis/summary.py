@@ -19,9 +19,9 @@ class Row:
     name: str
     mean: float
     sd: float
-    q5: float
-    q50: float
-    q95: float
+    lower: float
+    median: float
+    upper: float
     ess: float
     k_hat: float
 
@@ -34,10 +34,12 @@ class Summary:
     log_evidence: float
     evidence_error: float | None  # standard error of the log evidence, over replicates
     num_samples: int
+    prob: float = 0.9  # between the lower and the upper quantile
 
     def __str__(self) -> str:
         """Return the table."""
-        header = ("", "mean", "sd", "5%", "50%", "95%", "ESS", "k-hat")
+        lower, upper = (f"{50 * (1 + sign * self.prob):.3g}%" for sign in (-1, 1))
+        header = ("", "mean", "sd", lower, "50%", upper, "ESS", "k-hat")
         lines: list[tuple[str, ...]] = [header]
         for row in self.rows:
             numbers = [getattr(row, field.name) for field in fields(row)[1:6]]
@@ -75,23 +77,25 @@ def summarise(
     log_evidence: float,
     evidence_error: float | None,
     num_samples: int,
+    prob: float,
 ) -> Summary:
     """
     Make the table.
 
     :param sampled: the sites that have particles; ESS and k-hat of others (summed over their whole
         support, or fixed) say nothing, and are nan.
+    :param prob: probability between the lower and the upper quantile.
     """
     rows: list[Row] = []
     for name, marginal in marginals.items():
-        rows += _rows(name, marginal, name in sampled)
-    return Summary(tuple(rows), log_evidence, evidence_error, num_samples)
+        rows += _rows(name, marginal, name in sampled, prob)
+    return Summary(tuple(rows), log_evidence, evidence_error, num_samples, prob)
 
 
-def _rows(name: str, marginal: Marginal, sampled: bool) -> list[Row]:
+def _rows(name: str, marginal: Marginal, sampled: bool, prob: float) -> list[Row]:
     batch, shape = marginal.batch_shape, marginal.batch_shape + marginal.event_shape
     tail = (1,) * len(marginal.event_shape)
-    quantiles = marginal.quantile([0.05, 0.5, 0.95])
+    quantiles = marginal.quantile([0.5 - prob / 2, 0.5, 0.5 + prob / 2])
     unknown = torch.full_like(marginal.ess, math.nan)
     columns: list[Tensor] = [
         marginal.mean,

@@ -257,7 +257,7 @@ def hierarchy_guide() -> None:
 
 
 def kept_dim_hierarchy() -> None:
-    mu = pyro.sample("mu", dist.Normal(torch.zeros(1), 1.0))
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
     with pyro.plate("data", 2):
         theta = pyro.sample("theta", dist.Normal(mu, 1.0))
         pyro.sample("x", dist.Normal(theta, 0.5), obs=torch.tensor([0.3, 1.5]))
@@ -849,7 +849,7 @@ def test_brute_force_of_plate_longhand() -> None:
     data = torch.tensor([0.3, 1.5])
     a = torch.tensor([0.3, -0.5, 1.0])
     b = torch.tensor([[0.2, 0.5, -0.1], [1.2, 0.7, 1.9]])  # plate, particle
-    exact = brute_force(Problem(kept_dim_hierarchy, None, {"mu": a[None], "theta": b}))
+    exact = brute_force(Problem(kept_dim_hierarchy, None, {"mu": a, "theta": b}))
     prior = dist.Normal(a[:, None, None], 1.0).log_prob(b)  # mu, plate, theta
     log_mixture_of_b = prior.logsumexp(0) - math.log(3)
     log_ratio = prior - log_mixture_of_b + dist.Normal(b, 0.5).log_prob(data[:, None])
