@@ -75,7 +75,8 @@ def plot_ess(posterior: MPImportance, *, ax: "Axes | None" = None) -> "Axes":
     if ax is None:
         height = 1.4 + 0.3 * max(1, len(sites))
         _, ax = pyplot.subplots(figsize=(6.4, height), layout="constrained")
-    ax.axvspan(0.5, diagnostics.LOW_ESS, color=POOR, alpha=0.12, lw=0)
+    low = diagnostics.LOW_ESS
+    ax.axvspan(0.5, low, color=POOR, alpha=0.12, lw=0)
     for row, site in enumerate(sites):
         ess = site.ess.reshape(-1).numpy()
         spread = np.linspace(-0.22, 0.22, len(ess)) if len(ess) > 1 else np.zeros(1)
@@ -84,11 +85,11 @@ def plot_ess(posterior: MPImportance, *, ax: "Axes | None" = None) -> "Axes":
     most = max((site.num_particles for site in sites), default=1)
     ax.set_xscale("log")
     ax.set(
-        xlim=(0.9, max(1.3 * most, 2 * diagnostics.LOW_ESS)),
+        xlim=(0.9, max(1.3 * most, 2 * low)),
         ylim=(len(sites) - 0.4, -0.6),
         yticks=range(len(sites)),
         yticklabels=[site.name for site in sites],
-        xlabel=f"effective sample size (poor below {diagnostics.LOW_ESS:g}; line: number of particles)",
+        xlabel=f"effective sample size (poor below {low:g}; line: number of particles)",
     )
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     return ax
