@@ -30,11 +30,12 @@ from pyro.poutine.util import is_validation_enabled
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_mpis.contraction import log_evidence
+from pyro_mpis.contraction import log_evidence, reduced
 from pyro_mpis.dependencies import Structure
 from pyro_mpis.factors import FactorGraph, SiteValue, build_graph
 from pyro_mpis.handlers import Programs, isolated
 from pyro_mpis.indexing import SiteReads, check_provenance, find_reads, regroup_indexed
+from pyro_mpis.memory import Cut
 from pyro_mpis.proposals import Particles, check_arguments, draw_particles
 from pyro_mpis.sampling import sample_sites
 from pyro_mpis.source_terms import joint_weights
@@ -78,23 +79,37 @@ class Builder:
     particles: Particles
     programs: Programs
     environment: Environment
-    reads: SiteReads | None = None  # found from the first block, the same for all
+    pieces: Mapping[str, int] = field(default_factory=dict)  # see memory.Cut
+    reads: SiteReads | None = None  # found from the first piece, the same for all
 
     def __call__(self, ranges: Ranges) -> FactorGraph:
-        """Evaluate a block."""
-        assert self.reads is not None
-        particles = self.particles.block(self.structure, ranges)
-        return regroup_indexed(build_graph(self.structure, particles, self.programs), self.reads)
+        """Evaluate a block, piece by piece."""
+        block = self.particles.block(self.structure, ranges)
+        parts = split(block.sizes, self.pieces, smallest=2)
+        return _put_together(map(reduced, self.evaluated(block, parts)), parts, block.sizes)
 
     def started(self, ranges: Ranges) -> "tuple[Builder, FactorGraph]":
         """Evaluate the first block, and find what holds for all."""
-        particles = self.particles.block(self.structure, ranges)
-        graph = build_graph(self.structure, particles, self.programs)
+        block = self.particles.block(self.structure, ranges)
+        parts = split(block.sizes, self.pieces, smallest=2)
+        first = block.block(self.structure, parts[0])
+        graph = build_graph(self.structure, first, self.programs)
         if not self.structure.unique_dims:
-            check_provenance(graph, self.structure, particles, self.programs)
+            check_provenance(graph, self.structure, first, self.programs)
         check = self.environment.validate
-        reads = find_reads(graph, self.structure, particles, self.programs, check=check)
-        return replace(self, reads=reads), regroup_indexed(graph, reads)
+        reads = find_reads(graph, self.structure, first, self.programs, check=check)
+        graph = regroup_indexed(graph, reads)
+        builder = replace(self, reads=reads)
+        graphs = itertools.chain([graph], builder.evaluated(block, parts[1:]))
+        return builder, _put_together(map(reduced, graphs), parts, block.sizes)
+
+    def evaluated(self, block: Particles, parts: Iterable[Ranges]) -> Iterator[FactorGraph]:
+        """Evaluate pieces of a block one after the other."""
+        assert self.reads is not None
+        for part in parts:
+            particles = block.block(self.structure, part)
+            graph = build_graph(self.structure, particles, self.programs)
+            yield regroup_indexed(graph, self.reads)
 
 
 @dataclass(frozen=True)
@@ -143,22 +158,73 @@ def _apply(builder: Builder, ranges: Ranges, function: Callable[[FactorGraph], R
         return function(builder(ranges))
 
 
-def split(particles: Mapping[str, int], block_sizes: Mapping[str, int]) -> tuple[Ranges, ...]:
+def split(
+    particles: Mapping[str, int], block_sizes: Mapping[str, int], smallest: int = 1
+) -> tuple[Ranges, ...]:
     """
-    Cut the particles of some indices into blocks.
+    Cut the particles of some indices into blocks, as even as can be.
 
     :param particles: number of particles of each index.
     :param block_sizes: number in a block, of the indices to cut.
+    :param smallest: number below which no block is cut.
     :return: the ranges of each block; one without any where nothing is to be cut.
     """
-    cuts = [
-        [
-            (symbol, slice(start, min(start + size, particles[symbol])))
-            for start in range(0, particles[symbol], size)
-        ]
-        for symbol, size in block_sizes.items()
-    ]
+    cuts = []
+    for symbol, size in block_sizes.items():
+        whole = particles[symbol]
+        number = max(1, min(math.ceil(whole / size), whole // smallest))
+        ends = [whole * step // number for step in range(number + 1)]
+        cuts.append([(symbol, slice(*ends)) for ends in itertools.pairwise(ends)])
     return tuple(dict(combination) for combination in itertools.product(*cuts))
+
+
+def _put_together(
+    graphs: Iterable[FactorGraph], parts: Sequence[Ranges], sizes: Mapping[str, int]
+) -> FactorGraph:
+    """
+    Put the pieces of a block together.
+
+    :param parts: the particles of each piece, two or more of each index that is cut: dims of size
+        one are not there to tell whether a factor has them.
+    :param sizes: numbers of particles of the block.
+    """
+    graphs = iter(graphs)
+    whole = next(graphs)
+    if len(parts) == 1:
+        return whole
+    sizes = {**whole.sizes, **sizes}
+    factors = [
+        replace(factor, tensor=_room(factor.tensor, factor.dims, sizes)) for factor in whole.factors
+    ]
+    values: dict[str, SiteValue] = {}
+    for graph, part in zip(itertools.chain([whole], graphs), parts, strict=True):
+        for factor, piece in zip(factors, graph.factors, strict=True):
+            factor.tensor[_part(piece.dims, part)] = piece.tensor
+        values = _with_values(values, sizes, graph.values, part)
+    return replace(whole, factors=tuple(factors), sizes=sizes, values=values)
+
+
+def impossible_elements(total: BlockSum) -> dict[str, Tensor]:
+    """
+    Return where each factor makes the evidence zero, in the first block.
+
+    :return: for each factor whether it is -inf for all particles: ``(*plates)``.
+    """
+    builder = total.builder
+    best: dict[str, Tensor] = {}
+    with builder.environment.entered():
+        block = builder.particles.block(builder.structure, total.blocks[0])
+        parts = split(block.sizes, builder.pieces, smallest=2)
+        for graph in builder.evaluated(block, parts):
+            for factor in graph.factors:
+                dims = [n for n, symbol in enumerate(factor.dims) if symbol in graph.index_plates]
+                highest = factor.tensor.amax(dims) if dims else factor.tensor
+                best[factor.name] = torch.maximum(best.get(factor.name, highest), highest)
+    return {name: highest == -torch.inf for name, highest in best.items()}
+
+
+def _room(tensor: Tensor, dims: str, sizes: Mapping[str, int]) -> Tensor:
+    return tensor.new_empty([sizes[symbol] for symbol in dims])
 
 
 @dataclass(frozen=True)
@@ -168,15 +234,17 @@ class Plan:
     structure: Structure
     programs: Programs
     num_samples: int
-    block_sizes: Mapping[str, int]
+    cut: Cut
     environment: Environment = field(default_factory=Environment)
 
     def run(self, workers: Workers) -> BlockSum:
         """Draw particles and evaluate them block by block; draws random numbers."""
         with self.environment.entered():
             particles = draw_particles(self.structure, self.programs, self.num_samples)
-            builder = Builder(self.structure, particles, self.programs, self.environment)
-            total = evaluate(builder, split(particles.sizes, self.block_sizes), workers)
+            builder = Builder(
+                self.structure, particles, self.programs, self.environment, self.cut.pieces
+            )
+            total = evaluate(builder, split(particles.sizes, self.cut.blocks), workers)
             if self.environment.validate:
                 check_arguments(self.structure, self.programs, particles)
         return total
@@ -221,7 +289,7 @@ def evaluate(builder: Builder, blocks: Sequence[Ranges], workers: Workers) -> Bl
     del graph
     results += workers.run([partial(_apply, builder, part, _first_pass) for part in blocks[1:]])
     for (_, values), ranges in zip(results, blocks, strict=True):
-        whole = replace(whole, values=_with_values(whole, values, ranges))
+        whole = replace(whole, values=_with_values(whole.values, whole.sizes, values, ranges))
     log_evidences = torch.stack([log_p for log_p, _ in results])
     return BlockSum(builder, tuple(blocks), whole, log_evidences)
 
@@ -317,17 +385,20 @@ def _part(symbols: str, ranges: Ranges) -> tuple[slice, ...]:
 
 
 def _with_values(
-    whole: FactorGraph, found: Mapping[str, SiteValue], ranges: Ranges
+    values: Mapping[str, SiteValue],
+    sizes: Mapping[str, int],
+    found: Mapping[str, SiteValue],
+    ranges: Ranges,
 ) -> dict[str, SiteValue]:
     """Put a block's values of the sites into their places among all particles."""
-    values = dict(whole.values)
+    values = dict(values)
     for name, site in found.items():
         if not set(site.indices) & set(ranges):
             values.setdefault(name, site)
             continue
         if name not in values:
-            sizes = [whole.sizes[symbol] for symbol in site.indices]
-            rest = site.tensor.shape[len(sizes) :]
-            values[name] = replace(site, tensor=site.tensor.new_empty((*sizes, *rest)))
+            shape = [sizes[symbol] for symbol in site.indices]
+            rest = site.tensor.shape[len(shape) :]
+            values[name] = replace(site, tensor=site.tensor.new_empty((*shape, *rest)))
         values[name].tensor[_part(site.indices, ranges)] = site.tensor
     return values

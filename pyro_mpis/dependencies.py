@@ -62,6 +62,7 @@ class Site:
     plates: frozenset[str]  # symbols
     reads: frozenset[str]  # random sites
     silent: bool  # adds nothing to the density, as pyro.deterministic
+    event_size: int = 1  # number of elements of an event
     undeclared: tuple[int, ...] = ()  # batch dims without a plate, from the left
     adopted: frozenset[str] = frozenset()  # plates of what it reads, along its undeclared dims
 
@@ -475,6 +476,7 @@ def _read(site: SampleMessage, plates: Mapping[str, Plate]) -> Site:
         plates=frozenset(plates[frame.name].symbol for frame in frames if frame.name in plates),
         reads=reads - {name},
         silent=_is_silent(site),
+        event_size=fn.event_shape.numel(),
         undeclared=undeclared,
     )
 

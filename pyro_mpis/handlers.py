@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, cast
 import pyro
 import torch
 from pyro import poutine
-from pyro.ops.provenance import detach_provenance, track_provenance
+from pyro.ops.provenance import detach_provenance
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _DIM_ALLOCATOR
 from pyro.poutine.trace_struct import Trace
@@ -36,6 +36,7 @@ from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
 from pyro_mpis._typing import Distribution, Program, SampleMessage
+from pyro_mpis.provenance import tracked
 
 if TYPE_CHECKING:
     from pyro.poutine.runtime import Message
@@ -115,7 +116,7 @@ class _Track(Messenger):
     def _pyro_post_sample(self, msg: SampleMessage) -> None:
         if is_latent(msg) and self.is_random(msg):
             value = detach_provenance(msg["value"])
-            msg["value"] = track_provenance(value, frozenset({msg["name"]}))
+            msg["value"] = tracked(value, frozenset({msg["name"]}))
 
 
 class _Compare(Messenger):

@@ -7,26 +7,30 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
-from typing import TypeVar, overload
+from typing import TYPE_CHECKING, TypeVar, overload
 
 import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from pyro_mpis import memory
 from pyro_mpis import moments as _moments
 from pyro_mpis._typing import MomentFunction, Program
 from pyro_mpis._warnings import warn
+from pyro_mpis.arviz_export import Names, Wanted, build, model_groups, particle_arrays
 from pyro_mpis.blocks import (
     BlockSum,
     Environment,
     Plan,
     Workers,
     evidence_error,
+    impossible_elements,
     joint_weights_of,
     run_replicates,
     sample_of,
 )
 from pyro_mpis.dependencies import Structure, analyse, check_same_site, vector_dims
+from pyro_mpis.diagnostics import Diagnosis, diagnose
 from pyro_mpis.factors import FactorGraph
 from pyro_mpis.handlers import (
     Name,
@@ -39,9 +43,14 @@ from pyro_mpis.handlers import (
     with_event_dims,
 )
 from pyro_mpis.marginals import Marginal, merge
-from pyro_mpis.memory import default_limit, plan_blocks
+from pyro_mpis.memory import default_limit
 from pyro_mpis.summary import Summary, summarise
 from pyro_mpis.trace_posterior import Draws, ImportanceTraces, weighted_draws
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+    from pyro_mpis.arviz_export import ArvizData
 
 Answer = TypeVar("Answer")
 
@@ -62,6 +71,8 @@ class MPImportance(ImportanceTraces):
         posterior.moments()            # {site: posterior mean}
         posterior.marginals("mu")      # weighted particles, an Empirical distribution
         posterior.sample(1000)         # {site: joint posterior draws}, for Predictive
+        posterior.diagnose()           # what is poor, and what would help
+        posterior.to_arviz()           # for az.summary, az.plot_forest, az.loo
 
     [1] Bowyer, Heap and Aitchison (2024), "Using Autodiff to Estimate Posterior Moments, Marginals
     and Samples", UAI, PMLR 244:394-417.
@@ -129,6 +140,7 @@ class MPImportance(ImportanceTraces):
         self._programs: Programs | None = None
         self._sums: list[BlockSum] = []
         self._weights: list[dict[str, Tensor]] = []
+        self._told = False  # whether the user has been told of what is poor
         super().__init__()  # type: ignore[no-untyped-call]
 
     def run(self, *args: object, **kwargs: object) -> "MPImportance":
@@ -154,6 +166,7 @@ class MPImportance(ImportanceTraces):
         if not possible:
             raise _impossible(sums[0])
         self._programs, self._sums, self._weights = programs, possible, [{} for _ in possible]
+        self._told = False
         self._reset()
         for problem in _weaknesses(structure, self.groups, guide_trace, model_trace):
             warn(problem)
@@ -178,16 +191,13 @@ class MPImportance(ImportanceTraces):
 
         :raises ValueError: with a single replicate.
         """
-        sums = self._ran()
+        self._ran()
         if self.num_replicates < 2:
             raise ValueError(
                 "num_replicates: one set of particles has no spread to tell an error from. Ask for "
                 "several, num_replicates=8 for example."
             )
-        log_evidences = torch.full((self.num_replicates,), -math.inf, dtype=torch.double)
-        for number, total in enumerate(sums):
-            log_evidences[number] = total.log_evidence
-        return evidence_error(log_evidences)
+        return evidence_error(self._replicates())
 
     @overload
     def moments(self) -> dict[str, Tensor]: ...
@@ -275,24 +285,100 @@ class MPImportance(ImportanceTraces):
         """
         Make a table of mean, sd, quantiles, ESS and Pareto k-hat of every scalar.
 
-        Warns (:class:`~pyro_mpis.MPISWarning`) of low ESS and high k-hat, and says what helps.
+        Warns (:class:`~pyro_mpis.MPISWarning`), once a run, of what :meth:`diagnose` finds poor.
 
         :param prob: probability between the two outer quantiles, as in :meth:`MCMC.summary`.
         """
         if not 0 < prob < 1:
             raise ValueError(f"prob: expected a probability between 0 and 1, but found {prob!r}.")
-        error = self.evidence_error() if self.num_replicates > 1 else None
-        summary, problems = summarise(
-            self.marginals(),
+        marginals = self.marginals()
+        diagnosis = self._diagnosis(marginals)
+        if not self._told:
+            for problem in diagnosis.problems:
+                warn(str(problem))
+        self._told = True
+        return summarise(
+            marginals,
             self._sampled(),
-            float(self.evidence()),
-            error,
+            diagnosis.log_evidence,
+            diagnosis.evidence_error,
             self.num_samples * self.num_replicates,
             prob,
         )
-        for problem in problems:
-            warn(problem)
-        return summary
+
+    def diagnose(self, *, show: bool = True) -> Diagnosis:
+        """
+        Say how far to trust the answers: what is poor, at which site, and what would help.
+
+        Looks at the effective sample size of every site and plate element, at Pareto k-hat where
+        there are particles enough (about 50), and at the replicates' spread. Draws nothing.
+
+        :param show: whether to print it.
+        """
+        diagnosis = self._diagnosis(self.marginals())
+        if show:
+            print(diagnosis)
+        self._told = True
+        return diagnosis
+
+    def _diagnosis(self, marginals: Mapping[str, Marginal]) -> Diagnosis:
+        return diagnose(self._ran()[0], marginals, self._sampled(), self._replicates())
+
+    def to_arviz(
+        self,
+        num_samples: int = 1000,
+        *,
+        coords: "Mapping[str, ArrayLike] | None" = None,
+        dims: Mapping[str, Sequence[str]] | None = None,
+        log_likelihood: bool = True,
+        posterior_predictive: bool = False,
+        prior: bool = False,
+    ) -> "ArvizData":
+        """
+        Return the posterior in ArviZ's data structure; draws random numbers.
+
+        Needs ``pip install pyro-mpis[arviz]``. Dims are named after the plates, those of events
+        ``<site>_dim_0`` and so on; a batch dim of size one outside of all plates is dropped. The
+        groups, each in an ordinary run's shapes:
+
+        * ``posterior``: joint draws, with the values of ``pyro.deterministic``;
+          ``sample_stats``: ``lp``, the log joint density of each. The draws are one chain and
+          independent given the particles: read ``az.summary(..., kind="stats")``, since ArviZ's
+          ESS and r-hat are of Markov chains.
+        * ``log_likelihood``: of every observation, for ``az.loo``. Without ``poutine.scale``; nan
+          where ``poutine.mask`` hides it, so drop these before ``az.loo``. ``pyro.factor`` is none.
+        * ``observed_data``, ``constant_data`` (the arrays that the model was called with),
+          ``posterior_predictive``, ``prior``, ``prior_predictive``.
+        * ``particles``, ``particle_weights``, ``particle_ess``: what the draws were drawn from.
+
+        The attributes hold the log evidence, its standard error (of several replicates), the
+        number of particles, and the version.
+
+        :param num_samples: number of draws.
+        :param coords: dim -> names of its elements.
+        :param dims: site or argument -> names of its dims, of all or of those that are no plates.
+        :param log_likelihood: whether to have that group, as large as data times draws.
+        :param posterior_predictive: whether to draw the observed sites given each posterior draw.
+        :param prior: whether to draw latent and observed sites from the prior.
+        :return: an ``xarray.DataTree``; where ArviZ is older than 1.0 an ``InferenceData``.
+        :raises ImportError: without xarray.
+        :raises ValueError: if names do not fit the dims.
+        """
+        names = Names(coords or {}, dims or {})
+        number = _positive("num_samples", num_samples)
+        wanted = Wanted(number, names, log_likelihood, posterior_predictive, prior)
+        total = self._ran()[0]
+        groups, sites = model_groups(total.builder, self.sample(number), wanted)
+        particles = total.whole.values
+        groups |= particle_arrays(self.marginals(), particles, self._sampled(), sites, names)
+        attributes: dict[str, object] = {
+            "log_evidence": float(self.evidence()),
+            "num_particles": self.num_samples,
+            "num_replicates": self.num_replicates,
+        }
+        if self.num_replicates > 1:
+            attributes["log_evidence_error"] = self.evidence_error()
+        return build(groups, attributes, names)
 
     def _plan(self, programs: Programs) -> tuple[Plan, Trace, Trace]:
         """Run the programs once, plainly: the structure, what fits into memory, the two traces."""
@@ -307,16 +393,16 @@ class MPImportance(ImportanceTraces):
             )
             if self.max_plate_nesting is None:
                 _logger.info("Guessed max_plate_nesting = %d", structure.max_plate_nesting)
-            limit = self.memory_limit
+            device, limit = _device(model_trace), self.memory_limit
             if limit is None:
-                limit = default_limit(_device(model_trace))
-            block_sizes = plan_blocks(structure, self.num_samples, limit)
+                limit = default_limit(device)
+            cut = memory.plan(structure, self.num_samples, limit, device.type)
             met: dict[Name, frozenset[str]] = {
                 "guide": frozenset(structure.guide),
                 "model": frozenset(structure.model),
             }
             programs = replace(programs, sites=met)
-            plan = Plan(structure, programs, self.num_samples, block_sizes)
+            plan = Plan(structure, programs, self.num_samples, cut)
         return plan, guide_trace, model_trace
 
     def _run_with_event_dims(self, plan: Plan, error: ValueError) -> list[BlockSum]:
@@ -370,6 +456,13 @@ class MPImportance(ImportanceTraces):
         if not self._sums:
             raise RuntimeError("no particles yet: call .run(*args, **kwargs) before any query.")
         return self._sums
+
+    def _replicates(self) -> Tensor:
+        """Return each replicate's log evidence, those of zero last: (replicates,), float64."""
+        log_evidences = torch.full((self.num_replicates,), -math.inf, dtype=torch.double)
+        for number, total in enumerate(self._ran()):
+            log_evidences[number] = total.log_evidence
+        return log_evidences
 
     def _sites(self) -> list[str]:
         return list(self._ran()[0].whole.values)
@@ -487,20 +580,17 @@ def _split_moment(
 
 def _impossible(total: BlockSum) -> ValueError:
     """Say which site makes the evidence zero."""
-    with total.builder.environment.entered():
-        graph = total.builder(total.blocks[0])
-    for factor in graph.factors:
-        particle_dims = [d for d, s in enumerate(factor.dims) if s in graph.index_plates]
-        best = factor.tensor.amax(particle_dims) if particle_dims else factor.tensor
-        if bool((best == -torch.inf).any()):
-            count = int((best == -torch.inf).sum())
+    for name, impossible in impossible_elements(total).items():
+        if bool(impossible.any()):
             return ValueError(
-                f"site '{factor.name}': probability zero for all particles at {count} of "
-                f"{best.numel()} plate elements, so the evidence is zero. Check the data against "
-                "the distribution's support, or use a guide that reaches where the data have "
-                "positive probability."
+                f"site '{name}': probability zero for all particles at {int(impossible.sum())} of "
+                f"{impossible.numel()} plate elements, so the evidence is zero. Check the data "
+                "against the distribution's support, or use a guide that reaches where the data "
+                "have positive probability."
             )
-    names = {factor.name for factor in graph.factors if bool((factor.tensor == -torch.inf).any())}
+    with total.builder.environment.entered():
+        factors = total.builder(total.blocks[0]).factors
+    names = {factor.name for factor in factors if bool((factor.tensor == -torch.inf).any())}
     return ValueError(
         f"the evidence is zero: no combination of particles has positive probability at all of "
         f"{quoted(names)} together. Draw more particles, or use a guide nearer to the posterior."

@@ -232,7 +232,7 @@ def _probing_runs(
     :param rows: number of combinations of particles to do it at, picked at random.
     :param with_nan: whether to change continuous latents to nan; otherwise, and discrete ones
         always, to the value of the next particle.
-    :return: for each site its log_prob, ``(runs, rows, *plates)``.
+    :return: for each site that reads one of these its log_prob, ``(runs, rows, *plates)``.
     """
     runs = max((len(pattern) for pattern in patterns.values()), default=1)
     generator = torch.Generator().manual_seed(0)  # the same rows for all blocks and queries
@@ -264,7 +264,8 @@ def _probing_runs(
     log_probs = {}
     with pyro.validation_enabled(False):
         for name, site in run("model", model_inputs(structure, values, carried)).items():
-            if structure.model[name].silent:
+            own = structure.model[name]
+            if own.silent or not any(other in patterns for other in own.reads | {name}):
                 continue
             log_prob = site["fn"].log_prob(site["value"])
             if isinstance(site["mask"], Tensor):

@@ -33,7 +33,7 @@ from wrong_programs import (
     without_proposal_weight,
 )
 
-from pyro_mpis import MPImportance
+from pyro_mpis import MPImportance, contraction
 
 NUM_CASES = 40
 NUM_SLOW_CASES = 160
@@ -109,6 +109,18 @@ def test_moments_of_random_program(seed: int) -> None:
 def test_samples_of_random_program(seed: int) -> None:
     posterior, exact = run_case(seed)
     check_all_samples(posterior, exact)
+
+
+@pytest.mark.parametrize(
+    "seed", [s if s < 10 else pytest.param(s, marks=pytest.mark.slow) for s in range(NUM_CASES)]
+)
+def test_random_programs_in_rounds(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the order of eliminations that otherwise only programs of many sites get."""
+    monkeypatch.setattr(contraction, "MANY_DIMS", 1)
+    case = random_case(seed)
+    check_all(
+        *run(case.model, case.guide, num_samples=case.num_samples, groups=case.groups, seed=seed)
+    )
 
 
 @pytest.mark.slow
