@@ -22,6 +22,7 @@ from torch import Tensor
 from pyro_mpis._typing import Program
 from pyro_mpis.at_draws import OrdinarySite, predict, replay_draws
 from pyro_mpis.blocks import Builder
+from pyro_mpis.factors import SiteValue
 from pyro_mpis.handlers import Programs
 from pyro_mpis.marginals import Marginal
 
@@ -164,30 +165,37 @@ def draw_arrays(
 
 def particle_arrays(
     marginals: Mapping[str, Marginal],
+    particles: Mapping[str, SiteValue],
     sampled: Set[str],
-    alone: Set[str],
     sites: Mapping[str, OrdinarySite],
     names: Names,
 ) -> dict[str, Arrays]:
     """
     Name the dims of particles, their weights and effective sample sizes.
 
+    Of sites that follow several others, with a point for each combination of their particles, only
+    the effective sample size is given.
+
     :param sampled: the sites that have particles, not their whole support or a fixed value.
-    :param alone: the sites with one index. Those that follow several sites have a point for each
-        combination of their particles; of them only the effective sample size is given.
     """
     values: dict[str, tuple[tuple[str, ...], Array]] = {}
     weights: dict[str, tuple[tuple[str, ...], Array]] = {}
     sizes: dict[str, tuple[tuple[str, ...], Array]] = {}
     for name, marginal in marginals.items():
-        one, num_batch = {name: sites[name]}, len(marginal.batch_shape)
-        if name in alone:
+        one, num_batch, site = {name: sites[name]}, len(marginal.batch_shape), particles[name]
+        shape = one[name].value.shape
+        batch_shape = shape[: len(shape) - one[name].event_dim]
+        if len(site.indices) == 1:
             left = "particle" if name in sampled else f"{name}_value"
-            samples, weight = marginal.samples, marginal.weights
-            values |= site_arrays({name: samples.movedim(num_batch, 0)}, one, names, left)
-            weights |= site_arrays({name: weight.movedim(num_batch, 0)}, one, names, left)
+            samples = site.padded(marginal.samples.movedim(num_batch, 0), left=1)
+            weight = site.padded(marginal.weights.movedim(num_batch, 0), left=1)
+            weight = weight.expand((len(weight), *batch_shape))
+            samples = site.ordinary(samples, left=1)
+            values |= site_arrays({name: samples}, one, names, left)
+            weights |= site_arrays({name: weight}, one, names, left)
         if name in sampled:
-            sizes |= site_arrays({name: marginal.ess}, one, names)
+            ess = site.padded(marginal.ess, left=0).expand(batch_shape)
+            sizes |= site_arrays({name: ess}, one, names)
     return {"particles": values, "particle_weights": weights, "particle_ess": sizes}
 
 

@@ -9,7 +9,7 @@ chunks, since each of them has a value of every site.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import pyro
@@ -130,9 +130,7 @@ def predict(
     :return: ``{site: (draws, *shape)}`` of the sites that ``draws`` does not have.
     """
     wanted = [name for name, s in ordinary.items() if s.kind != "factor" and name not in draws]
-    unobserved = Programs(
-        _Unobserved(programs.model), programs.guide, programs.args, programs.kwargs
-    )
+    unobserved = replace(programs, model=_Unobserved(programs.model))
     size = _chunk_size(ordinary)
     found: dict[str, list[Tensor]] = {name: [] for name in wanted}
     for start in range(0, num_draws, size):

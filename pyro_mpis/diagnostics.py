@@ -196,7 +196,7 @@ def diagnose(
 def _site(structure: Structure, name: str, marginal: Marginal) -> SiteDiagnosis:
     own = structure.model[name]
     dims = {plate.dim: plate.name for plate in map(structure.plates.__getitem__, own.plates)}
-    batch_dims = range(-len(marginal.batch_shape), 0)
+    batch_dims = [d for d in range(-len(own.batch_shape), 0) if d not in own.undeclared]
     return SiteDiagnosis(
         name=name,
         proposal="prior" if structure.origins[name] == "prior" else "guide",
@@ -262,10 +262,11 @@ def _distributions(total: BlockSum, marginals: Mapping[str, Marginal]) -> dict[s
     """Return the distribution that the model has at each site, from a run at single values."""
     values = {}
     for name, marginal in marginals.items():
-        dim = len(marginal.batch_shape)
+        site, dim = total.whole.values[name], len(marginal.batch_shape)
         heaviest = marginal.log_weights.argmax(-1, keepdim=True)
         heaviest = heaviest.reshape(heaviest.shape + (1,) * len(marginal.event_shape))
-        values[name] = torch.take_along_dim(marginal.samples, heaviest, dim).squeeze(dim)
+        value = torch.take_along_dim(marginal.samples, heaviest, dim).squeeze(dim)
+        values[name] = site.ordinary(site.padded(value, left=0), left=0)
     with total.builder.environment.entered():
         sites = replay(total.builder.programs, "model", values=values, enumerated={}, num_samples=1)
     return {name: site["fn"] for name, site in sites.items()}

@@ -75,6 +75,13 @@ class SiteValue:
         tensor = _exchanged(tensor, middle, self.undeclared)
         return tensor.squeeze(tuple(range(middle, middle + len(self.undeclared))))
 
+    def padded(self, tensor: Tensor, *, left: int) -> Tensor:
+        """Give undeclared dims size one again: ``(*left, *batch_shape, *right)``."""
+        middle = left + len(self.batch_shape)
+        for dim in self.undeclared:
+            tensor = tensor.unsqueeze(middle + dim)
+        return tensor
+
     def declared(self, tensor: Tensor, *, left: int) -> Tensor:
         """Drop the undeclared dims of size one of ``(*left, *batch_shape, *right)``."""
         middle = left + len(self.batch_shape)

@@ -371,8 +371,8 @@ class MPImportance(ImportanceTraces):
         wanted = Wanted(number, names, log_likelihood, posterior_predictive, prior)
         total = self._ran()[0]
         groups, sites = model_groups(total.builder, self.sample(number), wanted)
-        alone = {name for name, site in total.whole.values.items() if len(site.indices) == 1}
-        groups |= particle_arrays(self.marginals(), self._sampled(), alone, sites, names)
+        particles = total.whole.values
+        groups |= particle_arrays(self.marginals(), particles, self._sampled(), sites, names)
         attributes: dict[str, object] = {
             "log_evidence": float(self.evidence()),
             "num_particles": self.num_samples,

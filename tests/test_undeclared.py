@@ -422,6 +422,31 @@ def test_program_that_is_not_vectorised() -> None:
         MPImportance(model, num_samples=4).run()
 
 
+def test_diagnosis_and_export() -> None:
+    """Undeclared dims stay in their places, and take no plate's name."""
+    pytest.importorskip("arviz")
+    posterior = MPImportance(left_of_plate, num_samples=60).run()
+    assert {site.name: site.plates for site in posterior.diagnose(show=False).sites} == {
+        "mu": (),
+        "b": ("data",),
+        "c": ("data",),
+    }
+    groups: Any = posterior.to_arviz(50, posterior_predictive=True)
+    expected = {"b_dim_0": 2, "data": 3}
+    for group, name, left in (
+        ("posterior", "b", {"chain": 1, "draw": 50}),
+        ("particles", "b", {"particle": 60}),
+        ("particle_weights", "b", {"particle": 60}),
+        ("particle_ess", "b", {}),
+    ):
+        array = groups[group][name]
+        assert dict(zip(array.dims, array.shape, strict=True)) == left | expected
+    particles = groups["particles"]["b"].values  # (K, undeclared, plate)
+    samples = posterior.marginals("b").samples.numpy()  # (plate, K, undeclared)
+    assert (particles == samples.transpose(1, 2, 0)).all()
+    assert groups["posterior_predictive"]["y"].dims == ("chain", "draw", "y_dim_0", "data")
+
+
 def test_broadcast_by_mistake_is_said() -> None:
     def model() -> None:
         a = pyro.sample("a", dist.Normal(0.0, 1.0))
