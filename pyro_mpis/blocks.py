@@ -263,14 +263,15 @@ def run_replicates(plan: Plan, num_replicates: int, workers: Workers) -> list[Bl
 
 
 def _replicate(plan: Plan, seed: int) -> BlockSum:
-    with _seeded(seed):
+    with seeded(seed):
         total = plan.run(Workers(show_progress=False))
     # the factors are many times the particles: they are not kept for every replicate, nor sent
     return replace(total, whole=replace(total.whole, factors=()))
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the global generator, and restore its state afterwards."""
     state = pyro.util.get_rng_state()
     pyro.set_rng_seed(seed)
     try:
@@ -363,7 +364,7 @@ def sample_of(sums: Sequence[BlockSum], num_draws: int, workers: Workers) -> dic
 
 
 def _seeded_sample(graph: FactorGraph, num_draws: int, seed: int) -> dict[str, Tensor]:
-    with _seeded(seed):
+    with seeded(seed):
         return sample_sites(graph, num_draws)
 
 

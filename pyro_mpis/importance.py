@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The inference class: what the user holds."""
 
+import copy
 import logging
 import math
 import operator
+import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
@@ -13,7 +15,7 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_mpis import memory
+from pyro_mpis import memory, saving
 from pyro_mpis import moments as _moments
 from pyro_mpis._typing import MomentFunction, Program
 from pyro_mpis._warnings import warn
@@ -28,8 +30,16 @@ from pyro_mpis.blocks import (
     joint_weights_of,
     run_replicates,
     sample_of,
+    seeded,
 )
-from pyro_mpis.dependencies import Structure, analyse, check_same_site, vector_dims
+from pyro_mpis.dependencies import (
+    NO_EVENT_DIMS,
+    EventDims,
+    Structure,
+    analyse,
+    check_same_site,
+    vector_dims,
+)
 from pyro_mpis.diagnostics import Diagnosis, diagnose
 from pyro_mpis.factors import FactorGraph
 from pyro_mpis.handlers import (
@@ -137,7 +147,6 @@ class MPImportance(ImportanceTraces):
         self.num_replicates = num_replicates
         self.executor = executor
         self.disable_progbar = disable_progbar
-        self._programs: Programs | None = None
         self._sums: list[BlockSum] = []
         self._weights: list[dict[str, Tensor]] = []
         self._told = False  # whether the user has been told of what is poor
@@ -154,8 +163,7 @@ class MPImportance(ImportanceTraces):
         :raises NotImplementedError: if the sum over all combinations is intractable.
         :raises MemoryError: if a factor would not fit into free memory.
         """
-        guide = self.guide if self.guide is not None else _no_guide
-        programs = Programs(self.model, guide, args, kwargs)
+        programs = _programs(self.model, self.guide, args, kwargs)
         plan, guide_trace, model_trace = self._plan(programs)
         structure = plan.structure
         try:
@@ -165,7 +173,7 @@ class MPImportance(ImportanceTraces):
         possible = [total for total in sums if bool(torch.isfinite(total.log_evidence))]
         if not possible:
             raise _impossible(sums[0])
-        self._programs, self._sums, self._weights = programs, possible, [{} for _ in possible]
+        self._sums, self._weights = possible, [{} for _ in possible]
         self._told = False
         self._reset()
         for problem in _weaknesses(structure, self.groups, guide_trace, model_trace):
@@ -380,28 +388,164 @@ class MPImportance(ImportanceTraces):
             attributes["log_evidence_error"] = self.evidence_error()
         return build(groups, attributes, names)
 
-    def _plan(self, programs: Programs) -> tuple[Plan, Trace, Trace]:
-        """Run the programs once, plainly: the structure, what fits into memory, the two traces."""
-        with Environment().entered():
-            guide_trace, model_trace = _run_plainly(programs)
-            structure = analyse(
-                guide_trace,
-                model_trace,
-                guide=self.guide,
-                groups=self.groups,
-                max_plate_nesting=self.max_plate_nesting,
+    def save(self, path: str | os.PathLike[str], *, factors: bool = True) -> None:
+        """
+        Write the result to a file, for :meth:`load`: tensors and plain data, no code.
+
+        The arguments of :meth:`run` are kept if they are tensors and plain data (numbers, strings,
+        tuples, lists, dictionaries); a warning says if not. Model, guide, their parameters and the
+        executor are not kept. The file takes about :attr:`nbytes` and the size of the arguments:
+        32 MB for the eight schools with 100 particles, 32 kB without the factors.
+
+        :param path: of the file; one that is there is overwritten.
+        :param factors: whether to keep the log factors, by far the largest part, if they fitted
+            into memory. Without them each query of the loaded result evaluates the model again.
+        """
+        sums = self._ran()
+        if not factors:
+            sums = [replace(total, whole=replace(total.whole, factors=())) for total in sums]
+        settings = saving.Settings(
+            num_samples=self.num_samples,
+            groups=tuple(tuple(group) for group in self.groups),
+            max_plate_nesting=self.max_plate_nesting,
+            memory_limit=self.memory_limit,
+            num_replicates=self.num_replicates,
+            disable_progbar=self.disable_progbar,
+        )
+        stored, unknown = saving.pack(settings, sums, self._weights)
+        if unknown:
+            warn(
+                f"'{os.fspath(path)}': the arguments of .run are not kept, since one is {unknown}, "
+                "neither a tensor nor plain data. Give them again: .load(path, model, guide, "
+                "args=..., kwargs=...)."
             )
+        saving.write(path, stored)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        model: Program,
+        guide: Program | None = None,
+        *,
+        args: Sequence[object] | None = None,
+        kwargs: Mapping[str, object] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> "MPImportance":
+        """
+        Read a result that :meth:`save` wrote; it then answers as the saved one did.
+
+        The file cannot run code, wherever it comes from. Model and guide are run once, to check
+        that they have the sites and shapes of the saved run; random numbers that this takes do
+        not count. A result of several blocks or replicates, or saved without factors, is evaluated
+        again by each query: the programs need the parameters of the run, which is checked too.
+
+        :param path: of the file.
+        :param model: the model of the saved run.
+        :param guide: its guide.
+        :param args: the arguments of the run, if the file does not hold them or to replace them.
+        :param kwargs: likewise; without ``args``, the run had keyword arguments only.
+        :param device: where to put the tensors.
+        :raises ValueError: if the file is damaged, not a saved result or of another layout; if
+            model, guide or arguments are not those of the run, or arguments are missing.
+        """
+        stored = saving.read(path, saving.resolved(device))
+        if args is None and kwargs is None:
+            if stored.arguments is None:
+                raise ValueError(
+                    f"'{os.fspath(path)}': it does not hold the arguments of the run, which were "
+                    "not all tensors and plain data. Give them: .load(path, model, guide, "
+                    "args=..., kwargs=...)."
+                )
+            args, kwargs = stored.arguments.args, stored.arguments.kwargs
+        posterior = cls(model, guide, **vars(stored.settings))
+        programs = _programs(model, guide, tuple(args or ()), dict(kwargs or {}))
+        environment = replace(Environment(), dtype=stored.dtype, validate=stored.validate)
+        with seeded(0), environment.entered():
+            programs, structure, *_ = posterior._analysed(programs, stored.structure.event_dims)
+        saving.check_structure(path, stored.structure, structure)
+        posterior._sums = [kept.restored(structure, programs, environment) for kept in stored.sums]
+        posterior._weights = [dict(kept.weights) for kept in stored.sums]
+        saving.check_evaluation(path, posterior._sums[0])
+        return posterior
+
+    def to(self, device: torch.device | str) -> "MPImportance":
+        """
+        Return the result on another device; this one stays where it is, as with a tensor's ``to``.
+
+        Takes the tensors among the arguments of :meth:`run` along, also in tuples, lists and
+        dictionaries, but neither the parameters of modules nor tensors that model and guide refer
+        to by themselves. Those matter where a result is evaluated again, in several blocks or
+        replicates: move them first, ``guide.to(device)``.
+        """
+        result = copy.copy(self)
+        place = saving.resolved(device)
+        result._sums, result._weights = saving.moved((self._sums, self._weights), place)
+        result._reset()
+        return result
+
+    @property
+    def nbytes(self) -> int:
+        """
+        Bytes of memory that the result holds, without the arguments of :meth:`run`.
+
+        One number for each combination of particles and plate elements of each factor, if they
+        fit into memory at once (for K particles and a site that reads one other, ``K**2`` for each
+        element of its plates); of several blocks or replicates only the particles,
+        and K weights of each site that has been asked for.
+        """
+        kept = [
+            (t.builder.particles, t.builder.reads, t.whole, t.log_evidences) for t in self._sums
+        ]
+        return saving.num_bytes((kept, self._weights))
+
+    def __copy__(self) -> "MPImportance":
+        """Return a copy that shares the result and the executor."""
+        result = self.__class__.__new__(self.__class__)
+        vars(result).update(vars(self))
+        return result
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave out the executor, which cannot be pickled."""
+        return {**vars(self), "executor": None}
+
+    def _analysed(
+        self, programs: Programs, event_dims: EventDims = NO_EVENT_DIMS
+    ) -> tuple[Programs, Structure, Trace, Trace]:
+        """
+        Run guide and model once, and work out their structure.
+
+        :param event_dims: batch dims of guide and model to be run as event dims.
+        :return: the programs to go on with, the structure, the traces of guide and model.
+        """
+        programs = with_event_dims(programs, *event_dims)
+        guide_trace, model_trace = _run_plainly(programs)
+        structure = analyse(
+            guide_trace,
+            model_trace,
+            guide=self.guide,
+            groups=self.groups,
+            max_plate_nesting=self.max_plate_nesting,
+        )
+        met: dict[Name, frozenset[str]] = {
+            "guide": frozenset(structure.guide),
+            "model": frozenset(structure.model),
+        }
+        structure = replace(structure, event_dims=event_dims)
+        return replace(programs, sites=met), structure, guide_trace, model_trace
+
+    def _plan(
+        self, programs: Programs, event_dims: EventDims = NO_EVENT_DIMS
+    ) -> tuple[Plan, Trace, Trace]:
+        """Find the structure and what fits into memory; return the traces of guide and model."""
+        with Environment().entered():
+            programs, structure, guide_trace, model_trace = self._analysed(programs, event_dims)
             if self.max_plate_nesting is None:
                 _logger.info("Guessed max_plate_nesting = %d", structure.max_plate_nesting)
             device, limit = _device(model_trace), self.memory_limit
             if limit is None:
                 limit = default_limit(device)
             cut = memory.plan(structure, self.num_samples, limit, device.type)
-            met: dict[Name, frozenset[str]] = {
-                "guide": frozenset(structure.guide),
-                "model": frozenset(structure.model),
-            }
-            programs = replace(programs, sites=met)
             plan = Plan(structure, programs, self.num_samples, cut)
         return plan, guide_trace, model_trace
 
@@ -418,8 +562,7 @@ class MPImportance(ImportanceTraces):
         if not guide_dims and not model_dims:
             raise error
         try:
-            programs = with_event_dims(plan.programs, guide_dims, model_dims)
-            with_events, _, _ = self._plan(programs)
+            with_events, _, _ = self._plan(plan.programs, (guide_dims, model_dims))
             return run_replicates(with_events, self.num_replicates, self._workers)
         except Exception:  # whatever went wrong with these, the first error is the one to act on
             raise ValueError(
@@ -439,9 +582,10 @@ class MPImportance(ImportanceTraces):
         return weighted_draws(self._sums, self.evidence(), self.num_samples, self._workers)
 
     def _traces_at(self, values: Sequence[Mapping[str, Tensor]]) -> list[Trace]:
-        assert self._programs is not None
-        with self._ran()[0].builder.environment.entered():
-            return [trace_at(self._programs, row) for row in values]
+        builder = self._ran()[0].builder
+        programs = replace(builder.programs, model=self.model)  # as the user wrote it
+        with builder.environment.entered():
+            return [trace_at(programs, row) for row in values]
 
     def _effective_samples(self) -> Tensor:
         sampled = self._sampled()
@@ -535,6 +679,15 @@ def _number_of_dims(max_plate_nesting: float | None) -> int | None:
             f"max_plate_nesting: expected a number of dims, but found {max_plate_nesting!r}."
         )
     return int(max_plate_nesting)
+
+
+def _programs(
+    model: Program,
+    guide: Program | None,
+    args: tuple[object, ...],
+    kwargs: Mapping[str, object],
+) -> Programs:
+    return Programs(model, guide if guide is not None else _no_guide, args, kwargs)
 
 
 def _no_guide(*args: object, **kwargs: object) -> None:
