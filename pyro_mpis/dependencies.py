@@ -23,7 +23,7 @@ together may share a batch dim (greedy colouring); torch has 64 dims in all.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, cast
+from typing import Literal, TypeAlias, cast
 
 import torch
 from opt_einsum import get_symbol
@@ -38,6 +38,9 @@ from pyro_mpis.handlers import first_line, is_delta, is_latent, is_subsample, qu
 
 UNIQUE_DIMS = 16  # up to here every index has a dim of its own, and shapes tell what is read
 MAX_DIMS = 64  # of a torch tensor
+
+EventDims: TypeAlias = tuple[Mapping[str, int], Mapping[str, int]]  # of sites of guide and model
+NO_EVENT_DIMS: EventDims = ({}, {})
 
 Origin = Literal["guide", "prior", "enumerated", "guide_delta", "model_delta"]
 
@@ -99,6 +102,7 @@ class Structure:
     origins: Mapping[str, Origin]  # of the model's latent sites, in order
     indices: tuple[Index, ...]
     guide_factors: tuple[str, ...]  # pyro.factor in the guide: belongs to the proposal
+    event_dims: EventDims = NO_EVENT_DIMS  # batch dims that the programs are run with as such
 
     @property
     def shared_dim(self) -> int:

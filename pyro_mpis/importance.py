@@ -32,7 +32,14 @@ from pyro_mpis.blocks import (
     sample_of,
     seeded,
 )
-from pyro_mpis.dependencies import Structure, analyse, check_same_site, vector_dims
+from pyro_mpis.dependencies import (
+    NO_EVENT_DIMS,
+    EventDims,
+    Structure,
+    analyse,
+    check_same_site,
+    vector_dims,
+)
 from pyro_mpis.diagnostics import Diagnosis, diagnose
 from pyro_mpis.factors import FactorGraph
 from pyro_mpis.handlers import (
@@ -140,7 +147,6 @@ class MPImportance(ImportanceTraces):
         self.num_replicates = num_replicates
         self.executor = executor
         self.disable_progbar = disable_progbar
-        self._programs: Programs | None = None
         self._sums: list[BlockSum] = []
         self._weights: list[dict[str, Tensor]] = []
         self._told = False  # whether the user has been told of what is poor
@@ -157,7 +163,7 @@ class MPImportance(ImportanceTraces):
         :raises NotImplementedError: if the sum over all combinations is intractable.
         :raises MemoryError: if a factor would not fit into free memory.
         """
-        programs = _bound(self.model, self.guide, args, kwargs)
+        programs = _programs(self.model, self.guide, args, kwargs)
         plan, guide_trace, model_trace = self._plan(programs)
         structure = plan.structure
         try:
@@ -167,7 +173,7 @@ class MPImportance(ImportanceTraces):
         possible = [total for total in sums if bool(torch.isfinite(total.log_evidence))]
         if not possible:
             raise _impossible(sums[0])
-        self._programs, self._sums, self._weights = programs, possible, [{} for _ in possible]
+        self._sums, self._weights = possible, [{} for _ in possible]
         self._told = False
         self._reset()
         for problem in _weaknesses(structure, self.groups, guide_trace, model_trace):
@@ -453,14 +459,10 @@ class MPImportance(ImportanceTraces):
                 )
             args, kwargs = stored.arguments.args, stored.arguments.kwargs
         posterior = cls(model, guide, **vars(stored.settings))
-        programs = _bound(model, guide, tuple(args or ()), dict(kwargs or {}))
-        posterior._programs = programs
+        programs = _programs(model, guide, tuple(args or ()), dict(kwargs or {}))
         environment = replace(Environment(), dtype=stored.dtype, validate=stored.validate)
         with seeded(0), environment.entered():
-            structure, *_ = posterior._analysed(programs)
-            if structure.undeclared and not stored.structure.undeclared:
-                programs = _with_event_dims(programs, structure)
-                structure, *_ = posterior._analysed(programs)
+            programs, structure, *_ = posterior._analysed(programs, stored.structure.event_dims)
         saving.check_structure(path, stored.structure, structure)
         posterior._sums = [kept.restored(structure, programs, environment) for kept in stored.sums]
         posterior._weights = [dict(kept.weights) for kept in stored.sums]
@@ -478,8 +480,7 @@ class MPImportance(ImportanceTraces):
         """
         result = copy.copy(self)
         place = saving.resolved(device)
-        state = (self._sums, self._weights, self._programs)
-        result._sums, result._weights, result._programs = saving.moved(state, place)
+        result._sums, result._weights = saving.moved((self._sums, self._weights), place)
         result._reset()
         return result
 
@@ -508,33 +509,43 @@ class MPImportance(ImportanceTraces):
         """Leave out the executor, which cannot be pickled."""
         return {**vars(self), "executor": None}
 
-    def _analysed(self, programs: Programs) -> tuple[Structure, Trace, Trace]:
-        """Run guide and model once, and work out their structure."""
+    def _analysed(
+        self, programs: Programs, event_dims: EventDims = NO_EVENT_DIMS
+    ) -> tuple[Programs, Structure, Trace, Trace]:
+        """
+        Run guide and model once, and work out their structure.
+
+        :param event_dims: batch dims of guide and model to be run as event dims.
+        :return: the programs to go on with, the structure, the traces of guide and model.
+        """
+        programs = with_event_dims(programs, *event_dims)
         guide_trace, model_trace = _run_plainly(programs)
         structure = analyse(
             guide_trace,
             model_trace,
-            guide=programs.guide,
+            guide=self.guide,
             groups=self.groups,
             max_plate_nesting=self.max_plate_nesting,
         )
-        return structure, guide_trace, model_trace
+        met: dict[Name, frozenset[str]] = {
+            "guide": frozenset(structure.guide),
+            "model": frozenset(structure.model),
+        }
+        structure = replace(structure, event_dims=event_dims)
+        return replace(programs, sites=met), structure, guide_trace, model_trace
 
-    def _plan(self, programs: Programs) -> tuple[Plan, Trace, Trace]:
-        """Run the programs once, plainly: the structure, what fits into memory, the two traces."""
+    def _plan(
+        self, programs: Programs, event_dims: EventDims = NO_EVENT_DIMS
+    ) -> tuple[Plan, Trace, Trace]:
+        """Find the structure and what fits into memory; return the traces of guide and model."""
         with Environment().entered():
-            structure, guide_trace, model_trace = self._analysed(programs)
+            programs, structure, guide_trace, model_trace = self._analysed(programs, event_dims)
             if self.max_plate_nesting is None:
                 _logger.info("Guessed max_plate_nesting = %d", structure.max_plate_nesting)
             device, limit = _device(model_trace), self.memory_limit
             if limit is None:
                 limit = default_limit(device)
             cut = memory.plan(structure, self.num_samples, limit, device.type)
-            met: dict[Name, frozenset[str]] = {
-                "guide": frozenset(structure.guide),
-                "model": frozenset(structure.model),
-            }
-            programs = replace(programs, sites=met)
             plan = Plan(structure, programs, self.num_samples, cut)
         return plan, guide_trace, model_trace
 
@@ -551,8 +562,7 @@ class MPImportance(ImportanceTraces):
         if not guide_dims and not model_dims:
             raise error
         try:
-            programs = _with_event_dims(plan.programs, structure)
-            with_events, _, _ = self._plan(programs)
+            with_events, _, _ = self._plan(plan.programs, (guide_dims, model_dims))
             return run_replicates(with_events, self.num_replicates, self._workers)
         except Exception:  # whatever went wrong with these, the first error is the one to act on
             raise ValueError(
@@ -572,9 +582,10 @@ class MPImportance(ImportanceTraces):
         return weighted_draws(self._sums, self.evidence(), self.num_samples, self._workers)
 
     def _traces_at(self, values: Sequence[Mapping[str, Tensor]]) -> list[Trace]:
-        assert self._programs is not None
-        with self._ran()[0].builder.environment.entered():
-            return [trace_at(self._programs, row) for row in values]
+        builder = self._ran()[0].builder
+        programs = replace(builder.programs, model=self.model)  # as the user wrote it
+        with builder.environment.entered():
+            return [trace_at(programs, row) for row in values]
 
     def _effective_samples(self) -> Tensor:
         sampled = self._sampled()
@@ -659,24 +670,6 @@ def _positive(name: str, number: int) -> int:
     return value
 
 
-def _bound(
-    model: Program,
-    guide: Program | None,
-    args: tuple[object, ...],
-    kwargs: Mapping[str, object],
-) -> Programs:
-    return Programs(model, guide if guide is not None else _no_guide, args, kwargs)
-
-
-def _with_event_dims(programs: Programs, structure: Structure) -> Programs:
-    """Let vectors outside of all plates have event dims."""
-    return with_event_dims(
-        programs,
-        vector_dims(structure.guide, structure.guide),
-        vector_dims(structure.model, structure.origins),
-    )
-
-
 def _number_of_dims(max_plate_nesting: float | None) -> int | None:
     """Return a number of batch dims, or None for one to be found."""
     if max_plate_nesting is None or max_plate_nesting == math.inf:
@@ -686,6 +679,15 @@ def _number_of_dims(max_plate_nesting: float | None) -> int | None:
             f"max_plate_nesting: expected a number of dims, but found {max_plate_nesting!r}."
         )
     return int(max_plate_nesting)
+
+
+def _programs(
+    model: Program,
+    guide: Program | None,
+    args: tuple[object, ...],
+    kwargs: Mapping[str, object],
+) -> Programs:
+    return Programs(model, guide if guide is not None else _no_guide, args, kwargs)
 
 
 def _no_guide(*args: object, **kwargs: object) -> None:

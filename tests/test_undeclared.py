@@ -6,6 +6,7 @@ Each program has a twin that declares them by ``.to_event``; brute force runs on
 """
 
 import warnings
+from pathlib import Path
 from typing import Any, cast
 
 import pyro
@@ -445,6 +446,23 @@ def test_diagnosis_and_export() -> None:
     samples = posterior.marginals("b").samples.numpy()  # (plate, K, undeclared)
     assert (particles == samples.transpose(1, 2, 0)).all()
     assert groups["posterior_predictive"]["y"].dims == ("chain", "draw", "y_dim_0", "data")
+
+
+@pytest.mark.parametrize("model", [left_of_plate, outside_of_its_plate, reduced])
+@pytest.mark.parametrize("factors", [True, False])
+def test_save_and_load(model: Program, factors: bool, tmp_path: Path) -> None:
+    """Also of a program that was run with event dims; its factors may be evaluated again."""
+    pyro.set_rng_seed(0)
+    posterior = MPImportance(model, num_samples=5).run()
+    posterior.save(tmp_path / "kept.mpis", factors=factors)
+    loaded = MPImportance.load(tmp_path / "kept.mpis", model)
+    torch.testing.assert_close(loaded.moments(), posterior.moments())
+    for kept in (loaded, loaded.to("cpu")):
+        (first, *_) = latents = list(kept.moments())
+        assert len(kept.exec_traces) == 5
+        assert set(latents) <= set(kept.exec_traces[0].nodes)
+        fn: Any = kept.exec_traces[0].nodes[first]["fn"]
+        assert fn.event_dim == 0  # the program as it was written
 
 
 def test_broadcast_by_mistake_is_said() -> None:
