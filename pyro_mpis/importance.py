@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar, overload
 
 import torch
 from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import is_validation_enabled
 from torch import Tensor
 
 from pyro_mpis import memory, saving
@@ -532,7 +533,9 @@ class MPImportance(ImportanceTraces):
             "model": frozenset(structure.model),
         }
         structure = replace(structure, event_dims=event_dims)
-        return replace(programs, sites=met), structure, guide_trace, model_trace
+        if is_validation_enabled():  # which checks that a program has no sites beyond these
+            programs = replace(programs, sites=met)
+        return programs, structure, guide_trace, model_trace
 
     def _plan(
         self, programs: Programs, event_dims: EventDims = NO_EVENT_DIMS

@@ -23,10 +23,11 @@ import torch
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
-from pyro_mpis._typing import Distribution
+from pyro_mpis._typing import Distribution, SampleMessage
 from pyro_mpis.dependencies import Index, Structure
 from pyro_mpis.handlers import (
     Draw,
+    Name,
     Programs,
     check_same_sites,
     draw,
@@ -37,6 +38,7 @@ from pyro_mpis.handlers import (
     replay,
 )
 
+SINGLE_RUNS = 100  # of a program that fails after its last site
 MIXTURE_ELEMENTS = 2**24  # densities of pairs of particles that are held at once
 
 
@@ -128,9 +130,10 @@ def check_arguments(structure: Structure, programs: Programs, particles: Particl
     """
     num_samples = particles.num_samples
     inputs = model_inputs(structure, particles.values, particles.values)
-    sites = replay(
-        programs, "model", values=inputs, enumerated={}, num_samples=num_samples, validate=True
-    )
+    own = {name: value for name, value in particles.values.items() if name in structure.guide}
+    if own:
+        _run_to_the_end(structure, programs, "guide", own, num_samples)
+    sites = _run_to_the_end(structure, programs, "model", inputs, num_samples)
     check_same_sites("model", set(structure.model), set(sites))
     for name, site in sites.items():
         if structure.model[name].silent:
@@ -142,6 +145,40 @@ def check_arguments(structure: Structure, programs: Programs, particles: Particl
                 f"site '{name}': with {num_samples} particles, {first_line(error)}. A guide must "
                 "draw inside of the model's support, and an observation lie in it."
             ) from error
+
+
+def _run_to_the_end(
+    structure: Structure,
+    programs: Programs,
+    name: Name,
+    values: Mapping[str, Tensor],
+    num_samples: int,
+) -> dict[str, SampleMessage]:
+    """
+    Run a program at its particles, and check that it has no sites beyond the last one it met.
+
+    Where it fails after its last site, nothing tells a return value that is not vectorised from a
+    branch that leads to more sites; then it is run at single particles, one after the other.
+
+    :param values: ``(K, *plates, *event)``; of other lengths, a whole support, are left out.
+    """
+    values = {site: value for site, value in values.items() if len(value) == num_samples}
+
+    def run(programs: Programs) -> dict[str, SampleMessage]:
+        return replay(
+            programs, name, values=values, enumerated={}, num_samples=num_samples, validate=True
+        )
+
+    to_the_end = replace(programs, sites={})
+    try:
+        return run(to_the_end)
+    except ValueError:
+        known = structure.guide if name == "guide" else structure.model
+        for k in range(0, num_samples, math.ceil(num_samples / SINGLE_RUNS)):
+            single = {site: value[k] for site, value in values.items()}
+            sites = replay(to_the_end, name, values=single, enumerated={}, num_samples=1)
+            check_same_sites(name, set(known), set(sites))
+        return run(programs)
 
 
 def model_value(structure: Structure, name: str, value: Tensor) -> Tensor:
