@@ -318,12 +318,7 @@ def joint_weights_of(
     results: list[dict[str, Tensor]] = [{} for _ in sums]
     for (replicate, block), (log_p, weights) in zip(units, found, strict=True):
         total, result = sums[replicate], results[replicate]
-        if not torch.allclose(log_p.double(), total.log_evidences[block], rtol=1e-4, atol=1e-3):
-            raise RuntimeError(
-                "the model or its parameters have changed since .run: particles that were weighed "
-                f"at log evidence {float(total.log_evidences[block]):.4f} are now at "
-                f"{float(log_p):.4f}. Run again."
-            )
+        _check_unchanged(log_p, total.log_evidences[block])
         for symbols, weight in weights.items():
             if symbols not in result:
                 sizes = [total.whole.sizes[symbol] for symbol in symbols]
@@ -332,6 +327,15 @@ def joint_weights_of(
                 shares[replicate][block] * weight
             )
     return results
+
+
+def _check_unchanged(log_p: Tensor, known: Tensor) -> None:
+    """Refuse a block that has another evidence than it had when it was first evaluated."""
+    if not torch.allclose(log_p.double(), known, rtol=1e-4, atol=1e-3):
+        raise RuntimeError(
+            "the model or its parameters have changed since .run: particles that were weighed at "
+            f"log evidence {float(known):.4f} are now at {float(log_p):.4f}. Run again."
+        )
 
 
 def sample_of(sums: Sequence[BlockSum], num_draws: int, workers: Workers) -> dict[str, Tensor]:
@@ -347,23 +351,31 @@ def sample_of(sums: Sequence[BlockSum], num_draws: int, workers: Workers) -> dic
         for block in range(len(total.blocks))
     ]
     if len(units) == 1:
-        (sample,) = workers.run([sums[0].job(0, partial(sample_sites, num_draws=num_draws))])
+        job = sums[0].job(0, partial(sample_sites, num_draws=num_draws))
+        ((log_p, sample),) = workers.run([job])
+        _check_unchanged(log_p, sums[0].log_evidences[0])
         return sample
     log_evidences = torch.cat([total.log_evidences for total in sums])
     chosen = log_evidences.softmax(0).multinomial(num_draws, replacement=True)
     counts = chosen.bincount(minlength=len(units)).tolist()
     seeds = torch.randint(2**31 - 1, (len(units),)).tolist()
-    jobs = [
-        sums[replicate].job(block, partial(_seeded_sample, num_draws=count, seed=seed))
-        for (replicate, block), count, seed in zip(units, counts, seeds, strict=True)
-        if count
-    ]
-    parts = workers.run(jobs)
+    drawn = [number for number, count in enumerate(counts) if count]
+    jobs = []
+    for number in drawn:
+        replicate, block = units[number]
+        function = partial(_seeded_sample, num_draws=counts[number], seed=seeds[number])
+        jobs.append(sums[replicate].job(block, function))
+    found = workers.run(jobs)
+    for number, (log_p, _) in zip(drawn, found, strict=True):
+        _check_unchanged(log_p, log_evidences[number])
+    parts = [sample for _, sample in found]
     order = chosen.argsort(stable=True).argsort()  # the draws' own order, not the blocks'
     return {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
 
 
-def _seeded_sample(graph: FactorGraph, num_draws: int, seed: int) -> dict[str, Tensor]:
+def _seeded_sample(
+    graph: FactorGraph, num_draws: int, seed: int
+) -> tuple[Tensor, dict[str, Tensor]]:
     with seeded(seed):
         return sample_sites(graph, num_draws)
 

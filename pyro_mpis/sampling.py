@@ -28,17 +28,17 @@ DRAW_ELEMENTS = 2**19  # probabilities that are looked at together
 Drawn = Mapping[str, Tensor]  # index -> (N, *plates of the index), plates as tensor_plates has them
 
 
-def sample_indices(graph: FactorGraph, num_draws: int) -> dict[str, Tensor]:
+def sample_indices(graph: FactorGraph, num_draws: int) -> tuple[Tensor, dict[str, Tensor]]:
     """
     Draw joint samples of all indices from :math:`P_z(k)`; draws random numbers.
 
-    :return: for each index a long tensor ``(num_draws, *plates)``, with the plates of its ordinal
-        as :meth:`~pyro_mpis.factors.FactorGraph.tensor_plates` lists them.
+    :return: the log evidence; for each index a long tensor ``(num_draws, *plates)``, with the
+        plates of its ordinal as :meth:`~pyro_mpis.factors.FactorGraph.tensor_plates` lists them.
     """
     steps: list[Elimination] = []
     drawn: dict[str, Tensor] = {}
     with torch.no_grad():
-        contract(graph, graph.factors, LogSpaceRing(graph, record=steps))
+        log_p = contract(graph, graph.factors, LogSpaceRing(graph, record=steps))
         for step in reversed(steps):
             drawn[step.symbol] = _draw_step(graph, step, drawn, num_draws)
     for symbol, plates in graph.index_plates.items():
@@ -46,16 +46,17 @@ def sample_indices(graph: FactorGraph, num_draws: int) -> dict[str, Tensor]:
             shape = [graph.sizes[s] for s in graph.tensor_plates(graph.closed(plates))]
             size = graph.sizes[symbol]
             drawn[symbol] = torch.randint(size, (num_draws, *shape), device=graph.device)
-    return drawn
+    return log_p, drawn
 
 
-def sample_sites(graph: FactorGraph, num_draws: int) -> dict[str, Tensor]:
+def sample_sites(graph: FactorGraph, num_draws: int) -> tuple[Tensor, dict[str, Tensor]]:
     """
     Draw joint posterior samples of the model's latent sites; draws random numbers.
 
-    :return: for each site ``(num_draws, *shape)``, the shape of an ordinary run.
+    :return: the log evidence; for each site ``(num_draws, *shape)``, the shape of an ordinary run.
     """
-    return sites_at(graph, sample_indices(graph, num_draws), num_draws)
+    log_p, drawn = sample_indices(graph, num_draws)
+    return log_p, sites_at(graph, drawn, num_draws)
 
 
 def sites_at(graph: FactorGraph, drawn: Drawn, num_draws: int) -> dict[str, Tensor]:
