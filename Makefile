@@ -11,15 +11,16 @@ SOURCES := pyro_mpis tests tutorials $(wildcard benchmarks)
 # One thread for each process: the tensors are small, and the test workers share the cores.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help demo test test-slow lint types tests doctests tutorials bench paper clean distclean
+.PHONY: help demo test test-slow lint types tests doctests wheel tutorials bench paper clean distclean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo       install into .venv and run tutorials/eight_schools.py"
-	@echo "make test       lint, types, tests, doctests, tutorials at small size"
+	@echo "make test       lint, types, tests, doctests, wheel, tutorials at small size"
 	@echo "make test-slow  the tests left out of make test"
 	@echo "make bench      speed and memory against Pyro's estimators, into docs/benchmarks.md"
 	@echo "make paper      the paper's experiments, into output/paper; half an hour, resumes"
+	@echo "make wheel      build the wheel, and use it outside of the source tree"
 	@echo "make lint       ruff check and ruff format --check"
 	@echo "make clean      remove caches, build products and output/; distclean: .venv too"
 
@@ -41,7 +42,7 @@ $(VENV)/.stamp-dev: setup.cfg pyproject.toml | $(BIN)/python
 demo: $(VENV)/.stamp-demo
 	$(BIN)/python tutorials/eight_schools.py
 
-test: lint types tests doctests tutorials
+test: lint types tests doctests wheel tutorials
 
 lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check $(SOURCES)
@@ -57,7 +58,13 @@ test-slow: $(VENV)/.stamp-dev
 	$(ONE_THREAD) $(BIN)/python -m pytest -q -n $(JOBS) -m slow
 
 doctests: $(VENV)/.stamp-dev
-	$(ONE_THREAD) $(BIN)/python -m pytest -q --doctest-modules --doctest-glob='*.md' pyro_mpis README.md
+	mkdir -p output/doctests  # for the files that they write
+	cd output/doctests && $(ONE_THREAD) $(abspath $(BIN))/python -m pytest -q --doctest-modules \
+	    --doctest-glob='*.md' $(CURDIR)/pyro_mpis $(CURDIR)/README.md \
+	    $(CURDIR)/docs/from_importance.md
+
+wheel: $(VENV)/.stamp-dev
+	.ci/check-wheel $(BIN)/python
 
 bench: $(VENV)/.stamp-dev
 	$(BIN)/python benchmarks/speed.py

@@ -30,11 +30,12 @@ from pyro.poutine.util import is_validation_enabled
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_mpis.contraction import log_evidence
+from pyro_mpis.contraction import log_evidence, reduced
 from pyro_mpis.dependencies import Structure
 from pyro_mpis.factors import FactorGraph, SiteValue, build_graph
-from pyro_mpis.handlers import Programs
+from pyro_mpis.handlers import Programs, isolated
 from pyro_mpis.indexing import SiteReads, check_provenance, find_reads, regroup_indexed
+from pyro_mpis.memory import Cut
 from pyro_mpis.proposals import Particles, check_arguments, draw_particles
 from pyro_mpis.sampling import sample_sites
 from pyro_mpis.source_terms import joint_weights
@@ -55,11 +56,12 @@ class Environment:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """Restore that state, without gradients; leave no trace in the present one."""
+        """Restore that state, without gradients or outer handlers; leave no trace in this one."""
         dtype = torch.get_default_dtype()
         torch.set_default_dtype(self.dtype)
         try:
             with (
+                isolated(),
                 torch.no_grad(),
                 pyro.validation_enabled(self.validate),
                 pyro.get_param_store().scope(self.params),
@@ -77,23 +79,37 @@ class Builder:
     particles: Particles
     programs: Programs
     environment: Environment
-    reads: SiteReads | None = None  # found from the first block, the same for all
+    pieces: Mapping[str, int] = field(default_factory=dict)  # see memory.Cut
+    reads: SiteReads | None = None  # found from the first piece, the same for all
 
     def __call__(self, ranges: Ranges) -> FactorGraph:
-        """Evaluate a block."""
-        assert self.reads is not None
-        particles = self.particles.block(self.structure, ranges)
-        return regroup_indexed(build_graph(self.structure, particles, self.programs), self.reads)
+        """Evaluate a block, piece by piece."""
+        block = self.particles.block(self.structure, ranges)
+        parts = split(block.sizes, self.pieces, smallest=2)
+        return _put_together(map(reduced, self.evaluated(block, parts)), parts, block.sizes)
 
     def started(self, ranges: Ranges) -> "tuple[Builder, FactorGraph]":
         """Evaluate the first block, and find what holds for all."""
-        particles = self.particles.block(self.structure, ranges)
-        graph = build_graph(self.structure, particles, self.programs)
+        block = self.particles.block(self.structure, ranges)
+        parts = split(block.sizes, self.pieces, smallest=2)
+        first = block.block(self.structure, parts[0])
+        graph = build_graph(self.structure, first, self.programs)
         if not self.structure.unique_dims:
-            check_provenance(graph, self.structure, particles, self.programs)
+            check_provenance(graph, self.structure, first, self.programs)
         check = self.environment.validate
-        reads = find_reads(graph, self.structure, particles, self.programs, check=check)
-        return replace(self, reads=reads), regroup_indexed(graph, reads)
+        reads = find_reads(graph, self.structure, first, self.programs, check=check)
+        graph = regroup_indexed(graph, reads)
+        builder = replace(self, reads=reads)
+        graphs = itertools.chain([graph], builder.evaluated(block, parts[1:]))
+        return builder, _put_together(map(reduced, graphs), parts, block.sizes)
+
+    def evaluated(self, block: Particles, parts: Iterable[Ranges]) -> Iterator[FactorGraph]:
+        """Evaluate pieces of a block one after the other."""
+        assert self.reads is not None
+        for part in parts:
+            particles = block.block(self.structure, part)
+            graph = build_graph(self.structure, particles, self.programs)
+            yield regroup_indexed(graph, self.reads)
 
 
 @dataclass(frozen=True)
@@ -142,22 +158,73 @@ def _apply(builder: Builder, ranges: Ranges, function: Callable[[FactorGraph], R
         return function(builder(ranges))
 
 
-def split(particles: Mapping[str, int], block_sizes: Mapping[str, int]) -> tuple[Ranges, ...]:
+def split(
+    particles: Mapping[str, int], block_sizes: Mapping[str, int], smallest: int = 1
+) -> tuple[Ranges, ...]:
     """
-    Cut the particles of some indices into blocks.
+    Cut the particles of some indices into blocks, as even as can be.
 
     :param particles: number of particles of each index.
     :param block_sizes: number in a block, of the indices to cut.
+    :param smallest: number below which no block is cut.
     :return: the ranges of each block; one without any where nothing is to be cut.
     """
-    cuts = [
-        [
-            (symbol, slice(start, min(start + size, particles[symbol])))
-            for start in range(0, particles[symbol], size)
-        ]
-        for symbol, size in block_sizes.items()
-    ]
+    cuts = []
+    for symbol, size in block_sizes.items():
+        whole = particles[symbol]
+        number = max(1, min(math.ceil(whole / size), whole // smallest))
+        ends = [whole * step // number for step in range(number + 1)]
+        cuts.append([(symbol, slice(*ends)) for ends in itertools.pairwise(ends)])
     return tuple(dict(combination) for combination in itertools.product(*cuts))
+
+
+def _put_together(
+    graphs: Iterable[FactorGraph], parts: Sequence[Ranges], sizes: Mapping[str, int]
+) -> FactorGraph:
+    """
+    Put the pieces of a block together.
+
+    :param parts: the particles of each piece, two or more of each index that is cut: dims of size
+        one are not there to tell whether a factor has them.
+    :param sizes: numbers of particles of the block.
+    """
+    graphs = iter(graphs)
+    whole = next(graphs)
+    if len(parts) == 1:
+        return whole
+    sizes = {**whole.sizes, **sizes}
+    factors = [
+        replace(factor, tensor=_room(factor.tensor, factor.dims, sizes)) for factor in whole.factors
+    ]
+    values: dict[str, SiteValue] = {}
+    for graph, part in zip(itertools.chain([whole], graphs), parts, strict=True):
+        for factor, piece in zip(factors, graph.factors, strict=True):
+            factor.tensor[_part(piece.dims, part)] = piece.tensor
+        values = _with_values(values, sizes, graph.values, part)
+    return replace(whole, factors=tuple(factors), sizes=sizes, values=values)
+
+
+def impossible_elements(total: BlockSum) -> dict[str, Tensor]:
+    """
+    Return where each factor makes the evidence zero, in the first block.
+
+    :return: for each factor whether it is -inf for all particles: ``(*plates)``.
+    """
+    builder = total.builder
+    best: dict[str, Tensor] = {}
+    with builder.environment.entered():
+        block = builder.particles.block(builder.structure, total.blocks[0])
+        parts = split(block.sizes, builder.pieces, smallest=2)
+        for graph in builder.evaluated(block, parts):
+            for factor in graph.factors:
+                dims = [n for n, symbol in enumerate(factor.dims) if symbol in graph.index_plates]
+                highest = factor.tensor.amax(dims) if dims else factor.tensor
+                best[factor.name] = torch.maximum(best.get(factor.name, highest), highest)
+    return {name: highest == -torch.inf for name, highest in best.items()}
+
+
+def _room(tensor: Tensor, dims: str, sizes: Mapping[str, int]) -> Tensor:
+    return tensor.new_empty([sizes[symbol] for symbol in dims])
 
 
 @dataclass(frozen=True)
@@ -167,15 +234,17 @@ class Plan:
     structure: Structure
     programs: Programs
     num_samples: int
-    block_sizes: Mapping[str, int]
+    cut: Cut
     environment: Environment = field(default_factory=Environment)
 
     def run(self, workers: Workers) -> BlockSum:
         """Draw particles and evaluate them block by block; draws random numbers."""
         with self.environment.entered():
             particles = draw_particles(self.structure, self.programs, self.num_samples)
-            builder = Builder(self.structure, particles, self.programs, self.environment)
-            total = evaluate(builder, split(particles.sizes, self.block_sizes), workers)
+            builder = Builder(
+                self.structure, particles, self.programs, self.environment, self.cut.pieces
+            )
+            total = evaluate(builder, split(particles.sizes, self.cut.blocks), workers)
             if self.environment.validate:
                 check_arguments(self.structure, self.programs, particles)
         return total
@@ -194,14 +263,15 @@ def run_replicates(plan: Plan, num_replicates: int, workers: Workers) -> list[Bl
 
 
 def _replicate(plan: Plan, seed: int) -> BlockSum:
-    with _seeded(seed):
+    with seeded(seed):
         total = plan.run(Workers(show_progress=False))
     # the factors are many times the particles: they are not kept for every replicate, nor sent
     return replace(total, whole=replace(total.whole, factors=()))
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the global generator, and restore its state afterwards."""
     state = pyro.util.get_rng_state()
     pyro.set_rng_seed(seed)
     try:
@@ -220,7 +290,7 @@ def evaluate(builder: Builder, blocks: Sequence[Ranges], workers: Workers) -> Bl
     del graph
     results += workers.run([partial(_apply, builder, part, _first_pass) for part in blocks[1:]])
     for (_, values), ranges in zip(results, blocks, strict=True):
-        whole = replace(whole, values=_with_values(whole, values, ranges))
+        whole = replace(whole, values=_with_values(whole.values, whole.sizes, values, ranges))
     log_evidences = torch.stack([log_p for log_p, _ in results])
     return BlockSum(builder, tuple(blocks), whole, log_evidences)
 
@@ -248,12 +318,7 @@ def joint_weights_of(
     results: list[dict[str, Tensor]] = [{} for _ in sums]
     for (replicate, block), (log_p, weights) in zip(units, found, strict=True):
         total, result = sums[replicate], results[replicate]
-        if not torch.allclose(log_p.double(), total.log_evidences[block], rtol=1e-4, atol=1e-3):
-            raise RuntimeError(
-                "the model or its parameters have changed since .run: particles that were weighed "
-                f"at log evidence {float(total.log_evidences[block]):.4f} are now at "
-                f"{float(log_p):.4f}. Run again."
-            )
+        _check_unchanged(log_p, total.log_evidences[block])
         for symbols, weight in weights.items():
             if symbols not in result:
                 sizes = [total.whole.sizes[symbol] for symbol in symbols]
@@ -262,6 +327,15 @@ def joint_weights_of(
                 shares[replicate][block] * weight
             )
     return results
+
+
+def _check_unchanged(log_p: Tensor, known: Tensor) -> None:
+    """Refuse a block that has another evidence than it had when it was first evaluated."""
+    if not torch.allclose(log_p.double(), known, rtol=1e-4, atol=1e-3):
+        raise RuntimeError(
+            "the model or its parameters have changed since .run: particles that were weighed at "
+            f"log evidence {float(known):.4f} are now at {float(log_p):.4f}. Run again."
+        )
 
 
 def sample_of(sums: Sequence[BlockSum], num_draws: int, workers: Workers) -> dict[str, Tensor]:
@@ -277,24 +351,32 @@ def sample_of(sums: Sequence[BlockSum], num_draws: int, workers: Workers) -> dic
         for block in range(len(total.blocks))
     ]
     if len(units) == 1:
-        (sample,) = workers.run([sums[0].job(0, partial(sample_sites, num_draws=num_draws))])
+        job = sums[0].job(0, partial(sample_sites, num_draws=num_draws))
+        ((log_p, sample),) = workers.run([job])
+        _check_unchanged(log_p, sums[0].log_evidences[0])
         return sample
     log_evidences = torch.cat([total.log_evidences for total in sums])
     chosen = log_evidences.softmax(0).multinomial(num_draws, replacement=True)
     counts = chosen.bincount(minlength=len(units)).tolist()
     seeds = torch.randint(2**31 - 1, (len(units),)).tolist()
-    jobs = [
-        sums[replicate].job(block, partial(_seeded_sample, num_draws=count, seed=seed))
-        for (replicate, block), count, seed in zip(units, counts, seeds, strict=True)
-        if count
-    ]
-    parts = workers.run(jobs)
+    drawn = [number for number, count in enumerate(counts) if count]
+    jobs = []
+    for number in drawn:
+        replicate, block = units[number]
+        function = partial(_seeded_sample, num_draws=counts[number], seed=seeds[number])
+        jobs.append(sums[replicate].job(block, function))
+    found = workers.run(jobs)
+    for number, (log_p, _) in zip(drawn, found, strict=True):
+        _check_unchanged(log_p, log_evidences[number])
+    parts = [sample for _, sample in found]
     order = chosen.argsort(stable=True).argsort()  # the draws' own order, not the blocks'
     return {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
 
 
-def _seeded_sample(graph: FactorGraph, num_draws: int, seed: int) -> dict[str, Tensor]:
-    with _seeded(seed):
+def _seeded_sample(
+    graph: FactorGraph, num_draws: int, seed: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    with seeded(seed):
         return sample_sites(graph, num_draws)
 
 
@@ -316,17 +398,20 @@ def _part(symbols: str, ranges: Ranges) -> tuple[slice, ...]:
 
 
 def _with_values(
-    whole: FactorGraph, found: Mapping[str, SiteValue], ranges: Ranges
+    values: Mapping[str, SiteValue],
+    sizes: Mapping[str, int],
+    found: Mapping[str, SiteValue],
+    ranges: Ranges,
 ) -> dict[str, SiteValue]:
     """Put a block's values of the sites into their places among all particles."""
-    values = dict(whole.values)
+    values = dict(values)
     for name, site in found.items():
         if not set(site.indices) & set(ranges):
             values.setdefault(name, site)
             continue
         if name not in values:
-            sizes = [whole.sizes[symbol] for symbol in site.indices]
-            rest = site.tensor.shape[len(sizes) :]
-            values[name] = replace(site, tensor=site.tensor.new_empty((*sizes, *rest)))
+            shape = [sizes[symbol] for symbol in site.indices]
+            rest = site.tensor.shape[len(shape) :]
+            values[name] = replace(site, tensor=site.tensor.new_empty((*shape, *rest)))
         values[name].tensor[_part(site.indices, ranges)] = site.tensor
     return values

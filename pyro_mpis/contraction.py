@@ -19,9 +19,10 @@ adds up, for each element of the outer plates, the elements that read it.
 [1] Bowyer, Heap and Aitchison (2024), UAI, PMLR 244:394-417.
 """
 
+import math
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import opt_einsum
 import torch
@@ -34,6 +35,9 @@ from pyro_mpis.factors import ElementMap, FactorGraph, LogFactor
 from pyro_mpis.logspace import log_matmul, logsumexp, sum_in_double
 
 MANY_TERMS = 64
+MANY_DIMS = 16  # below, an order of pairwise steps is as good
+ROUND_COMBINATIONS = 2**16  # of a step that may be taken out of order to be taken with others
+ROUND_OF_GPU = 2**24
 STACK_ELEMENTS = 2**16  # of a term, above which stacking copies more than it saves
 STACK = "\0"  # the dim of stacked terms: no symbol of an index or a plate
 
@@ -97,9 +101,11 @@ class LogSpaceRing(Ring):
 
         :param inputs: numbers of the terms; ``owned`` has their dims.
         """
-        pending = list(inputs)
+        steps = self._rounds(inputs, owned, dims, first_result)
+        used = {operand for step in steps for operand in step.operands}
+        pending = [n for n in (*inputs, *(step.result for step in steps)) if n not in used]
+        inputs = list(pending)
         uses = Counter(symbol for number in inputs for symbol in owned[number])
-        steps: list[Step] = []
         for positions in self._path([owned[number] for number in inputs], dims):
             operands = [pending.pop(position) for position in sorted(positions, reverse=True)]
             for operand in operands:
@@ -112,6 +118,56 @@ class LogSpaceRing(Ring):
             owned[result] = "".join(sorted(inside - set(summed)))
             uses.update(owned[result])
         return steps
+
+    def _rounds(
+        self, inputs: Sequence[int], owned: dict[int, str], dims: set[str], first_result: int
+    ) -> list[Step]:
+        """
+        Sum many dims at once, as long as no tensor grows by it.
+
+        Each round takes dims that no term has two of, every other one of a chain, so that a chain
+        takes rounds to the number of the logarithm of its length. It is worth more
+        multiplications than to go along the chain, not many more.
+        """
+        limit = ROUND_COMBINATIONS if self._graph.device.type == "cpu" else ROUND_OF_GPU
+        holders: dict[str, set[int]] = {}
+        for number in inputs:
+            for symbol in owned[number]:
+                holders.setdefault(symbol, set()).add(number)
+        left = [symbol for symbol in holders if symbol in dims]
+        steps: list[Step] = []
+        while len(left) >= MANY_DIMS:
+            taken: set[int] = set()
+            chosen = set()
+            for symbol in left:
+                operands = sorted(holders[symbol])
+                if len(operands) > 2 or not taken.isdisjoint(operands):
+                    continue
+                inside = "".join(sorted(set("".join(owned[number] for number in operands))))
+                kept = inside.replace(symbol, "")
+                largest = max(self._size(owned[number]) for number in operands)
+                if self._size(inside) > limit or self._size(kept) > largest:
+                    continue
+                taken.update(operands)
+                chosen.add(symbol)
+                steps.append(Step(tuple(operands), symbol, first_result + len(steps)))
+                owned[steps[-1].result] = kept
+            if not chosen:
+                break
+            for step in steps[-len(chosen) :]:
+                for number in step.operands:
+                    for symbol in owned[number]:
+                        holders[symbol].discard(number)
+                for symbol in owned[step.result]:
+                    holders[symbol].add(step.result)
+            done = len(chosen) < len(left) / 8  # a longer search would not be linear
+            left = [symbol for symbol in left if symbol not in chosen]
+            if done:
+                break
+        return steps
+
+    def _size(self, dims: str) -> int:
+        return math.prod(self._dim_to_size[symbol] for symbol in dims)
 
     def _path(self, inputs: Sequence[str], dims: set[str]) -> list[tuple[int, ...]]:
         """
@@ -199,6 +255,22 @@ def log_evidence(graph: FactorGraph, factors: Sequence[LogFactor] | None = None)
     :raises NotImplementedError: if plates cross: the cost would be exponential in their size.
     """
     return contract(graph, graph.factors if factors is None else factors, LogSpaceRing(graph))
+
+
+def reduced(graph: FactorGraph) -> FactorGraph:
+    """Sum the log factors over the plates that hold no index: so are those of observations."""
+    occupied = frozenset[str]().union(*map(graph.closed, graph.index_plates.values()))
+    for inner, element_map in graph.nesting.items():
+        occupied |= inner | frozenset(element_map.outer)
+    factors = []
+    for factor in graph.factors:
+        positions = [n for n, s in enumerate(factor.dims) if s in factor.plates - occupied]
+        if positions:
+            dims = "".join(s for n, s in enumerate(factor.dims) if n not in positions)
+            tensor = sum_in_double(factor.tensor, positions)
+            factor = LogFactor(factor.name, tensor, dims, factor.plates & occupied)
+        factors.append(factor)
+    return replace(graph, factors=tuple(factors))
 
 
 def contract(graph: FactorGraph, factors: Sequence[LogFactor], ring: LogSpaceRing) -> Tensor:
@@ -313,9 +385,10 @@ def _without_own(term: Tensor, dims: str) -> Tensor:
 
 def _matmul(a: Tensor, b: Tensor, only_a: str, only_b: str, dims: str) -> Tensor:
     batch = "".join(s for s in dims_of(a) if s in dims_of(b) and s not in dims)
-    dtype = torch.promote_types(a.dtype, b.dtype)
-    left = aligned(a, batch + only_a + dims).to(dtype)
-    right = aligned(b, batch + dims + only_b).to(dtype)
+    if a.numel() < b.numel():  # the larger one's rows can be worked on in parts
+        a, b, only_a, only_b = b, a, only_b, only_a
+    left = aligned(a, batch + only_a + dims)
+    right = aligned(b, batch + dims + only_b)
     sizes = dict(zip(batch + only_a + dims, left.shape, strict=True))
     sizes |= dict(zip(batch + dims + only_b, right.shape, strict=True))
 

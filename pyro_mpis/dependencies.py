@@ -10,7 +10,11 @@ before any particle is drawn. Words used throughout the package:
 * a site of the model that the guide gives a ``Delta`` has no particles of its own and is
   **carried** by the random sites that its value was computed from (autoguides work so);
 * an **index** is one :math:`k_i` of (18)-(25): the particle of one random site, or of a group of
-  them, one for each element of the plates it sits in.
+  them, one for each element of the plates it sits in;
+* an **undeclared** dim of a site is a batch dim for which the site is in no plate. It counts as an
+  event dim: one particle index for all of it, densities summed over it. It keeps its place among
+  the batch dims while programs run, left of which particles are then; so the number of dims for
+  plates includes it. The same dim may be a plate's at one site and undeclared at another.
 
 A factor may read only a few indices, however many there are, so two indices that no factor reads
 together may share a batch dim (greedy colouring); torch has 64 dims in all.
@@ -19,7 +23,7 @@ together may share a batch dim (greedy colouring); torch has 64 dims in all.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, cast
+from typing import Literal, TypeAlias, cast
 
 import torch
 from opt_einsum import get_symbol
@@ -34,6 +38,9 @@ from pyro_mpis.handlers import first_line, is_delta, is_latent, is_subsample, qu
 
 UNIQUE_DIMS = 16  # up to here every index has a dim of its own, and shapes tell what is read
 MAX_DIMS = 64  # of a torch tensor
+
+EventDims: TypeAlias = tuple[Mapping[str, int], Mapping[str, int]]  # of sites of guide and model
+NO_EVENT_DIMS: EventDims = ({}, {})
 
 Origin = Literal["guide", "prior", "enumerated", "guide_delta", "model_delta"]
 
@@ -54,10 +61,18 @@ class Site:
 
     name: str
     event_dim: int
-    batch_shape: torch.Size
+    batch_shape: torch.Size  # of its log_prob
     plates: frozenset[str]  # symbols
     reads: frozenset[str]  # random sites
     silent: bool  # adds nothing to the density, as pyro.deterministic
+    event_size: int = 1  # number of elements of an event
+    undeclared: tuple[int, ...] = ()  # batch dims without a plate, from the left
+    adopted: frozenset[str] = frozenset()  # plates of what it reads, along its undeclared dims
+
+    @property
+    def factor_plates(self) -> frozenset[str]:
+        """The plates of its ``log_prob``."""
+        return self.plates | self.adopted
 
 
 @dataclass(frozen=True)
@@ -87,6 +102,7 @@ class Structure:
     origins: Mapping[str, Origin]  # of the model's latent sites, in order
     indices: tuple[Index, ...]
     guide_factors: tuple[str, ...]  # pyro.factor in the guide: belongs to the proposal
+    event_dims: EventDims = NO_EVENT_DIMS  # batch dims that the programs are run with as such
 
     @property
     def shared_dim(self) -> int:
@@ -113,6 +129,20 @@ class Structure:
         in_guide = name in self.guide and self.origins.get(name) != "prior"
         return self.guide[name] if in_guide else self.model[name]
 
+    @cached_property
+    def undeclared(self) -> dict[str, torch.Size]:
+        """The model's sites with batch dims above size one that no plate declares, and shapes."""
+        return {
+            name: site.batch_shape
+            for name, site in self.model.items()
+            if not site.silent and any(site.batch_shape[dim] > 1 for dim in site.undeclared)
+        }
+
+    def summed_dims(self, site: Site) -> list[int]:
+        """Return the batch dims of a site that its ``log_prob`` is to be summed over."""
+        adopted = {self.plates[symbol].dim for symbol in site.adopted}
+        return [dim for dim in site.undeclared if dim not in adopted]
+
     def reads(self, site: Site) -> frozenset[str]:
         """Return the symbols of the indices that a site depends on, its own included."""
         index_of = self.index_of
@@ -121,7 +151,7 @@ class Structure:
 
 
 def find_max_plate_nesting(traces: Iterable[Trace]) -> int:
-    """Return the number of batch dims that the plates of these traces take."""
+    """Return the number of batch dims that the plates of these traces take, as Pyro guesses it."""
     dims = [
         frame.dim
         for trace in traces
@@ -172,6 +202,11 @@ def analyse(
     plates = _plates((guide_sites, model_sites), first_symbol=len(random))
     read_guide = {name: _read(site, plates) for name, site in guide_sites.items()}
     read_model = {name: _read(site, plates) for name, site in model_sites.items()}
+    for name, origin in origins.items():
+        if origin == "enumerated":
+            read_model[name] = _without_undeclared(read_model[name])
+    for site in (*read_guide.values(), *read_model.values()):
+        max_plate_nesting = max(max_plate_nesting, len(site.batch_shape))
 
     guide_factors = tuple(
         name for name, site in guide_sites.items() if site["is_observed"] and not _is_silent(site)
@@ -203,7 +238,20 @@ def analyse(
         indices=tuple(unplaced),
         guide_factors=guide_factors,
     )
-    return _with_dims(structure)
+    return _with_dims(_with_adopted(structure))
+
+
+def vector_dims(sites: Mapping[str, Site], latents: Iterable[str]) -> dict[str, int]:
+    """
+    Return the latent sites outside of all plates that have batch dims, and how many.
+
+    As event dims they would be read by programs that sum over them.
+    """
+    return {
+        name: len(site.batch_shape)
+        for name, site in sites.items()
+        if name in latents and site.undeclared and len(site.undeclared) == len(site.batch_shape)
+    }
 
 
 def _unwrapped(program: object) -> object:
@@ -349,6 +397,31 @@ def _with_dims(structure: Structure) -> Structure:
     return replace(structure, indices=indices)
 
 
+def _with_adopted(structure: Structure) -> Structure:
+    """
+    Put densities into the plates of what they read, where undeclared dims lie along these.
+
+    As of an observation outside of the plate of its latent: element j of it reads element j of the
+    latent, so its density is a factor of the plate. That it does is checked on the particles.
+    """
+
+    def adopting(site: Site) -> Site:
+        inside = (structure.by_symbol[symbol].plates for symbol in structure.reads(site))
+        around = frozenset[str]().union(*inside) - site.plates
+        adopted = [
+            symbol
+            for symbol in around
+            if structure.plates[symbol].dim in site.undeclared
+            and structure.plates[symbol].size == site.batch_shape[structure.plates[symbol].dim]
+        ]
+        dims = {structure.plates[symbol].dim for symbol in adopted}
+        return replace(site, adopted=frozenset(adopted)) if len(dims) == len(adopted) else site
+
+    return replace(
+        structure, model={name: adopting(site) for name, site in structure.model.items()}
+    )
+
+
 def _plates(
     programs: Sequence[Mapping[str, SampleMessage]], *, first_symbol: int
 ) -> dict[str, Plate]:
@@ -373,15 +446,18 @@ def _plates(
 
 
 def _read(site: SampleMessage, plates: Mapping[str, Plate]) -> Site:
-    """Check the shapes of one site of a plain run and find what it reads."""
+    """Find the shape of one site of a plain run, and what it reads."""
     name, fn = site["name"], site["fn"]
-    frames = [plates[f.name] for f in site["cond_indep_stack"] if f.name in plates]
     value = detach_provenance(site["value"])
     reads = get_provenance(site["value"])
+    batch_shape = fn.batch_shape
     if not _is_silent(site):
         log_prob, read_by_log_prob = _log_prob(name, fn, value)
         reads |= read_by_log_prob
-        _check_shape(site, log_prob, frames)
+        factors = (_shape(site[key]) for key in ("mask", "scale"))
+        batch_shape = torch.broadcast_shapes(batch_shape, log_prob.shape, *factors)
+    if is_latent(site):  # the value is the guide's, and may have more dims of size one
+        batch_shape = batch_shape[len(batch_shape) - len(fn.batch_shape) :]
     reads |= get_provenance(site["mask"]) | get_provenance(site["scale"])
     if is_latent(site) and get_provenance(site["mask"]):
         raise NotImplementedError(
@@ -389,14 +465,37 @@ def _read(site: SampleMessage, plates: Mapping[str, Plate]) -> Site:
             "Where it is masked it has neither a prior nor a proposal to weigh. Mask what reads "
             "the site instead, or choose its value with torch.where."
         )
+    frames = site["cond_indep_stack"]
+    declared = {frame.dim: int(frame.size) for frame in frames if frame.dim is not None}
+    # size one, right of a plate: that is how Pyro itself expands a site of a plate on the left
+    undeclared = tuple(
+        dim
+        for dim, size in enumerate(batch_shape, start=-len(batch_shape))
+        if declared.get(dim) != size and (size != 1 or dim < min(declared, default=0))
+    )
     return Site(
         name=name,
         event_dim=fn.event_dim,
-        batch_shape=fn.batch_shape,
-        plates=frozenset(plate.symbol for plate in frames),
+        batch_shape=batch_shape,
+        plates=frozenset(plates[frame.name].symbol for frame in frames if frame.name in plates),
         reads=reads - {name},
         silent=_is_silent(site),
+        event_size=fn.event_shape.numel(),
+        undeclared=undeclared,
     )
+
+
+def _without_undeclared(site: Site) -> Site:
+    """Refuse undeclared dims of an enumerated site: its support is summed at each plate element."""
+    for dim in site.undeclared:
+        if site.batch_shape[dim] > 1:
+            raise ValueError(
+                f"site '{site.name}': marked infer={{'enumerate': 'parallel'}}, but dim {dim} of "
+                f"its batch shape {tuple(site.batch_shape)} is in no pyro.plate, so that the sum "
+                "would be over all elements at once. Enclose the site in a pyro.plate of size "
+                f"{site.batch_shape[dim]}, or remove the mark."
+            )
+    return replace(site, undeclared=())
 
 
 def _log_prob(name: str, fn: Distribution, value: Tensor) -> tuple[Tensor, frozenset[str]]:
@@ -430,20 +529,6 @@ def _argument_provenance(fn: object) -> frozenset[str]:
 
 def _shape(value: object) -> tuple[int, ...]:
     return tuple(value.shape) if isinstance(value, Tensor) else ()
-
-
-def _check_shape(site: SampleMessage, log_prob: Tensor, plates: Sequence[Plate]) -> None:
-    """Refuse batch dims that no plate declares."""
-    declared = {plate.dim: plate.size for plate in plates}
-    for position, size in enumerate(reversed(log_prob.shape), start=1):
-        if size != 1 and declared.get(-position) != size:
-            inside = ", ".join(f"'{plate.name}' (dim {plate.dim})" for plate in plates) or "none"
-            raise ValueError(
-                f"site '{site['name']}': log_prob has shape {tuple(log_prob.shape)}, but its "
-                f"plates are {inside}; dim {-position} of size {size} is batched outside any "
-                f"plate. Enclose the site in a pyro.plate of size {size}, or use "
-                f".to_event({position}); for an observation, give it the shape of the plates."
-            )
 
 
 def refuse_subsampling(traces: Iterable[Trace]) -> None:

@@ -51,13 +51,41 @@ class ElementMap:
 
 @dataclass(frozen=True)
 class SiteValue:
-    """The particles of a latent site of the model."""
+    """
+    The particles of a latent site of the model.
+
+    Batch dims without a plate are dims of the event, on its left.
+    """
 
     tensor: Tensor  # (*indices, *plates, *event), plates padded to max_plate_nesting
     indices: str  # one letter for each dim on the left
     event_dim: int
-    batch_shape: torch.Size  # in an ordinary run of the model
+    batch_shape: torch.Size  # in an ordinary run of the model, undeclared dims of size one
     plates: Ordinal
+    undeclared: tuple[int, ...] = ()  # where these dims are in the batch shape
+
+    def ordinary(self, tensor: Tensor, *, left: int) -> Tensor:
+        """
+        Put the undeclared dims back into their places among the batch dims.
+
+        :param tensor: ``(*left, *batch_shape, *undeclared, *event)``.
+        :return: the shape of an ordinary run, with the dims on the left.
+        """
+        middle = left + len(self.batch_shape)
+        tensor = _exchanged(tensor, middle, self.undeclared)
+        return tensor.squeeze(tuple(range(middle, middle + len(self.undeclared))))
+
+    def padded(self, tensor: Tensor, *, left: int) -> Tensor:
+        """Give undeclared dims size one again: ``(*left, *batch_shape, *right)``."""
+        middle = left + len(self.batch_shape)
+        for dim in self.undeclared:
+            tensor = tensor.unsqueeze(middle + dim)
+        return tensor
+
+    def declared(self, tensor: Tensor, *, left: int) -> Tensor:
+        """Drop the undeclared dims of size one of ``(*left, *batch_shape, *right)``."""
+        middle = left + len(self.batch_shape)
+        return tensor.squeeze(tuple(middle + dim for dim in self.undeclared))
 
 
 @dataclass(frozen=True)
@@ -132,6 +160,13 @@ class FactorGraph:
                 tensor = tensor.unsqueeze(left + len(batch_shape) + dim)
         tail = tensor.shape[left + len(batch_shape) :]
         return tensor.expand((*tensor.shape[:left], *batch_shape, *tail))
+
+
+def _exchanged(tensor: Tensor, middle: int, undeclared: Sequence[int]) -> Tensor:
+    """Exchange batch dims, left of ``middle``, with as many dims of the event right of it."""
+    for number, dim in enumerate(undeclared):
+        tensor = tensor.transpose(middle + dim, middle + number)
+    return tensor
 
 
 def build_graph(
@@ -358,15 +393,35 @@ def _site_value(
         value = value.reshape((1,) * grow + value.shape)
         left, wanted = left + grow, [position + grow for position in wanted]
     rest = [position for position in range(left) if position not in wanted]
-    if any(value.shape[position] != 1 for position in rest):
+    middle = left + structure.max_plate_nesting
+    sizes_now = [value.shape[middle + dim] for dim in own.undeclared]
+    undeclared = [own.batch_shape[dim] for dim in own.undeclared]
+    if any(value.shape[position] != 1 for position in rest) or any(
+        now not in (1, size) for now, size in zip(sizes_now, undeclared, strict=True)
+    ):
         raise ValueError(
             f"site '{name}': its value has more particles' dims than the sites it was computed "
             "from. Compute it from the values of sites only, without writing in place."
         )
     value = value.permute((*wanted, *rest, *range(left, value.dim())))
     value = value.reshape(value.shape[: len(wanted)] + value.shape[left:])
-    value = value.expand(tuple(sizes[s] for s in indices) + value.shape[len(indices) :])
-    return SiteValue(value, indices, own.event_dim, own.batch_shape, own.plates)
+    middle = len(indices) + structure.max_plate_nesting
+    value = value.reshape(value.shape[:middle] + (1,) * len(undeclared) + value.shape[middle:])
+    value = _exchanged(value, middle, own.undeclared)
+    batch = value.shape[len(indices) : middle]
+    event = value.shape[middle + len(undeclared) :]
+    value = value.expand((*(sizes[symbol] for symbol in indices), *batch, *undeclared, *event))
+    batch_shape = list(own.batch_shape)
+    for dim in own.undeclared:
+        batch_shape[dim] = 1
+    return SiteValue(
+        value,
+        indices,
+        own.event_dim + len(undeclared),
+        torch.Size(batch_shape),
+        own.plates,
+        own.undeclared,
+    )
 
 
 def _result_type(factors: Sequence[LogFactor]) -> torch.dtype:
@@ -385,6 +440,7 @@ class _Packer:
 
     def pack_index(self, name: str, tensor: Tensor, index: Index) -> list[LogFactor]:
         """Pack a tensor with the dims of an index and its plates."""
+        _check_finite(name, tensor)
         return self._pack(name, tensor, {index.symbol}, index.plates, True)
 
     def zeros(self, index: Index, device: torch.device) -> LogFactor:
@@ -394,8 +450,12 @@ class _Packer:
         return LogFactor(f"{index.sites[0]} (support)", tensor, dims, index.plates)
 
     def pack(self, name: str, tensor: Tensor, site: Site, *, strict: bool) -> list[LogFactor]:
-        """Pack the log_prob of a site."""
-        return self._pack(name, tensor, self.structure.reads(site), site.plates, strict)
+        """Pack the log_prob of a site, summed over its undeclared dims."""
+        _check_finite(name, tensor)
+        for dim in self.structure.summed_dims(site):
+            if -dim <= tensor.dim() and tensor.shape[dim] == site.batch_shape[dim]:
+                tensor = tensor.sum(dim, keepdim=True, dtype=torch.double).to(tensor.dtype)
+        return self._pack(name, tensor, self.structure.reads(site), site.factor_plates, strict)
 
     def _pack(
         self, name: str, tensor: Tensor, reads: Collection[str], plates: Ordinal, strict: bool
@@ -414,10 +474,11 @@ class _Packer:
             if symbol is None or size != self.size(symbol):
                 raise ValueError(
                     f"site '{name}': with particles, log_prob has shape {tuple(tensor.shape)}; dim "
-                    f"{position} of size {size} is neither a plate of the site nor the particles "
-                    "of a latent that it reads. Enclose the site in a pyro.plate or use .to_event; "
-                    "read a vector by index with pyro.ops.indexing.Vindex(x)[..., index]; keep "
-                    "batch dims when reshaping or writing in place."
+                    f"{position} of size {size} is neither a dim that the site has without them "
+                    "nor the particles of a latent that it reads. Enclose the site in a "
+                    "pyro.plate or use .to_event; read a vector by index with "
+                    "pyro.ops.indexing.Vindex(x)[..., index]; keep batch dims when reshaping or "
+                    "writing in place."
                 )
             dims += symbol
         missing = {s for s in reads if self.size(s) > 1 and s not in dims}
@@ -429,7 +490,6 @@ class _Packer:
                 "the right (x[..., 0], not x[0]), do not reduce over all dims, and make constants "
                 "by torch.zeros, not by x.new_zeros."
             )
-        _check_finite(name, tensor)
         tensor = tensor.reshape([size for size in tensor.shape if size != 1])
         for symbol in sorted(plates - set(dims)):  # a plate that the log_prob did not expand to
             tensor = tensor.unsqueeze(-1).expand((*tensor.shape, self.size(symbol)))

@@ -18,21 +18,25 @@ Batch dims are counted from the right and are negative: the plates have ``-1`` t
 Samples", UAI, PMLR 244:394-417.
 """
 
+import os
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias, cast
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.ops.provenance import detach_provenance, track_provenance
+from pyro.ops.provenance import detach_provenance
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _DIM_ALLOCATOR
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
 from pyro_mpis._typing import Distribution, Program, SampleMessage
+from pyro_mpis.provenance import tracked
 
 if TYPE_CHECKING:
     from pyro.poutine.runtime import Message
@@ -40,6 +44,7 @@ if TYPE_CHECKING:
 Name: TypeAlias = Literal["model", "guide"]
 
 PARTICLES = "_mpis_particles"  # name of the plate that draws K particles at once
+LIBRARIES = (torch.__file__, pyro.__file__, __file__)  # whose lines an error does not show
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,7 @@ class Programs:
     guide: Program
     args: tuple[object, ...] = ()
     kwargs: Mapping[str, object] = field(default_factory=dict)
+    sites: Mapping[Name, frozenset[str]] = field(default_factory=dict)  # that a plain run met
 
     def program(self, name: Name) -> Program:
         """Return the model or the guide."""
@@ -110,7 +116,7 @@ class _Track(Messenger):
     def _pyro_post_sample(self, msg: SampleMessage) -> None:
         if is_latent(msg) and self.is_random(msg):
             value = detach_provenance(msg["value"])
-            msg["value"] = track_provenance(value, frozenset({msg["name"]}))
+            msg["value"] = tracked(value, frozenset({msg["name"]}))
 
 
 class _Compare(Messenger):
@@ -128,6 +134,17 @@ class _Compare(Messenger):
     def _pyro_sample(self, msg: SampleMessage) -> None:
         if is_latent(msg) and msg["name"] in self.sites:
             self.compare(self.sites[msg["name"]], msg)
+
+
+@contextmanager
+def isolated() -> Iterator[None]:
+    """Let the handlers and plates around neither see nor change what programs do."""
+    around, _DIM_ALLOCATOR._stack = _DIM_ALLOCATOR._stack, []  # else plates would take other dims
+    try:
+        with poutine.block():
+            yield
+    finally:
+        _DIM_ALLOCATOR._stack = around
 
 
 def run_plainly(
@@ -203,6 +220,32 @@ class _Enumerate(Messenger):
         msg["done"] = True
 
 
+class _ToEvent(Messenger):
+    """Make the rightmost batch dims of some latent sites event dims."""
+
+    def __init__(self, dims: Mapping[str, int]) -> None:
+        super().__init__()
+        self.dims = dims
+
+    def _pyro_sample(self, msg: SampleMessage) -> None:
+        if msg["name"] in self.dims and not msg["is_observed"]:
+            msg["fn"] = msg["fn"].to_event(self.dims[msg["name"]])
+
+
+def with_event_dims(
+    programs: Programs, guide_dims: Mapping[str, int], model_dims: Mapping[str, int]
+) -> Programs:
+    """
+    Return programs whose sites have event dims in place of some batch dims.
+
+    :param guide_dims: for sites of the guide, how many of their batch dims, from the right.
+    :param model_dims: for sites of the model.
+    """
+    guide = _ToEvent(guide_dims)(programs.guide) if guide_dims else programs.guide
+    model = _ToEvent(model_dims)(programs.model) if model_dims else programs.model
+    return replace(programs, guide=guide, model=model)
+
+
 @contextmanager
 def _explained(program: str, handler: _Substitute, size: int) -> Iterator[None]:
     """Turn an exception of a program that ran on single values into one that says why."""
@@ -210,18 +253,48 @@ def _explained(program: str, handler: _Substitute, size: int) -> Iterator[None]:
         yield
     except Exception as error:
         where = f"at or after site '{handler.last_site}'" if handler.last_site else "at its start"
+        where += _line(error)
         raise ValueError(
             f"the {program} runs on single values, but not on {size} particles at once ({where}): "
             f"{type(error).__name__}: {first_line(error)}. Particles are in batch dims left of the "
             "plates: index from the right (x[..., 0], not x[0]), keep batch dims when reshaping, "
             "stack latents with torch.stack(torch.broadcast_tensors(a, b), -1), do not call "
-            ".item() on a latent's value, and do not branch on it (torch.where does)."
+            ".item() on a latent's value, and do not branch on it (torch.where does). "
+            "pyro.infer.Importance, which runs a program once for each sample, allows all this."
         ) from error
 
 
+def _line(error: Exception) -> str:
+    """Return the user's line that raised an error, for a message."""
+    libraries = tuple(os.path.dirname(str(file)) + os.sep for file in LIBRARIES)
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith(libraries) and frame.line:
+            return f", in {os.path.basename(frame.filename)}:{frame.lineno}, `{frame.line}`"
+    return ""
+
+
 def _run(programs: Programs, name: Name, handler: _Substitute, size: int) -> Trace:
-    with _explained(name, handler, size), handler:
-        return poutine.trace(programs.program(name)).get_trace(*programs.args, **programs.kwargs)
+    """Run a program under a handler; what fails after its last site is not needed."""
+    tracer = poutine.trace()
+    with _explained(name, handler, size), handler, tracer:
+        try:
+            programs.program(name)(*programs.args, **programs.kwargs)
+        except Exception:  # a return value may take code that is not vectorised
+            if name not in programs.sites or not programs.sites[name] <= set(tracer.trace.nodes):
+                raise
+    return tracer.trace
+
+
+def trace_at(programs: Programs, values: Mapping[str, Tensor]) -> Trace:
+    """
+    Run the model once at one value of each of its latent sites, and evaluate the densities.
+
+    :return: an ordinary trace, return value included.
+    """
+    with _Substitute(values):
+        trace = poutine.trace(programs.model).get_trace(*programs.args, **programs.kwargs)
+    trace.log_prob_sum()  # memoised in the trace, as the traces of pyro.infer.Importance have it
+    return trace
 
 
 def draw(
@@ -293,7 +366,8 @@ def check_same_sites(name: Name, expected: Set[str], found: Set[str]) -> None:
         raise ValueError(
             f"site '{site}': met in the {name} {where}. The sites of a {name} must be the same for "
             "every value of its latents: replace branches on a latent's value by torch.where, "
-            "poutine.mask or a fixed number of steps."
+            "poutine.mask or a fixed number of steps, or use pyro.infer.Importance, which allows "
+            "them."
         )
 
 

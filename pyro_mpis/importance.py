@@ -1,42 +1,76 @@
 # SPDX-License-Identifier: Apache-2.0
 """The inference class: what the user holds."""
 
+import copy
+import logging
 import math
 import operator
+import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from typing import TypeVar, overload
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar, overload
 
 import torch
 from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import is_validation_enabled
 from torch import Tensor
 
+from pyro_mpis import memory, saving
 from pyro_mpis import moments as _moments
 from pyro_mpis._typing import MomentFunction, Program
 from pyro_mpis._warnings import warn
+from pyro_mpis.arviz_export import Names, Wanted, build, model_groups, particle_arrays
 from pyro_mpis.blocks import (
     BlockSum,
     Environment,
     Plan,
     Workers,
     evidence_error,
+    impossible_elements,
     joint_weights_of,
     run_replicates,
     sample_of,
+    seeded,
 )
-from pyro_mpis.dependencies import Structure, analyse, check_same_site
+from pyro_mpis.dependencies import (
+    NO_EVENT_DIMS,
+    EventDims,
+    Structure,
+    analyse,
+    check_same_site,
+    vector_dims,
+)
+from pyro_mpis.diagnostics import Diagnosis, diagnose
 from pyro_mpis.factors import FactorGraph
-from pyro_mpis.handlers import Programs, first_line, quoted, run_plainly, sample_sites
+from pyro_mpis.handlers import (
+    Name,
+    Programs,
+    first_line,
+    quoted,
+    run_plainly,
+    sample_sites,
+    trace_at,
+    with_event_dims,
+)
 from pyro_mpis.marginals import Marginal, merge
-from pyro_mpis.memory import default_limit, plan_blocks
+from pyro_mpis.memory import default_limit
 from pyro_mpis.summary import Summary, summarise
+from pyro_mpis.trace_posterior import Draws, ImportanceTraces, weighted_draws
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+    from pyro_mpis.arviz_export import ArvizData
 
 Answer = TypeVar("Answer")
+
+_logger = logging.getLogger("pyro_mpis")
 
 DEFAULT_NUM_SAMPLES = 10  # as pyro.infer.Importance has it
 
 
-class MPImportance:
+class MPImportance(ImportanceTraces):
     """
     Massively parallel importance sampling of a model's posterior.
 
@@ -48,9 +82,15 @@ class MPImportance:
         posterior.moments()            # {site: posterior mean}
         posterior.marginals("mu")      # weighted particles, an Empirical distribution
         posterior.sample(1000)         # {site: joint posterior draws}, for Predictive
+        posterior.diagnose()           # what is poor, and what would help
+        posterior.to_arviz()           # for az.summary, az.plot_forest, az.loo
 
     [1] Bowyer, Heap and Aitchison (2024), "Using Autodiff to Estimate Posterior Moments, Marginals
     and Samples", UAI, PMLR 244:394-417.
+
+    It is a :class:`~pyro.infer.abstract_infer.TracePosterior`, and has all members of
+    ``Importance``: ``EmpiricalMarginal(posterior, "mu")`` works. Batch dims of a site that no plate
+    declares count as event dims. Handlers around a run do not act on it; put them around the model.
 
     :param model: a Pyro model, vectorised over batch dims left of its plates.
     :param guide: a guide for all, some or none of the model's latent sites, autoguides included;
@@ -58,7 +98,8 @@ class MPImportance:
     :param num_samples: K, the number of particles of each latent site.
     :param groups: groups of latent sites that share one particle index, for sites that are
         strongly dependent or that one likelihood reads many of.
-    :param max_plate_nesting: number of batch dims for plates; found by default.
+    :param max_plate_nesting: number of batch dims for plates; found by default (and for infinity,
+        the default of Pyro's ELBOs).
     :param memory_limit: bytes that the largest tensors may take together; half of what is free by
         default. A larger sum is evaluated in blocks of particles, with the same result.
     :param num_replicates: number of independent sets of particles. Evidences are averaged, moments
@@ -77,7 +118,7 @@ class MPImportance:
         num_samples: int | None = None,
         *,
         groups: Sequence[Sequence[str]] = (),
-        max_plate_nesting: int | None = None,
+        max_plate_nesting: float | None = None,
         memory_limit: int | None = None,
         num_replicates: int = 1,
         executor: Executor | None = None,
@@ -102,13 +143,15 @@ class MPImportance:
         self.guide = guide
         self.num_samples = num_samples
         self.groups = tuple(groups)
-        self.max_plate_nesting = max_plate_nesting
+        self.max_plate_nesting = _number_of_dims(max_plate_nesting)
         self.memory_limit = memory_limit
         self.num_replicates = num_replicates
         self.executor = executor
         self.disable_progbar = disable_progbar
         self._sums: list[BlockSum] = []
         self._weights: list[dict[str, Tensor]] = []
+        self._told = False  # whether the user has been told of what is poor
+        super().__init__()  # type: ignore[no-untyped-call]
 
     def run(self, *args: object, **kwargs: object) -> "MPImportance":
         """
@@ -121,27 +164,19 @@ class MPImportance:
         :raises NotImplementedError: if the sum over all combinations is intractable.
         :raises MemoryError: if a factor would not fit into free memory.
         """
-        guide = self.guide if self.guide is not None else _no_guide
-        programs = Programs(self.model, guide, args, kwargs)
-        with Environment().entered():
-            guide_trace, model_trace = _run_plainly(programs)
-            structure = analyse(
-                guide_trace,
-                model_trace,
-                guide=guide,
-                groups=self.groups,
-                max_plate_nesting=self.max_plate_nesting,
-            )
-            limit = self.memory_limit
-            if limit is None:
-                limit = default_limit(_device(model_trace))
-            block_sizes = plan_blocks(structure, self.num_samples, limit)
-            plan = Plan(structure, programs, self.num_samples, block_sizes)
-        sums = run_replicates(plan, self.num_replicates, self._workers)
+        programs = _programs(self.model, self.guide, args, kwargs)
+        plan, guide_trace, model_trace = self._plan(programs)
+        structure = plan.structure
+        try:
+            sums = run_replicates(plan, self.num_replicates, self._workers)
+        except ValueError as error:
+            sums = self._run_with_event_dims(plan, error)
         possible = [total for total in sums if bool(torch.isfinite(total.log_evidence))]
         if not possible:
             raise _impossible(sums[0])
         self._sums, self._weights = possible, [{} for _ in possible]
+        self._told = False
+        self._reset()
         for problem in _weaknesses(structure, self.groups, guide_trace, model_trace):
             warn(problem)
         return self
@@ -165,16 +200,13 @@ class MPImportance:
 
         :raises ValueError: with a single replicate.
         """
-        sums = self._ran()
+        self._ran()
         if self.num_replicates < 2:
             raise ValueError(
                 "num_replicates: one set of particles has no spread to tell an error from. Ask for "
                 "several, num_replicates=8 for example."
             )
-        log_evidences = torch.full((self.num_replicates,), -math.inf, dtype=torch.double)
-        for number, total in enumerate(sums):
-            log_evidences[number] = total.log_evidence
-        return evidence_error(log_evidences)
+        return evidence_error(self._replicates())
 
     @overload
     def moments(self) -> dict[str, Tensor]: ...
@@ -258,23 +290,310 @@ class MPImportance:
         """
         return sample_of(self._ran(), _positive("num_samples", num_samples), self._workers)
 
-    def summary(self) -> Summary:
+    def summary(self, prob: float = 0.9) -> Summary:
         """
         Make a table of mean, sd, quantiles, ESS and Pareto k-hat of every scalar.
 
-        Warns (:class:`~pyro_mpis.MPISWarning`) of low ESS and high k-hat, and says what helps.
+        Warns (:class:`~pyro_mpis.MPISWarning`), once a run, of what :meth:`diagnose` finds poor.
+
+        :param prob: probability between the two outer quantiles, as in :meth:`MCMC.summary`.
         """
-        error = self.evidence_error() if self.num_replicates > 1 else None
-        summary, problems = summarise(
-            self.marginals(),
+        if not 0 < prob < 1:
+            raise ValueError(f"prob: expected a probability between 0 and 1, but found {prob!r}.")
+        marginals = self.marginals()
+        diagnosis = self._diagnosis(marginals)
+        if not self._told:
+            for problem in diagnosis.problems:
+                warn(str(problem))
+        self._told = True
+        return summarise(
+            marginals,
             self._sampled(),
-            float(self.evidence()),
-            error,
+            diagnosis.log_evidence,
+            diagnosis.evidence_error,
             self.num_samples * self.num_replicates,
+            prob,
         )
-        for problem in problems:
-            warn(problem)
-        return summary
+
+    def diagnose(self, *, show: bool = True) -> Diagnosis:
+        """
+        Say how far to trust the answers: what is poor, at which site, and what would help.
+
+        Looks at the effective sample size of every site and plate element, at Pareto k-hat where
+        there are particles enough (about 50), and at the replicates' spread. Draws nothing.
+
+        :param show: whether to print it.
+        """
+        diagnosis = self._diagnosis(self.marginals())
+        if show:
+            print(diagnosis)
+        self._told = True
+        return diagnosis
+
+    def _diagnosis(self, marginals: Mapping[str, Marginal]) -> Diagnosis:
+        return diagnose(self._ran()[0], marginals, self._sampled(), self._replicates())
+
+    def to_arviz(
+        self,
+        num_samples: int = 1000,
+        *,
+        coords: "Mapping[str, ArrayLike] | None" = None,
+        dims: Mapping[str, Sequence[str]] | None = None,
+        log_likelihood: bool = True,
+        posterior_predictive: bool = False,
+        prior: bool = False,
+    ) -> "ArvizData":
+        """
+        Return the posterior in ArviZ's data structure; draws random numbers.
+
+        Needs ``pip install pyro-mpis[arviz]``. Dims are named after the plates, those of events
+        ``<site>_dim_0`` and so on; a batch dim of size one outside of all plates is dropped. The
+        groups, each in an ordinary run's shapes:
+
+        * ``posterior``: joint draws, with the values of ``pyro.deterministic``;
+          ``sample_stats``: ``lp``, the log joint density of each. The draws are one chain and
+          independent given the particles: read ``az.summary(..., kind="stats")``, since ArviZ's
+          ESS and r-hat are of Markov chains.
+        * ``log_likelihood``: of every observation, for ``az.loo``. Without ``poutine.scale``; nan
+          where ``poutine.mask`` hides it, so drop these before ``az.loo``. ``pyro.factor`` is none.
+        * ``observed_data``, ``constant_data`` (the arrays that the model was called with),
+          ``posterior_predictive``, ``prior``, ``prior_predictive``.
+        * ``particles``, ``particle_weights``, ``particle_ess``: what the draws were drawn from.
+
+        The attributes hold the log evidence, its standard error (of several replicates), the
+        number of particles, and the version.
+
+        :param num_samples: number of draws.
+        :param coords: dim -> names of its elements.
+        :param dims: site or argument -> names of its dims, of all or of those that are no plates.
+        :param log_likelihood: whether to have that group, as large as data times draws.
+        :param posterior_predictive: whether to draw the observed sites given each posterior draw.
+        :param prior: whether to draw latent and observed sites from the prior.
+        :return: an ``xarray.DataTree``; where ArviZ is older than 1.0 an ``InferenceData``.
+        :raises ImportError: without xarray.
+        :raises ValueError: if names do not fit the dims.
+        """
+        names = Names(coords or {}, dims or {})
+        number = _positive("num_samples", num_samples)
+        wanted = Wanted(number, names, log_likelihood, posterior_predictive, prior)
+        total = self._ran()[0]
+        groups, sites = model_groups(total.builder, self.sample(number), wanted)
+        particles = total.whole.values
+        groups |= particle_arrays(self.marginals(), particles, self._sampled(), sites, names)
+        attributes: dict[str, object] = {
+            "log_evidence": float(self.evidence()),
+            "num_particles": self.num_samples,
+            "num_replicates": self.num_replicates,
+        }
+        if self.num_replicates > 1:
+            attributes["log_evidence_error"] = self.evidence_error()
+        return build(groups, attributes, names)
+
+    def save(self, path: str | os.PathLike[str], *, factors: bool = True) -> None:
+        """
+        Write the result to a file, for :meth:`load`: tensors and plain data, no code.
+
+        The arguments of :meth:`run` are kept if they are tensors and plain data (numbers, strings,
+        tuples, lists, dictionaries); a warning says if not. Model, guide, their parameters and the
+        executor are not kept. The file takes about :attr:`nbytes` and the size of the arguments:
+        32 MB for the eight schools with 100 particles, 32 kB without the factors.
+
+        :param path: of the file; one that is there is overwritten.
+        :param factors: whether to keep the log factors, by far the largest part, if they fitted
+            into memory. Without them each query of the loaded result evaluates the model again.
+        """
+        sums = self._ran()
+        if not factors:
+            sums = [replace(total, whole=replace(total.whole, factors=())) for total in sums]
+        settings = saving.Settings(
+            num_samples=self.num_samples,
+            groups=tuple(tuple(group) for group in self.groups),
+            max_plate_nesting=self.max_plate_nesting,
+            memory_limit=self.memory_limit,
+            num_replicates=self.num_replicates,
+            disable_progbar=self.disable_progbar,
+        )
+        stored, unknown = saving.pack(settings, sums, self._weights)
+        if unknown:
+            warn(
+                f"'{os.fspath(path)}': the arguments of .run are not kept, since one is {unknown}, "
+                "neither a tensor nor plain data. Give them again: .load(path, model, guide, "
+                "args=..., kwargs=...)."
+            )
+        saving.write(path, stored)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        model: Program,
+        guide: Program | None = None,
+        *,
+        args: Sequence[object] | None = None,
+        kwargs: Mapping[str, object] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> "MPImportance":
+        """
+        Read a result that :meth:`save` wrote; it then answers as the saved one did.
+
+        The file cannot run code, wherever it comes from. Model and guide are run once, to check
+        that they have the sites and shapes of the saved run; random numbers that this takes do
+        not count. A result of several blocks or replicates, or saved without factors, is evaluated
+        again by each query: the programs need the parameters of the run, which is checked too.
+
+        :param path: of the file.
+        :param model: the model of the saved run.
+        :param guide: its guide.
+        :param args: the arguments of the run, if the file does not hold them or to replace them.
+        :param kwargs: likewise; without ``args``, the run had keyword arguments only.
+        :param device: where to put the tensors.
+        :raises ValueError: if the file is damaged, not a saved result or of another layout; if
+            model, guide or arguments are not those of the run, or arguments are missing.
+        """
+        stored = saving.read(path, saving.resolved(device))
+        if args is None and kwargs is None:
+            if stored.arguments is None:
+                raise ValueError(
+                    f"'{os.fspath(path)}': it does not hold the arguments of the run, which were "
+                    "not all tensors and plain data. Give them: .load(path, model, guide, "
+                    "args=..., kwargs=...)."
+                )
+            args, kwargs = stored.arguments.args, stored.arguments.kwargs
+        posterior = cls(model, guide, **vars(stored.settings))
+        programs = _programs(model, guide, tuple(args or ()), dict(kwargs or {}))
+        environment = replace(Environment(), dtype=stored.dtype, validate=stored.validate)
+        with seeded(0), environment.entered():
+            programs, structure, *_ = posterior._analysed(programs, stored.structure.event_dims)
+        saving.check_structure(path, stored.structure, structure)
+        posterior._sums = [kept.restored(structure, programs, environment) for kept in stored.sums]
+        posterior._weights = [dict(kept.weights) for kept in stored.sums]
+        saving.check_evaluation(path, posterior._sums[0])
+        return posterior
+
+    def to(self, device: torch.device | str) -> "MPImportance":
+        """
+        Return the result on another device; this one stays where it is, as with a tensor's ``to``.
+
+        Takes the tensors among the arguments of :meth:`run` along, also in tuples, lists and
+        dictionaries, but neither the parameters of modules nor tensors that model and guide refer
+        to by themselves. Those matter where a result is evaluated again, in several blocks or
+        replicates: move them first, ``guide.to(device)``.
+        """
+        result = copy.copy(self)
+        place = saving.resolved(device)
+        result._sums, result._weights = saving.moved((self._sums, self._weights), place)
+        result._reset()
+        return result
+
+    @property
+    def nbytes(self) -> int:
+        """
+        Bytes of memory that the result holds, without the arguments of :meth:`run`.
+
+        One number for each combination of particles and plate elements of each factor, if they
+        fit into memory at once (for K particles and a site that reads one other, ``K**2`` for each
+        element of its plates); of several blocks or replicates only the particles,
+        and K weights of each site that has been asked for.
+        """
+        kept = [
+            (t.builder.particles, t.builder.reads, t.whole, t.log_evidences) for t in self._sums
+        ]
+        return saving.num_bytes((kept, self._weights))
+
+    def __copy__(self) -> "MPImportance":
+        """Return a copy that shares the result and the executor."""
+        result = self.__class__.__new__(self.__class__)
+        vars(result).update(vars(self))
+        return result
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave out the executor, which cannot be pickled."""
+        return {**vars(self), "executor": None}
+
+    def _analysed(
+        self, programs: Programs, event_dims: EventDims = NO_EVENT_DIMS
+    ) -> tuple[Programs, Structure, Trace, Trace]:
+        """
+        Run guide and model once, and work out their structure.
+
+        :param event_dims: batch dims of guide and model to be run as event dims.
+        :return: the programs to go on with, the structure, the traces of guide and model.
+        """
+        programs = with_event_dims(programs, *event_dims)
+        guide_trace, model_trace = _run_plainly(programs)
+        structure = analyse(
+            guide_trace,
+            model_trace,
+            guide=self.guide,
+            groups=self.groups,
+            max_plate_nesting=self.max_plate_nesting,
+        )
+        met: dict[Name, frozenset[str]] = {
+            "guide": frozenset(structure.guide),
+            "model": frozenset(structure.model),
+        }
+        structure = replace(structure, event_dims=event_dims)
+        if is_validation_enabled():  # which checks that a program has no sites beyond these
+            programs = replace(programs, sites=met)
+        return programs, structure, guide_trace, model_trace
+
+    def _plan(
+        self, programs: Programs, event_dims: EventDims = NO_EVENT_DIMS
+    ) -> tuple[Plan, Trace, Trace]:
+        """Find the structure and what fits into memory; return the traces of guide and model."""
+        with Environment().entered():
+            programs, structure, guide_trace, model_trace = self._analysed(programs, event_dims)
+            if self.max_plate_nesting is None:
+                _logger.info("Guessed max_plate_nesting = %d", structure.max_plate_nesting)
+            device, limit = _device(model_trace), self.memory_limit
+            if limit is None:
+                limit = default_limit(device)
+            cut = memory.plan(structure, self.num_samples, limit, device.type)
+            plan = Plan(structure, programs, self.num_samples, cut)
+        return plan, guide_trace, model_trace
+
+    def _run_with_event_dims(self, plan: Plan, error: ValueError) -> list[BlockSum]:
+        """
+        Run programs that failed with undeclared batch dims in place, with event dims instead.
+
+        A program that works on such dims elementwise wants the particles left of them all; one that
+        sums over a vector's wants them where ``.to_event`` would have them.
+        """
+        structure = plan.structure
+        guide_dims = vector_dims(structure.guide, structure.guide)
+        model_dims = vector_dims(structure.model, structure.origins)
+        if not guide_dims and not model_dims:
+            raise error
+        try:
+            with_events, _, _ = self._plan(plan.programs, (guide_dims, model_dims))
+            return run_replicates(with_events, self.num_replicates, self._workers)
+        except Exception:  # whatever went wrong with these, the first error is the one to act on
+            raise ValueError(
+                f"{error} Batch dims of {quoted({*guide_dims, *model_dims})} are in no pyro.plate. "
+                "Enclose the site in one or use .to_event, and keep particles left of such dims."
+            ) from error
+
+    def get_log_normalizer(self) -> Tensor:
+        """Return the log evidence: :meth:`evidence`, under the name that ``Importance`` has."""
+        if not self._sums:
+            return super().get_log_normalizer()  # type: ignore[no-untyped-call, no-any-return]
+        return self.evidence()
+
+    def _weighted_draws(self) -> Draws | None:
+        if not self._sums:
+            return None
+        return weighted_draws(self._sums, self.evidence(), self.num_samples, self._workers)
+
+    def _traces_at(self, values: Sequence[Mapping[str, Tensor]]) -> list[Trace]:
+        builder = self._ran()[0].builder
+        programs = replace(builder.programs, model=self.model)  # as the user wrote it
+        with builder.environment.entered():
+            return [trace_at(programs, row) for row in values]
+
+    def _effective_samples(self) -> Tensor:
+        sampled = self._sampled()
+        sizes = [m.ess.min() for name, m in self.marginals().items() if name in sampled]
+        return torch.stack(sizes).min() if sizes else torch.tensor(float(self.num_samples))
 
     @property
     def _workers(self) -> Workers:
@@ -284,6 +603,13 @@ class MPImportance:
         if not self._sums:
             raise RuntimeError("no particles yet: call .run(*args, **kwargs) before any query.")
         return self._sums
+
+    def _replicates(self) -> Tensor:
+        """Return each replicate's log evidence, those of zero last: (replicates,), float64."""
+        log_evidences = torch.full((self.num_replicates,), -math.inf, dtype=torch.double)
+        for number, total in enumerate(self._ran()):
+            log_evidences[number] = total.log_evidence
+        return log_evidences
 
     def _sites(self) -> list[str]:
         return list(self._ran()[0].whole.values)
@@ -347,6 +673,26 @@ def _positive(name: str, number: int) -> int:
     return value
 
 
+def _number_of_dims(max_plate_nesting: float | None) -> int | None:
+    """Return a number of batch dims, or None for one to be found."""
+    if max_plate_nesting is None or max_plate_nesting == math.inf:
+        return None
+    if isinstance(max_plate_nesting, bool) or max_plate_nesting not in range(64):
+        raise ValueError(
+            f"max_plate_nesting: expected a number of dims, but found {max_plate_nesting!r}."
+        )
+    return int(max_plate_nesting)
+
+
+def _programs(
+    model: Program,
+    guide: Program | None,
+    args: tuple[object, ...],
+    kwargs: Mapping[str, object],
+) -> Programs:
+    return Programs(model, guide if guide is not None else _no_guide, args, kwargs)
+
+
 def _no_guide(*args: object, **kwargs: object) -> None:
     """Sample nothing: every latent is proposed from the prior."""
 
@@ -390,20 +736,17 @@ def _split_moment(
 
 def _impossible(total: BlockSum) -> ValueError:
     """Say which site makes the evidence zero."""
-    with total.builder.environment.entered():
-        graph = total.builder(total.blocks[0])
-    for factor in graph.factors:
-        particle_dims = [d for d, s in enumerate(factor.dims) if s in graph.index_plates]
-        best = factor.tensor.amax(particle_dims) if particle_dims else factor.tensor
-        if bool((best == -torch.inf).any()):
-            count = int((best == -torch.inf).sum())
+    for name, impossible in impossible_elements(total).items():
+        if bool(impossible.any()):
             return ValueError(
-                f"site '{factor.name}': probability zero for all particles at {count} of "
-                f"{best.numel()} plate elements, so the evidence is zero. Check the data against "
-                "the distribution's support, or use a guide that reaches where the data have "
-                "positive probability."
+                f"site '{name}': probability zero for all particles at {int(impossible.sum())} of "
+                f"{impossible.numel()} plate elements, so the evidence is zero. Check the data "
+                "against the distribution's support, or use a guide that reaches where the data "
+                "have positive probability."
             )
-    names = {factor.name for factor in graph.factors if bool((factor.tensor == -torch.inf).any())}
+    with total.builder.environment.entered():
+        factors = total.builder(total.blocks[0]).factors
+    names = {factor.name for factor in factors if bool((factor.tensor == -torch.inf).any())}
     return ValueError(
         f"the evidence is zero: no combination of particles has positive probability at all of "
         f"{quoted(names)} together. Draw more particles, or use a guide nearer to the posterior."
@@ -420,6 +763,14 @@ def _weaknesses(
     result = []
     carried = [name for name, origin in structure.origins.items() if origin == "guide_delta"]
     points = {name for name in carried if not structure.reads(structure.guide[name])}
+    if structure.undeclared:
+        shapes = ", ".join(f"'{name}' {tuple(s)}" for name, s in structure.undeclared.items())
+        result.append(
+            f"batch dims that no pyro.plate declares ({shapes}) count as event dims: a latent has "
+            "one particle index for all of them, and an observation is summed over them. Enclose "
+            "the site in a plate, which gives each element an index of its own, or silence this "
+            "by .to_event."
+        )
     if points:
         result.append(
             f"the guide fixes {quoted(points)} at a point (Delta): evidence() is the log of the "

@@ -25,6 +25,7 @@ that within a plate each element reads only its own element of the latents.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pyro
 import torch
@@ -68,7 +69,8 @@ def find_reads(
     :return: for each site; empty if there is nothing to find.
     :raises NotImplementedError: if the model cannot be probed, and must be.
     """
-    foreign = [factor for factor in graph.factors if _foreign(graph, factor)]
+    foreign = [factor.name for factor in graph.factors if _foreign(graph, factor)]
+    foreign += [name for name, site in structure.model.items() if site.adopted]
     plated = any(graph.index_plates.values())
     if not plated or not (foreign or check):
         return {}
@@ -78,7 +80,7 @@ def find_reads(
         if not foreign:
             return {}
         raise NotImplementedError(
-            f"site '{foreign[0].name}': it reads latents of a plate that it is not in, and which "
+            f"site '{foreign[0]}': it reads latents of a plate that it is not in, and which "
             f"element it reads could not be found out: {error}"
         ) from error
 
@@ -176,8 +178,11 @@ def _probe(
     log_probs = _probed_log_probs(structure, programs, values, patterns, rows)
     reads = {}
     for name, log_prob in log_probs.items():
-        inner = "".join(sorted(structure.model[name].plates))
-        changed = graph.to_plates(_differs(log_prob, log_prob[:1]), inner, left=2)
+        inner = "".join(sorted(structure.model[name].factor_plates))
+        changed = _differs(log_prob, log_prob[:1])
+        for dim in structure.summed_dims(structure.model[name]):
+            changed = changed.any(dim, keepdim=True)
+        changed = graph.to_plates(changed, inner, left=2)
         elements = {p: _decode(changed, start, bits) for p, (start, bits) in slots.items()}
         reads[name] = ElementReads(inner, elements)
     return reads
@@ -227,16 +232,16 @@ def _probing_runs(
     :param rows: number of combinations of particles to do it at, picked at random.
     :param with_nan: whether to change continuous latents to nan; otherwise, and discrete ones
         always, to the value of the next particle.
-    :return: for each site its log_prob, ``(runs, rows, *plates)``.
+    :return: for each site that reads one of these its log_prob, ``(runs, rows, *plates)``.
     """
     runs = max((len(pattern) for pattern in patterns.values()), default=1)
     generator = torch.Generator().manual_seed(0)  # the same rows for all blocks and queries
     values = {}
     for name, value in known.items():
         size = len(value)
-        order = torch.cat(
-            [torch.randperm(size, generator=generator) for _ in range(math.ceil(rows / size))]
-        )[:rows].to(value.device)
+        shuffled = partial(torch.randperm, size, generator=generator, device="cpu")
+        order = torch.cat([shuffled() for _ in range(math.ceil(rows / size))])
+        order = order[:rows].to(value.device)
         other = value[(order + 1) % size]
         value = value[order]
         if with_nan and value.is_floating_point():
@@ -259,7 +264,8 @@ def _probing_runs(
     log_probs = {}
     with pyro.validation_enabled(False):
         for name, site in run("model", model_inputs(structure, values, carried)).items():
-            if structure.model[name].silent:
+            own = structure.model[name]
+            if own.silent or not any(other in patterns for other in own.reads | {name}):
                 continue
             log_prob = site["fn"].log_prob(site["value"])
             if isinstance(site["mask"], Tensor):

@@ -6,9 +6,16 @@ Everything here is in log space (nats); ``-inf`` is the log of zero. The derivat
 is a softmax, so each row of it sums to one, however far apart the terms are; where a whole sum is
 zero its derivative is zero too, never nan. (A logarithm clamped away from zero, as in
 ``pyro.ops.einsum.torch_log``, gets evidence right and every derivative wrong.)
+
+Large tensors are worked on in parts that stay in the processor's cache: temporaries of their own
+size would cost more than the arithmetic. An exponential that underflows takes ten times as long as
+one that does not, and with particles from a prior most do: arguments are clamped to where the
+result is far below rounding.
 """
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,56 +23,11 @@ from torch import Tensor
 
 # Below this a sum of products of shifted exponentials may have lost terms to underflow.
 _SAFE = {torch.float32: 1e-20, torch.float64: 1e-200}
-# Elements of the temporaries that recompute such entries.
-_BLOCK = 2**22
-# Elements that are converted to double precision at a time: they stay in the processor's cache.
+# The lowest argument whose exponential is a normal number.
+_LOWEST = {torch.float32: -87.0, torch.float64: -708.0}
+# Elements that are worked on at a time. A GPU has no use for small parts: each is a launch.
 _PART = 2**18
-
-
-class _LogSumExp(torch.autograd.Function):
-    """``x.logsumexp(-1)`` whose derivative is zero, not nan, where the whole row is -inf."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.logsumexp(-1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return grad.unsqueeze(-1) * _shares(x)
-
-
-class _SumInDouble(torch.autograd.Function):
-    """``x.sum(dims, dtype=torch.float64)`` that converts a part of ``x`` at a time."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dims: tuple[int, ...]) -> Tensor:
-        ctx.dims, ctx.shape, ctx.dtype = dims, x.shape, x.dtype
-        kept = [dim for dim in range(x.dim()) if dim not in dims]
-        longest = max(kept, key=lambda dim: x.shape[dim], default=None)
-        if longest is None or x.numel() <= _PART or x.dtype == torch.float64:
-            return x.sum(dims, dtype=torch.float64)
-        size = max(1, _PART * x.shape[longest] // x.numel())
-        parts = [part.double().sum(dims) for part in x.split(size, longest)]
-        return torch.cat(parts, kept.index(longest))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        grad = grad.to(ctx.dtype)
-        for dim in sorted(ctx.dims):
-            grad = grad.unsqueeze(dim)
-        return grad.expand(ctx.shape), None
-
-
-def sum_in_double(x: Tensor, dims: Sequence[int]) -> Tensor:
-    """
-    Sum over some dims in float64, without a copy of the whole tensor in float64.
-
-    :param dims: nonnegative.
-    """
-    result: Tensor = _SumInDouble.apply(x, tuple(dims))  # type: ignore[no-untyped-call]
-    return result
+_PART_OF_GPU = 2**26
 
 
 def logsumexp(x: Tensor, num_dims: int = 1) -> Tensor:
@@ -81,50 +43,15 @@ def logsumexp(x: Tensor, num_dims: int = 1) -> Tensor:
     return result
 
 
-class _LogMatmul(torch.autograd.Function):
-    """``log(exp(a) @ exp(b))`` for batches of matrices."""
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
-        a_max, b_max, ea, eb = _shifted(a, b)
-        product = ea @ eb
-        del ea, eb
-        lost = (product < _SAFE[product.dtype]).nonzero()
-        result = product.log().add_(a_max).add_(b_max)
-        for block in lost.split(_rows(a)):
-            batch, m, n = block.unbind(1)
-            result[batch, m, n] = (a[batch, m] + b[batch, :, n]).logsumexp(-1)
-        ctx.save_for_backward(a, b, product, lost)
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        # Shares are found from the shifted terms themselves: the result is rounded, and in single
-        # precision its error grows with its size.
-        a, b, product, lost = ctx.saved_tensors
-        _, _, ea, eb = _shifted(a, b)
-        scaled = grad / product
-        batch, m, n = lost.unbind(1)
-        scaled[batch, m, n] = 0.0
-        grad_a = ea * (scaled @ eb.mT)
-        grad_b = eb * (ea.mT @ scaled)
-        del ea, eb, scaled
-        for block in lost.split(_rows(a)):
-            batch, m, n = block.unbind(1)
-            share = grad[batch, m, n].unsqueeze(1) * _shares(a[batch, m] + b[batch, :, n])
-            grad_a.index_put_((batch, m), share, accumulate=True)
-            grad_b.mT.index_put_((batch, n), share, accumulate=True)
-        return grad_a, grad_b
-
-
 def log_matmul(a: Tensor, b: Tensor) -> Tensor:
     """
     Multiply matrices in log space.
 
     Equals ``(a[..., None] + b[:, None]).logsumexp(-2)``, without a temporary of that size.
 
-    A product of exponentials shifted by their rows' and columns' maxima; the entries that it cannot
-    represent, because the maxima do not meet, are recomputed exactly.
+    A product of exponentials shifted by their rows' and columns' maxima. Where it loses entries to
+    underflow, because the maxima do not meet, it is done again in double precision, and what that
+    loses is summed term by term.
 
     :param a: ``(batch, m, s)``, log scale.
     :param b: ``(batch, s, n)``, log scale.
@@ -134,18 +61,190 @@ def log_matmul(a: Tensor, b: Tensor) -> Tensor:
     return result
 
 
+def sum_in_double(x: Tensor, dims: Sequence[int]) -> Tensor:
+    """
+    Sum over some dims in float64, without a copy of the whole tensor in float64.
+
+    :param dims: nonnegative.
+    """
+    result: Tensor = _SumInDouble.apply(x, tuple(dims))  # type: ignore[no-untyped-call]
+    return result
+
+
+class _LogSumExp(torch.autograd.Function):
+    """``x.logsumexp(-1)`` whose derivative is zero, not nan, where the whole row is -inf."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        result = x.new_empty(x.shape[:-1])
+        for part in _parts(x, range(x.dim() - 1)):
+            own = _summed_first(x[part])
+            highest = own.amax(0)
+            total = exp_(own - _finite(highest)).sum(0)
+            torch.add(total.log_(), highest, out=result[part[:-1]])
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        result = torch.empty_like(x)
+        for part in _parts(x, range(x.dim() - 1)):
+            torch.mul(_shares(x[part]), grad[part[:-1]].unsqueeze(-1), out=result[part])
+        return result
+
+
+class _SumInDouble(torch.autograd.Function):
+    """``x.sum(dims, dtype=torch.float64)`` that converts a part of ``x`` at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dims: tuple[int, ...]) -> Tensor:
+        ctx.dims, ctx.shape, ctx.dtype = dims, x.shape, x.dtype
+        kept = [dim for dim in range(x.dim()) if dim not in dims]
+        if x.dtype == torch.float64:
+            return x.sum(dims)
+        result = x.new_empty([x.shape[dim] for dim in kept], dtype=torch.float64)
+        for part in _parts(x, kept):
+            into = tuple(part[dim] for dim in kept)
+            torch.sum(x[part].double(), dims, out=result[into])
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.to(ctx.dtype)
+        for dim in sorted(ctx.dims):
+            grad = grad.unsqueeze(dim)
+        return grad.expand(ctx.shape), None
+
+
+class _LogMatmul(torch.autograd.Function):
+    """``log(exp(a) @ exp(b))`` for batches of matrices."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        ctx.dtype = torch.promote_types(a.dtype, b.dtype)
+        result = a.new_empty(a.shape[0], a.shape[1], b.shape[2], dtype=ctx.dtype)
+        for batch, rows in _blocks(a, b):
+            result[batch, rows] = _product(a[batch, rows].to(ctx.dtype), b[batch].to(ctx.dtype))
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = ctx.saved_tensors
+        grad_a, grad_b = torch.empty_like(a), torch.zeros_like(b)
+        for batch, rows in _blocks(a, b):
+            own_a, own_b = a[batch, rows].to(ctx.dtype), b[batch].to(ctx.dtype)
+            of_a, of_b = _product_grads(own_a, own_b, grad[batch, rows])
+            grad_a[batch, rows] = of_a
+            grad_b[batch] += of_b
+        return grad_a, grad_b
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Multiply: (batch, m, s) by (batch, s, n)."""
+    a_max, b_max, ea, eb = _shifted(a, b)
+    product = ea @ eb
+    lost = product < _SAFE[product.dtype]
+    any_lost = bool(lost.any())
+    if any_lost and a.dtype != torch.float64:
+        return _product(a.double(), b.double()).to(a.dtype)
+    result = product.log_().add_(a_max).add_(b_max)
+    if any_lost:
+        for batch, m, n, terms in _terms(a, b, lost):
+            result[batch, m, n] = terms.logsumexp(-1)
+    return result
+
+
+def _product_grads(a: Tensor, b: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    Return the derivatives of a product, given those in its entries.
+
+    Shares are found from the shifted terms themselves: the result is rounded, and in single
+    precision its error grows with its size.
+    """
+    _, _, ea, eb = _shifted(a, b)
+    product = ea @ eb
+    lost = product < _SAFE[product.dtype]
+    any_lost = bool(lost.any())
+    if any_lost and a.dtype != torch.float64:
+        return _product_grads(a.double(), b.double(), grad.double())
+    scaled = grad / product
+    if any_lost:
+        scaled.masked_fill_(lost, 0.0)
+    grad_a = (scaled @ eb.mT).mul_(ea)
+    grad_b = (ea.mT @ scaled).mul_(eb)
+    if any_lost:
+        for batch, m, n, terms in _terms(a, b, lost):
+            share = grad[batch, m, n].unsqueeze(1) * _shares(terms)
+            grad_a.index_put_((batch, m), share, accumulate=True)
+            grad_b.mT.index_put_((batch, n), share, accumulate=True)
+    return grad_a, grad_b
+
+
+def _terms(a: Tensor, b: Tensor, lost: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Yield some entries of a product (batch, row, column) with the terms of each: (number, s)."""
+    columns = b.mT.contiguous()
+    for block in lost.nonzero().split(max(1, _part(a) // max(1, a.shape[-1]))):
+        batch, m, n = block.unbind(1)
+        yield batch, m, n, a[batch, m].add_(columns[batch, n])
+
+
 def _shifted(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    a_max = a.amax(-1, keepdim=True)
-    b_max = b.amax(-2, keepdim=True)
-    a_max = a_max.masked_fill(a_max == -torch.inf, 0.0)
-    b_max = b_max.masked_fill(b_max == -torch.inf, 0.0)
-    return a_max, b_max, (a - a_max).exp_(), (b - b_max).exp_()
+    a_max = _finite(_summed_first(a).amax(0)).unsqueeze(-1)
+    b_max = _finite(_summed_first(b.mT).amax(0)).unsqueeze(-2)
+    # contiguous: a batched product copies each matrix of other tensors by itself
+    ea = torch.sub(a, a_max, out=torch.empty(a.shape, dtype=a.dtype, device=a.device))
+    eb = torch.sub(b, b_max, out=torch.empty(b.shape, dtype=b.dtype, device=b.device))
+    return a_max, b_max, exp_(ea), exp_(eb)
+
+
+def exp_(x: Tensor) -> Tensor:
+    """Exponentiate in place numbers that are at most zero; what would underflow is zero."""
+    lowest = _LOWEST[x.dtype]
+    x = x.clamp_(min=lowest).exp_()
+    return torch.nn.functional.threshold(x, 2.0 * math.exp(lowest), 0.0, inplace=True)
+
+
+def _finite(highest: Tensor) -> Tensor:
+    """Return maxima that may be subtracted from what they are the maxima of, -inf included."""
+    return highest.clamp(min=torch.finfo(highest.dtype).min)
 
 
 def _shares(x: Tensor) -> Tensor:
     """Return the softmax over the last dim; zero, not nan, where the whole row is -inf."""
-    return x.softmax(-1).nan_to_num_(nan=0.0)
+    x = _summed_first(x)
+    shares = exp_(x - _finite(x.amax(0)))
+    return shares.div_(shares.sum(0).clamp_(min=0.5)).movedim(0, -1)
 
 
-def _rows(a: Tensor) -> int:
-    return max(1, _BLOCK // max(1, a.shape[-1]))
+def _summed_first(x: Tensor) -> Tensor:
+    """Bring the last dim to the front, in memory too: maxima over short dims are slow elsewhere."""
+    return x.movedim(-1, 0).contiguous()
+
+
+def _part(x: Tensor) -> int:
+    return _PART if x.device.type == "cpu" else _PART_OF_GPU
+
+
+def _parts(x: Tensor, dims: Iterable[int]) -> Iterator[tuple[slice, ...]]:
+    """Cut a tensor along some of its dims, the outermost in memory first, into parts."""
+    sizes = list(x.shape)
+    for dim in sorted(dims, key=lambda dim: -x.stride()[dim]):
+        rest = math.prod(sizes) // max(1, sizes[dim])
+        sizes[dim] = max(1, min(sizes[dim], _part(x) // max(1, rest)))
+    cuts = [
+        [slice(start, start + size) for start in range(0, whole, size)] if whole else [slice(0)]
+        for whole, size in zip(x.shape, sizes, strict=True)
+    ]
+    return itertools.product(*cuts)
+
+
+def _blocks(a: Tensor, b: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Cut a product into parts: several matrices, or some rows of one."""
+    of_row = max(a.shape[2], b.shape[2], 1)
+    size = max(1, _part(a) // max(1, of_row * a.shape[1], b.shape[1] * b.shape[2]))
+    rows = a.shape[1] if size > 1 else max(1, _part(a) // of_row)
+    for start in range(0, a.shape[0], size):
+        for row in range(0, a.shape[1], rows):
+            yield slice(start, start + size), slice(row, row + rows)

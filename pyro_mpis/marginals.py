@@ -27,7 +27,8 @@ class Marginal(Empirical):
     """
     The posterior marginal of a site, or the joint marginal of several, on its particles.
 
-    Batched over the plates: :attr:`samples` have shape ``batch_shape + (K,) + event_shape`` and
+    Batched over the plates; batch dims without a plate are the first of the event dims.
+    :attr:`samples` have shape ``batch_shape + (K,) + event_shape`` and
     :attr:`log_weights` ``batch_shape + (K,)``, normalised over K. A joint marginal has as many
     points as there are combinations of the sites' particles, those of the last site running
     fastest; an event is then all sites' events, flattened, one after the other: see :meth:`unpack`.

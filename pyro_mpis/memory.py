@@ -3,9 +3,11 @@
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
+from pyro import settings
 
 from pyro_mpis.dependencies import Site, Structure
 
@@ -15,9 +17,35 @@ TENSORS_AT_ONCE = 3
 FRACTION = 0.5
 # More blocks than anyone would wait for.
 MAX_BLOCKS = 10_000
+# Tensors of a piece: allocators keep smaller ones for the next piece, and return larger ones to
+# the system, page by page, which takes longer than to compute them.
+PIECE_BYTES = 2**24
+PIECE_BYTES_OF_GPU = 2**30
+# How many more elements may be evaluated for the sake of pieces.
+MORE_WORK = 1.25
 
 
-def plan_blocks(structure: Structure, num_samples: int, memory_limit: int | None) -> dict[str, int]:
+@settings.register("mpis_memory_fraction", __name__, "FRACTION")
+def _check_fraction(value: float) -> None:
+    if not 0 < value <= 1:
+        raise ValueError(f"mpis_memory_fraction: expected a number in (0, 1], but found {value!r}.")
+
+
+@dataclass(frozen=True)
+class Cut:
+    """
+    How many particles of some indices are taken at once; of all others, all.
+
+    The sum is contracted in **blocks**, each with the factors that it needs. The factors of a block
+    are evaluated in **pieces**, and summed over the plates that hold no index before they are put
+    together: the largest tensors of a model are mostly those of its observations.
+    """
+
+    blocks: Mapping[str, int]  # symbol of the index -> number of particles
+    pieces: Mapping[str, int]
+
+
+def plan(structure: Structure, num_samples: int, memory_limit: int | None, device: str) -> Cut:
     """
     Find how many particles of which indices to take at once.
 
@@ -25,31 +53,66 @@ def plan_blocks(structure: Structure, num_samples: int, memory_limit: int | None
     factor fits.
 
     :param memory_limit: in bytes; ``None`` for no limit.
-    :return: symbol of the index -> number of particles in a block; empty if all fits.
+    :param device: its type; see :class:`torch.device`.
     :raises MemoryError: if no block is small enough, or too many would be needed; names the site
         and the latents that it reads.
     """
-    if memory_limit is None or not structure.model:
-        return {}
-    sizes = {index.symbol: index.support or num_samples for index in structure.indices}
-    blocks: dict[str, int] = {}
+    whole = {index.symbol: index.support or num_samples for index in structure.indices}
+    limit = math.inf if memory_limit is None else memory_limit
+    goal = min(limit, PIECE_BYTES if device == "cpu" else PIECE_BYTES_OF_GPU)
+    blocks = dict(whole)
     while True:
-        site = max(structure.model.values(), key=lambda site: _elements(structure, site, sizes))
-        if _bytes(structure, site, sizes) <= memory_limit:
-            return blocks
-        cuttable = [
-            symbol
-            for symbol in sorted(structure.reads(site))
-            if sizes[symbol] > 1
-            and not structure.by_symbol[symbol].plates
-            and not structure.by_symbol[symbol].enumerated
-        ]
-        count = math.prod(math.ceil(num_samples / size) for size in blocks.values())
-        if not cuttable or count > MAX_BLOCKS:
-            raise _too_large(structure, site, num_samples, sizes, memory_limit)
-        largest = max(cuttable, key=lambda symbol: sizes[symbol])
-        sizes[largest] = math.ceil(sizes[largest] / 2)
-        blocks[largest] = sizes[largest]
+        pieces = _pieces(structure, blocks, goal, limit)
+        number = _number(whole, pieces)
+        for sizes, needs in ((blocks, _reduced_bytes), (pieces, _bytes)):
+            needed, site = _largest(structure, sizes, needs)
+            if needed > limit:
+                break
+        else:
+            return Cut(_smaller(blocks, whole), _smaller(pieces, blocks))
+        assert site is not None
+        symbol = _cuttable(structure, site, blocks)
+        if symbol is None or number > MAX_BLOCKS:
+            raise _too_large(structure, site, sizes, whole, limit, needs)
+        blocks[symbol] = math.ceil(blocks[symbol] / 2)
+
+
+def _pieces(
+    structure: Structure, blocks: Mapping[str, int], goal: float, limit: float
+) -> dict[str, int]:
+    """Return numbers of particles with which log_probs reach ``goal`` bytes, or come near it."""
+    sizes, work = dict(blocks), _work(structure, blocks)
+    while True:
+        needed, site = _largest(structure, sizes, _bytes)
+        symbol = None if site is None else _cuttable(structure, site, sizes, smallest=2)
+        if needed <= goal or symbol is None:
+            return sizes
+        smaller = {**sizes, symbol: math.ceil(sizes[symbol] / 2)}
+        more_work = _work(structure, smaller) * _number(blocks, smaller) / work
+        if needed <= limit and more_work > MORE_WORK:
+            return sizes
+        sizes = smaller
+
+
+def _number(whole: Mapping[str, int], sizes: Mapping[str, int]) -> int:
+    """Return into how many parts sizes cut a whole."""
+    return math.prod(math.ceil(whole[symbol] / size) for symbol, size in sizes.items())
+
+
+def _smaller(sizes: Mapping[str, int], whole: Mapping[str, int]) -> dict[str, int]:
+    return {symbol: size for symbol, size in sizes.items() if size < whole[symbol]}
+
+
+def largest_factor(structure: Structure, num_samples: int) -> tuple[Site, int]:
+    """
+    Find the site whose factor is the largest.
+
+    :return: the site, and the bytes that its factor takes with ``num_samples`` particles of each
+        index, were it evaluated at once.
+    """
+    sizes = {index.symbol: index.support or num_samples for index in structure.indices}
+    site = max(structure.model.values(), key=lambda site: _elements(structure, site, sizes))
+    return site, _bytes(structure, site, sizes)
 
 
 def default_limit(device: torch.device) -> int | None:
@@ -76,8 +139,10 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def _elements(structure: Structure, site: Site, sizes: Mapping[str, int]) -> int:
+    """Return the number of elements that a site's log_prob is computed from."""
     plates = math.prod(structure.plates[symbol].size for symbol in site.plates)
-    return plates * math.prod(sizes[symbol] for symbol in structure.reads(site))
+    plates *= math.prod(site.batch_shape[dim] for dim in site.undeclared)
+    return plates * site.event_size * math.prod(sizes[s] for s in structure.reads(site))
 
 
 def _bytes(structure: Structure, site: Site, sizes: Mapping[str, int]) -> int:
@@ -85,16 +150,61 @@ def _bytes(structure: Structure, site: Site, sizes: Mapping[str, int]) -> int:
     return _elements(structure, site, sizes) * itemsize * TENSORS_AT_ONCE
 
 
+def _reduced_bytes(structure: Structure, site: Site, sizes: Mapping[str, int]) -> int:
+    """Return what a contraction needs for a factor, summed over the plates without an index."""
+    reads = structure.reads(site)
+    with_index = frozenset[str]().union(*(index.plates for index in structure.indices))
+    plates = (site.factor_plates & with_index).union(
+        *(structure.by_symbol[s].plates for s in reads)
+    )
+    elements = math.prod(structure.plates[symbol].size for symbol in plates)
+    elements *= math.prod(sizes[symbol] for symbol in reads)
+    return elements * torch.double.itemsize * TENSORS_AT_ONCE
+
+
+def _work(structure: Structure, sizes: Mapping[str, int]) -> int:
+    return sum(_elements(structure, site, sizes) for site in structure.model.values())
+
+
+def _largest(
+    structure: Structure,
+    sizes: Mapping[str, int],
+    needs: Callable[[Structure, Site, Mapping[str, int]], int],
+) -> tuple[int, Site | None]:
+    """Return how much memory the site needs that needs most, and that site."""
+    needed = {site.name: needs(structure, site, sizes) for site in structure.model.values()}
+    name = max(needed, key=lambda name: needed[name], default=None)
+    return (0, None) if name is None else (needed[name], structure.model[name])
+
+
+def _cuttable(
+    structure: Structure, site: Site, sizes: Mapping[str, int], smallest: int = 1
+) -> str | None:
+    """Return the index outside of all plates with most particles, of those that a site reads."""
+    cuttable = [
+        symbol
+        for symbol in sorted(structure.reads(site))
+        if sizes[symbol] >= 2 * smallest
+        and not structure.by_symbol[symbol].plates
+        and not structure.by_symbol[symbol].enumerated
+    ]
+    return max(cuttable, key=lambda symbol: sizes[symbol], default=None)
+
+
 def _too_large(
-    structure: Structure, site: Site, num_samples: int, sizes: Mapping[str, int], memory_limit: int
+    structure: Structure,
+    site: Site,
+    sizes: Mapping[str, int],
+    whole: Mapping[str, int],
+    memory_limit: float,
+    needs: Callable[[Structure, Site, Mapping[str, int]], int],
 ) -> MemoryError:
     indices = [structure.by_symbol[symbol] for symbol in sorted(structure.reads(site))]
-    parts = [f"{' and '.join(i.sites)}: {i.support or num_samples}" for i in indices]
+    parts = [f"{' and '.join(i.sites)}: {whole[i.symbol]}" for i in indices]
     plates = [structure.plates[symbol] for symbol in sorted(site.plates)]
     parts += [f"plate {plate.name}: {plate.size}" for plate in plates]
-    whole = {index.symbol: index.support or num_samples for index in structure.indices}
-    needed = _bytes(structure, site, whole) / 2**30
-    smallest = _bytes(structure, site, sizes) / 2**30
+    needed = needs(structure, site, whole) / 2**30
+    smallest = needs(structure, site, sizes) / 2**30
     return MemoryError(
         f"site '{site.name}': its log_prob has one element for each combination of "
         f"{', '.join(parts)}: {needed:.3g} GiB, {smallest:.3g} GiB in up to {MAX_BLOCKS} blocks "

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_mpis._typing import MomentFunction
-from pyro_mpis.factors import FactorGraph
+from pyro_mpis.factors import FactorGraph, SiteValue
 from pyro_mpis.handlers import first_line
 from pyro_mpis.marginals import Marginal
 from pyro_mpis.sampling import at_plates
@@ -47,8 +47,9 @@ def joint_indices(graph: FactorGraph, sites: Sequence[str]) -> str:
 def mean(graph: FactorGraph, weights: Weights, name: str) -> Tensor:
     """Return the posterior mean of a site, in the shape of an ordinary run."""
     value, weight, plates = _aligned(graph, weights, [name])
-    right = graph.values[name].event_dim
-    return _expectation(graph, value[0], weight, plates, [name], right)
+    site = graph.values[name]
+    result = _expectation(graph, value[0], weight, plates, [name], site.event_dim)
+    return site.ordinary(result, left=0)
 
 
 def expectation(
@@ -95,7 +96,8 @@ def expectation(
             "operations without branches on values (it runs under torch.vmap)."
         ) from error
     right = result.dim() - len(joint) - len(plates)
-    return _expectation(graph, result, weight, plates, sites, right)
+    result = _expectation(graph, result, weight, plates, sites, right)
+    return _deepest(graph, sites).declared(result, left=0)
 
 
 def marginal(graph: FactorGraph, weights: Weights, sites: Sequence[str]) -> Marginal:
@@ -103,7 +105,7 @@ def marginal(graph: FactorGraph, weights: Weights, sites: Sequence[str]) -> Marg
     values, weight, plates = _aligned(graph, weights, sites)
     num = len(joint_indices(graph, sites))
     events = {name: _event_shape(graph, name) for name in sites}
-    batch_shape = _batch_shape(graph, sites)
+    deepest = _deepest(graph, sites)
     lead = torch.broadcast_shapes(*(value.shape[:num] for value in values))
     middle = weight.shape[num:]
     parts = [value.expand(lead + middle + value.shape[num + len(plates) :]) for value in values]
@@ -116,8 +118,10 @@ def marginal(graph: FactorGraph, weights: Weights, sites: Sequence[str]) -> Marg
     samples = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
     samples = samples.reshape((lead.numel(), *samples.shape[num:]))
     flat_weight = weight.expand(lead + middle).reshape((lead.numel(), *middle))
-    samples = graph.to_batch(samples, plates, batch_shape, left=1).movedim(0, len(batch_shape))
-    log_weights = graph.to_batch(flat_weight, plates, batch_shape, left=1).movedim(0, -1).log()
+    samples = graph.to_batch(samples, plates, deepest.batch_shape, left=1)
+    log_weights = graph.to_batch(flat_weight, plates, deepest.batch_shape, left=1).log()
+    samples, log_weights = (deepest.declared(x, left=1) for x in (samples, log_weights))
+    samples, log_weights = samples.movedim(0, log_weights.dim() - 1), log_weights.movedim(0, -1)
     return Marginal(samples, log_weights.to(graph.dtype), events)
 
 
@@ -130,15 +134,14 @@ def _event_shape(graph: FactorGraph, name: str) -> torch.Size:
     return site.tensor.shape[site.tensor.dim() - site.event_dim :]
 
 
-def _batch_shape(graph: FactorGraph, sites: Sequence[str]) -> torch.Size:
-    """Return the batch shape of the deepest site."""
+def _deepest(graph: FactorGraph, sites: Sequence[str]) -> SiteValue:
+    """Return the deepest site, whose batch shape is that of all of them together."""
 
     def depth(name: str) -> tuple[int, int]:  # plates of size one have no symbol
         site = graph.values[name]
         return len(graph.closed(site.plates)), len(site.batch_shape)
 
-    deepest = max(sites, key=depth)
-    return graph.values[deepest].batch_shape
+    return graph.values[max(sites, key=depth)]
 
 
 def _aligned(
@@ -195,4 +198,4 @@ def _expectation(
     spread = weight.reshape(weight.shape + (1,) * right)
     values = torch.where(spread > 0, values.double() * spread, 0.0)  # not 0 * inf
     total = values.sum(tuple(range(num))) if num else values
-    return graph.to_batch(total, plates, _batch_shape(graph, sites), left=0).to(dtype)
+    return graph.to_batch(total, plates, _deepest(graph, sites).batch_shape, left=0).to(dtype)

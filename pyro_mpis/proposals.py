@@ -23,10 +23,11 @@ import torch
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
-from pyro_mpis._typing import Distribution
+from pyro_mpis._typing import Distribution, SampleMessage
 from pyro_mpis.dependencies import Index, Structure
 from pyro_mpis.handlers import (
     Draw,
+    Name,
     Programs,
     check_same_sites,
     draw,
@@ -37,6 +38,7 @@ from pyro_mpis.handlers import (
     replay,
 )
 
+SINGLE_RUNS = 100  # of a program that fails after its last site
 MIXTURE_ELEMENTS = 2**24  # densities of pairs of particles that are held at once
 
 
@@ -128,9 +130,10 @@ def check_arguments(structure: Structure, programs: Programs, particles: Particl
     """
     num_samples = particles.num_samples
     inputs = model_inputs(structure, particles.values, particles.values)
-    sites = replay(
-        programs, "model", values=inputs, enumerated={}, num_samples=num_samples, validate=True
-    )
+    own = {name: value for name, value in particles.values.items() if name in structure.guide}
+    if own:
+        _run_to_the_end(structure, programs, "guide", own, num_samples)
+    sites = _run_to_the_end(structure, programs, "model", inputs, num_samples)
     check_same_sites("model", set(structure.model), set(sites))
     for name, site in sites.items():
         if structure.model[name].silent:
@@ -142,6 +145,40 @@ def check_arguments(structure: Structure, programs: Programs, particles: Particl
                 f"site '{name}': with {num_samples} particles, {first_line(error)}. A guide must "
                 "draw inside of the model's support, and an observation lie in it."
             ) from error
+
+
+def _run_to_the_end(
+    structure: Structure,
+    programs: Programs,
+    name: Name,
+    values: Mapping[str, Tensor],
+    num_samples: int,
+) -> dict[str, SampleMessage]:
+    """
+    Run a program at its particles, and check that it has no sites beyond the last one it met.
+
+    Where it fails after its last site, nothing tells a return value that is not vectorised from a
+    branch that leads to more sites; then it is run at single particles, one after the other.
+
+    :param values: ``(K, *plates, *event)``; of other lengths, a whole support, are left out.
+    """
+    values = {site: value for site, value in values.items() if len(value) == num_samples}
+
+    def run(programs: Programs) -> dict[str, SampleMessage]:
+        return replay(
+            programs, name, values=values, enumerated={}, num_samples=num_samples, validate=True
+        )
+
+    to_the_end = replace(programs, sites={})
+    try:
+        return run(to_the_end)
+    except ValueError:
+        known = structure.guide if name == "guide" else structure.model
+        for k in range(0, num_samples, math.ceil(num_samples / SINGLE_RUNS)):
+            single = {site: value[k] for site, value in values.items()}
+            sites = replay(to_the_end, name, values=single, enumerated={}, num_samples=1)
+            check_same_sites(name, set(known), set(sites))
+        return run(programs)
 
 
 def model_value(structure: Structure, name: str, value: Tensor) -> Tensor:
@@ -193,13 +230,16 @@ def model_inputs(
 def _check_vectorised(structure: Structure, name: str, drawn: Draw, num_samples: int) -> None:
     event_dim = drawn.fn.event_dim
     batch_shape = drawn.value.shape[: drawn.value.dim() - event_dim]
-    if len(batch_shape) != -structure.shared_dim or batch_shape[0] != num_samples:
+    site = structure.proposal_site(name)
+    nesting = structure.max_plate_nesting
+    expected = (num_samples, *(1,) * (nesting - len(site.batch_shape)), *site.batch_shape)
+    if tuple(batch_shape) != expected:
         raise ValueError(
             f"site '{name}': with {num_samples} particles its batch shape is "
-            f"{tuple(batch_shape)}, but only the particles' dim and {structure.max_plate_nesting} "
-            "dims of plates are expected. Index from the right, and keep batch dims when reshaping."
+            f"{tuple(batch_shape)}, but without them {tuple(site.batch_shape)}, so that {expected} "
+            "is expected: the particles' dim left of all dims that plates and sites have. Index "
+            "from the right, and keep batch dims when reshaping."
         )
-    site = structure.proposal_site(name)
     if drawn.reads_particles and is_delta(drawn.fn) and not site.reads:
         raise ValueError(
             f"site '{name}': its value differs between particles, but from which sites it was "
@@ -287,8 +327,11 @@ def _joint(
             value = place(value, structure.shared_dim - 1, shared_dim=structure.shared_dim)
         log_prob = fns[name].log_prob(value)
         log_prob = scale_and_mask(log_prob, mask=drawn.mask)
-        for symbol in sorted(structure.proposal_site(name).plates - index.plates):
-            log_prob = log_prob.sum(structure.plates[symbol].dim, keepdim=True)
+        site = structure.proposal_site(name)
+        summed = [structure.plates[symbol].dim for symbol in sorted(site.plates - index.plates)]
+        for dim in (*summed, *site.undeclared):
+            if -dim <= log_prob.dim():
+                log_prob = log_prob.sum(dim, keepdim=True)
         missing = particle_dims + structure.max_plate_nesting - log_prob.dim()
         log_prob = log_prob.reshape((1,) * missing + log_prob.shape)
         if missing:  # a log_prob that lost its particles' dim, for example a scalar zero

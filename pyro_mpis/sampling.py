@@ -21,47 +21,46 @@ from torch import Tensor
 
 from pyro_mpis.contraction import Elimination, LogSpaceRing, aligned, contract, dims_of, packed
 from pyro_mpis.factors import FactorGraph, SiteValue
+from pyro_mpis.logspace import exp_
 
-DRAW_ELEMENTS = 2**22  # probabilities that are looked at together
+DRAW_ELEMENTS = 2**19  # probabilities that are looked at together
 
 Drawn = Mapping[str, Tensor]  # index -> (N, *plates of the index), plates as tensor_plates has them
 
 
-def sample_indices(graph: FactorGraph, num_draws: int) -> dict[str, Tensor]:
+def sample_indices(graph: FactorGraph, num_draws: int) -> tuple[Tensor, dict[str, Tensor]]:
     """
     Draw joint samples of all indices from :math:`P_z(k)`; draws random numbers.
 
-    :return: for each index a long tensor ``(num_draws, *plates)``, with the plates of its ordinal
-        as :meth:`~pyro_mpis.factors.FactorGraph.tensor_plates` lists them.
+    :return: the log evidence; for each index a long tensor ``(num_draws, *plates)``, with the
+        plates of its ordinal as :meth:`~pyro_mpis.factors.FactorGraph.tensor_plates` lists them.
     """
     steps: list[Elimination] = []
+    drawn: dict[str, Tensor] = {}
     with torch.no_grad():
-        contract(graph, graph.factors, LogSpaceRing(graph, record=steps))
-        largest = max((_elements(graph, step) for step in steps), default=1)
-        size = max(1, DRAW_ELEMENTS // largest)
-        chunks = []
-        for start in range(0, num_draws, size):
-            chunk: dict[str, Tensor] = {}
-            for step in reversed(steps):
-                number = min(size, num_draws - start)
-                chunk[step.symbol] = _draw_step(graph, step, chunk, number)
-            chunks.append(chunk)
-    drawn = {symbol: torch.cat([chunk[symbol] for chunk in chunks]) for symbol in chunks[0]}
+        log_p = contract(graph, graph.factors, LogSpaceRing(graph, record=steps))
+        for step in reversed(steps):
+            drawn[step.symbol] = _draw_step(graph, step, drawn, num_draws)
     for symbol, plates in graph.index_plates.items():
         if symbol not in drawn:  # one particle, or an index that no factor distinguishes
             shape = [graph.sizes[s] for s in graph.tensor_plates(graph.closed(plates))]
             size = graph.sizes[symbol]
             drawn[symbol] = torch.randint(size, (num_draws, *shape), device=graph.device)
-    return drawn
+    return log_p, drawn
 
 
-def sample_sites(graph: FactorGraph, num_draws: int) -> dict[str, Tensor]:
+def sample_sites(graph: FactorGraph, num_draws: int) -> tuple[Tensor, dict[str, Tensor]]:
     """
     Draw joint posterior samples of the model's latent sites; draws random numbers.
 
-    :return: for each site ``(num_draws, *shape)``, the shape of an ordinary run.
+    :return: the log evidence; for each site ``(num_draws, *shape)``, the shape of an ordinary run.
     """
-    drawn = sample_indices(graph, num_draws)
+    log_p, drawn = sample_indices(graph, num_draws)
+    return log_p, sites_at(graph, drawn, num_draws)
+
+
+def sites_at(graph: FactorGraph, drawn: Drawn, num_draws: int) -> dict[str, Tensor]:
+    """Return the values of the model's latent sites at given particles, as ordinary runs do."""
     return {name: _select(graph, value, drawn, num_draws) for name, value in graph.values.items()}
 
 
@@ -76,7 +75,7 @@ def _select(graph: FactorGraph, site: SiteValue, drawn: Drawn, num_draws: int) -
     else:
         value = value.unsqueeze(0)
     value = value.expand((num_draws, *value.shape[1:]))
-    return graph.to_batch(value, plates, site.batch_shape, left=1)
+    return site.ordinary(graph.to_batch(value, plates, site.batch_shape, left=1), left=1)
 
 
 def index_at(graph: FactorGraph, drawn: Drawn, symbol: str, plates: str) -> Tensor:
@@ -127,49 +126,83 @@ def _positions(graph: FactorGraph, plate: str, layout: str) -> Tensor:
     return aligned(packed(numbers, plate), layout)
 
 
-def _elements(graph: FactorGraph, step: Elimination) -> int:
-    """Return how many probabilities one draw takes at a step."""
-    present = set("".join(dims_of(term) for term in step.terms))
-    plates = (graph.sizes[symbol] for symbol in present if symbol not in graph.index_plates)
-    return math.prod(plates) * graph.sizes[step.symbol]
-
-
 def _draw_step(graph: FactorGraph, step: Elimination, drawn: Drawn, num_draws: int) -> Tensor:
     """Draw the index that one step sums over, given those of later steps: (N, *plates)."""
     plates = graph.tensor_plates(graph.closed(graph.index_plates[step.symbol]))
-    total = torch.zeros((), device=graph.device)
+    sizes = [graph.sizes[symbol] for symbol in (*plates, step.symbol)]
+    fixed = torch.zeros((1, *sizes), dtype=torch.double, device=graph.device)
+    tables = []
     for term in step.terms:
         assert set(dims_of(term)) - set(graph.index_plates) <= set(plates), "summed in its plates"
-        total = total + _at_drawn(graph, term, step.symbol, plates, drawn)
-    sizes = [graph.sizes[symbol] for symbol in (*plates, step.symbol)]
-    return _categorical(total.expand((total.shape[0], *sizes)), num_draws)
+        table = _Table(graph, term, step.symbol, plates, num_draws)
+        if table.given:
+            tables.append(table)
+        else:
+            fixed += aligned(term, plates + step.symbol)
+    if not tables:
+        return _categorical(fixed, num_draws)
+    size = max(1, DRAW_ELEMENTS // fixed.numel())
+    chunks = []
+    for start in range(0, num_draws, size):
+        part = {symbol: index[start : start + size] for symbol, index in drawn.items()}
+        logits = fixed
+        for table in tables:
+            logits = logits + table.at(part)
+        chunks.append(_categorical(logits, min(size, num_draws - start)))
+    return torch.cat(chunks)
 
 
-def _at_drawn(graph: FactorGraph, term: Tensor, symbol: str, plates: str, drawn: Drawn) -> Tensor:
-    """Select a factor at the indices drawn already: (N or 1, *plates, the dim to draw)."""
-    own = dims_of(term)
-    given = [s for s in own if s in graph.index_plates and s != symbol]
-    if not given:
-        return aligned(term, plates + symbol).unsqueeze(0)
-    own_plates = [plate for plate in plates if plate in own]
-    term = term.permute([own.index(s) for s in (*given, *own_plates, symbol)])
-    selection = [index_at(graph, drawn, s, plates) for s in given]
-    selection += [_positions(graph, plate, plates) for plate in own_plates]
-    return term[tuple(selection)]
+class _Table:
+    """
+    A term of a step, to be looked up at the indices drawn already.
+
+    :param symbol: the index to draw.
+    :param plates: those of the index to draw.
+    """
+
+    def __init__(
+        self, graph: FactorGraph, term: Tensor, symbol: str, plates: str, num_draws: int
+    ) -> None:
+        own = dims_of(term)
+        self.graph, self.plates = graph, plates
+        self.given = [s for s in own if s in graph.index_plates and s != symbol]
+        self.inside = [plate for plate in plates if plate in own]
+        self.term = term.permute([own.index(s) for s in (*self.inside, *self.given, symbol)])
+        looked_up = num_draws * math.prod(graph.sizes[s] for s in (*plates, symbol))
+        if looked_up > self.term.numel():  # then rows of memory are worth a copy
+            self.term = self.term.contiguous()
+
+    def at(self, drawn: Drawn) -> Tensor:
+        """Return the entries at drawn indices: (N, *plates, the dim to draw)."""
+        selection = [_positions(self.graph, plate, self.plates) for plate in self.inside]
+        selection += [index_at(self.graph, drawn, s, self.plates) for s in self.given]
+        if not self.term.is_contiguous():
+            return self.term[tuple(selection)]
+        row = selection[0]
+        for index, size in zip(selection[1:], self.term.shape[1:], strict=False):
+            row = row * size + index
+        rows = self.term.flatten(0, -2).index_select(0, row.flatten())
+        return rows.reshape((*row.shape, rows.shape[-1]))
 
 
 def _categorical(logits: Tensor, num_draws: int) -> Tensor:
     """
     Draw from the softmax over the last dim by inverting its distribution function.
 
-    :param logits: ``(num_draws, *plates, categories)``, or with one for all draws.
+    :param logits: ``(num_draws, *plates, categories)`` in float64, or with one for all draws.
     :return: ``(num_draws, *plates)``.
     """
-    logits = logits.double()
-    cumulative = (logits - logits.amax(-1, keepdim=True)).exp().cumsum(-1)
-    draws = (num_draws, 1) if len(logits) == num_draws else (1, num_draws)
-    shape = (draws[0], *logits.shape[1:-1], draws[1])
-    uniform = torch.rand(shape, dtype=logits.dtype, device=logits.device) * cumulative[..., -1:]
-    choice = torch.searchsorted(cumulative, uniform, right=True)
-    choice = choice.clamp(max=logits.shape[-1] - 1)
-    return choice.transpose(0, -1).squeeze(-1) if draws[0] == 1 else choice.squeeze(-1)
+    probs = exp_(logits - logits.amax(-1, keepdim=True))
+    if len(logits) == 1:  # one distribution function, looked up by all draws
+        cumulative = probs.squeeze(0).cumsum(-1)
+        uniform = _uniform(cumulative[..., -1:].expand((*cumulative.shape[:-1], num_draws)))
+        choice = torch.searchsorted(cumulative, uniform, right=True).movedim(-1, 0)
+    else:  # categories first: a sum along the last dim is slow where there are few of them
+        cumulative = probs.movedim(-1, 0).contiguous().cumsum(0)
+        choice = (cumulative <= _uniform(cumulative[-1])).sum(0)
+    return choice.clamp(max=logits.shape[-1] - 1)
+
+
+def _uniform(highest: Tensor) -> Tensor:
+    """Draw uniformly between zero and given numbers."""
+    return torch.rand(highest.shape, dtype=highest.dtype, device=highest.device).mul_(highest)

@@ -3,16 +3,13 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from pyro_mpis.marginals import Marginal
-
-LOW_ESS = 5.0  # particles: with fewer, quantiles are those of a handful of draws
-HIGH_K_HAT = 0.7  # Vehtari et al. (2024)
 
 
 @dataclass(frozen=True)
@@ -22,9 +19,9 @@ class Row:
     name: str
     mean: float
     sd: float
-    q5: float
-    q50: float
-    q95: float
+    lower: float
+    median: float
+    upper: float
     ess: float
     k_hat: float
 
@@ -37,10 +34,12 @@ class Summary:
     log_evidence: float
     evidence_error: float | None  # standard error of the log evidence, over replicates
     num_samples: int
+    prob: float = 0.9  # between the lower and the upper quantile
 
     def __str__(self) -> str:
         """Return the table."""
-        header = ("", "mean", "sd", "5%", "50%", "95%", "ESS", "k-hat")
+        lower, upper = (f"{50 * (1 + sign * self.prob):.3g}%" for sign in (-1, 1))
+        header = ("", "mean", "sd", lower, "50%", upper, "ESS", "k-hat")
         lines: list[tuple[str, ...]] = [header]
         for row in self.rows:
             numbers = [getattr(row, field.name) for field in fields(row)[1:6]]
@@ -48,19 +47,28 @@ class Summary:
             ess = "-" if math.isnan(row.ess) else f"{row.ess:.1f}"
             k_hat = "-" if math.isnan(row.k_hat) else f"{row.k_hat:.2f}"
             lines.append((row.name, *cells, ess, k_hat))
-        widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-        table = [
-            "  ".join(
-                cell.ljust(width) if column == 0 else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-            )
-            for line in lines
-        ]
         error = (
             "" if self.evidence_error is None else f" (standard error {self.evidence_error:.2g})"
         )
         title = f"log evidence {self.log_evidence:.2f}{error}, {self.num_samples} particles a site"
-        return "\n".join([*table, title])
+        return f"{table(lines)}\n{title}"
+
+
+def table(lines: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
+    """
+    Align the columns of a table.
+
+    :param lines: the cells of each line, the header's first.
+    :param left: the columns to align on the left.
+    """
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
 
 
 def summarise(
@@ -69,26 +77,25 @@ def summarise(
     log_evidence: float,
     evidence_error: float | None,
     num_samples: int,
-) -> tuple[Summary, list[str]]:
+    prob: float,
+) -> Summary:
     """
-    Make the table, and say what is poor.
+    Make the table.
 
     :param sampled: the sites that have particles; ESS and k-hat of others (summed over their whole
         support, or fixed) say nothing, and are nan.
-    :return: the summary, and one sentence for each kind of problem.
+    :param prob: probability between the lower and the upper quantile.
     """
     rows: list[Row] = []
     for name, marginal in marginals.items():
-        rows += _rows(name, marginal, name in sampled)
-    return Summary(tuple(rows), log_evidence, evidence_error, num_samples), _problems(
-        rows, num_samples
-    )
+        rows += _rows(name, marginal, name in sampled, prob)
+    return Summary(tuple(rows), log_evidence, evidence_error, num_samples, prob)
 
 
-def _rows(name: str, marginal: Marginal, sampled: bool) -> list[Row]:
+def _rows(name: str, marginal: Marginal, sampled: bool, prob: float) -> list[Row]:
     batch, shape = marginal.batch_shape, marginal.batch_shape + marginal.event_shape
     tail = (1,) * len(marginal.event_shape)
-    quantiles = marginal.quantile([0.05, 0.5, 0.95])
+    quantiles = marginal.quantile([0.5 - prob / 2, 0.5, 0.5 + prob / 2])
     unknown = torch.full_like(marginal.ess, math.nan)
     columns: list[Tensor] = [
         marginal.mean,
@@ -101,26 +108,3 @@ def _rows(name: str, marginal: Marginal, sampled: bool) -> list[Row]:
     positions = itertools.product(*(range(size) for size in shape))
     labels = [f"{name}[{','.join(map(str, p))}]" if p else name for p in positions]
     return [Row(label, *row) for label, row in zip(labels, numbers, strict=True)]
-
-
-def _problems(rows: list[Row], num_samples: int) -> list[str]:
-    problems = []
-    poor = [row for row in rows if row.ess < min(LOW_ESS, 0.9 * num_samples)]
-    if poor:
-        worst = min(poor, key=lambda row: row.ess)
-        problems.append(
-            f"{len(poor)} of {len(rows)} scalars have an effective sample size below {LOW_ESS:g} "
-            f"(lowest: {worst.name}, {worst.ess:.1f} of {num_samples}): their moments and "
-            "quantiles rest on a handful of particles. Raise num_samples, fit a guide (AutoNormal, "
-            "SVI), group strongly dependent sites (groups=), or enumerate discrete ones."
-        )
-    # with nearly even weights, the tail that k-hat is fitted to is noise
-    heavy = [row for row in rows if row.k_hat > HIGH_K_HAT and row.ess < 0.5 * num_samples]
-    if heavy:
-        worst = max(heavy, key=lambda row: row.k_hat)
-        problems.append(
-            f"{len(heavy)} of {len(rows)} scalars have a Pareto k-hat above {HIGH_K_HAT} (highest: "
-            f"{worst.name}, {worst.k_hat:.2f}): the guide's tails are too light, and more "
-            "particles help only slowly. Use a wider guide for these sites, or the prior."
-        )
-    return problems

@@ -110,7 +110,7 @@ class Problem:
             runs = self._runs_at(j, unit, k if len(unit.sites) > 1 else j)
             values = self.at_particle(j, unit, k)
             log_probs = [_log_proposal(runs, name, values[name]) for name in unit.sites]
-            columns.append(torch.stack(log_probs).sum(0))
+            columns.append(torch.stack(log_probs).sum(0).reshape(unit.batch_shape))
         return torch.stack(columns, -1)
 
     def _runs_at(self, j: int, unit: Unit, k: int) -> list[dict[str, dict[str, Any]]]:

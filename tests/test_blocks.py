@@ -9,7 +9,7 @@ import pytest
 import torch
 from pyro.infer.autoguide import AutoNormal, AutoStructured
 
-from pyro_mpis import MPImportance
+from pyro_mpis import MPImportance, memory
 from pyro_mpis.blocks import split
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -71,6 +71,49 @@ def test_every_query_is_that_of_the_whole(guide: str, memory_limit: int) -> None
     )
 
 
+@pytest.mark.parametrize("guide", GUIDES)
+@pytest.mark.parametrize("num_samples", [4, 7])
+def test_factors_evaluated_in_pieces_are_those_of_the_whole(
+    guide: str, num_samples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Put together, they are one block: the same factors, and no part of it evaluated again."""
+    pyro.set_rng_seed(0)
+    program = GUIDES[guide]()  # type: ignore[no-untyped-call]
+    if program is not None:
+        program()  # makes its params
+    graphs = []
+    for piece in (2**24, 2000):
+        monkeypatch.setattr(memory, "PIECE_BYTES", piece)
+        monkeypatch.setattr(memory, "MORE_WORK", 1e9)
+        pyro.set_rng_seed(1)
+        posterior = MPImportance(model, program, num_samples=num_samples).run()
+        (total,) = posterior._sums
+        assert len(total.blocks) == 1
+        assert bool(total.builder.pieces) == (piece == 2000)
+        graphs.append(total.whole)
+    whole, pieces = graphs
+    assert pieces.sizes == whole.sizes
+    for factor, same in zip(pieces.factors, whole.factors, strict=True):
+        assert (factor.name, factor.dims, factor.plates) == (same.name, same.dims, same.plates)
+        torch.testing.assert_close(factor.tensor, same.tensor, rtol=1e-12, atol=1e-12)
+    for name, value in pieces.values.items():
+        torch.testing.assert_close(value.tensor, whole.values[name].tensor)
+
+
+def test_pieces_are_not_cut_where_most_of_the_work_would_be_done_again() -> None:
+    """The factors of ``y`` are large, and read no index that could be cut."""
+
+    def local() -> None:
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        with pyro.plate("inner", 3000):
+            v = pyro.sample("v", dist.Normal(a, 1.0))
+            w = pyro.sample("w", dist.Normal(v, 1.0))
+            pyro.sample("y", dist.Normal(v + w, 1.0), obs=torch.zeros(3000))
+
+    posterior = MPImportance(local, num_samples=40).run()
+    assert not posterior._sums[0].builder.pieces
+
+
 def test_groups_are_cut_together() -> None:
     results = []
     for limit in (None, 10_000):
@@ -104,6 +147,15 @@ def test_samples_have_the_moments() -> None:
     assert abs(float(halves[0] - halves[1])) < 12 * float(draws["a"].std()) / 100.0
 
 
+def test_no_piece_of_several_has_a_single_particle() -> None:
+    """Dims of size one would not tell whether a factor has them."""
+    for whole in range(2, 12):
+        for size in range(1, whole + 1):
+            pieces = [len(range(whole)[part["a"]]) for part in split({"a": whole}, {"a": size}, 2)]
+            assert sum(pieces) == whole
+            assert min(pieces) >= 2
+
+
 def test_blocks_cover_all_particles_once() -> None:
     blocks = split({"a": 7, "b": 3}, {"a": 3, "b": 2})
     seen = [
@@ -114,7 +166,7 @@ def test_blocks_cover_all_particles_once() -> None:
 
 
 def test_no_block_is_small_enough() -> None:
-    with pytest.raises(MemoryError, match=r"site 'y'.*v: 7.*memory_limit.*groups"):
+    with pytest.raises(MemoryError, match=r"site 'v'.*v: 7.*memory_limit.*groups"):
         MPImportance(model, num_samples=7, memory_limit=300).run()
 
 

@@ -33,7 +33,7 @@ from wrong_programs import (
     without_proposal_weight,
 )
 
-from pyro_mpis import MPImportance
+from pyro_mpis import MPImportance, contraction
 
 NUM_CASES = 40
 NUM_SLOW_CASES = 160
@@ -109,6 +109,18 @@ def test_moments_of_random_program(seed: int) -> None:
 def test_samples_of_random_program(seed: int) -> None:
     posterior, exact = run_case(seed)
     check_all_samples(posterior, exact)
+
+
+@pytest.mark.parametrize(
+    "seed", [s if s < 10 else pytest.param(s, marks=pytest.mark.slow) for s in range(NUM_CASES)]
+)
+def test_random_programs_in_rounds(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the order of eliminations that otherwise only programs of many sites get."""
+    monkeypatch.setattr(contraction, "MANY_DIMS", 1)
+    case = random_case(seed)
+    check_all(
+        *run(case.model, case.guide, num_samples=case.num_samples, groups=case.groups, seed=seed)
+    )
 
 
 @pytest.mark.slow
@@ -245,7 +257,7 @@ def hierarchy_guide() -> None:
 
 
 def kept_dim_hierarchy() -> None:
-    mu = pyro.sample("mu", dist.Normal(torch.zeros(1), 1.0))
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
     with pyro.plate("data", 2):
         theta = pyro.sample("theta", dist.Normal(mu, 1.0))
         pyro.sample("x", dist.Normal(theta, 0.5), obs=torch.tensor([0.3, 1.5]))
@@ -837,7 +849,7 @@ def test_brute_force_of_plate_longhand() -> None:
     data = torch.tensor([0.3, 1.5])
     a = torch.tensor([0.3, -0.5, 1.0])
     b = torch.tensor([[0.2, 0.5, -0.1], [1.2, 0.7, 1.9]])  # plate, particle
-    exact = brute_force(Problem(kept_dim_hierarchy, None, {"mu": a[None], "theta": b}))
+    exact = brute_force(Problem(kept_dim_hierarchy, None, {"mu": a, "theta": b}))
     prior = dist.Normal(a[:, None, None], 1.0).log_prob(b)  # mu, plate, theta
     log_mixture_of_b = prior.logsumexp(0) - math.log(3)
     log_ratio = prior - log_mixture_of_b + dist.Normal(b, 0.5).log_prob(data[:, None])

@@ -13,7 +13,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_mpis import MPImportance
-from pyro_mpis.contraction import absorb, dims_of, log_evidence, packed, sum_product
+from pyro_mpis.contraction import (
+    LogSpaceRing,
+    absorb,
+    dims_of,
+    log_evidence,
+    packed,
+    sum_product,
+)
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -70,7 +77,7 @@ def test_largest_tensor_of_the_contraction() -> None:
 
 
 def test_chain_of_many_sites_has_small_tensors() -> None:
-    def chain() -> None:
+    def scaled_chain() -> None:
         scale = pyro.sample("scale", dist.LogNormal(0.0, 0.3))
         x = torch.tensor(0.0)
         for t in range(100):
@@ -78,10 +85,57 @@ def test_chain_of_many_sites_has_small_tensors() -> None:
             pyro.sample(f"y{t}", dist.Normal(x, 1.0), obs=torch.tensor(0.1))
 
     pyro.set_rng_seed(0)
-    graph = MPImportance(chain, num_samples=K).run()._sums[0].whole
+    graph = MPImportance(scaled_chain, num_samples=K).run()._sums[0].whole
     with torch.no_grad(), Largest() as largest:
         log_evidence(graph)
     assert largest.numel <= 100 * K**3  # all steps of one wave, stacked
+
+
+def chain(num_steps: int) -> None:
+    x = torch.tensor(0.0)
+    for t in range(num_steps):
+        x = pyro.sample(f"x{t}", dist.Normal(0.9 * x, 0.5))
+        pyro.sample(f"y{t}", dist.Normal(x, 0.5), obs=torch.tensor(math.sin(t)))
+
+
+def chain_guide(num_steps: int) -> None:
+    for t in range(num_steps):
+        pyro.sample(f"x{t}", dist.Normal(math.sin(t), 1.0))
+
+
+def test_a_chain_takes_rounds_to_the_logarithm_of_its_length(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every launch of a kernel sums all dims of a round; the sums are those along the chain."""
+    launches = []
+    eliminate_all = LogSpaceRing._eliminate_all
+
+    def counted(self: LogSpaceRing, steps: Any, known: Any) -> Any:
+        launches.append(len(steps))
+        return eliminate_all(self, steps, known)
+
+    monkeypatch.setattr(LogSpaceRing, "_eliminate_all", counted)
+    numbers = []
+    for num_steps in (32, 256):
+        pyro.set_rng_seed(0)
+        posterior = MPImportance(chain, chain_guide, num_samples=K).run(num_steps)
+        launches.clear()
+        found = log_evidence(posterior._sums[0].whole)
+        numbers.append(len(launches))
+
+        x = [posterior.marginals(f"x{t}").samples for t in range(num_steps)]
+        message = torch.zeros(1, dtype=torch.float64)
+        previous = torch.zeros(1, dtype=torch.float64)
+        for t in range(num_steps):
+            step = dist.Normal(0.9 * previous, 0.5).log_prob(x[t].unsqueeze(-1))
+            message = (message + step).logsumexp(-1)
+            message = message + dist.Normal(x[t], 0.5).log_prob(torch.tensor(math.sin(t)))
+            message = message - dist.Normal(math.sin(t), 1.0).log_prob(x[t]) - math.log(K)
+            previous = x[t]
+        torch.testing.assert_close(found, message.logsumexp(0), rtol=1e-12, atol=1e-9)
+    # eight times the steps are three more rounds, of two kinds of steps at most (inside, ends)
+    assert numbers[1] - numbers[0] <= 6
+    assert numbers[1] < 40
 
 
 def factors(seed: int) -> list[Tensor]:

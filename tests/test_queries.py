@@ -185,7 +185,7 @@ def test_summary_is_a_table(posterior: MPImportance) -> None:
     assert "8 particles" in lines[-1]
     row = summary.rows[0]
     assert row.mean == pytest.approx(float(posterior.moments()["mu"]))
-    assert row.q5 <= row.q50 <= row.q95
+    assert row.lower <= row.median <= row.upper
     assert 1.0 <= row.ess <= 8.0
 
 

@@ -123,13 +123,15 @@ print(f"log evidence by quadrature: {exact.log_evidence:.6f}\n")
 # ## The prior as the proposal
 #
 # Without a guide every latent is proposed from its prior. That is all there is to do: no tuning,
-# no gradient.
+# no gradient. `diagnose` says in words how far to trust the table, and what would help.
 
 # %%
 pyro.set_rng_seed(1)
 posterior = MPImportance(model, num_samples=100).run(sigma, y)
 print("Proposal: the prior, K = 100")
 print(posterior.summary())
+print()
+posterior.diagnose()
 error = {
     site: (mean.double() - exact.mean()[site]) / exact.sd()[site]
     for site, mean in posterior.moments().items()

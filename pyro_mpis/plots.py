@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Pictures of a posterior's particles and weights, on matplotlib.
+
+Draws from the posterior are for ArviZ to plot: ``az.plot_forest(posterior.to_arviz())``. These
+functions show what no ArviZ plot takes, the weights. Each returns its axes, for the caller to
+change; none changes matplotlib's settings.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pyro_mpis import diagnostics
+from pyro_mpis.importance import MPImportance
+from pyro_mpis.marginals import Marginal
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from matplotlib.axes import Axes
+    from numpy.typing import NDArray
+
+MAX_ROWS = 40  # elements of a site that a panel has lines for
+MAX_BARS = 30  # values of a discrete site
+COLUMNS = 3  # panels in a row
+PARTICLES, POSTERIOR, POOR = "C3", "C0", "C1"  # colours
+
+
+def plot_marginals(
+    posterior: MPImportance, *sites: str, axes: "Sequence[Axes] | None" = None
+) -> "list[Axes]":
+    """
+    Draw posterior marginals with the particles and weights that they consist of.
+
+    A panel for each site. Of a scalar: the weighted histogram, above a line at each particle as
+    high as its weight. Of more: a line for each element (at most 40), with particles as dots, their
+    area being their weight, and the interval from the 5 % to the 95 % quantile around the median.
+    Limits are those of the posterior: proposals may reach far beyond.
+
+    :param sites: which; all without any.
+    :param axes: to draw into, one for each site; a new figure by default.
+    :raises ValueError: if a site is unknown, or there are not as many axes as sites.
+    :raises ImportError: without matplotlib.
+    """
+    marginals = {site: posterior.marginals(site) for site in sites} or posterior.marginals()
+    if axes is None:
+        axes = _panels([_num_rows(marginal) for marginal in marginals.values()])
+    if len(axes) != len(marginals):
+        raise ValueError(f"axes: expected one for each of {len(marginals)} sites, not {len(axes)}.")
+    plates = {site.name: site.plates for site in posterior.diagnose(show=False).sites}
+    for ax, (name, marginal) in zip(axes, marginals.items(), strict=True):
+        if _num_rows(marginal) == 1:
+            _draw_scalar(ax, marginal)
+        else:
+            _draw_elements(ax, marginal, plates.get(name, ()))
+        ax.set_title(name)
+    return list(axes)
+
+
+def plot_ess(posterior: MPImportance, *, ax: "Axes | None" = None) -> "Axes":
+    """
+    Draw the effective sample size of every site: a dot for each plate element.
+
+    The line at the right of each site is its number of particles; the shaded part is what
+    ``diagnose`` calls poor.
+
+    :param ax: to draw into; a new figure by default.
+    :raises ImportError: without matplotlib.
+    """
+    pyplot = _pyplot()
+    sites = posterior.diagnose(show=False).sites
+    if ax is None:
+        height = 1.4 + 0.3 * max(1, len(sites))
+        _, ax = pyplot.subplots(figsize=(6.4, height), layout="constrained")
+    low = diagnostics.LOW_ESS
+    ax.axvspan(0.5, low, color=POOR, alpha=0.12, lw=0)
+    for row, site in enumerate(sites):
+        ess = site.ess.reshape(-1).numpy()
+        spread = np.linspace(-0.22, 0.22, len(ess)) if len(ess) > 1 else np.zeros(1)
+        ax.scatter(ess, row + spread, s=16, color=POSTERIOR, alpha=0.6, lw=0)
+        ax.plot(2 * [site.num_particles], [row - 0.32, row + 0.32], color="0.4", lw=1.5)
+    most = max((site.num_particles for site in sites), default=1)
+    ax.set_xscale("log")
+    ax.set(
+        xlim=(0.9, max(1.3 * most, 2 * low)),
+        ylim=(len(sites) - 0.4, -0.6),
+        yticks=range(len(sites)),
+        yticklabels=[site.name for site in sites],
+        xlabel=f"effective sample size (poor below {low:g}; line: number of particles)",
+    )
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    return ax
+
+
+def plot_evidence(posterior: MPImportance, *, ax: "Axes | None" = None) -> "Axes":
+    """
+    Draw the log evidence of every replicate, and of all together with its standard error.
+
+    Replicates without any evidence are triangles at the bottom.
+
+    :param ax: to draw into; a new figure by default.
+    :raises ValueError: with a single replicate.
+    :raises ImportError: without matplotlib.
+    """
+    pyplot = _pyplot()
+    diagnosis = posterior.diagnose(show=False)
+    if diagnosis.evidence_error is None:
+        raise ValueError(
+            "num_replicates: one set of particles has no spread to draw. Ask for several, "
+            "num_replicates=8 for example."
+        )
+    if ax is None:
+        _, ax = pyplot.subplots(layout="constrained")
+    values = diagnosis.log_evidences.numpy()
+    numbers = np.arange(1, len(values) + 1)
+    possible = np.isfinite(values)
+    middle, error = diagnosis.log_evidence, diagnosis.evidence_error
+    ax.axhspan(middle - error, middle + error, color=POSTERIOR, alpha=0.18, lw=0)
+    ax.axhline(middle, color=POSTERIOR, lw=1.2, label=f"all: {middle:.2f}, s.e. {error:.2g}")
+    ax.scatter(numbers[possible], values[possible], s=24, color=PARTICLES, label="replicates")
+    if not bool(possible.all()):
+        lost = numbers[~possible]
+        ax.scatter(
+            lost,
+            np.full(lost.shape, 0.02),
+            marker="v",
+            color=PARTICLES,
+            transform=ax.get_xaxis_transform(),
+            label="evidence zero",
+        )
+    ax.set(xlabel="replicate", ylabel="log evidence (nats)")
+    ax.locator_params(axis="x", integer=True)
+    ax.legend(frameon=False)
+    return ax
+
+
+def _pyplot() -> "ModuleType":
+    try:
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise ImportError(
+            "plots need matplotlib, which is not installed: pip install pyro-mpis[plots]"
+        ) from error
+    return pyplot
+
+
+def _panels(num_rows: Sequence[int]) -> "list[Axes]":
+    """Make a figure with a panel for each site, as high as the lines in it need."""
+    columns = min(COLUMNS, max(1, len(num_rows)))
+    lines = [num_rows[start : start + columns] for start in range(0, len(num_rows), columns)]
+    heights = [max(3.2, 0.8 + 0.2 * max(line)) for line in lines] or [3.2]
+    _, grid = _pyplot().subplots(
+        len(heights),
+        columns,
+        figsize=(4.2 * columns, sum(heights)),
+        height_ratios=heights,
+        squeeze=False,
+        layout="constrained",
+    )
+    for spare in grid.flat[len(num_rows) :]:
+        spare.remove()
+    return list(grid.flat[: len(num_rows)])
+
+
+def _num_rows(marginal: Marginal) -> int:
+    return min(MAX_ROWS, int((marginal.batch_shape + marginal.event_shape).numel()))
+
+
+def _draw_scalar(ax: "Axes", marginal: Marginal) -> None:
+    """Draw the weighted histogram, or the probability of each value, and the particles."""
+    samples, weights = _scalars(marginal)
+    samples, weights = samples[0], weights[0]
+    values, place = np.unique(samples, return_inverse=True)
+    if len(values) <= MAX_BARS and bool((values == values.round()).all()):
+        ax.bar(values, np.bincount(place, weights), width=0.6, color=POSTERIOR, alpha=0.5)
+        ax.set(xticks=values, ylabel="probability")
+        return
+    low, high = _limits(marginal)
+    ess = float(1 / np.square(weights).sum())
+    bins = min(30, max(5, math.ceil(2 * math.sqrt(ess))))
+    heights, edges = np.histogram(samples, bins, (low, high), density=True, weights=weights)
+    top = float(heights.max())
+    ax.stairs(heights, edges, fill=True, color=POSTERIOR, alpha=0.35)
+    inside = (samples >= low) & (samples <= high)
+    stems = 0.3 * top * weights[inside] / weights.max()
+    ax.vlines(samples[inside], 0, stems, color=PARTICLES, lw=0.9)
+    mean = float(weights @ samples)
+    ax.axvline(mean, color=POSTERIOR, lw=1.2)
+    ax.set(xlim=(low, high), ylim=(0, 1.15 * top), yticks=[])
+    ax.set_xlabel(f"mean {mean:.3g}, ESS {ess:.1f}")
+
+
+def _draw_elements(ax: "Axes", marginal: Marginal, plates: Sequence[str]) -> None:
+    """Draw a line for each scalar of a site."""
+    shape = marginal.batch_shape + marginal.event_shape
+    samples, weights = _scalars(marginal)
+    quantiles = marginal.quantile([0.05, 0.5, 0.95]).double().flatten(1).cpu()
+    low, high = _limits(marginal)
+    shown = _num_rows(marginal)
+    largest = max(0.1, float(weights.max()))  # many particles of even weight: small dots
+    for row in range(shown):
+        values, place = np.unique(samples[row], return_inverse=True)
+        heights = np.full(values.shape, float(row))
+        areas = 120 * np.bincount(place, weights[row]) / largest
+        ax.scatter(values, heights, s=areas, color=PARTICLES, alpha=0.35, lw=0)
+        left, middle, right = quantiles[:, row].tolist()
+        ax.plot([left, right], 2 * [row + 0.28], color=POSTERIOR, lw=1.6, solid_capstyle="butt")
+        ax.plot(middle, row + 0.28, marker="|", color=POSTERIOR, ms=7, mew=1.6)
+    labels = [",".join(map(str, _position(row, shape))) for row in range(shown)]
+    ax.set(xlim=(low, high), ylim=(shown - 0.3, -0.7), yticks=range(shown), yticklabels=labels)
+    if shown > 12:
+        ax.tick_params(axis="y", labelsize=7)
+    parts = [plate for plate in plates if plate]
+    if shown < shape.numel():
+        parts.append(f"{shown} of {shape.numel()}")
+    ax.set_ylabel(", ".join(parts))
+
+
+def _scalars(marginal: Marginal) -> "tuple[NDArray[np.double], NDArray[np.double]]":
+    """Return the particles and their weights, one row for each scalar: (scalars, K)."""
+    samples, num_batch = marginal.samples, len(marginal.batch_shape)
+    weights = marginal.weights
+    weights = weights.reshape(weights.shape + (1,) * len(marginal.event_shape))
+    rows = (
+        tensor.expand(samples.shape).double().movedim(num_batch, -1).flatten(0, -2)
+        if samples.dim() > 1
+        else tensor.double().unsqueeze(0)
+        for tensor in (samples, weights)
+    )
+    values, shares = (tensor.cpu().numpy() for tensor in rows)
+    return values, shares
+
+
+def _position(number: int, shape: Sequence[int]) -> list[int]:
+    """Return the position of a scalar in a site, dims of size one left out."""
+    result = []
+    for size in reversed(shape):
+        number, index = divmod(number, size)
+        if size > 1:
+            result.append(index)
+    return result[::-1]
+
+
+def _limits(marginal: Marginal) -> tuple[float, float]:
+    """Return the range of nearly all of the posterior, with some room around it."""
+    low, high = marginal.quantile([0.005, 0.995]).double().reshape(2, -1)
+    left, right = float(low.min()), float(high.max())
+    room = 0.15 * (right - left) or 0.5
+    return left - room, right + room

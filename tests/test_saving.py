@@ -1,0 +1,527 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A result that was saved, moved, copied or pickled answers as the one that was run."""
+
+import copy
+import dataclasses
+import json
+import pickle
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer.autoguide import AutoNormal
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_mpis import Marginal, MPImportance, MPISWarning
+
+Y = torch.tensor([[0.3, -0.5, 1.2], [0.8, 0.1, -0.2]])
+COUNTY = torch.tensor([0, 1, 1])
+Options = Mapping[str, Any]
+
+
+def model(county: Tensor, data: Mapping[str, Tensor], scale: float = 1.0) -> None:
+    """Three globals, one of them discrete; two levels of plates; one plate read by index."""
+    a = pyro.sample("a", dist.Normal(0.0, scale))
+    b = pyro.sample("b", dist.LogNormal(0.0, 0.5))
+    c = pyro.sample(
+        "c", dist.Categorical(torch.tensor([0.2, 0.8])), infer={"enumerate": "parallel"}
+    )
+    with pyro.plate("county", 2, dim=-1):
+        v = pyro.sample("v", dist.Normal(a, b))
+    with pyro.plate("outer", 2, dim=-2), pyro.plate("inner", 3, dim=-1):
+        pyro.sample("y", dist.Normal(v[..., county] + a * c, b), obs=data["y"])
+
+
+def guide(county: Tensor, data: Mapping[str, Tensor], scale: float = 1.0) -> None:
+    """Of some of the sites, with parameters."""
+    loc = pyro.param("loc", torch.tensor(0.2))
+    spread = pyro.param("spread", torch.tensor(0.8), constraint=constraints.positive)
+    a = pyro.sample("a", dist.Normal(loc, spread))
+    with pyro.plate("county", 2, dim=-1):
+        pyro.sample("v", dist.Normal(a, pyro.param("wide", torch.ones(2))))
+
+
+CASES: dict[str, Options] = {
+    "whole": {},
+    "blocks": {"memory_limit": 3_000},
+    "replicates": {"num_replicates": 3},
+    "group": {"groups": [("a", "b")]},
+}
+
+
+def ran(case: str, guide: Callable[..., object] | None = guide, seed: int = 0) -> MPImportance:
+    pyro.set_rng_seed(seed)
+    posterior = MPImportance(model, guide, num_samples=6, **CASES[case])
+    return posterior.run(COUNTY, {"y": Y}, scale=1.5)
+
+
+def answers(posterior: MPImportance) -> dict[str, object]:
+    """Ask everything there is to ask."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MPISWarning)  # few particles
+        summary = posterior.summary()
+    pyro.set_rng_seed(3)
+    result: dict[str, object] = {
+        "evidence": posterior.evidence(),
+        "summary": [value for row in summary.rows for value in dataclasses.astuple(row)[1:]],
+        "means": posterior.moments(),
+        "product": posterior.moments(torch.mul, "a", "v"),
+        "draws": posterior.sample(20),
+    }
+    for sites in (("v",), ("a", "b"), ("b", "v")):
+        marginal = posterior.marginals(*sites)
+        result[str(sites)] = (marginal.samples, marginal.log_weights, marginal.event_shapes)
+    return result
+
+
+def assert_same(one: object, other: object) -> None:
+    """To the last bit."""
+    torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+class Evil:
+    """Pickled, it is code that makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("asked_before", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_loaded_answers_as_saved(case: str, asked_before: bool, tmp_path: Path) -> None:
+    posterior = ran(case)
+    assert (len(posterior._sums[0].blocks) > 1) == (case == "blocks")
+    if asked_before:
+        posterior.moments()
+        posterior.marginals("a", "b")
+    posterior.save(tmp_path / "file")
+    expected = answers(posterior)
+    pyro.set_rng_seed(7)
+    loaded = MPImportance.load(tmp_path / "file", model, guide)
+    state = torch.get_rng_state()
+    pyro.set_rng_seed(7)
+    torch.testing.assert_close(state, torch.get_rng_state())  # loading draws nothing that counts
+    assert dict(pyro.get_param_store().items()) == {}  # nor leaves params
+    assert_same(answers(loaded), expected)
+    pyro.set_rng_seed(0)
+    again = loaded.run(COUNTY, {"y": Y}, scale=1.5)  # with the settings of the saved one
+    assert_same(answers(again), expected)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_without_factors(case: str, tmp_path: Path) -> None:
+    """A file of the particles alone gives the same answers."""
+    posterior = ran(case)
+    posterior.save(tmp_path / "all")
+    posterior.save(tmp_path / "few", factors=False)
+    sizes = [(tmp_path / name).stat().st_size for name in ("all", "few")]
+    factors = sum(f.tensor.nbytes for s in posterior._sums for f in s.whole.factors)
+    assert sizes[1] + factors * 0.9 < sizes[0] if factors else sizes[1] == sizes[0]
+    loaded = MPImportance.load(tmp_path / "few", model, guide)
+    assert loaded._sums[0].whole.factors == ()
+    assert_same(answers(loaded), answers(posterior))
+
+
+@pytest.mark.usefixtures("float64")
+def test_dtype_of_the_run_is_that_of_the_result(tmp_path: Path) -> None:
+    for case in ("whole", "blocks"):
+        posterior = ran(case)
+        posterior.save(tmp_path / case)
+        expected = answers(posterior)
+        torch.set_default_dtype(torch.float32)
+        loaded = MPImportance.load(tmp_path / case, model, guide)
+        assert loaded.evidence().dtype == torch.float64
+        assert_same(answers(loaded), expected)
+        torch.set_default_dtype(torch.float64)
+
+
+def test_autoguide_that_has_not_run_yet(tmp_path: Path) -> None:
+    """Loaded beside its params in the store, as in another process."""
+
+    def autoguide() -> AutoNormal:
+        return AutoNormal(pyro.poutine.block(model, hide=["c"]))
+
+    pyro.set_rng_seed(0)
+    trained = autoguide()
+    trained(COUNTY, {"y": Y}, scale=1.5)
+    for case in ("whole", "blocks", "replicates"):
+        posterior = ran(case, trained)
+        posterior.save(tmp_path / case)
+        loaded = MPImportance.load(tmp_path / case, model, autoguide())
+        assert_same(answers(loaded), answers(posterior))
+        posterior = ran(case, trained, seed=1)
+        assert float(posterior.evidence()) != float(loaded.evidence())
+
+
+def test_model_without_anything_to_sum(tmp_path: Path) -> None:
+    """A single particle, no plates, no arguments."""
+
+    def small() -> None:
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(a, 1.0), obs=torch.tensor(0.5))
+
+    posterior = MPImportance(small, num_samples=1).run()
+    posterior.save(str(tmp_path / "file"))
+    loaded = MPImportance.load(str(tmp_path / "file"), small)
+    assert_same(loaded.evidence(), posterior.evidence())
+    assert_same(loaded.moments(), posterior.moments())
+
+
+def test_layout_is_that_of_safetensors(tmp_path: Path) -> None:
+    """Header, offsets without holes, and no byte that any unpickler would read."""
+    posterior = ran("whole")
+    posterior.save(tmp_path / "file")
+    data = (tmp_path / "file").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    assert length % 8 == 0
+    header = json.loads(data[8 : 8 + length])
+    metadata = header.pop("__metadata__")
+    assert all(isinstance(value, str) for value in metadata.values())
+    end = 0
+    for entry in header.values():
+        dtype = {"F32": torch.float32, "F64": torch.float64, "I64": torch.int64}[entry["dtype"]]
+        assert entry["data_offsets"] == [end, end + entry["shape"][0] * dtype.itemsize]
+        end = entry["data_offsets"][1]
+    assert len(data) == 8 + length + end
+    assert end < posterior.nbytes + 4 * Y.numel() + 8 * COUNTY.numel() + 1
+
+
+def test_file_cannot_run_code(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    pickle.loads(pickle.dumps(Evil(victim))).close()
+    assert victim.exists()  # such a pickle does what it says
+    victim.unlink()
+    files = {"pickle": pickle.dumps(Evil(victim)), "zip": b"", "legacy": b""}
+    torch.save({"a": torch.ones(2), "b": Evil(victim)}, tmp_path / "zip")
+    torch.save(
+        {"a": torch.ones(2), "b": Evil(victim)},
+        tmp_path / "legacy",
+        _use_new_zipfile_serialization=False,
+    )
+    (tmp_path / "pickle").write_bytes(files["pickle"])
+    for name in files:
+        with pytest.raises(ValueError, match=rf"{name}': not a posterior that MPImportance.save"):
+            MPImportance.load(tmp_path / name, model, guide)
+    ran("whole").save(tmp_path / "file")
+    data = (tmp_path / "file").read_bytes()
+    for old, new in (
+        ('{\\"dtype\\":\\"F32\\"}', f'{{\\"open\\":[\\"{victim}\\",\\"w\\"]}}'),
+        ('{\\"tuple\\":[]}', f'{{\\"builtins.open\\":[\\"{victim}\\",\\"w\\"]}}'),
+        ('{\\"Plate\\":', '{\\"Path\\":'),
+        ('{\\"Plate\\":', '{\\"__import__\\":'),
+        ('{\\"Site\\":', '{\\"BlockSum\\":'),
+    ):
+        (tmp_path / "tampered").write_bytes(tampered(data, old, new))
+        with pytest.raises(ValueError, match=r"tampered': not a posterior that MPImportance.save"):
+            MPImportance.load(tmp_path / "tampered", model, guide)
+    assert not victim.exists()
+
+
+def tampered(data: bytes, old: str, new: str) -> bytes:
+    """Change the header of a file, and its length with it."""
+    length = int.from_bytes(data[:8], "little")
+    header, rest = data[8 : 8 + length].decode(), data[8 + length :]
+    assert old in header
+    changed = header.replace(old, new, 1).encode()
+    return len(changed).to_bytes(8, "little") + changed + rest
+
+
+def test_damaged_files(tmp_path: Path) -> None:
+    """Cut anywhere, with something appended, of another kind, empty."""
+    ran("whole").save(tmp_path / "file")
+    data = (tmp_path / "file").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    cuts = [0, 1, 7, 8, 9, 8 + length // 2, 8 + length, 8 + length + 1, len(data) - 1]
+    wrong = [data[:cut] for cut in cuts]
+    wrong += [
+        data + b"0",
+        b"{}",
+        b"\x02\0\0\0\0\0\0\0{}",
+        b"\x02\0\0\0\0\0\0\0[]",
+        b"\xff" * 100,
+        (200_000).to_bytes(8, "little") + b"[" * 200_000,  # deeper than any stack
+        tampered(data, "pyro_mpis posterior", "pyro_mpis prior"),
+        tampered(data, '\\"blocks\\"', '\\"blocs\\"'),
+        tampered(data, '\\"tensor\\":[0', '\\"tensor\\":[9999'),
+        tampered(data, '"data_offsets":[0,', '"data_offsets":[-9,'),
+        tampered(data, '"content":"', '"content":"[],'),
+        tampered(data, '"content":"{', '"content":"null","was":"{'),
+    ]
+    for content in wrong:
+        (tmp_path / "wrong").write_bytes(content)
+        with pytest.raises(ValueError, match=r"wrong': not a posterior that MPImportance.save wro"):
+            MPImportance.load(tmp_path / "wrong", model, guide)
+    with pytest.raises(FileNotFoundError):
+        MPImportance.load(tmp_path / "absent", model, guide)
+
+
+def test_file_of_another_version(tmp_path: Path) -> None:
+    ran("whole").save(tmp_path / "file")
+    data = (tmp_path / "file").read_bytes()
+    (tmp_path / "new").write_bytes(tampered(data, '"layout":"1', '"layout":"2'))
+    with pytest.raises(ValueError, match=r"new': written by pyro_mpis \d.*layout.*run again"):
+        MPImportance.load(tmp_path / "new", model, guide)
+
+
+def test_another_model_guide_or_data(tmp_path: Path) -> None:
+    def renamed(*args: Any, **kwargs: Any) -> None:
+        pyro.sample("other", dist.Normal(0.0, 1.0))
+        model(*args, **kwargs)
+
+    def sampled(*args: Any, **kwargs: Any) -> None:  # c is sampled, not enumerated
+        with pyro.poutine.infer_config(config_fn=lambda site: {"enumerate": "sequential"}):
+            model(*args, **kwargs)
+
+    path = tmp_path / "file"
+    ran("whole").save(path)
+    with pytest.raises(ValueError, match=r"'other' of the model.*reading nothing; it was absent"):
+        MPImportance.load(path, renamed, guide)
+    with pytest.raises(ValueError, match=r"site 'a' of the guide.*: absent; it was batch shape"):
+        MPImportance.load(path, model)
+    with pytest.raises(ValueError, match=r"the same sites as in the run, 'a', 'b'.*enumerated"):
+        MPImportance.load(path, sampled, guide)
+    wide = torch.zeros(2, 3, 1)
+    with pytest.raises(ValueError, match=r"site 'y'"):
+        MPImportance.load(path, model, guide, args=(COUNTY, {"y": wide}))
+
+
+@pytest.mark.parametrize("case", ["whole", "blocks", "replicates"])
+def test_parameters_that_have_changed(case: str, tmp_path: Path) -> None:
+    """Are refused before any answer if they matter: where a result is evaluated again."""
+
+    def learned() -> None:
+        model(COUNTY, {"y": Y}, scale=pyro.param("scale", torch.tensor(1.5)))  # type: ignore[arg-type]
+
+    def learned_guide() -> None:
+        guide(COUNTY, {"y": Y})
+
+    path = tmp_path / case
+    pyro.param("loc", torch.tensor(0.3))
+    pyro.param("scale", torch.tensor(1.5))
+    posterior = MPImportance(learned, learned_guide, num_samples=6, **CASES[case]).run()
+    posterior.save(path)
+    expected = answers(posterior)
+    pyro.get_param_store()["loc"] = torch.tensor(2.0)  # of the guide: densities are in the file
+    assert_same(answers(MPImportance.load(path, learned, learned_guide)), expected)
+    posterior.save(tmp_path / "few", factors=False)
+    pyro.get_param_store()["scale"] = torch.tensor(0.5)
+    with pytest.raises(ValueError, match=r"few': particles that were weighed at log evidence"):
+        MPImportance.load(tmp_path / "few", learned, learned_guide)
+    if case == "whole":
+        assert_same(answers(MPImportance.load(path, learned, learned_guide)), expected)
+        return
+    with pytest.raises(ValueError, match=r"weighed at log evidence .* parameters that they had"):
+        MPImportance.load(path, learned, learned_guide)
+    pyro.get_param_store()["scale"] = torch.tensor(1.5)
+    assert_same(answers(MPImportance.load(path, learned, learned_guide)), expected)
+
+
+class Table(NamedTuple):
+    y: Tensor
+
+
+def test_arguments_that_are_not_plain_data(tmp_path: Path) -> None:
+    table = Table(Y)
+
+    def of_table(table: Table, *, county: Tensor) -> None:
+        model(county, {"y": table.y})
+
+    pyro.set_rng_seed(0)
+    posterior = MPImportance(of_table, num_samples=4).run(table, county=COUNTY)
+    with pytest.warns(MPISWarning, match=r"file': the arguments .*test_saving\.Table, neither a"):
+        posterior.save(tmp_path / "file")
+    with pytest.raises(ValueError, match=r"file': it does not hold the arguments.*args="):
+        MPImportance.load(tmp_path / "file", of_table)
+    loaded = MPImportance.load(
+        tmp_path / "file", of_table, args=(table,), kwargs={"county": COUNTY}
+    )
+    assert_same(loaded.moments(), posterior.moments())
+
+
+def test_tensors_that_cannot_be_kept(tmp_path: Path) -> None:
+    def unused(data: Tensor) -> None:
+        pyro.sample("a", dist.Normal(0.0, 1.0))
+
+    posterior = MPImportance(unused, num_samples=4).run(torch.eye(2).to_sparse())
+    with pytest.warns(MPISWarning, match=r"one is a tensor of torch.sparse_coo and torch.float32"):
+        posterior.save(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"i": [1, (2.5, None)], (1, 2): float("inf"), 3: slice(None, 4)},
+        (torch.Size([2, 3]), frozenset({"b", "a"}), torch.float16, True, "é\0"),
+        torch.zeros(0, 3),
+        torch.tensor([True, False]),
+        torch.arange(12, dtype=torch.int8).reshape(3, 4).T,
+        torch.tensor([1.5, float("nan")], dtype=torch.bfloat16),
+        torch.tensor(2**62),
+    ],
+)
+def test_plain_data_come_back_as_they_were(data: Any, tmp_path: Path) -> None:
+    def anything(data: Any) -> None:
+        pyro.sample("a", dist.Normal(0.0, 1.0))
+
+    MPImportance(anything, num_samples=2).run(data).save(tmp_path / "file")
+    (found,) = MPImportance.load(tmp_path / "file", anything)._sums[0].builder.programs.args
+    if isinstance(data, Tensor):
+        assert_same(found, data)
+    else:
+        assert found == data
+        assert type(found) is type(data)
+
+
+def test_nothing_to_save_before_a_run(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="no particles yet"):
+        MPImportance(model, num_samples=2).save(tmp_path / "file")
+    assert not (tmp_path / "file").exists()
+
+
+def tensors(tree: object, seen: set[int]) -> Iterator[Tensor]:
+    """Find all tensors that can be reached from an object, but for model and guide."""
+    if id(tree) in seen:
+        return
+    seen.add(id(tree))
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from tensors(value, seen)
+    elif isinstance(tree, tuple | list | frozenset):
+        for value in tree:
+            yield from tensors(value, seen)
+    elif hasattr(tree, "__dict__") and not isinstance(tree, type) and not callable(tree):
+        yield from tensors(vars(tree), seen)
+
+
+def test_every_tensor_moves() -> None:
+    """To the device without storage, which shows where tensors are, if not what."""
+    pyro.param("loc", torch.tensor(0.3))
+    for case in CASES:
+        posterior = ran(case)
+        posterior.moments()
+        posterior._sums[0].builder.environment.params["constraints"]["loc"] = constraints.interval(
+            torch.tensor(-1.0), torch.tensor(1.0)
+        )
+        before = list(tensors(vars(posterior), set()))
+        moved = posterior.to("meta")
+        found = list(tensors(vars(moved), set()))
+        assert len(found) == len(before) > 8
+        assert all(tensor.device.type == "meta" for tensor in found)
+        assert all(tensor.device.type == "cpu" for tensor in before)
+        assert moved._sums[0].whole.device == torch.device("meta")
+        assert [t.shape for t in found] == [t.shape for t in before]
+        posterior.sample(2)
+
+
+def test_arguments_move_along() -> None:
+    class Pair(NamedTuple):
+        one: Tensor
+        other: Tensor
+
+    def unused(*args: object, **kwargs: object) -> None:
+        pyro.sample("a", dist.Normal(0.0, 1.0))
+
+    data = {"list": [torch.ones(2)], "pair": Pair(torch.ones(1), torch.ones(2)), "word": "x"}
+    posterior = MPImportance(unused, num_samples=2).run((torch.ones(3), data), y=torch.ones(4))
+    programs = posterior.to("meta")._sums[0].builder.programs
+    found = list(tensors((programs.args, programs.kwargs), set()))
+    assert [tensor.device.type for tensor in found] == ["meta"] * 5
+    (pair,) = [programs.args[0][1]["pair"]]  # type: ignore[index]
+    assert type(pair) is Pair
+    assert posterior.model is programs.model
+
+
+def test_moving_to_where_it_is_changes_nothing() -> None:
+    for case in CASES:
+        posterior = ran(case)
+        same = posterior.to("cpu")
+        assert same is not posterior
+        before = {id(tensor) for tensor in tensors(vars(posterior), set())}
+        assert {id(tensor) for tensor in tensors(vars(same), set())} == before
+        assert_same(answers(same), answers(posterior))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("case", CASES)
+def test_there_and_back(case: str, tmp_path: Path) -> None:
+    posterior = ran(case)
+    there = posterior.to("cuda")
+    assert there.evidence().device.type == "cuda"
+    assert all(mean.device.type == "cuda" for mean in there.moments().values())
+    there.save(tmp_path / "file")
+    loaded = MPImportance.load(tmp_path / "file", model, guide)
+    torch.testing.assert_close(loaded.moments(), posterior.moments())
+    torch.testing.assert_close(there.to("cpu").moments(), posterior.moments())
+
+
+def test_copies_and_pickles_answer_alike() -> None:
+    with ThreadPoolExecutor(1) as executor:
+        posterior = ran("blocks")
+        posterior.executor = executor
+        expected = answers(posterior)
+        assert copy.copy(posterior).executor is executor
+        assert posterior.to("cpu").executor is executor
+        copies = [copy.deepcopy(posterior), pickle.loads(pickle.dumps(posterior))]
+        for other in (copy.copy(posterior), *copies):
+            assert_same(answers(other), expected)
+        assert [other.executor for other in copies] == [None, None]
+
+
+def test_copy_runs_by_itself() -> None:
+    posterior = ran("whole")
+    expected = answers(posterior)
+    pyro.set_rng_seed(5)
+    other = copy.copy(posterior).run(COUNTY, {"y": Y})
+    assert float(other.evidence()) != float(posterior.evidence())
+    assert_same(answers(posterior), expected)
+
+
+def test_results_pickle_without_the_model(tmp_path: Path) -> None:
+    """Also where the model itself cannot be pickled; the result as a whole can be saved."""
+    posterior = MPImportance(lambda: model(COUNTY, {"y": Y}), num_samples=6).run()
+    with pytest.raises(Exception, match="pickle"):
+        pickle.dumps(posterior)
+    posterior.save(tmp_path / "file")
+    loaded = MPImportance.load(tmp_path / "file", lambda: model(COUNTY, {"y": Y}))
+    assert_same(loaded.moments(), posterior.moments())
+    with pytest.warns(MPISWarning):
+        summary = posterior.summary()
+    assert repr(pickle.loads(pickle.dumps(summary))) == repr(summary)
+    marginal = posterior.marginals("a", "b")
+    others: list[Marginal] = [pickle.loads(pickle.dumps(marginal)), copy.deepcopy(marginal)]
+    for other in (*others, copy.copy(marginal)):
+        assert_same(other.samples, marginal.samples)
+        assert_same(other.log_weights, marginal.log_weights)
+        assert_same(other.unpack(other.mean), marginal.unpack(marginal.mean))
+        assert_same(other.quantile(0.3), marginal.quantile(0.3))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_number_of_bytes(case: str) -> None:
+    """That of all storages that can be reached, arguments and params aside."""
+    posterior = ran(case)
+    posterior.moments()
+    kept = [
+        (total.builder.particles, total.builder.reads, total.whole, total.log_evidences)
+        for total in posterior._sums
+    ]
+    found = tensors((kept, posterior._weights), set())
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found}
+    assert posterior.nbytes == sum(storages.values())
+    assert MPImportance(model, num_samples=2).nbytes == 0
+    if case == "whole":  # v reads a and b: 6**3 combinations, 2 elements, float32
+        assert posterior.nbytes > 6**3 * 2 * 4
+    if case == "replicates":
+        assert posterior.nbytes < 3 * 6**3 * 2 * 4
