@@ -3,7 +3,7 @@
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pyro
 import torch
@@ -11,9 +11,10 @@ from _cases import Case
 from _measure import GIB
 from pyro.infer import TraceTMC_ELBO, config_enumerate
 
-from pyro_mpis import MPImportance, factors
+from pyro_mpis import MPImportance, factors, memory
 from pyro_mpis import blocks as package_blocks
 from pyro_mpis._typing import SampleMessage
+from pyro_mpis.blocks import BlockSum, Builder, Ranges, Workers
 from pyro_mpis.handlers import Programs, replay
 
 Function = Callable[[], float | None]
@@ -77,11 +78,12 @@ def floor(case: Case, num_samples: int) -> Function:
             calls.append(functools.partial(replay, programs, name, **kwargs))
         return replay(programs, name, **kwargs)
 
-    factors.replay = recorded
+    piece = memory.PIECE_BYTES
+    factors.replay, memory.PIECE_BYTES = recorded, 2**62  # all at once, not in pieces
     try:
         inference(case, num_samples)
     finally:
-        factors.replay = replay
+        factors.replay, memory.PIECE_BYTES = replay, piece
 
     def evaluate() -> float:
         with torch.no_grad(), pyro.validation_enabled(False):
@@ -93,18 +95,17 @@ def floor(case: Case, num_samples: int) -> Function:
 
 def one_block(case: Case, num_samples: int) -> tuple[float, int]:
     """Time a run of the first block alone; and say how many blocks there are."""
-    split = package_blocks.split
+    evaluate = package_blocks.evaluate
     counts: list[int] = []
 
-    def first(*args: object) -> object:
-        ranges = split(*args)
-        counts.append(len(ranges))
-        return ranges[:1]
+    def first(builder: Builder, blocks: Sequence[Ranges], workers: Workers) -> BlockSum:
+        counts.append(len(blocks))
+        return evaluate(builder, blocks[:1], workers)
 
-    package_blocks.split = first
+    package_blocks.evaluate = first
     try:
         begin = time.perf_counter()
         inference(case, num_samples, MEMORY_LIMIT)
         return time.perf_counter() - begin, counts[0]
     finally:
-        package_blocks.split = split
+        package_blocks.evaluate = evaluate
