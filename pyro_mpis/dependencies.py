@@ -20,6 +20,7 @@ A factor may read only a few indices, however many there are, so two indices tha
 together may share a batch dim (greedy colouring); torch has 64 dims in all.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -137,6 +138,12 @@ class Structure:
             for name, site in self.model.items()
             if not site.silent and any(site.batch_shape[dim] > 1 for dim in site.undeclared)
         }
+
+    def elements(self, site: Site) -> int:
+        """Return the number of elements, of events too, that one particle's log_prob comes from."""
+        plates = math.prod(self.plates[symbol].size for symbol in site.plates)
+        undeclared = math.prod(site.batch_shape[dim] for dim in site.undeclared)
+        return plates * undeclared * site.event_size
 
     def summed_dims(self, site: Site) -> list[int]:
         """Return the batch dims of a site that its ``log_prob`` is to be summed over."""

@@ -140,9 +140,7 @@ def free_bytes(device: torch.device) -> int | None:
 
 def _elements(structure: Structure, site: Site, sizes: Mapping[str, int]) -> int:
     """Return the number of elements that a site's log_prob is computed from."""
-    plates = math.prod(structure.plates[symbol].size for symbol in site.plates)
-    plates *= math.prod(site.batch_shape[dim] for dim in site.undeclared)
-    return plates * site.event_size * math.prod(sizes[s] for s in structure.reads(site))
+    return structure.elements(site) * math.prod(sizes[s] for s in structure.reads(site))
 
 
 def _bytes(structure: Structure, site: Site, sizes: Mapping[str, int]) -> int:

@@ -38,6 +38,7 @@ from pyro_mpis.handlers import (
     replay,
 )
 
+CHECKED_ELEMENTS = 2**24  # of a tensor whose arguments are checked
 SINGLE_RUNS = 100  # of a program that fails after its last site
 MIXTURE_ELEMENTS = 2**24  # densities of pairs of particles that are held at once
 
@@ -124,13 +125,19 @@ def check_arguments(structure: Structure, programs: Programs, particles: Particl
     """
     Let distributions check their arguments and values, at each particle k of all sites together.
 
-    All combinations are not checked: their tensors are large.
+    All combinations are not checked: their tensors are large; and of very many particles only some.
 
     :raises ValueError: if an argument or a value is invalid; names the site.
     """
-    num_samples = particles.num_samples
-    inputs = model_inputs(structure, particles.values, particles.values)
-    own = {name: value for name, value in particles.values.items() if name in structure.guide}
+    largest = max((structure.elements(site) for site in structure.model.values()), default=1)
+    step = max(1, math.ceil(particles.num_samples * largest / CHECKED_ELEMENTS))
+    values = {
+        name: value[::step] if len(value) == particles.num_samples else value
+        for name, value in particles.values.items()
+    }
+    num_samples = len(range(0, particles.num_samples, step))
+    inputs = model_inputs(structure, values, values)
+    own = {name: value for name, value in values.items() if name in structure.guide}
     if own:
         _run_to_the_end(structure, programs, "guide", own, num_samples)
     sites = _run_to_the_end(structure, programs, "model", inputs, num_samples)

@@ -11,7 +11,7 @@ from pyro import poutine
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 
-from pyro_mpis import MPImportance, MPISWarning
+from pyro_mpis import MPImportance, MPISWarning, proposals
 
 Program = Callable[..., object]
 
@@ -512,3 +512,21 @@ def test_sites_that_depend_on_a_reduction_over_latents() -> None:
     pyro.set_rng_seed(1)
     with pytest.raises(ValueError, match=r"site 'b': met in the model only with"):
         MPImportance(model, num_samples=100).run()
+
+
+def test_arguments_of_very_many_particles_are_checked_at_some(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Or that check would take more memory than all the rest, which is done in pieces."""
+    monkeypatch.setattr(proposals, "CHECKED_ELEMENTS", 20)
+    checked: list[int] = []
+
+    def model() -> None:
+        with pyro.plate("p", 2):
+            a = pyro.sample("a", dist.Normal(0.0, 1.0))
+            if torch.distributions.Distribution._validate_args:
+                checked.append(a.numel())
+            pyro.sample("y", dist.Normal(a, 1.0), obs=torch.zeros(2))
+
+    MPImportance(model, num_samples=1000).run()
+    assert max(checked) == 20
