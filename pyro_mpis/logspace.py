@@ -23,6 +23,8 @@ from torch import Tensor
 
 # Below this a sum of products of shifted exponentials may have lost terms to underflow.
 _SAFE = {torch.float32: 1e-20, torch.float64: 1e-200}
+# The share of such entries above which to do all in double precision, not these term by term.
+_FEW = 0.01
 # The lowest argument whose exponential is a normal number.
 _LOWEST = {torch.float32: -87.0, torch.float64: -708.0}
 # Elements that are worked on at a time. A GPU has no use for small parts: each is a launch.
@@ -50,8 +52,8 @@ def log_matmul(a: Tensor, b: Tensor) -> Tensor:
     Equals ``(a[..., None] + b[:, None]).logsumexp(-2)``, without a temporary of that size.
 
     A product of exponentials shifted by their rows' and columns' maxima. Where it loses entries to
-    underflow, because the maxima do not meet, it is done again in double precision, and what that
-    loses is summed term by term.
+    underflow, because the maxima do not meet, these are summed term by term; if they are not few,
+    the product is done again in double precision first, which loses fewer.
 
     :param a: ``(batch, m, s)``, log scale.
     :param b: ``(batch, s, n)``, log scale.
@@ -146,11 +148,11 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     a_max, b_max, ea, eb = _shifted(a, b)
     product = ea @ eb
     lost = product < _SAFE[product.dtype]
-    any_lost = bool(lost.any())
-    if any_lost and a.dtype != torch.float64:
+    num_lost = int(lost.count_nonzero())
+    if num_lost > _FEW * lost.numel() and a.dtype != torch.float64:
         return _product(a.double(), b.double()).to(a.dtype)
     result = product.log_().add_(a_max).add_(b_max)
-    if any_lost:
+    if num_lost:
         for batch, m, n, terms in _terms(a, b, lost):
             result[batch, m, n] = terms.logsumexp(-1)
     return result
@@ -166,15 +168,15 @@ def _product_grads(a: Tensor, b: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     _, _, ea, eb = _shifted(a, b)
     product = ea @ eb
     lost = product < _SAFE[product.dtype]
-    any_lost = bool(lost.any())
-    if any_lost and a.dtype != torch.float64:
+    num_lost = int(lost.count_nonzero())
+    if num_lost > _FEW * lost.numel() and a.dtype != torch.float64:
         return _product_grads(a.double(), b.double(), grad.double())
     scaled = grad / product
-    if any_lost:
+    if num_lost:
         scaled.masked_fill_(lost, 0.0)
     grad_a = (scaled @ eb.mT).mul_(ea)
     grad_b = (ea.mT @ scaled).mul_(eb)
-    if any_lost:
+    if num_lost:
         for batch, m, n, terms in _terms(a, b, lost):
             share = grad[batch, m, n].unsqueeze(1) * _shares(terms)
             grad_a.index_put_((batch, m), share, accumulate=True)

@@ -94,6 +94,29 @@ def test_derivatives_of_the_matrix_product_are_shares(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("few", [0.0, 0.01, 1.0])
+def test_matrix_product_that_loses_few_entries(
+    dtype: torch.dtype, few: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of 400, summed term by term or with all others in double precision; and its share."""
+    monkeypatch.setattr(logspace, "_FEW", few)
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(1, 20, 20, generator=generator, dtype=torch.float64) for _ in range(2))
+    apart = torch.arange(20.0, dtype=torch.float64) * 3000.0
+    a[0, 3] = apart
+    b[0, :, 5] = -apart
+    a, b = a.float().double(), b.float().double()
+    found_a, found_b = (x.to(dtype).requires_grad_() for x in (a, b))
+    found = log_matmul(found_a, found_b)
+    assert_close(found.detach(), exact_product(a, b), TOLERANCE[dtype])
+    grads = torch.autograd.grad(found.sum(), [found_a, found_b])
+    share = (a.unsqueeze(-1) + b.unsqueeze(1)).softmax(2)
+    tolerance = 10 * TOLERANCE[dtype]  # sums of 20 shares
+    torch.testing.assert_close(grads[0].double(), share.sum(-1), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(grads[1].double(), share.sum(1), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @given(matrices())
 @settings(max_examples=30, deadline=None, derandomize=True)
 def test_sum_of_exponentials(dtype: torch.dtype, ab: tuple[Tensor, Tensor]) -> None:
