@@ -516,6 +516,11 @@ def _log_prob(name: str, fn: Distribution, value: Tensor) -> tuple[Tensor, froze
         with torch._C.DisableTorchFunctionSubclass():
             return fn.log_prob(value), _argument_provenance(fn)
     except Exception as error:
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"site '{name}': its value is not a tensor, but {type(value).__name__}. Convert "
+                "data by torch.as_tensor."
+            ) from error
         raise ValueError(
             f"site '{name}': no log_prob of a value of shape {_shape(value)} under "
             f"{type(fn).__name__} of batch shape {tuple(fn.batch_shape)} and event shape "

@@ -46,6 +46,8 @@ TELLING_ESS = 2.0
 WIDE, NARROW, OFF_CENTRE = 3.0, 0.9, 1.5
 # Factors of this many indices are where sharing one pays.
 MANY_INDICES = 4
+# Sites of the printed table: a chain of a thousand has its bottleneck in a few.
+MOST_ROWS = 30
 # Values of a discrete site, to sum over rather than draw.
 SMALL_SUPPORT = 100
 
@@ -156,7 +158,7 @@ class Diagnosis:
 
     def __repr__(self) -> str:
         """Return a line: the whole is printed."""
-        return f"<Diagnosis: {len(self.problems)} problems, {len(self.sites)} sites>"
+        return f"<Diagnosis: problems {len(self.problems)}, sites {len(self.sites)}>"
 
 
 def diagnose(
@@ -179,6 +181,7 @@ def diagnose(
         if name in sampled and origin != "model_delta"
     )
     problems = [
+        *_no_observation(structure),
         *_low_ess(total, marginals, sites),
         *_heavy_tails(sites),
         *_unsure_evidence(log_evidences),
@@ -208,6 +211,20 @@ def _site(structure: Structure, name: str, marginal: Marginal) -> SiteDiagnosis:
     )
 
 
+def _no_observation(structure: Structure) -> list[Problem]:
+    if structure.model.keys() - structure.origins.keys():
+        return []
+    return [
+        Problem(
+            "The model observes nothing, so that the posterior is the prior.",
+            (
+                "Give it the data: pyro.sample(..., obs=data) where data is not None, or "
+                "pyro.condition with the names of the model's sites.",
+            ),
+        )
+    ]
+
+
 def _low_ess(
     total: BlockSum, marginals: Mapping[str, Marginal], sites: tuple[SiteDiagnosis, ...]
 ) -> list[Problem]:
@@ -223,16 +240,23 @@ def _low_ess(
         "particles."
     )
     uneven = [site for site in poor if site.lowest_ess < UNEVEN_ESS * site.num_particles]
-    helps = _site_helps(total, marginals, uneven) if uneven else []
+    helps = _site_helps(total, marginals, uneven, len(sites)) if uneven else []
     helps.append(_more_particles(total, worst))
     helps += _grouping(total, sites)
     return [Problem(found, tuple(helps))]
 
 
 def _site_helps(
-    total: BlockSum, marginals: Mapping[str, Marginal], uneven: list[SiteDiagnosis]
+    total: BlockSum,
+    marginals: Mapping[str, Marginal],
+    uneven: list[SiteDiagnosis],
+    num_sites: int,
 ) -> list[str]:
-    """Say what would help the sites with uneven weights, by what each of them is."""
+    """
+    Say what would help the sites with uneven weights, by what each of them is.
+
+    :param num_sites: of all sites that have particles.
+    """
     helps: list[str] = []
     fns = _distributions(total, marginals)
     sizes = {site.name: _support_size(fns[site.name]) for site in uneven}
@@ -254,7 +278,7 @@ def _site_helps(
     if others:
         worst = min(others, key=lambda site: site.lowest_ess)
         indices = [index for index in total.builder.structure.indices if not index.enumerated]
-        helps.append(_better_guide(worst, marginals[worst.name], len(indices)))
+        helps.append(_better_guide(worst, marginals[worst.name], len(indices), num_sites))
     return helps
 
 
@@ -287,8 +311,12 @@ def _support_size(fn: Distribution) -> int | None:
     return None
 
 
-def _better_guide(site: SiteDiagnosis, marginal: Marginal, num_indices: int) -> str:
-    """Compare the worst element's particles with its posterior."""
+def _better_guide(site: SiteDiagnosis, marginal: Marginal, num_indices: int, num_sites: int) -> str:
+    """
+    Compare the worst element's particles with its posterior.
+
+    :param num_indices: of all sites that have particles, as is ``num_sites``.
+    """
     name = site.worst
     source = "the prior" if site.proposal == "prior" else "the guide"
     remedy = (
@@ -312,15 +340,20 @@ def _better_guide(site: SiteDiagnosis, marginal: Marginal, num_indices: int) -> 
             f"{name} is drawn from {source}, only {narrow:.1f} times as wide as its posterior: "
             "make the guide wider."
         )
-    if num_indices == 1:
+    if num_indices == 1 and num_sites > 1:
         return (
             "The guide draws all sites as one, so that they share one particle index. With a "
             "distribution for each site (AutoNormal) all combinations of their particles count."
         )
+    covered = (
+        f"{name} is drawn from {source}, which covers its posterior ({wide:.1f} times as wide)"
+    )
+    if num_sites == 1:
+        return f"{covered}: more particles are all it takes."
     return (
-        f"{name} is drawn from {source}, which covers its posterior ({wide:.1f} times as wide). "
-        "What makes its weights uneven besides is how few particles there are of the sites that it "
-        "is combined with: more of all help, or a guide in which it reads the sites it depends on."
+        f"{covered}. What makes its weights uneven besides is how few particles there are of the "
+        "sites that it is combined with: more of all help, or a guide in which it reads the sites "
+        "it depends on."
     )
 
 
@@ -354,14 +387,14 @@ def _more_particles(total: BlockSum, worst: SiteDiagnosis) -> str:
     site, now = largest_factor(structure, num_samples)
     _, then = largest_factor(structure, larger)
     promise = (
-        f"would make the lowest about {worst.lowest_ess * larger / num_samples:.0f}"
+        f"would make the lowest about {worst.lowest_ess * larger / num_samples:.0f}."
         if telling
-        else "may not be enough: an ESS this low does not tell how many are"
+        else "may not be enough: an ESS this low does not tell how many are."
     )
     return (
-        f"Raise num_samples: {larger} {promise}, and the largest factor, that of '{site.name}', "
-        f"{_size(then)} in place of {_size(now)}. More replicates (num_replicates) raise the ESS "
-        "too, and take time, not memory."
+        f"Raise num_samples: {larger} {promise} The largest factor, that of '{site.name}', then "
+        f"takes {_size(then)} in place of {_size(now)}. More replicates (num_replicates) raise the "
+        "ESS too, and take time, not memory."
     )
 
 
@@ -460,7 +493,11 @@ def _evidence_line(diagnosis: Diagnosis) -> str:
 def _table(sites: tuple[SiteDiagnosis, ...]) -> str:
     header = ("site", "from", "particles", "ESS, lowest", "of", "median", "heaviest", "k-hat")
     lines: list[tuple[str, ...]] = [header]
+    by_ess = sorted(sites, key=lambda site: site.lowest_ess)
+    shown = {site.name for site in by_ess[:MOST_ROWS]}
     for site in sites:
+        if site.name not in shown:
+            continue
         k_hat = "-" if math.isnan(site.highest_k) else f"{site.highest_k:.2f}"
         lines.append(
             (
@@ -474,13 +511,18 @@ def _table(sites: tuple[SiteDiagnosis, ...]) -> str:
                 k_hat,
             )
         )
-    return table(lines, left=(0, 1, 4))
+    text = table(lines, left=(0, 1, 4))
+    if len(sites) > len(shown):
+        text += f"\nand {len(sites) - len(shown)} sites of higher ESS"
+    return text
 
 
 def _good(diagnosis: Diagnosis) -> str:
     worst = diagnosis.bottleneck
     if worst is None:
-        return "No site is sampled: the sums over all of them are exact."
+        return (
+            "No site has particles: each is summed over its whole support, or fixed by the guide."
+        )
     return (
         f"Nothing is poor. The lowest ESS is that of {worst.worst}: {worst.lowest_ess:.1f} of "
         f"{worst.num_particles} particles. None of these numbers shows a part of the posterior "

@@ -18,6 +18,7 @@ Batch dims are counted from the right and are negative: the plates have ``-1`` t
 Samples", UAI, PMLR 244:394-417.
 """
 
+import contextlib
 import os
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Set
@@ -43,8 +44,38 @@ if TYPE_CHECKING:
 
 Name: TypeAlias = Literal["model", "guide"]
 
+VECTORISED = (
+    "index from the right (x[..., 0], not x[0]; x[..., 0:1] keeps the dim of a plate), keep batch "
+    "dims when reshaping, stack latents with torch.stack(torch.broadcast_tensors(a, b), -1), do "
+    "not call .item() on a latent's value, and do not branch on it (torch.where does)."
+)
+MATRIX_PRODUCT = (
+    "write (X * w).sum(-1) for X @ w, with w drawn as a vector by .to_event(1): a matrix product "
+    "takes batch dims for rows."
+)
+BRANCH = (
+    "a latent's value is that of all its particles at once. Compute both branches and choose by "
+    "torch.where, and do not call .item()."
+)
+INDEX = (
+    "index from the right. A latent of a plate is read by an array of data as x[..., index]; one "
+    "that is read by another latent's value is to be drawn outside of plates, as a vector by "
+    ".to_event(1), and read as pyro.ops.indexing.Vindex(x)[..., index]."
+)
+
 PARTICLES = "_mpis_particles"  # name of the plate that draws K particles at once
 LIBRARIES = (torch.__file__, pyro.__file__, __file__)  # whose lines an error does not show
+
+# What a program did that takes single values only, by a part of what torch says of it.
+REMEDIES = {
+    "cannot be multiplied": MATRIX_PRODUCT,
+    "dimensions of batch2": MATRIX_PRODUCT,
+    "size mismatch, got input": MATRIX_PRODUCT,
+    "1D tensors expected": MATRIX_PRODUCT,
+    "Boolean value of Tensor": BRANCH,
+    "converted to Scalar": BRANCH,
+    "indexing tensors could not be broadcast": INDEX,
+}
 
 
 @dataclass(frozen=True)
@@ -257,18 +288,23 @@ def _explained(program: str, handler: _Substitute, size: int) -> Iterator[None]:
         raise ValueError(
             f"the {program} runs on single values, but not on {size} particles at once ({where}): "
             f"{type(error).__name__}: {first_line(error)}. Particles are in batch dims left of the "
-            "plates: index from the right (x[..., 0], not x[0]), keep batch dims when reshaping, "
-            "stack latents with torch.stack(torch.broadcast_tensors(a, b), -1), do not call "
-            ".item() on a latent's value, and do not branch on it (torch.where does). "
-            "pyro.infer.Importance, which runs a program once for each sample, allows all this."
+            f"plates: {_remedy(error)} pyro.infer.Importance, which runs a program once for each "
+            "sample, allows all this."
         ) from error
+
+
+def _remedy(error: Exception) -> str:
+    """Say how to write what failed."""
+    known = (remedy for part, remedy in REMEDIES.items() if part in str(error))
+    return next(known, VECTORISED)
 
 
 def _line(error: Exception) -> str:
     """Return the user's line that raised an error, for a message."""
     libraries = tuple(os.path.dirname(str(file)) + os.sep for file in LIBRARIES)
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if not frame.filename.startswith(libraries) and frame.line:
+        ours = frame.filename.startswith(libraries) or frame.filename == contextlib.__file__
+        if not ours and frame.line:
             return f", in {os.path.basename(frame.filename)}:{frame.lineno}, `{frame.line}`"
     return ""
 

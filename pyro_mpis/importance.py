@@ -41,7 +41,7 @@ from pyro_mpis.dependencies import (
     check_same_site,
     vector_dims,
 )
-from pyro_mpis.diagnostics import Diagnosis, diagnose
+from pyro_mpis.diagnostics import UNEVEN_ESS, Diagnosis, diagnose
 from pyro_mpis.factors import FactorGraph
 from pyro_mpis.handlers import (
     Name,
@@ -132,7 +132,10 @@ class MPImportance(ImportanceTraces):
             )
         if num_samples is None:
             num_samples = DEFAULT_NUM_SAMPLES
-            warn(f"num_samples not given: {num_samples} particles of each latent site are drawn.")
+            warn(
+                f"num_samples not given: {num_samples} particles of each latent site are drawn, "
+                "which is few. Give num_samples=100 for example."
+            )
         num_samples = _positive("num_samples", num_samples)
         num_replicates = _positive("num_replicates", num_replicates)
         if memory_limit is not None and (isinstance(memory_limit, bool) or memory_limit <= 0):
@@ -171,6 +174,13 @@ class MPImportance(ImportanceTraces):
             sums = run_replicates(plan, self.num_replicates, self._workers)
         except ValueError as error:
             sums = self._run_with_event_dims(plan, error)
+        except NotImplementedError as error:
+            if not structure.undeclared:
+                raise
+            raise NotImplementedError(
+                f"{error} Batch dims of {quoted(structure.undeclared.keys())} are in no "
+                "pyro.plate; enclosed in one, each element may read its own."
+            ) from error
         possible = [total for total in sums if bool(torch.isfinite(total.log_evidence))]
         if not possible:
             raise _impossible(sums[0])
@@ -313,6 +323,7 @@ class MPImportance(ImportanceTraces):
             diagnosis.evidence_error,
             self.num_samples * self.num_replicates,
             prob,
+            UNEVEN_ESS,
         )
 
     def diagnose(self, *, show: bool = True) -> Diagnosis:
@@ -499,6 +510,15 @@ class MPImportance(ImportanceTraces):
             (t.builder.particles, t.builder.reads, t.whole, t.log_evidences) for t in self._sums
         ]
         return saving.num_bytes((kept, self._weights))
+
+    def __repr__(self) -> str:
+        """Say what was drawn, and the log evidence."""
+        particles = f"{self.num_samples} particles a site"
+        if self.num_replicates > 1:
+            particles += f", {self.num_replicates} replicates"
+        if not self._sums:
+            return f"<MPImportance: {particles}, not run>"
+        return f"<MPImportance: {particles}, log evidence {self.evidence().item():.2f}>"
 
     def __copy__(self) -> "MPImportance":
         """Return a copy that shares the result and the executor."""
@@ -723,13 +743,15 @@ def _split_moment(
     where = f"moment '{name}'" if name else "moments"
     if not isinstance(spec, tuple) or not spec or not callable(spec[0]):
         raise ValueError(
-            f"{where}: expected a function and the names of its sites, found {spec!r}."
+            f"{where}: expected a function and the names of its sites, found {spec!r}. The means "
+            "of all sites are .moments(); that of one is .moments()['mu']."
         )
     function, *sites = spec
     names = tuple(site for site in sites if isinstance(site, str))
     if not names or len(names) != len(sites) or isinstance(function, str):
         raise ValueError(
-            f"{where}: give the names of the function's sites after it, found {sites}."
+            f"{where}: give the names of the function's sites after it, as in "
+            f".moments(torch.log, 'tau'); found {sites}."
         )
     return function, names
 

@@ -48,6 +48,14 @@ class Marginal(Empirical):
         self.event_shapes = dict(event_shapes)
         super().__init__(samples, log_weights, validate_args)  # type: ignore[no-untyped-call]
 
+    def __repr__(self) -> str:
+        """Say whose it is, and its shapes."""
+        names = ", ".join(f"'{name}'" for name in self.event_shapes)
+        return (
+            f"Marginal({names}: {self.log_weights.shape[-1]} particles, "
+            f"batch shape {tuple(self.batch_shape)}, event shape {tuple(self.event_shape)})"
+        )
+
     @property
     def samples(self) -> Tensor:
         """The particles: ``batch_shape + (K,) + event_shape``."""

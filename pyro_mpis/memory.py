@@ -16,6 +16,7 @@ TENSORS_AT_ONCE = 3
 # Of the memory that is free, how much a run takes by default.
 FRACTION = 0.5
 # More blocks than anyone would wait for.
+NAMED = 6  # indices of a factor that an error names
 MAX_BLOCKS = 10_000
 # Tensors of a piece: allocators keep smaller ones for the next piece, and return larger ones to
 # the system, page by page, which takes longer than to compute them.
@@ -198,7 +199,9 @@ def _too_large(
     needs: Callable[[Structure, Site, Mapping[str, int]], int],
 ) -> MemoryError:
     indices = [structure.by_symbol[symbol] for symbol in sorted(structure.reads(site))]
-    parts = [f"{' and '.join(i.sites)}: {whole[i.symbol]}" for i in indices]
+    parts = [f"{' and '.join(i.sites)}: {whole[i.symbol]}" for i in indices[:NAMED]]
+    if len(indices) > NAMED:
+        parts.append(f"and {len(indices) - NAMED} more")
     plates = [structure.plates[symbol] for symbol in sorted(site.plates)]
     parts += [f"plate {plate.name}: {plate.size}" for plate in plates]
     needed = needs(structure, site, whole) / 2**30
@@ -208,5 +211,6 @@ def _too_large(
         f"{', '.join(parts)}: {needed:.3g} GiB, {smallest:.3g} GiB in up to {MAX_BLOCKS} blocks "
         f"of particles, where the limit is {memory_limit / 2**30:.3g} GiB (memory_limit). Draw "
         "fewer particles, let some of these latents share one particle index "
-        "(groups=[(...), ...]), or enumerate a discrete one."
+        "(groups=[(...), ...]), enumerate a discrete one, or split the site into several, each of "
+        "which reads few of them."
     )

@@ -30,6 +30,11 @@ def joint_indices(graph: FactorGraph, sites: Sequence[str]) -> str:
     :raises ValueError: if a site is unknown, or two sit in plates of which neither holds the other.
     """
     for name in sites:
+        if not isinstance(name, str):
+            raise ValueError(
+                f"site {name!r}: expected the name of a site, but found {type(name).__name__}. "
+                "Give several names one by one, as in .marginals('a', 'b')."
+            )
         if name not in graph.values:
             known = ", ".join(f"'{known}'" for known in graph.values)
             raise ValueError(f"site '{name}': the model has no such latent site, only {known}.")

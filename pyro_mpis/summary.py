@@ -50,8 +50,12 @@ class Summary:
         error = (
             "" if self.evidence_error is None else f" (standard error {self.evidence_error:.2g})"
         )
-        title = f"log evidence {self.log_evidence:.2f}{error}, {self.num_samples} particles a site"
+        title = f"log evidence {self.log_evidence:.2f}{error}"
+        if not all(math.isnan(row.ess) for row in self.rows):
+            title += f", {self.num_samples} particles a site"
         return f"{table(lines)}\n{title}"
+
+    __repr__ = __str__  # a notebook shows the table
 
 
 def table(lines: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
@@ -78,6 +82,7 @@ def summarise(
     evidence_error: float | None,
     num_samples: int,
     prob: float,
+    uneven: float,
 ) -> Summary:
     """
     Make the table.
@@ -85,24 +90,29 @@ def summarise(
     :param sampled: the sites that have particles; ESS and k-hat of others (summed over their whole
         support, or fixed) say nothing, and are nan.
     :param prob: probability between the lower and the upper quantile.
+    :param uneven: share of the particles that the ESS must stay below for k-hat to say something;
+        it is nan above.
     """
     rows: list[Row] = []
     for name, marginal in marginals.items():
-        rows += _rows(name, marginal, name in sampled, prob)
+        rows += _rows(name, marginal, name in sampled, prob, uneven)
     return Summary(tuple(rows), log_evidence, evidence_error, num_samples, prob)
 
 
-def _rows(name: str, marginal: Marginal, sampled: bool, prob: float) -> list[Row]:
+def _rows(name: str, marginal: Marginal, sampled: bool, prob: float, uneven: float) -> list[Row]:
     batch, shape = marginal.batch_shape, marginal.batch_shape + marginal.event_shape
     tail = (1,) * len(marginal.event_shape)
     quantiles = marginal.quantile([0.5 - prob / 2, 0.5, 0.5 + prob / 2])
     unknown = torch.full_like(marginal.ess, math.nan)
+    even = marginal.ess >= uneven * marginal.log_weights.shape[-1]
     columns: list[Tensor] = [
         marginal.mean,
         marginal.variance.sqrt(),
         *quantiles,
         (marginal.ess if sampled else unknown).reshape(batch + tail).expand(shape),
-        (marginal.pareto_k if sampled else unknown).reshape(batch + tail).expand(shape),
+        (torch.where(even, unknown, marginal.pareto_k) if sampled else unknown)
+        .reshape(batch + tail)
+        .expand(shape),
     ]
     numbers = torch.stack([column.double().reshape(-1).cpu() for column in columns], 1).tolist()
     positions = itertools.product(*(range(size) for size in shape))

@@ -88,7 +88,7 @@ def test_it_prints_and_draws_nothing(capsys: pytest.CaptureFixture[str]) -> None
     assert printed == f"{diagnosis}\n"
     assert torch.equal(torch.get_rng_state(), state)
     assert max(map(len, printed.splitlines())) <= 100
-    assert repr(diagnosis) == "<Diagnosis: 1 problems, 3 sites>"
+    assert repr(diagnosis) == "<Diagnosis: problems 1, sites 3>"
     assert "Poor: " in printed
     for site in ("mu", "v", "x"):
         assert re.search(rf"^{site} +prior +6 ", printed, re.MULTILINE)
@@ -110,7 +110,38 @@ def test_no_site_has_particles() -> None:
 
     diagnosis = diagnosed(model)
     assert diagnosis.bottleneck is None
-    assert "the sums over all of them are exact" in str(diagnosis)
+    assert "summed over its whole support" in str(diagnosis)
+
+
+def test_no_site_is_observed() -> None:
+    def model(y: torch.Tensor | None = None) -> None:
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(a, 1.0), obs=y)
+
+    (problem,) = diagnosed(model).problems
+    assert "observes nothing" in problem.found
+    posterior = MPImportance(model, num_samples=20).run(torch.tensor(0.1))
+    assert not posterior.diagnose(show=False).problems
+
+
+def test_a_long_table_shows_the_lowest() -> None:
+    def model() -> None:
+        for i in range(40):
+            z = pyro.sample(f"z_{i}", dist.Normal(0.0, 1.0))
+            pyro.sample(f"y_{i}", dist.Normal(z, 0.1 + i), obs=torch.tensor(0.0))
+
+    text = str(diagnosed(model))
+    shown = [i for i in range(40) if re.search(rf"^z_{i} ", text, re.MULTILINE)]
+    assert len(shown) == 30
+    assert shown[:10] == list(range(10))  # the most informed
+    assert "and 10 sites of higher ESS" in text
+
+
+def test_a_single_site_is_combined_with_none() -> None:
+    samples = torch.linspace(-1.0, 1.0, 20)
+    marginal = Marginal(samples, torch.zeros(20).log_softmax(-1), {"a": torch.Size()})
+    site = replace(diagnosed(wide).sites[0], ess=torch.tensor(4.0), num_particles=20)
+    assert _better_guide(site, marginal, 1, 1).endswith("more particles are all it takes.")
 
 
 def test_before_run() -> None:
@@ -170,7 +201,7 @@ def test_a_guide_narrower_than_the_posterior() -> None:
         num_particles=20,
     )
     ratio = float(samples[1].std(correction=0) / marginal.variance[1].sqrt())
-    text = _better_guide(site, marginal, 2)
+    text = _better_guide(site, marginal, 2, 2)
     assert f"a[n=1] is drawn from the guide, only {ratio:.1f} times as wide as its post" in text
     assert ratio < 0.9
     assert "make the guide wider" in text
@@ -256,7 +287,7 @@ def test_what_more_particles_cost() -> None:
 
     text = helps(diagnosed(model, K=8))
     now = 8 * 8 * 5 * 8 * 3 / 1024  # K^2, plate, bytes of a double, tensors at once
-    assert f"that of 'b', {4 * now:.3g} KiB in place of {now:.3g} KiB" in text
+    assert f"that of 'b', then takes {4 * now:.3g} KiB in place of {now:.3g} KiB" in text
     assert _size(999) == "999 B"
     assert _size(5 * 2**30) == "5 GiB"
     assert _size(3.5 * 2**40) == "3.5 TiB"

@@ -8,6 +8,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.ops.indexing import Vindex
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 
@@ -92,6 +93,10 @@ def test_unknown_sites() -> None:
     ):
         with pytest.raises(ValueError, match=r"no such latent site, only 'a', 'b'"):
             query()
+    with pytest.raises(
+        ValueError, match=r"expected the name of a site, but found list.*one by one"
+    ):
+        posterior.marginals(["a", "b"])  # type: ignore[call-overload]
     with pytest.raises(ValueError, match=r"groups: the model has no latent site 'c'.*'a', 'b'"):
         MPImportance(chain, num_samples=2, groups=[("a", "c")]).run()
     with pytest.raises(ValueError, match=r"groups: expected a sequence of site names"):
@@ -291,6 +296,67 @@ def test_observation_of_the_wrong_shape() -> None:
             pyro.sample("y", dist.Normal(a, 1.0), obs=torch.zeros(4))
 
     fails(ValueError, r"site 'y': no log_prob of a value of shape \(4,\)", too_many)
+
+
+def test_observation_that_is_no_tensor() -> None:
+    def model() -> None:
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(a, 1.0), obs=0.5)  # type: ignore[arg-type]
+
+    fails(ValueError, r"site 'y': its value is not a tensor, but float\..*as_tensor", model)
+
+
+def test_what_takes_single_values_only_has_its_remedy() -> None:
+    x = torch.randn(5, 3)
+
+    def latent() -> Tensor:
+        return pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+
+    def product() -> None:
+        pyro.sample("y", dist.Normal(x @ latent(), 1.0).to_event(1), obs=torch.zeros(5))
+
+    def branch() -> None:
+        scale = 1.0 if latent()[..., 0].item() > 0 else 2.0
+        pyro.sample("y", dist.Normal(0.0, scale), obs=torch.tensor(0.0))
+
+    def mixture() -> None:
+        with pyro.plate("component", 3):
+            loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 5):
+            z = pyro.sample("z", dist.Categorical(torch.ones(3)))
+            pyro.sample("y", dist.Normal(Vindex(loc)[..., z], 1.0), obs=torch.zeros(5))
+
+    fails(ValueError, r"plates: write \(X \* w\)\.sum\(-1\) for X @ w", product, K=7)
+    fails(ValueError, r"plates: .*torch\.where, and do not call \.item", branch, K=7)
+    fails(ValueError, r"another latent's value .* by \.to_event\(1\)", mixture, K=7)
+
+
+def test_names_no_line_of_the_standard_library() -> None:
+    def model() -> None:
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        with pyro.plate("p", 3):  # runs the sample statement within contextlib
+            pyro.sample("y", dist.Normal(a.reshape(-1), 1.0), obs=torch.zeros(3))
+
+    fails(ValueError, r"after site 'a', in test_errors\.py:\d+, `pyro\.sample\(\"y\"", model, K=7)
+
+
+def test_an_observation_that_lacks_its_plate_is_named() -> None:
+    index = torch.tensor([0, 1, 1, 2])
+
+    def model() -> None:
+        with pyro.plate("group", 3):
+            a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(a[..., index], 1.0), obs=torch.zeros(4))
+
+    fails(NotImplementedError, r"several elements.*dims of 'y' are in no pyro\.plate", model, K=7)
+
+
+def test_a_factor_of_many_latents_names_some() -> None:
+    def model() -> None:
+        total = sum(pyro.sample(f"z_{i}", dist.Normal(0.0, 1.0)) for i in range(20))
+        pyro.sample("y", dist.Normal(total, 1.0), obs=torch.tensor(0.0))
+
+    fails(MemoryError, r"(z_\d+: 50, ){6}and 14 more: .*split the site", model, K=50)
 
 
 def test_duplicate_names() -> None:

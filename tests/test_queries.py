@@ -189,6 +189,32 @@ def test_summary_is_a_table(posterior: MPImportance) -> None:
     assert 1.0 <= row.ess <= 8.0
 
 
+def test_what_a_notebook_shows(posterior: MPImportance) -> None:
+    unrun = MPImportance(hierarchy, num_samples=3, num_replicates=2)
+    assert repr(unrun) == "<MPImportance: 3 particles a site, 2 replicates, not run>"
+    log_evidence = f"{float(posterior.evidence()):.2f}"
+    assert repr(posterior) == f"<MPImportance: 8 particles a site, log evidence {log_evidence}>"
+    shown = "Marginal('v': 8 particles, batch shape (2, 1), event shape (4,))"
+    assert repr(posterior.marginals("v")) == shown
+    assert repr(posterior.marginals("mu", "kind")).startswith("Marginal('mu', 'kind': 64 particles")
+    with pytest.warns(MPISWarning):
+        summary = posterior.summary()
+    assert repr(summary) == str(summary)
+
+
+def test_summary_leaves_out_k_hat_of_even_weights() -> None:
+    def model() -> None:
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(a, 3.0), obs=torch.tensor(0.0))
+
+    pyro.set_rng_seed(0)
+    posterior = MPImportance(model, num_samples=100).run()
+    (row,) = posterior.summary().rows
+    assert row.ess > 50
+    assert math.isnan(row.k_hat)
+    assert not math.isnan(float(posterior.marginals("a").pareto_k))
+
+
 def test_summary_warns_of_heavy_tails() -> None:
     def model() -> None:
         mu = pyro.sample("mu", dist.StudentT(1.0, 0.0, 1.0))

@@ -229,8 +229,7 @@ print(f"{'quadrature':<38}{exact.log_evidence:>11.2f}\n")
 # the same `K` its evidence has the smaller spread.
 #
 # Read k-hat together with the ESS. It is fitted to the 20 largest of 100 weights, so it is noisy;
-# and where the ESS is close to `K`, a high one says only that the guide's tails are lighter than
-# the posterior's, not that the answer is poor.
+# and where the ESS is above half of `K` it would tell of noise alone, and is left out.
 #
 # `theta` is no latent of the non-centred model, but a function of three that are: any function of
 # several sites has its posterior mean from `moments`.
