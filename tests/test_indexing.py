@@ -13,7 +13,7 @@ from pyro.infer.autoguide import AutoNormal
 from pyro.ops.indexing import Vindex
 from torch import Tensor
 
-from pyro_mpis import MPImportance, indexing
+from pyro_mpis import MPImportance, indexing, memory
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -446,3 +446,23 @@ def test_autoguide_of_a_model_read_by_index() -> None:
     error = float(ratio.std() / math.sqrt(len(ratio)))
     assert abs(float(ratio.mean()) - 1.0) < 6 * error
     assert error < 0.1
+
+
+def test_element_that_a_latent_decides_at_few_particles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluated two at a time, the particles of the first piece agree on the element."""
+    monkeypatch.setattr(memory, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(memory, "MORE_WORK", 1e9)
+
+    def model() -> None:
+        when = pyro.sample("when", dist.Uniform(0.0, 1.0))
+        with pyro.plate("regimes", 2):
+            level = pyro.sample("level", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 4):
+            late = torch.arange(4.0) > 2.1 + when  # the last one, for most particles
+            mean = torch.where(late, level[..., 1:], level[..., :1])
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=torch.zeros(4))
+
+    for seed in range(3):
+        pyro.set_rng_seed(seed)
+        with pytest.raises(NotImplementedError, match=r"site 'y'.*reads several elements"):
+            MPImportance(model, num_samples=64).run()
