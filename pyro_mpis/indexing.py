@@ -381,7 +381,7 @@ def _resolve(
     )
     held = {p for symbol in _indices(graph, factor) for p in graph.index_plates[symbol]}
     alone = factor.plates - held
-    if alone:
+    if alone or not factor.plates:  # in no plate, a factor is of one element of the others
         tensor = packed(factor.tensor, factor.dims)
         tensor = regroup(tensor, alone, element_map, element_map.outer, graph.sizes)
         dims: str = tensor._pyro_dims  # type: ignore[attr-defined]

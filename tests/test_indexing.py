@@ -3,6 +3,8 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -309,6 +311,27 @@ def check_by_brute_force(model: Callable[[], None], num_samples: int = 3) -> Non
     torch.testing.assert_close(posterior.evidence(), exact.log_evidence)
     for name, marginal in marginals.items():
         torch.testing.assert_close(marginal.weights, exact.weights(name))
+
+
+def house_alone(declared: bool, local: bool) -> None:
+    """One observation of one county, in no plate that counts."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("county", 3):
+        alpha = pyro.sample("alpha", dist.Normal(mu, 1.0))
+        pyro.sample("x", dist.Normal(alpha, 1.0), obs=Y[:3])
+
+    with pyro.plate("house", 1) if declared else nullcontext():
+        noise = pyro.sample("noise", dist.Normal(0.0, 1.0)) if local else torch.tensor(0.0)
+        pyro.sample("y", dist.Normal(alpha[..., 1:2] + noise, 0.5), obs=torch.tensor([2.0]))
+
+
+@pytest.mark.parametrize("declared", [True, False])
+@pytest.mark.parametrize("local", [False, True])
+def test_single_reader(declared: bool, local: bool) -> None:
+    """Of size one, the reader's plate has no dim: its factor is that of one element."""
+    for seed in range(2):
+        pyro.set_rng_seed(seed)
+        check_by_brute_force(partial(house_alone, declared, local), num_samples=2)
 
 
 def test_comparisons_are_found_at_other_particles() -> None:
