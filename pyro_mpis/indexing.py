@@ -362,22 +362,25 @@ def _resolve(
     """Regroup one factor, or note that its plates are ragged parts of others."""
     foreign = _foreign(graph, factor)
     deepest = max(foreign, key=lambda plates: len(graph.closed(plates)))
-    maps: dict[str, Tensor] = {}
+    maps: dict[str, Tensor] = {}  # NONE where nothing is read
     for plates in sorted(foreign, key=lambda plates: len(graph.closed(plates))):
         if not graph.closed(plates) <= graph.closed(deepest):
             raise _crossing(graph, factor, plates, deepest)
         elements = _known_elements(graph, factor, reads, plates)
         for symbol, element in _unravel(graph, elements, plates).items():
-            shared = maps.setdefault(symbol, element)
             if symbol in factor.plates:
                 own = graph.to_plates(_flat_elements(graph, frozenset(symbol)), reads.inner, left=0)
-                shared = own
-            if not torch.equal(*torch.broadcast_tensors(shared, element)):
+                maps[symbol] = own
+            before = maps.get(symbol, element)
+            if not _agree(before, element):
                 raise _crossing(graph, factor, plates, deepest)
-    _check_nested_maps(graph, factor, maps, deepest, reads.inner)
+            maps[symbol] = torch.where(before == NONE, element, before)
+    _check_nested_maps(graph, factor, maps, deepest)
     outer = graph.tensor_plates(graph.closed(deepest))
     element_map = ElementMap(
-        reads.inner, {s: maps[s].contiguous() for s in outer if s not in factor.plates}
+        reads.inner,
+        # where it reads none, any element will do: what is added to it is the same for all
+        {s: maps[s].clamp(min=0).contiguous() for s in outer if s not in factor.plates},
     )
     held = {p for symbol in _indices(graph, factor) for p in graph.index_plates[symbol]}
     alone = factor.plates - held
@@ -405,7 +408,7 @@ def _resolve(
 def _known_elements(
     graph: FactorGraph, factor: LogFactor, reads: ElementReads, plates: Ordinal
 ) -> Tensor:
-    """Return the element that each element reads; where it reads none, any will do."""
+    """Return the element that each element reads, or NONE."""
     elements = reads.elements[plates]
     if bool((elements == SEVERAL).any()):
         raise NotImplementedError(
@@ -428,14 +431,20 @@ def _known_elements(
                 ).reshape(-1, *elements.shape)
                 if bool((varies.any(0) & none).any()):
                     raise _unknown(graph, factor)
-    return elements.masked_fill(none, 0)
+    return elements
+
+
+def _agree(x: Tensor, y: Tensor) -> bool:
+    """Whether two maps have the same elements wherever both have one."""
+    return bool(((x == y) | (x == NONE) | (y == NONE)).all())
 
 
 def _unravel(graph: FactorGraph, elements: Tensor, plates: Ordinal) -> dict[str, Tensor]:
-    """Split flat elements of some plates into one element of each."""
+    """Split flat elements of some plates into one element of each; NONE stays NONE."""
     result = {}
+    none = elements == NONE
     for symbol in sorted(plates, reverse=True):
-        result[symbol] = elements % graph.sizes[symbol]
+        result[symbol] = (elements % graph.sizes[symbol]).masked_fill(none, NONE)
         elements = elements // graph.sizes[symbol]
     return result
 
@@ -445,15 +454,14 @@ def _check_nested_maps(
     factor: LogFactor,
     maps: Mapping[str, Tensor],
     deepest: Ordinal,
-    inner: str,
 ) -> None:
     """Check that reading a ragged plate and the plate around it agrees with its own nesting."""
     for ragged, element_map in graph.nesting.items():
         if not ragged <= set(maps):
             continue
-        position = tuple(maps[symbol] for symbol in element_map.inner)
+        position = tuple(maps[symbol].clamp(min=0) for symbol in element_map.inner)
         for symbol, around in element_map.outer.items():
-            if symbol in maps and not torch.equal(around[position], maps[symbol]):
+            if symbol in maps and not _agree(around[position], maps[symbol]):
                 raise _crossing(graph, factor, frozenset(symbol), deepest)
 
 

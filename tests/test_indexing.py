@@ -334,6 +334,44 @@ def test_single_reader(declared: bool, local: bool) -> None:
         check_by_brute_force(partial(house_alone, declared, local), num_samples=2)
 
 
+@pytest.mark.parametrize("seen", [[False, True], [True, False]])
+def test_reads_of_nested_plates_where_some_are_hidden(seen: list[bool]) -> None:
+    """A house that is masked reads neither county nor state, and is in the way of neither."""
+    state = torch.tensor([1, 0])  # of each county
+
+    def model() -> None:
+        with pyro.plate("state", 2):
+            s = pyro.sample("s", dist.Normal(0.0, 1.0))
+        with pyro.plate("county", 2):
+            a = pyro.sample("a", dist.Normal(s[..., state], 1.0))
+        mask = torch.tensor(seen)
+        with pyro.plate("house", 2), pyro.poutine.mask(mask=mask):  # type: ignore[call-overload]
+            noise = pyro.sample("noise", dist.Normal(0.0, 1.0))
+            mean = noise + a[..., [1, 0]] + s[..., state][..., [1, 0]]
+            pyro.sample("y", dist.Normal(mean, 0.5), obs=Y[:2])
+
+    pyro.set_rng_seed(1)
+    check_by_brute_force(model, num_samples=2)
+
+
+def test_reads_of_a_nested_plate_alone_at_some_elements() -> None:
+    """Where only the outer plate is read, another element of the inner one is in its place."""
+    state = torch.tensor([1, 0])
+    near = torch.tensor([True, False])
+
+    def model() -> None:
+        with pyro.plate("state", 2):
+            s = pyro.sample("s", dist.Normal(0.0, 1.0))
+        with pyro.plate("county", 2):
+            a = pyro.sample("a", dist.Normal(s[..., state], 1.0))
+        with pyro.plate("house", 2):
+            mean = torch.where(near, a[..., [1, 0]], 0.0) + s[..., [0, 0]]
+            pyro.sample("y", dist.Normal(mean, 0.5), obs=Y[:2])
+
+    with pytest.raises(NotImplementedError, match=r"site 'y'.*two indices that cross"):
+        MPImportance(model, num_samples=2).run()
+
+
 def test_comparisons_are_found_at_other_particles() -> None:
     for seed in range(3):
         pyro.set_rng_seed(seed)
