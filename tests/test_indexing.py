@@ -381,6 +381,7 @@ def test_comparisons_are_found_at_other_particles() -> None:
 def test_elements_that_cannot_be_found_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a probe at one particle, a comparison can hide what is read."""
     monkeypatch.setattr(indexing, "PROBE_ELEMENTS", 1)
+    monkeypatch.setattr(indexing, "MIN_ROWS", 1)
     pyro.set_rng_seed(0)
     with pytest.raises(NotImplementedError, match=r"site 'y'.*plate 'county' from outside.*hide"):
         MPImportance(compared, num_samples=30).run()
@@ -509,21 +510,32 @@ def test_autoguide_of_a_model_read_by_index() -> None:
     assert error < 0.1
 
 
+def decided(most: float) -> None:
+    """Which element the last one reads depends on a latent."""
+    when = pyro.sample("when", dist.Uniform(0.0, 1.0))
+    with pyro.plate("regimes", 2):
+        level = pyro.sample("level", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", 4):
+        late = torch.arange(4.0) > 3.0 - most + when
+        mean = torch.where(late, level[..., 1:], level[..., :1])
+        pyro.sample("y", dist.Normal(mean, 1.0), obs=torch.zeros(4))
+
+
+def check_refused(most: float) -> None:
+    for seed in range(3):
+        pyro.set_rng_seed(seed)
+        with pytest.raises(NotImplementedError, match=r"site 'y'.*reads several elements"):
+            MPImportance(decided, num_samples=64).run(most)
+
+
 def test_element_that_a_latent_decides_at_few_particles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Evaluated two at a time, the particles of the first piece agree on the element."""
     monkeypatch.setattr(memory, "PIECE_BYTES", 1000)
     monkeypatch.setattr(memory, "MORE_WORK", 1e9)
+    check_refused(0.9)
 
-    def model() -> None:
-        when = pyro.sample("when", dist.Uniform(0.0, 1.0))
-        with pyro.plate("regimes", 2):
-            level = pyro.sample("level", dist.Normal(0.0, 1.0))
-        with pyro.plate("data", 4):
-            late = torch.arange(4.0) > 2.1 + when  # the last one, for most particles
-            mean = torch.where(late, level[..., 1:], level[..., :1])
-            pyro.sample("y", dist.Normal(mean, 1.0), obs=torch.zeros(4))
 
-    for seed in range(3):
-        pyro.set_rng_seed(seed)
-        with pytest.raises(NotImplementedError, match=r"site 'y'.*reads several elements"):
-            MPImportance(model, num_samples=64).run()
+def test_element_that_a_latent_decides_in_a_large_plate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However large the plates, several combinations of particles are looked at."""
+    monkeypatch.setattr(indexing, "PROBE_ELEMENTS", 1)
+    check_refused(0.5)
