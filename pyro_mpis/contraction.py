@@ -437,8 +437,9 @@ def regroup(
         target = target * sizes[symbol] + element_map.outer[symbol]
     target = packed(target, inner)
     shape = [sizes[symbol] for symbol in batch]
-    flat_target = aligned(target, batch + summed).flatten(len(batch))  # (*batch, elements)
-    flat_term = aligned(term, rest + batch + summed).flatten(len(rest + batch)).double()
+    flat_target = aligned(target, batch + summed).unsqueeze(-1).flatten(len(batch))
+    flat_term = aligned(term, rest + batch + summed).unsqueeze(-1).flatten(len(rest + batch))
+    flat_term = flat_term.double()  # (*rest, *batch, elements)
     sizes_of_rest = list(flat_term.shape[: len(rest)])
     num_outer = int(torch.Size([sizes[symbol] for symbol in outer]).numel())
     result = flat_term.new_zeros([*sizes_of_rest, *shape, num_outer])

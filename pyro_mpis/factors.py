@@ -292,13 +292,14 @@ def _replay_guide(
     return {
         name: Carried(
             _only_read(structure, name, sites[name]["value"], structure.guide[name].event_dim),
-            _only_read(structure, name, _log_density(sites[name]), 0),
+            _only_read(structure, name, log_density(sites[name]), 0),
         )
         for name in names
     }
 
 
-def _log_density(site: SampleMessage) -> Tensor:
+def log_density(site: SampleMessage) -> Tensor:
+    """Return the density that a site of the guide is drawn from: masked, not scaled."""
     log_prob = site["fn"].log_prob(site["value"])
     result: Tensor = scale_and_mask(log_prob, mask=site["mask"])
     return result

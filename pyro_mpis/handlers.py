@@ -321,14 +321,19 @@ def _run(programs: Programs, name: Name, handler: _Substitute, size: int) -> Tra
     return tracer.trace
 
 
+def run_at(programs: Programs, name: Name, values: Mapping[str, Tensor]) -> Trace:
+    """Run a program once at one value of each of its latent sites, as ordinary runs have them."""
+    with _Substitute(values):
+        return poutine.trace(programs.program(name)).get_trace(*programs.args, **programs.kwargs)
+
+
 def trace_at(programs: Programs, values: Mapping[str, Tensor]) -> Trace:
     """
     Run the model once at one value of each of its latent sites, and evaluate the densities.
 
     :return: an ordinary trace, return value included.
     """
-    with _Substitute(values):
-        trace = poutine.trace(programs.model).get_trace(*programs.args, **programs.kwargs)
+    trace = run_at(programs, "model", values)
     trace.log_prob_sum()  # memoised in the trace, as the traces of pyro.infer.Importance have it
     return trace
 

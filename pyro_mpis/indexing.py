@@ -40,6 +40,7 @@ from pyro_mpis.proposals import Particles, model_inputs
 
 NONE, SEVERAL = -1, -2  # in place of an element
 PROBE_ELEMENTS = 2**22  # of a probe's tensors, event dims aside
+MIN_ROWS = 4  # combinations of particles at which an element read from outside is looked for
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def find_reads(
     if not plated or not (foreign or check):
         return {}
     try:
-        return _probe(graph, structure, particles, programs)
+        return _probe(graph, structure, particles, programs, MIN_ROWS if foreign else 1)
     except ValueError as error:
         if not foreign:
             return {}
@@ -104,7 +105,7 @@ def check_provenance(
         for name, index in structure.index_of.items()
     }
     values = _known_values(graph, structure, particles)
-    log_probs = _probed_log_probs(structure, programs, values, patterns, 1)
+    log_probs = _probed_log_probs(structure, programs, values, patterns, range(1))
     for name, log_prob in log_probs.items():
         changed = _differs(log_prob, log_prob[:1]).flatten(1).any(1)
         expected = torch.zeros(1 + 2 * bits, dtype=torch.bool)
@@ -155,9 +156,18 @@ def _has_local(graph: FactorGraph, factor: LogFactor) -> bool:
 
 
 def _probe(
-    graph: FactorGraph, structure: Structure, particles: Particles, programs: Programs
+    graph: FactorGraph,
+    structure: Structure,
+    particles: Particles,
+    programs: Programs,
+    min_rows: int,
 ) -> SiteReads:
-    """Change elements of the latents by the bits of their numbers, and see what else changes."""
+    """
+    Change elements of the latents by the bits of their numbers, and see what else changes.
+
+    :param min_rows: at how many combinations of particles at least, if there are as many particles;
+        those that do not fit into one run take several.
+    """
     slots: dict[Ordinal, tuple[int, int]] = {}
     total = 1  # the first run changes nothing
     for plates in sorted({p for p in graph.index_plates.values() if p}, key=sorted):
@@ -172,18 +182,28 @@ def _probe(
             pattern = code.new_zeros((total, *code.shape[1:]))
             pattern[start : start + 2 * bits] = code
             patterns[name] = pattern
-    largest = math.prod(graph.sizes[symbol] for symbol in graph.plate_dims)
-    rows = max(1, min(max(particles.sizes.values()), PROBE_ELEMENTS // (total * largest)))
+    largest = max(
+        math.prod(graph.sizes[symbol] for symbol in site.factor_plates)
+        for site in structure.model.values()
+    )
+    fitting, available = max(1, PROBE_ELEMENTS // (total * largest)), max(particles.sizes.values())
+    wanted = min(available, max(fitting, min_rows))
     values = _known_values(graph, structure, particles)
-    log_probs = _probed_log_probs(structure, programs, values, patterns, rows)
+    changed: dict[str, list[Tensor]] = {}
+    for first in range(0, wanted, fitting):
+        rows = range(first, min(first + fitting, wanted))
+        log_probs = _probed_log_probs(structure, programs, values, patterns, rows)
+        for name, log_prob in log_probs.items():
+            inner = "".join(sorted(structure.model[name].factor_plates))
+            part = _differs(log_prob, log_prob[:1])
+            for dim in structure.summed_dims(structure.model[name]):
+                part = part.any(dim, keepdim=True)
+            changed.setdefault(name, []).append(graph.to_plates(part, inner, left=2))
     reads = {}
-    for name, log_prob in log_probs.items():
+    for name, parts in changed.items():
         inner = "".join(sorted(structure.model[name].factor_plates))
-        changed = _differs(log_prob, log_prob[:1])
-        for dim in structure.summed_dims(structure.model[name]):
-            changed = changed.any(dim, keepdim=True)
-        changed = graph.to_plates(changed, inner, left=2)
-        elements = {p: _decode(changed, start, bits) for p, (start, bits) in slots.items()}
+        together = torch.cat(parts, 1)
+        elements = {p: _decode(together, start, bits) for p, (start, bits) in slots.items()}
         reads[name] = ElementReads(inner, elements)
     return reads
 
@@ -205,7 +225,7 @@ def _probed_log_probs(
     programs: Programs,
     known: Mapping[str, Tensor],
     patterns: Mapping[str, Tensor],
-    rows: int,
+    rows: range,
 ) -> dict[str, Tensor]:
     """Change latents to nan, or, where that stops the model, to another particle's value."""
     try:
@@ -219,7 +239,7 @@ def _probing_runs(
     programs: Programs,
     known: Mapping[str, Tensor],
     patterns: Mapping[str, Tensor],
-    rows: int,
+    rows: range,
     *,
     with_nan: bool,
 ) -> dict[str, Tensor]:
@@ -229,7 +249,7 @@ def _probing_runs(
     :param known: the random sites' values, ``(number, *plates, *event)``.
     :param patterns: for the sites to change, the elements that each run changes,
         ``(runs, *plates)``; the first run changes none.
-    :param rows: number of combinations of particles to do it at, picked at random.
+    :param rows: which of the combinations of particles, in a random order, to do it at.
     :param with_nan: whether to change continuous latents to nan; otherwise, and discrete ones
         always, to the value of the next particle.
     :return: for each site that reads one of these its log_prob, ``(runs, rows, *plates)``.
@@ -240,8 +260,8 @@ def _probing_runs(
     for name, value in known.items():
         size = len(value)
         shuffled = partial(torch.randperm, size, generator=generator, device="cpu")
-        order = torch.cat([shuffled() for _ in range(math.ceil(rows / size))])
-        order = order[:rows].to(value.device)
+        order = torch.cat([shuffled() for _ in range(math.ceil(rows.stop / size))])
+        order = order[rows.start : rows.stop].to(value.device)
         other = value[(order + 1) % size]
         value = value[order]
         if with_nan and value.is_floating_point():
@@ -251,11 +271,11 @@ def _probing_runs(
             pattern = patterns[name].to(value.device).unsqueeze(1)  # (runs, 1, *plates)
             event_dim = value.dim() - 2 - structure.max_plate_nesting
             value = torch.where(pattern.reshape(pattern.shape + (1,) * event_dim), other, value)
-        value = value.expand((runs, rows, *value.shape[2:]))
-        values[name] = value.reshape((runs * rows, *value.shape[2:]))
+        value = value.expand((runs, len(rows), *value.shape[2:]))
+        values[name] = value.reshape((runs * len(rows), *value.shape[2:]))
 
     def run(name: Name, values: Mapping[str, Tensor]) -> dict[str, SampleMessage]:
-        return replay(programs, name, values=values, enumerated={}, num_samples=runs * rows)
+        return replay(programs, name, values=values, enumerated={}, num_samples=runs * len(rows))
 
     carried = {}
     if "guide_delta" in structure.origins.values():
@@ -272,8 +292,8 @@ def _probing_runs(
                 log_prob = log_prob.where(site["mask"], 0.0)
             dims = 1 + structure.max_plate_nesting
             log_prob = log_prob.reshape((1,) * (dims - log_prob.dim()) + log_prob.shape)
-            log_prob = log_prob.expand((runs * rows, *log_prob.shape[1:]))
-            log_probs[name] = log_prob.reshape((runs, rows, *log_prob.shape[1:]))
+            log_prob = log_prob.expand((runs * len(rows), *log_prob.shape[1:]))
+            log_probs[name] = log_prob.reshape((runs, len(rows), *log_prob.shape[1:]))
     return log_probs
 
 
@@ -362,26 +382,29 @@ def _resolve(
     """Regroup one factor, or note that its plates are ragged parts of others."""
     foreign = _foreign(graph, factor)
     deepest = max(foreign, key=lambda plates: len(graph.closed(plates)))
-    maps: dict[str, Tensor] = {}
+    maps: dict[str, Tensor] = {}  # NONE where nothing is read
     for plates in sorted(foreign, key=lambda plates: len(graph.closed(plates))):
         if not graph.closed(plates) <= graph.closed(deepest):
             raise _crossing(graph, factor, plates, deepest)
         elements = _known_elements(graph, factor, reads, plates)
         for symbol, element in _unravel(graph, elements, plates).items():
-            shared = maps.setdefault(symbol, element)
             if symbol in factor.plates:
                 own = graph.to_plates(_flat_elements(graph, frozenset(symbol)), reads.inner, left=0)
-                shared = own
-            if not torch.equal(*torch.broadcast_tensors(shared, element)):
+                maps[symbol] = own
+            before = maps.get(symbol, element)
+            if not _agree(before, element):
                 raise _crossing(graph, factor, plates, deepest)
-    _check_nested_maps(graph, factor, maps, deepest, reads.inner)
+            maps[symbol] = torch.where(before == NONE, element, before)
+    _check_nested_maps(graph, factor, maps, deepest)
     outer = graph.tensor_plates(graph.closed(deepest))
     element_map = ElementMap(
-        reads.inner, {s: maps[s].contiguous() for s in outer if s not in factor.plates}
+        reads.inner,
+        # where it reads none, any element will do: what is added to it is the same for all
+        {s: maps[s].clamp(min=0).contiguous() for s in outer if s not in factor.plates},
     )
     held = {p for symbol in _indices(graph, factor) for p in graph.index_plates[symbol]}
     alone = factor.plates - held
-    if alone:
+    if alone or not factor.plates:  # in no plate, a factor is of one element of the others
         tensor = packed(factor.tensor, factor.dims)
         tensor = regroup(tensor, alone, element_map, element_map.outer, graph.sizes)
         dims: str = tensor._pyro_dims  # type: ignore[attr-defined]
@@ -405,7 +428,7 @@ def _resolve(
 def _known_elements(
     graph: FactorGraph, factor: LogFactor, reads: ElementReads, plates: Ordinal
 ) -> Tensor:
-    """Return the element that each element reads; where it reads none, any will do."""
+    """Return the element that each element reads, or NONE."""
     elements = reads.elements[plates]
     if bool((elements == SEVERAL).any()):
         raise NotImplementedError(
@@ -428,14 +451,20 @@ def _known_elements(
                 ).reshape(-1, *elements.shape)
                 if bool((varies.any(0) & none).any()):
                     raise _unknown(graph, factor)
-    return elements.masked_fill(none, 0)
+    return elements
+
+
+def _agree(x: Tensor, y: Tensor) -> bool:
+    """Whether two maps have the same elements wherever both have one."""
+    return bool(((x == y) | (x == NONE) | (y == NONE)).all())
 
 
 def _unravel(graph: FactorGraph, elements: Tensor, plates: Ordinal) -> dict[str, Tensor]:
-    """Split flat elements of some plates into one element of each."""
+    """Split flat elements of some plates into one element of each; NONE stays NONE."""
     result = {}
+    none = elements == NONE
     for symbol in sorted(plates, reverse=True):
-        result[symbol] = elements % graph.sizes[symbol]
+        result[symbol] = (elements % graph.sizes[symbol]).masked_fill(none, NONE)
         elements = elements // graph.sizes[symbol]
     return result
 
@@ -445,15 +474,14 @@ def _check_nested_maps(
     factor: LogFactor,
     maps: Mapping[str, Tensor],
     deepest: Ordinal,
-    inner: str,
 ) -> None:
     """Check that reading a ragged plate and the plate around it agrees with its own nesting."""
     for ragged, element_map in graph.nesting.items():
         if not ragged <= set(maps):
             continue
-        position = tuple(maps[symbol] for symbol in element_map.inner)
+        position = tuple(maps[symbol].clamp(min=0) for symbol in element_map.inner)
         for symbol, around in element_map.outer.items():
-            if symbol in maps and not torch.equal(around[position], maps[symbol]):
+            if symbol in maps and not _agree(around[position], maps[symbol]):
                 raise _crossing(graph, factor, frozenset(symbol), deepest)
 
 

@@ -2,6 +2,7 @@
 """Bad input: errors name the site or argument, say why and what to do; nothing stays behind."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -9,7 +10,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.ops.indexing import Vindex
-from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.runtime import _PYRO_STACK, InferDict
 from torch import Tensor
 
 from pyro_mpis import MPImportance, MPISWarning, proposals
@@ -241,6 +242,63 @@ def test_code_that_is_not_vectorised(function: Callable[[Tensor], Tensor], match
         pyro.sample("y", dist.Normal(function(a), 1.0), obs=torch.tensor(0.5))
 
     fails(ValueError, match, model)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x - x.mean(),
+        lambda x: x / x.norm(),
+        lambda x: torch.softmax(x, 0),
+        lambda x: torch.cumsum(x, 0),
+    ],
+)
+@pytest.mark.parametrize("declared", [True, False])
+def test_code_that_mixes_particles(function: Callable[[Tensor], Tensor], declared: bool) -> None:
+    """Shapes are right, whatever the numbers: a run at single values shows it."""
+
+    def model() -> None:
+        event_dim = 1 if declared else 0
+        x = pyro.sample("x", dist.Normal(torch.zeros(5), 1.0).to_event(event_dim))
+        pyro.sample("y", dist.Normal(function(x), 1.0).to_event(event_dim), obs=torch.ones(5))
+
+    fails(ValueError, r"site 'y': its log_prob with all particles at once differs", model, K=4)
+
+
+def test_guide_that_mixes_particles() -> None:
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=torch.ones(3))
+
+    def guide(log_density: bool) -> None:
+        infer: InferDict = {"is_auxiliary": True}
+        u = pyro.sample("u", dist.Normal(torch.zeros(3), 1.0).to_event(1), infer=infer)
+        if log_density:
+            pyro.sample("x", dist.Delta(u, log_density=(u - u.mean()).sum(-1), event_dim=1))
+        else:
+            pyro.sample("x", dist.Delta(u - u.mean(), event_dim=1))
+
+    for log_density, what in ((False, "value"), (True, "log_prob")):
+        message = rf"site 'x': its {what} with all particles at once differs"
+        fails(ValueError, message, model, partial(guide, log_density), K=4)
+
+
+def test_particles_in_place_of_data() -> None:
+    """As many particles as rows: what should fail to broadcast gives one for the other."""
+    rows = torch.linspace(-1.0, 1.0, 15).reshape(5, 3)
+
+    def model() -> None:
+        s = pyro.sample("s", dist.LogNormal(0.0, 0.5))
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0))
+        with pyro.plate("data", 5):
+            scale = s * (1.0 + w.abs().mean(-1, keepdim=True))
+            pyro.sample("y", dist.Normal((w * rows).sum(-1), scale), obs=torch.ones(5))
+
+    def guide() -> None:
+        pyro.sample("s", dist.LogNormal(0.0, 0.6))
+        pyro.sample("w", dist.Normal(torch.zeros(3), 1.2))
+
+    fails(ValueError, r"site 'y': its log_prob with all particles at once differs", model, guide, 5)
 
 
 def test_guide_that_is_not_vectorised() -> None:

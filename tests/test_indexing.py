@@ -3,6 +3,8 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -13,7 +15,7 @@ from pyro.infer.autoguide import AutoNormal
 from pyro.ops.indexing import Vindex
 from torch import Tensor
 
-from pyro_mpis import MPImportance, indexing
+from pyro_mpis import MPImportance, indexing, memory
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -311,6 +313,65 @@ def check_by_brute_force(model: Callable[[], None], num_samples: int = 3) -> Non
         torch.testing.assert_close(marginal.weights, exact.weights(name))
 
 
+def house_alone(declared: bool, local: bool) -> None:
+    """One observation of one county, in no plate that counts."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("county", 3):
+        alpha = pyro.sample("alpha", dist.Normal(mu, 1.0))
+        pyro.sample("x", dist.Normal(alpha, 1.0), obs=Y[:3])
+
+    with pyro.plate("house", 1) if declared else nullcontext():
+        noise = pyro.sample("noise", dist.Normal(0.0, 1.0)) if local else torch.tensor(0.0)
+        pyro.sample("y", dist.Normal(alpha[..., 1:2] + noise, 0.5), obs=torch.tensor([2.0]))
+
+
+@pytest.mark.parametrize("declared", [True, False])
+@pytest.mark.parametrize("local", [False, True])
+def test_single_reader(declared: bool, local: bool) -> None:
+    """Of size one, the reader's plate has no dim: its factor is that of one element."""
+    for seed in range(2):
+        pyro.set_rng_seed(seed)
+        check_by_brute_force(partial(house_alone, declared, local), num_samples=2)
+
+
+@pytest.mark.parametrize("seen", [[False, True], [True, False]])
+def test_reads_of_nested_plates_where_some_are_hidden(seen: list[bool]) -> None:
+    """A house that is masked reads neither county nor state, and is in the way of neither."""
+    state = torch.tensor([1, 0])  # of each county
+
+    def model() -> None:
+        with pyro.plate("state", 2):
+            s = pyro.sample("s", dist.Normal(0.0, 1.0))
+        with pyro.plate("county", 2):
+            a = pyro.sample("a", dist.Normal(s[..., state], 1.0))
+        mask = torch.tensor(seen)
+        with pyro.plate("house", 2), pyro.poutine.mask(mask=mask):  # type: ignore[call-overload]
+            noise = pyro.sample("noise", dist.Normal(0.0, 1.0))
+            mean = noise + a[..., [1, 0]] + s[..., state][..., [1, 0]]
+            pyro.sample("y", dist.Normal(mean, 0.5), obs=Y[:2])
+
+    pyro.set_rng_seed(1)
+    check_by_brute_force(model, num_samples=2)
+
+
+def test_reads_of_a_nested_plate_alone_at_some_elements() -> None:
+    """Where only the outer plate is read, another element of the inner one is in its place."""
+    state = torch.tensor([1, 0])
+    near = torch.tensor([True, False])
+
+    def model() -> None:
+        with pyro.plate("state", 2):
+            s = pyro.sample("s", dist.Normal(0.0, 1.0))
+        with pyro.plate("county", 2):
+            a = pyro.sample("a", dist.Normal(s[..., state], 1.0))
+        with pyro.plate("house", 2):
+            mean = torch.where(near, a[..., [1, 0]], 0.0) + s[..., [0, 0]]
+            pyro.sample("y", dist.Normal(mean, 0.5), obs=Y[:2])
+
+    with pytest.raises(NotImplementedError, match=r"site 'y'.*two indices that cross"):
+        MPImportance(model, num_samples=2).run()
+
+
 def test_comparisons_are_found_at_other_particles() -> None:
     for seed in range(3):
         pyro.set_rng_seed(seed)
@@ -320,6 +381,7 @@ def test_comparisons_are_found_at_other_particles() -> None:
 def test_elements_that_cannot_be_found_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a probe at one particle, a comparison can hide what is read."""
     monkeypatch.setattr(indexing, "PROBE_ELEMENTS", 1)
+    monkeypatch.setattr(indexing, "MIN_ROWS", 1)
     pyro.set_rng_seed(0)
     with pytest.raises(NotImplementedError, match=r"site 'y'.*plate 'county' from outside.*hide"):
         MPImportance(compared, num_samples=30).run()
@@ -446,3 +508,34 @@ def test_autoguide_of_a_model_read_by_index() -> None:
     error = float(ratio.std() / math.sqrt(len(ratio)))
     assert abs(float(ratio.mean()) - 1.0) < 6 * error
     assert error < 0.1
+
+
+def decided(most: float) -> None:
+    """Which element the last one reads depends on a latent."""
+    when = pyro.sample("when", dist.Uniform(0.0, 1.0))
+    with pyro.plate("regimes", 2):
+        level = pyro.sample("level", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", 4):
+        late = torch.arange(4.0) > 3.0 - most + when
+        mean = torch.where(late, level[..., 1:], level[..., :1])
+        pyro.sample("y", dist.Normal(mean, 1.0), obs=torch.zeros(4))
+
+
+def check_refused(most: float) -> None:
+    for seed in range(3):
+        pyro.set_rng_seed(seed)
+        with pytest.raises(NotImplementedError, match=r"site 'y'.*reads several elements"):
+            MPImportance(decided, num_samples=64).run(most)
+
+
+def test_element_that_a_latent_decides_at_few_particles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluated two at a time, the particles of the first piece agree on the element."""
+    monkeypatch.setattr(memory, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(memory, "MORE_WORK", 1e9)
+    check_refused(0.9)
+
+
+def test_element_that_a_latent_decides_in_a_large_plate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However large the plates, several combinations of particles are looked at."""
+    monkeypatch.setattr(indexing, "PROBE_ELEMENTS", 1)
+    check_refused(0.5)

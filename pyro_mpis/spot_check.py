@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+One combination of particles, compared with a run of the programs at these values alone.
+
+Code that mixes particles, such as ``x / x.norm()`` or ``torch.cumsum(x, 0)``, gives tensors of the
+right shapes, of the wrong numbers: nothing else would show it.
+"""
+
+from collections.abc import Mapping
+
+import pyro
+import torch
+from pyro.distributions.util import scale_and_mask
+from torch import Tensor
+
+from pyro_mpis.dependencies import Site, Structure
+from pyro_mpis.factors import FactorGraph, LogFactor, log_density
+from pyro_mpis.handlers import Programs, check_same_sites, run_at, sample_sites
+from pyro_mpis.proposals import Particles
+from pyro_mpis.sampling import sites_at
+
+
+def check_combination(
+    graph: FactorGraph, structure: Structure, particles: Particles, programs: Programs
+) -> None:
+    """
+    Check that factors and values at one combination of particles are those of single values.
+
+    :param graph: as the programs made it, not regrouped.
+    :param particles: those of the graph.
+    :raises ValueError: if not; names the site.
+    """
+    chosen = {
+        symbol: number % graph.sizes[symbol] for number, symbol in enumerate(graph.index_plates)
+    }
+    drawn = {}
+    for symbol, plates in graph.index_plates.items():
+        shape = [graph.sizes[plate] for plate in graph.tensor_plates(plates)]
+        drawn[symbol] = torch.full((1, *shape), chosen[symbol], device=graph.device)
+    values = {name: value[0] for name, value in sites_at(graph, drawn, 1).items()}
+    factors = {factor.name: factor for factor in graph.factors}
+    with pyro.validation_enabled(False):  # arguments are checked elsewhere, at more particles
+        carried = [name for name, o in structure.origins.items() if o == "guide_delta"]
+        if carried or structure.guide_factors:
+            own = _guide_values(structure, particles, values, chosen)
+            sites = sample_sites(run_at(programs, "guide", own))
+            for name in (*carried, *structure.guide_factors):
+                factor = factors[f"{name} (guide)"]
+                log_prob = -log_density(sites[name])
+                _compare(graph, structure, factor, chosen, structure.guide[name], log_prob)
+                if name in carried:
+                    expected = sites[name]["value"]
+                    _check_close(name, "value", values[name].reshape(expected.shape), expected)
+        sites = sample_sites(run_at(programs, "model", values))
+        check_same_sites("model", set(structure.model), set(sites))
+        for name, site in sites.items():
+            if name in factors:
+                log_prob = site["fn"].log_prob(site["value"])
+                log_prob = scale_and_mask(log_prob, site["scale"], site["mask"])
+                _compare(graph, structure, factors[name], chosen, structure.model[name], log_prob)
+
+
+def _guide_values(
+    structure: Structure,
+    particles: Particles,
+    values: Mapping[str, Tensor],
+    chosen: Mapping[str, int],
+) -> dict[str, Tensor]:
+    """Return the chosen particles of the guide's random sites, in the shapes of ordinary runs."""
+    result = {}
+    for name, site in structure.guide.items():
+        index = structure.index_of.get(name)
+        if index is None:
+            continue
+        value = values[name] if index.enumerated else particles.values[name][chosen[index.symbol]]
+        left = value.dim() - len(site.batch_shape) - site.event_dim
+        result[name] = value.reshape(value.shape[max(left, 0) :])
+    return result
+
+
+def _compare(
+    graph: FactorGraph,
+    structure: Structure,
+    factor: LogFactor,
+    chosen: Mapping[str, int],
+    site: Site,
+    log_prob: Tensor,
+) -> None:
+    """
+    Compare a factor with the density of a site in a run at single values.
+
+    :param log_prob: in the batch shape of an ordinary run.
+    """
+    for dim in structure.summed_dims(site):
+        if -dim <= log_prob.dim():
+            log_prob = log_prob.sum(dim, keepdim=True)
+    log_prob = log_prob.reshape((1,) * (graph.max_plate_nesting - log_prob.dim()) + log_prob.shape)
+    plates = "".join(symbol for symbol in factor.dims if symbol not in chosen)
+    everything = slice(None)
+    found = factor.tensor[tuple(chosen.get(symbol, everything) for symbol in factor.dims)]
+    _check_close(site.name, "log_prob", found, graph.to_plates(log_prob, plates, left=0))
+
+
+def _check_close(name: str, what: str, found: Tensor, expected: Tensor) -> None:
+    """Refuse a difference that rounding does not explain; infinities are equal to themselves."""
+    if not expected.is_floating_point():
+        expected = expected.double()
+    difference = torch.where(found == expected, 0.0, (found - expected).abs())
+    finite = expected[expected.isfinite()].abs()
+    largest = float(finite.max()) if finite.numel() else 0.0
+    worst = float(difference.max()) if difference.numel() else 0.0
+    if not worst <= torch.finfo(expected.dtype).eps ** (1 / 3) * (1.0 + largest):
+        raise ValueError(
+            f"site '{name}': its {what} with all particles at once differs, by up to {worst:.3g}, "
+            "from that of a run at single values. Particles are in batch dims left of the plates, "
+            "and code must not mix them: name dims from the right, as in x.mean(-1, keepdim=True), "
+            "x.norm(dim=-1, keepdim=True), torch.softmax(x, -1) and torch.cumsum(x, -1), and draw "
+            "random numbers in sample statements only. pyro.infer.Importance, which runs a program "
+            "once for each sample, allows all this."
+        )
