@@ -39,7 +39,7 @@ from pyro_mpis.memory import Cut
 from pyro_mpis.proposals import Particles, check_arguments, draw_particles
 from pyro_mpis.sampling import sample_sites
 from pyro_mpis.source_terms import joint_weights
-from pyro_mpis.spot_check import check_combination
+from pyro_mpis.spot_check import check_combinations
 
 Ranges = Mapping[str, slice]  # symbol of an index -> its particles in a block
 Result = TypeVar("Result")
@@ -99,7 +99,7 @@ class Builder:
         if not self.structure.unique_dims:
             check_provenance(graph, self.structure, first, self.programs)
         if check:
-            check_combination(graph, self.structure, first, self.programs)
+            check_combinations(graph, self.structure, first, self.programs)
         # at all particles: a few may agree on an element that a latent decides
         reads = find_reads(graph, self.structure, self.particles, self.programs, check=check)
         graph = regroup_indexed(graph, reads)

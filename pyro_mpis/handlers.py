@@ -87,6 +87,7 @@ class Programs:
     args: tuple[object, ...] = ()
     kwargs: Mapping[str, object] = field(default_factory=dict)
     sites: Mapping[Name, frozenset[str]] = field(default_factory=dict)  # that a plain run met
+    leaves_torch: bool = False  # with values of its latents, by ``if`` or .item()
 
     def program(self, name: Name) -> Program:
         """Return the model or the guide."""

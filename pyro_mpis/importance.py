@@ -55,6 +55,7 @@ from pyro_mpis.handlers import (
 )
 from pyro_mpis.marginals import Marginal, merge
 from pyro_mpis.memory import default_limit
+from pyro_mpis.provenance import noting_leaks
 from pyro_mpis.summary import Summary, summarise
 from pyro_mpis.trace_posterior import Draws, ImportanceTraces, weighted_draws
 
@@ -540,7 +541,9 @@ class MPImportance(ImportanceTraces):
         :return: the programs to go on with, the structure, the traces of guide and model.
         """
         programs = with_event_dims(programs, *event_dims)
-        guide_trace, model_trace = _run_plainly(programs)
+        with noting_leaks() as leaks:
+            guide_trace, model_trace = _run_plainly(programs)
+        programs = replace(programs, leaves_torch=bool(leaks))
         structure = analyse(
             guide_trace,
             model_trace,

@@ -4,6 +4,7 @@
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -263,6 +264,46 @@ def test_code_that_mixes_particles(function: Callable[[Tensor], Tensor], declare
         pyro.sample("y", dist.Normal(function(x), 1.0).to_event(event_dim), obs=torch.ones(5))
 
     fails(ValueError, r"site 'y': its log_prob with all particles at once differs", model, K=4)
+
+
+def branches(w: Tensor) -> Tensor:
+    return torch.tensor(2.0 if w.sum() > 0 else 0.0)
+
+
+def item_of_sum(w: Tensor) -> Tensor:
+    return torch.tensor(1.0 if w.sum().item() > 0 else -1.0)
+
+
+def of_numpy(w: Tensor) -> Tensor:
+    return torch.tensor(float(np.sign(np.asarray(w).sum())))
+
+
+@pytest.mark.parametrize("function", [branches, item_of_sum, of_numpy])
+def test_values_that_leave_torch(function: Callable[[Tensor], Tensor]) -> None:
+    """Right at half of the combinations of particles; so several of them are looked at."""
+
+    def model() -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(function(w), 1.0), obs=torch.tensor(2.0))
+
+    for seed in range(6):
+        pyro.set_rng_seed(seed)
+        fails(ValueError, r"site 'y': its log_prob with all particles at once", model, K=30)
+
+
+def test_values_that_are_only_looked_at_may_leave_torch() -> None:
+    seen = []
+
+    def model() -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        assert not bool(w.isnan().any())
+        seen.append(w.sum().item())
+        pyro.sample("y", dist.Normal(w.sum(-1), 1.0), obs=torch.tensor(2.0))
+
+    posterior = MPImportance(model, num_samples=30).run()
+    assert bool(posterior.evidence().isfinite())
+    assert posterior._sums[0].builder.programs.leaves_torch
+    assert not MPImportance(chain, num_samples=2).run()._sums[0].builder.programs.leaves_torch
 
 
 def test_guide_that_mixes_particles() -> None:
