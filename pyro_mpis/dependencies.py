@@ -277,9 +277,13 @@ def _is_random(site: SampleMessage) -> bool:
 
 
 def _is_enumerated(site: SampleMessage) -> bool:
-    """Whether a site is marked for an exact sum (not for Tensor Monte Carlo's ``num_samples``)."""
+    """
+    Whether a site is marked for an exact sum (not for Tensor Monte Carlo's ``num_samples``).
+
+    Pyro's two ways to sum, ``"parallel"`` and ``"sequential"``, have the same result.
+    """
     infer = site["infer"]
-    return infer.get("enumerate") == "parallel" and infer.get("num_samples") is None
+    return bool(infer.get("enumerate")) and infer.get("num_samples") is None
 
 
 def _origins(

@@ -187,7 +187,7 @@ def write(path: str | os.PathLike[str], stored: Stored) -> None:
         start = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
+    with open(os.fspath(path), "wb") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for tensor in encoder.tensors:
@@ -201,7 +201,7 @@ def read(path: str | os.PathLike[str], device: torch.device) -> Stored:
     :param device: where the tensors are to be.
     :raises ValueError: if the file is not one of :func:`write`, or of another layout; names it.
     """
-    with open(path, "rb") as file:
+    with open(os.fspath(path), "rb") as file:
         with _explained(path):
             length = int.from_bytes(file.read(8), "little")
             if length > os.fstat(file.fileno()).st_size:

@@ -3,7 +3,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pyro
 import pyro.distributions as dist
@@ -542,3 +542,21 @@ def test_numbers_of_samples_may_be_numpy_s() -> None:
     import numpy as np
 
     assert MPImportance(hierarchy, num_samples=np.int64(3)).num_samples == 3  # type: ignore[arg-type]
+
+
+def test_sites_marked_for_sequential_enumeration_are_summed_too() -> None:
+    """Exactly, with a single particle: Pyro's two ways differ in how they sum, not in the sum."""
+
+    def model(how: Literal["parallel", "sequential"]) -> None:
+        with pyro.plate("data", 2):
+            z = pyro.sample("z", dist.Bernoulli(torch.tensor([0.3, 0.6])), infer={"enumerate": how})
+            pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor([0.5, 1.0]))
+
+    evidence = MPImportance(model, num_samples=1).run("sequential").evidence()
+    torch.testing.assert_close(
+        evidence, MPImportance(model, num_samples=1).run("parallel").evidence()
+    )
+    y = torch.tensor([0.5, 1.0])
+    p = torch.tensor([0.3, 0.6])
+    one, zero = (dist.Normal(z, 1.0).log_prob(y).exp() for z in (1.0, 0.0))
+    torch.testing.assert_close(evidence, (p * one + (1 - p) * zero).log().sum())

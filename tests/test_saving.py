@@ -279,7 +279,7 @@ def test_another_model_guide_or_data(tmp_path: Path) -> None:
         model(*args, **kwargs)
 
     def sampled(*args: Any, **kwargs: Any) -> None:  # c is sampled, not enumerated
-        with pyro.poutine.infer_config(config_fn=lambda site: {"enumerate": "sequential"}):
+        with pyro.poutine.infer_config(config_fn=lambda site: {"num_samples": 5}):
             model(*args, **kwargs)
 
     path = tmp_path / "file"
