@@ -461,10 +461,13 @@ def _ragged(
             raise _crossing(graph, factor, frozenset(maps), factor.plates)
     key = frozenset(inner)
     known = graph.nesting.get(key)
-    if known is None:
+    both = [key | k for k, other in graph.nesting.items() if other.outer.keys() & maps.keys()]
+    if known is None and not any(p <= f.plates for p in both for f in graph.factors):
         graph = replace(graph, nesting={**graph.nesting, key: _element_map(inner, maps)})
-    elif known.outer.keys() != maps.keys() or not all(
-        _agree(known.outer[s], maps[s]) for s in known.outer
+    elif (
+        known is None
+        or known.outer.keys() != maps.keys()
+        or not all(_agree(known.outer[s], maps[s]) for s in known.outer)
     ):
         raise NotImplementedError(
             f"site '{factor.name}': the elements of {_names(graph, key)} read latents of "

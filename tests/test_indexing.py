@@ -419,6 +419,28 @@ def test_houses_that_move() -> None:
         MPImportance(model, num_samples=2).run()
 
 
+@pytest.mark.parametrize("first", [False, True])
+def test_houses_that_move_and_houses_that_stay(first: bool) -> None:
+    """One site reads the county of a house, another one that of a house and an occasion."""
+
+    def model() -> None:
+        with pyro.plate("county", 2):
+            alpha = pyro.sample("alpha", dist.Normal(0.0, 1.0))
+        with pyro.plate("house", 3, dim=-1):
+            loc = alpha[..., [0, 1, 1]] if first else 0.0
+            effect = pyro.sample("effect", dist.Normal(loc, 1.0))
+            with pyro.plate("occasion", 2, dim=-2):
+                noise = pyro.sample("noise", dist.Normal(effect, 1.0))
+                late = torch.tensor([[False], [True]])
+                moving = torch.where(late, alpha[..., 1:], alpha[..., :1])
+                pyro.sample("y", dist.Normal(moving + noise, 1.0), obs=OCCASIONS)
+                staying = alpha[..., [0, 1, 1]] + noise
+                pyro.sample("z", dist.Normal(staying, 1.0), obs=OCCASIONS)
+
+    with pytest.raises(NotImplementedError, match=r"by another index than another site"):
+        MPImportance(model, num_samples=2).run()
+
+
 @pytest.mark.parametrize("local", [False, True])
 @pytest.mark.parametrize("index", [[1], [1, 1, 0]])
 def test_reads_within_a_plate_around(local: bool, index: list[int]) -> None:
