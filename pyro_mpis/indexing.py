@@ -36,6 +36,7 @@ from pyro_mpis.contraction import packed, regroup
 from pyro_mpis.dependencies import Structure
 from pyro_mpis.factors import ElementMap, FactorGraph, LogFactor
 from pyro_mpis.handlers import Name, Programs, replay
+from pyro_mpis.logspace import sum_in_double
 from pyro_mpis.proposals import Particles, model_inputs
 
 NONE, SEVERAL = -1, -2  # in place of an element
@@ -128,7 +129,7 @@ def regroup_indexed(graph: FactorGraph, reads: SiteReads) -> FactorGraph:
     if not reads and not any(_foreign(graph, factor) for factor in graph.factors):
         return graph
     factors: list[LogFactor] = []
-    for factor in sorted(graph.factors, key=lambda f: not _has_local(graph, f)):
+    for factor in sorted(graph.factors, key=lambda f: (not _has_local(graph, f), len(f.plates))):
         if factor.name in reads:
             _check_own_elements(graph, factor, reads[factor.name])
         if _foreign(graph, factor):
@@ -397,28 +398,80 @@ def _resolve(
             maps[symbol] = torch.where(before == NONE, element, before)
     _check_nested_maps(graph, factor, maps, deepest)
     outer = graph.tensor_plates(graph.closed(deepest))
-    element_map = ElementMap(
-        reads.inner,
-        # where it reads none, any element will do: what is added to it is the same for all
-        {s: maps[s].clamp(min=0).contiguous() for s in outer if s not in factor.plates},
-    )
+    maps = {s: maps[s] for s in outer if s not in factor.plates}
     held = {p for symbol in _indices(graph, factor) for p in graph.index_plates[symbol]}
     alone = factor.plates - held
-    if alone or not factor.plates:  # in no plate, a factor is of one element of the others
-        tensor = packed(factor.tensor, factor.dims)
-        tensor = regroup(tensor, alone, element_map, element_map.outer, graph.sizes)
-        dims: str = tensor._pyro_dims  # type: ignore[attr-defined]
-        plates = (factor.plates - alone) | graph.closed(deepest)
-        return graph, LogFactor(factor.name, tensor, dims, plates)
-    known = graph.nesting.get(factor.plates)
-    if known is None:
-        graph = replace(graph, nesting={**graph.nesting, factor.plates: element_map})
-    elif known.outer.keys() != element_map.outer.keys() or not all(
-        torch.equal(known.outer[s], element_map.outer[s]) for s in known.outer
+    if not _local_plates(graph, factor) <= graph.closed(deepest):
+        return _ragged(graph, _summed(factor, alone), reads.inner, maps, alone)
+    tensor = packed(factor.tensor, factor.dims)
+    tensor = regroup(tensor, alone, _element_map(reads.inner, maps), maps, graph.sizes)
+    dims: str = tensor._pyro_dims  # type: ignore[attr-defined]
+    plates = (factor.plates - alone) | graph.closed(deepest)
+    return graph, LogFactor(factor.name, tensor, dims, plates)
+
+
+def _element_map(inner: str, maps: Mapping[str, Tensor]) -> ElementMap:
+    """Return a map; where nothing is read any element will do: what it gets is a constant."""
+    return ElementMap(inner, {s: element.clamp(min=0).contiguous() for s, element in maps.items()})
+
+
+def _local_plates(graph: FactorGraph, factor: LogFactor) -> Ordinal:
+    """Return the plates of the indices that a factor reads inside of them."""
+    ordinals = {graph.index_plates[symbol] for symbol in _indices(graph, factor)}
+    return frozenset[str]().union(*(plates for plates in ordinals if plates <= factor.plates))
+
+
+def _summed(factor: LogFactor, plates: Ordinal) -> LogFactor:
+    """Multiply a factor over plates that hold no index."""
+    positions = [place for place, symbol in enumerate(factor.dims) if symbol in plates]
+    if not positions:
+        return factor
+    dims = "".join(symbol for symbol in factor.dims if symbol not in plates)
+    tensor = sum_in_double(factor.tensor, positions)
+    return LogFactor(factor.name, tensor, dims, factor.plates - plates)
+
+
+def _ragged(
+    graph: FactorGraph, factor: LogFactor, inner: str, maps: Mapping[str, Tensor], alone: Ordinal
+) -> tuple[FactorGraph, LogFactor]:
+    """
+    Note that the plates of a factor are ragged parts of others.
+
+    Those of them along which the same elements are read are left out: as the occasions, of houses
+    that each lie in one county. If all could be, those stay that another site's map has, or that
+    hold an index of their own.
+
+    :param maps: the elements that are read, NONE where nothing is, by plate: ``(*inner)``.
+    :param alone: plates that the factor has been summed over, which must be among these.
+    """
+    implied = [
+        known
+        for key, known in graph.nesting.items()
+        if key <= factor.plates and known.outer.keys() == maps.keys()
+    ]
+    local = [plates for plates in graph.index_plates.values() if plates <= factor.plates]
+    kept = set(implied[0].inner) if implied else min(filter(None, local), key=len)
+    for symbol in sorted(inner, key=lambda symbol: (symbol not in alone, symbol in kept)):
+        dim = inner.index(symbol)
+        some = {s: element.amax(dim) for s, element in maps.items()}
+        constant = all(_agree(maps[s], element.unsqueeze(dim)) for s, element in some.items())
+        if constant and len(inner) > 1:
+            inner, maps = inner.replace(symbol, ""), some
+        elif symbol in alone:
+            raise _crossing(graph, factor, frozenset(maps), factor.plates)
+    key = frozenset(inner)
+    known = graph.nesting.get(key)
+    both = [key | k for k, other in graph.nesting.items() if other.outer.keys() & maps.keys()]
+    if known is None and not any(p <= f.plates for p in both for f in graph.factors):
+        graph = replace(graph, nesting={**graph.nesting, key: _element_map(inner, maps)})
+    elif (
+        known is None
+        or known.outer.keys() != maps.keys()
+        or not all(_agree(known.outer[s], maps[s]) for s in known.outer)
     ):
         raise NotImplementedError(
-            f"site '{factor.name}': the elements of {_names(graph, factor.plates)} read latents of "
-            f"{_names(graph, frozenset(element_map.outer))} by another index than another site of "
+            f"site '{factor.name}': the elements of {_names(graph, key)} read latents of "
+            f"{_names(graph, frozenset(maps))} by another index than another site of "
             "the plate does. With latents of their own, they must read one element each: draw the "
             "latents read by index with .to_event(1), or put them into a group with a global site."
         )

@@ -372,6 +372,94 @@ def test_reads_of_a_nested_plate_alone_at_some_elements() -> None:
         MPImportance(model, num_samples=2).run()
 
 
+OCCASIONS = Y[:6].reshape(2, 3)
+
+
+def panel(reads: str, occasion_latent: bool, same_county: bool) -> None:
+    """Houses of counties, with effects of their own, observed on two occasions each."""
+    county = torch.tensor([1, 1, 1] if same_county else [0, 1, 1])
+    with pyro.plate("county", 2):
+        alpha = pyro.sample("alpha", dist.Normal(0.0, 1.0))
+    with pyro.plate("house", 3, dim=-1):
+        own = alpha[..., county]
+        effect = pyro.sample("effect", dist.Normal(own if reads == "both" else 0.0, 1.0))
+        with pyro.plate("occasion", 2, dim=-2):
+            loc = effect
+            if occasion_latent:
+                loc = pyro.sample("noise", dist.Normal(effect, 1.0))
+            mask = torch.tensor([[True, False, True], [True, True, False]])
+            with pyro.poutine.mask(mask=mask):  # type: ignore[call-overload]
+                pyro.sample("y", dist.Normal(own + loc, 1.0), obs=OCCASIONS)
+
+
+@pytest.mark.parametrize("reads", ["one", "both"])
+@pytest.mark.parametrize("occasion_latent", [False, True])
+@pytest.mark.parametrize("same_county", [False, True])
+def test_panel(reads: str, occasion_latent: bool, same_county: bool) -> None:
+    """On all occasions a house lies in the same county."""
+    pyro.set_rng_seed(0)
+    model = partial(panel, reads, occasion_latent, same_county)
+    check_by_brute_force(model, num_samples=2)
+
+
+def test_houses_that_move() -> None:
+    """A house that is in another county on another occasion makes the two plates cross."""
+
+    def model() -> None:
+        with pyro.plate("county", 2):
+            alpha = pyro.sample("alpha", dist.Normal(0.0, 1.0))
+        with pyro.plate("house", 3, dim=-1):
+            effect = pyro.sample("effect", dist.Normal(0.0, 1.0))
+            with pyro.plate("occasion", 2, dim=-2):
+                late = torch.tensor([[False], [True]])
+                own = torch.where(late, alpha[..., 1:], alpha[..., :1])
+                pyro.sample("y", dist.Normal(own + effect, 1.0), obs=OCCASIONS)
+
+    with pytest.raises(NotImplementedError, match=r"site 'y'.*two indices that cross"):
+        MPImportance(model, num_samples=2).run()
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_houses_that_move_and_houses_that_stay(first: bool) -> None:
+    """One site reads the county of a house, another one that of a house and an occasion."""
+
+    def model() -> None:
+        with pyro.plate("county", 2):
+            alpha = pyro.sample("alpha", dist.Normal(0.0, 1.0))
+        with pyro.plate("house", 3, dim=-1):
+            loc = alpha[..., [0, 1, 1]] if first else 0.0
+            effect = pyro.sample("effect", dist.Normal(loc, 1.0))
+            with pyro.plate("occasion", 2, dim=-2):
+                noise = pyro.sample("noise", dist.Normal(effect, 1.0))
+                late = torch.tensor([[False], [True]])
+                moving = torch.where(late, alpha[..., 1:], alpha[..., :1])
+                pyro.sample("y", dist.Normal(moving + noise, 1.0), obs=OCCASIONS)
+                staying = alpha[..., [0, 1, 1]] + noise
+                pyro.sample("z", dist.Normal(staying, 1.0), obs=OCCASIONS)
+
+    with pytest.raises(NotImplementedError, match=r"by another index than another site"):
+        MPImportance(model, num_samples=2).run()
+
+
+@pytest.mark.parametrize("local", [False, True])
+@pytest.mark.parametrize("index", [[1], [1, 1, 0]])
+def test_reads_within_a_plate_around(local: bool, index: list[int]) -> None:
+    """By index along one of a latent's plates, element by element along the other."""
+
+    def model() -> None:
+        with pyro.plate("state", 2, dim=-2):
+            s = pyro.sample("s", dist.Normal(0.0, 1.0)) if local else torch.tensor(0.0)
+            with pyro.plate("county", 2, dim=-1):
+                a = pyro.sample("a", dist.Normal(s, 1.0))
+                pyro.sample("x", dist.Normal(a, 1.0), obs=OCCASIONS[:, :2])
+            with pyro.plate("house", len(index), dim=-1):
+                data = OCCASIONS[:, : len(index)]
+                pyro.sample("y", dist.Normal(a[..., index] + s, 1.0), obs=data)
+
+    pyro.set_rng_seed(0)
+    check_by_brute_force(model, num_samples=2)
+
+
 def test_comparisons_are_found_at_other_particles() -> None:
     for seed in range(3):
         pyro.set_rng_seed(seed)
