@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pyro_mpis._typing import Program, SampleMessage
 from pyro_mpis.dependencies import Structure
-from pyro_mpis.handlers import PARTICLES, Programs, is_subsample, replay
+from pyro_mpis.handlers import PARTICLES, Programs, broadcast_shape, is_subsample, replay
 
 CHUNK_ELEMENTS = 2**22  # of a site's value or argument, over the draws that are run together
 
@@ -191,7 +191,7 @@ def _ordinary(structure: Structure, site: SampleMessage) -> OrdinarySite:
         value = site["value"]
         event_dim = _deterministic_event_dim(value, sizes, event_dim)
         return OrdinarySite(kind, value, event_dim, plates, None, value.numel())
-    shape = torch.broadcast_shapes(site["value"].shape, site["fn"].shape())
+    shape = broadcast_shape(site["value"].shape, site["fn"].shape())
     value = site["value"] if kind == "factor" else site["value"].expand(shape)
     log_prob = None
     if not structure.model[site["name"]].silent:

@@ -81,7 +81,7 @@ class Builder:
     programs: Programs
     environment: Environment
     pieces: Mapping[str, int] = field(default_factory=dict)  # see memory.Cut
-    reads: SiteReads | None = None  # found from the first piece, the same for all
+    reads: SiteReads | None = None  # found once, the same for all blocks
 
     def __call__(self, ranges: Ranges) -> FactorGraph:
         """Evaluate a block, piece by piece."""

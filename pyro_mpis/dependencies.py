@@ -35,7 +35,15 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_mpis._typing import Distribution, SampleMessage
-from pyro_mpis.handlers import first_line, is_delta, is_latent, is_subsample, quoted, sample_sites
+from pyro_mpis.handlers import (
+    broadcast_shape,
+    first_line,
+    is_delta,
+    is_latent,
+    is_subsample,
+    quoted,
+    sample_sites,
+)
 
 UNIQUE_DIMS = 16  # up to here every index has a dim of its own, and shapes tell what is read
 MAX_DIMS = 64  # of a torch tensor
@@ -466,7 +474,7 @@ def _read(site: SampleMessage, plates: Mapping[str, Plate]) -> Site:
         log_prob, read_by_log_prob = _log_prob(name, fn, value)
         reads |= read_by_log_prob
         factors = (_shape(site[key]) for key in ("mask", "scale"))
-        batch_shape = torch.broadcast_shapes(batch_shape, log_prob.shape, *factors)
+        batch_shape = broadcast_shape(batch_shape, log_prob.shape, *factors)
     if is_latent(site):  # the value is the guide's, and may have more dims of size one
         batch_shape = batch_shape[len(batch_shape) - len(fn.batch_shape) :]
     reads |= get_provenance(site["mask"]) | get_provenance(site["scale"])

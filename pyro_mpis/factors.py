@@ -462,6 +462,8 @@ class _Packer:
         self, name: str, tensor: Tensor, reads: Collection[str], plates: Ordinal, strict: bool
     ) -> list[LogFactor]:
         structure = self.structure
+        if tensor.dtype.itemsize < torch.float32.itemsize:  # too coarse to add up log_probs
+            tensor = tensor.float()
         letters = {structure.plates[symbol].dim: symbol for symbol in plates}
         visible = (
             structure.indices if structure.unique_dims else map(structure.by_symbol.get, reads)

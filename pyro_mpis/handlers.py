@@ -21,7 +21,7 @@ Samples", UAI, PMLR 244:394-417.
 import contextlib
 import os
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias, cast
@@ -421,6 +421,11 @@ def place(value: Tensor, dim: int, *, shared_dim: int) -> Tensor:
     :return: ``(K, 1, .., 1, *plates, *event)``.
     """
     return value.reshape(value.shape[:1] + (1,) * (shared_dim - dim) + value.shape[1:])
+
+
+def broadcast_shape(*shapes: Sequence[int]) -> torch.Size:
+    """Return the shape that others broadcast to; torch's own function loads half a library."""
+    return torch.Size(pyro.distributions.util.broadcast_shape(*shapes))
 
 
 def quoted(names: Set[str]) -> str:

@@ -16,8 +16,8 @@ TENSORS_AT_ONCE = 3
 # Of the memory that is free, how much a run takes by default.
 FRACTION = 0.5
 # More blocks than anyone would wait for.
-NAMED = 6  # indices of a factor that an error names
 MAX_BLOCKS = 10_000
+NAMED = 6  # indices of a factor that an error names
 # Tensors of a piece: allocators keep smaller ones for the next piece, and return larger ones to
 # the system, page by page, which takes longer than to compute them.
 PIECE_BYTES = 2**24

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_mpis._typing import MomentFunction
 from pyro_mpis.factors import FactorGraph, SiteValue
-from pyro_mpis.handlers import first_line
+from pyro_mpis.handlers import broadcast_shape, first_line
 from pyro_mpis.marginals import Marginal
 from pyro_mpis.sampling import at_plates
 
@@ -111,7 +111,7 @@ def marginal(graph: FactorGraph, weights: Weights, sites: Sequence[str]) -> Marg
     num = len(joint_indices(graph, sites))
     events = {name: _event_shape(graph, name) for name in sites}
     deepest = _deepest(graph, sites)
-    lead = torch.broadcast_shapes(*(value.shape[:num] for value in values))
+    lead = broadcast_shape(*(value.shape[:num] for value in values))
     middle = weight.shape[num:]
     parts = [value.expand(lead + middle + value.shape[num + len(plates) :]) for value in values]
     if len(sites) > 1:

@@ -560,3 +560,23 @@ def test_sites_marked_for_sequential_enumeration_are_summed_too() -> None:
     p = torch.tensor([0.3, 0.6])
     one, zero = (dist.Normal(z, 1.0).log_prob(y).exp() for z in (1.0, 0.0))
     torch.testing.assert_close(evidence, (p * one + (1 - p) * zero).log().sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_added_up_in_single(dtype: torch.dtype) -> None:
+    """Of a conjugate model: the log evidence, within the densities' own rounding."""
+    zero, one = torch.zeros((), dtype=dtype), torch.ones((), dtype=dtype)
+
+    def model() -> None:
+        a = pyro.sample("a", dist.Normal(zero, one))
+        with pyro.plate("data", 3):
+            pyro.sample("y", dist.Normal(a, one), obs=torch.ones(3, dtype=dtype))
+
+    pyro.set_rng_seed(0)
+    posterior = MPImportance(model, num_samples=2000).run()
+    assert posterior.evidence().dtype == torch.float32
+    joint = dist.MultivariateNormal(torch.zeros(3), torch.eye(3) + 1.0)
+    assert posterior.evidence().item() == pytest.approx(
+        joint.log_prob(torch.ones(3)).item(), abs=0.1
+    )
+    assert posterior.sample(5)["a"].dtype == dtype
