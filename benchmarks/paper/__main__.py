@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _describe_machine(folder: Path, device: str) -> None:
     """Note what the figures come from; of the last call, if there were several."""
-    about = {"device": processor(device), "torch": torch.__version__}
+    about: dict[str, str | int] = {"device": processor(device), "torch": str(torch.__version__)}
     about |= {"pyro": pyro.__version__, "threads": torch.get_num_threads()}
     (folder / "machine.json").write_text(json.dumps(about, indent=1) + "\n")
 

@@ -20,7 +20,7 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer import ELBO, SVI, Predictive, RenyiELBO, ReweightedWakeSleep, Trace_ELBO
-from pyro.optim import Adam
+from pyro.optim import PyroOptim
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import constraints
@@ -189,7 +189,7 @@ def _train(experiment: Experiment, guide: Program, cell: Cell) -> list[Point]:
     nesting = experiment.max_plate_nesting
     objective = OBJECTIVES[cell.method](cell.k, nesting)
     bound = OBJECTIVES["vi" if cell.method == "vi" else "iwae"](cell.k, nesting)
-    svi = SVI(experiment.model, guide, Adam({"lr": cell.lr}), objective)
+    svi = SVI(experiment.model, guide, PyroOptim(torch.optim.Adam, {"lr": cell.lr}), objective)
     points, clock = [], Clock()
     for iteration in range(1, cell.iterations + 1):
         svi.step(**experiment.train)
@@ -201,7 +201,7 @@ def _train(experiment: Experiment, guide: Program, cell: Cell) -> list[Point]:
 
 
 def _measure(
-    experiment: Experiment, guide: Program, bound: ELBO, seconds: float, iteration: int
+    experiment: Experiment, guide: Program, bound: Any, seconds: float, iteration: int
 ) -> Point:
     clock = Clock()
     with torch.no_grad():
@@ -240,7 +240,8 @@ class _Trainable(Messenger):
 def _base(fn: Any) -> dist.TorchDistribution:
     while hasattr(fn, "base_dist") and not isinstance(fn, dist.HalfCauchy):
         fn = fn.base_dist
-    return fn
+    base: dist.TorchDistribution = fn
+    return base
 
 
 def trainable(guide: Program, experiment: Experiment) -> Program:
@@ -250,7 +251,7 @@ def trainable(guide: Program, experiment: Experiment) -> Program:
     They start at the proposal's own. Proposals that read other latents stay as they are.
     """
     sites = poutine.trace(guide).get_trace(**experiment.train).nodes
-    initial = {
+    initial: dict[str, Any] = {
         name: sites[name]["fn"]
         for name in _latents(guide, experiment)
         if isinstance(_base(sites[name]["fn"]), (dist.Normal, dist.HalfCauchy))

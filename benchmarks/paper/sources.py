@@ -140,9 +140,9 @@ def prepare_bus(rows: Iterable[Row], seed: int = 0, sizes: BusSizes | None = Non
     cells: dict[tuple[str, str], list[tuple[int, str, str]]] = defaultdict(list)
     for row in rows:
         minutes = parse_minutes(row["How_Long_Delayed"])
-        labels = [row[name].upper() for name in ("Bus_Company_Name", "Run_Type")]
-        if minutes is not None and 0 < minutes <= 130 and all((*labels, row["Boro"])):
-            cells[row["School_Year"], row["Boro"]].append((minutes, *labels))
+        company, journey = (row[name].upper() for name in ("Bus_Company_Name", "Run_Type"))
+        if minutes is not None and 0 < minutes <= 130 and company and journey and row["Boro"]:
+            cells[row["School_Year"], row["Boro"]].append((minutes, company, journey))
     generator = np.random.default_rng(seed)
     years, boroughs = _full_cells(cells, sizes, generator)
     taken = []
