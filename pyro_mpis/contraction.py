@@ -334,10 +334,14 @@ def absorb(terms: Sequence[Tensor]) -> list[Step]:
         for symbol in dims_of(term):
             holders.setdefault(symbol, set()).add(number)
     parts = {number: [number] for number in range(len(terms))}
-    for number in sorted(parts, key=lambda number: terms[number].numel()):
+    order = sorted(parts, key=lambda number: terms[number].numel())
+    for position, number in enumerate(order):
         own = dims_of(terms[number])
-        rarest = min((holders[symbol] for symbol in own), key=len, default=set(parts))
-        larger = [n for n in rarest if n != number and set(own) <= set(dims_of(terms[n]))]
+        if own:
+            rarest = min((holders[symbol] for symbol in own), key=len)
+            larger = [n for n in rarest if n != number and set(own) <= set(dims_of(terms[n]))]
+        else:  # a number goes with anything: with the next in size
+            larger = order[position + 1 : position + 2]
         if larger:
             target = min(larger, key=lambda n: (terms[n].numel(), n))
             parts[target] = parts.pop(number) + parts[target]

@@ -129,6 +129,11 @@ class Structure:
         return {index.symbol: index for index in self.indices}
 
     @cached_property
+    def plates_of_indices(self) -> frozenset[str]:
+        """The plates that hold an index."""
+        return frozenset[str]().union(*(index.plates for index in self.indices))
+
+    @cached_property
     def unique_dims(self) -> bool:
         """Whether every index has a dim of its own, so that shapes tell what a tensor reads."""
         return len({index.dim for index in self.indices}) == len(self.indices)

@@ -152,8 +152,7 @@ def _bytes(structure: Structure, site: Site, sizes: Mapping[str, int]) -> int:
 def _reduced_bytes(structure: Structure, site: Site, sizes: Mapping[str, int]) -> int:
     """Return what a contraction needs for a factor, summed over the plates without an index."""
     reads = structure.reads(site)
-    with_index = frozenset[str]().union(*(index.plates for index in structure.indices))
-    plates = (site.factor_plates & with_index).union(
+    plates = (site.factor_plates & structure.plates_of_indices).union(
         *(structure.by_symbol[s].plates for s in reads)
     )
     elements = math.prod(structure.plates[symbol].size for symbol in plates)
