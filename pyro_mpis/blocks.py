@@ -85,14 +85,12 @@ class Builder:
 
     def __call__(self, ranges: Ranges) -> FactorGraph:
         """Evaluate a block, piece by piece."""
-        block = self.particles.block(self.structure, ranges)
-        parts = split(block.sizes, self.pieces, smallest=2)
+        block, parts = self.cut(ranges)
         return _put_together(map(reduced, self.evaluated(block, parts)), parts, block.sizes)
 
     def started(self, ranges: Ranges) -> "tuple[Builder, FactorGraph]":
         """Evaluate the first block, and find what holds for all."""
-        block = self.particles.block(self.structure, ranges)
-        parts = split(block.sizes, self.pieces, smallest=2)
+        block, parts = self.cut(ranges)
         first = block.block(self.structure, parts[0])
         graph = build_graph(self.structure, first, self.programs)
         check = self.environment.validate
@@ -106,6 +104,11 @@ class Builder:
         builder = replace(self, reads=reads)
         graphs = itertools.chain([graph], builder.evaluated(block, parts[1:]))
         return builder, _put_together(map(reduced, graphs), parts, block.sizes)
+
+    def cut(self, ranges: Ranges) -> tuple[Particles, tuple[Ranges, ...]]:
+        """Return the particles of a block, and how it is cut into pieces."""
+        block = self.particles.block(self.structure, ranges)
+        return block, split(block.sizes, self.pieces, smallest=2)
 
     def evaluated(self, block: Particles, parts: Iterable[Ranges]) -> Iterator[FactorGraph]:
         """Evaluate pieces of a block one after the other."""
@@ -217,8 +220,7 @@ def impossible_elements(total: BlockSum) -> dict[str, Tensor]:
     builder = total.builder
     best: dict[str, Tensor] = {}
     with builder.environment.entered():
-        block = builder.particles.block(builder.structure, total.blocks[0])
-        parts = split(block.sizes, builder.pieces, smallest=2)
+        block, parts = builder.cut(total.blocks[0])
         for graph in builder.evaluated(block, parts):
             for factor in graph.factors:
                 dims = [n for n, symbol in enumerate(factor.dims) if symbol in graph.index_plates]

@@ -262,15 +262,18 @@ def reduced(graph: FactorGraph) -> FactorGraph:
     occupied = frozenset[str]().union(*map(graph.closed, graph.index_plates.values()))
     for inner, element_map in graph.nesting.items():
         occupied |= inner | frozenset(element_map.outer)
-    factors = []
-    for factor in graph.factors:
-        positions = [n for n, s in enumerate(factor.dims) if s in factor.plates - occupied]
-        if positions:
-            dims = "".join(s for n, s in enumerate(factor.dims) if n not in positions)
-            tensor = sum_in_double(factor.tensor, positions)
-            factor = LogFactor(factor.name, tensor, dims, factor.plates & occupied)
-        factors.append(factor)
-    return replace(graph, factors=tuple(factors))
+    factors = tuple(over_plates(factor, factor.plates - occupied) for factor in graph.factors)
+    return replace(graph, factors=factors)
+
+
+def over_plates(factor: LogFactor, plates: Ordinal) -> LogFactor:
+    """Multiply a factor over plates that hold none of its indices: sum its log."""
+    positions = [place for place, symbol in enumerate(factor.dims) if symbol in plates]
+    if not positions:
+        return factor
+    dims = "".join(symbol for symbol in factor.dims if symbol not in plates)
+    tensor = sum_in_double(factor.tensor, positions)
+    return LogFactor(factor.name, tensor, dims, factor.plates - plates)
 
 
 def contract(graph: FactorGraph, factors: Sequence[LogFactor], ring: LogSpaceRing) -> Tensor:

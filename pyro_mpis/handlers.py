@@ -37,7 +37,7 @@ from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
 from pyro_mpis._typing import Distribution, Program, SampleMessage
-from pyro_mpis.provenance import tracked
+from pyro_mpis.provenance import LIBRARIES, tracked
 
 if TYPE_CHECKING:
     from pyro.poutine.runtime import Message
@@ -64,8 +64,6 @@ INDEX = (
 )
 
 PARTICLES = "_mpis_particles"  # name of the plate that draws K particles at once
-LIBRARIES = (torch.__file__, pyro.__file__, __file__)  # whose lines an error does not show
-
 # What a program did that takes single values only, by a part of what torch says of it.
 REMEDIES = {
     "cannot be multiplied": MATRIX_PRODUCT,
@@ -302,9 +300,8 @@ def _remedy(error: Exception) -> str:
 
 def _line(error: Exception) -> str:
     """Return the user's line that raised an error, for a message."""
-    libraries = tuple(os.path.dirname(str(file)) + os.sep for file in LIBRARIES)
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        ours = frame.filename.startswith(libraries) or frame.filename == contextlib.__file__
+        ours = frame.filename.startswith(LIBRARIES) or frame.filename == contextlib.__file__
         if not ours and frame.line:
             return f", in {os.path.basename(frame.filename)}:{frame.lineno}, `{frame.line}`"
     return ""

@@ -32,11 +32,10 @@ import torch
 from torch import Tensor
 
 from pyro_mpis._typing import Ordinal, SampleMessage
-from pyro_mpis.contraction import packed, regroup
+from pyro_mpis.contraction import over_plates, packed, regroup
 from pyro_mpis.dependencies import Structure
 from pyro_mpis.factors import ElementMap, FactorGraph, LogFactor
 from pyro_mpis.handlers import Name, Programs, replay
-from pyro_mpis.logspace import sum_in_double
 from pyro_mpis.proposals import Particles, model_inputs
 
 NONE, SEVERAL = -1, -2  # in place of an element
@@ -402,7 +401,7 @@ def _resolve(
     held = {p for symbol in _indices(graph, factor) for p in graph.index_plates[symbol]}
     alone = factor.plates - held
     if not _local_plates(graph, factor) <= graph.closed(deepest):
-        return _ragged(graph, _summed(factor, alone), reads.inner, maps, alone)
+        return _ragged(graph, over_plates(factor, alone), reads.inner, maps, alone)
     tensor = packed(factor.tensor, factor.dims)
     tensor = regroup(tensor, alone, _element_map(reads.inner, maps), maps, graph.sizes)
     dims: str = tensor._pyro_dims  # type: ignore[attr-defined]
@@ -419,16 +418,6 @@ def _local_plates(graph: FactorGraph, factor: LogFactor) -> Ordinal:
     """Return the plates of the indices that a factor reads inside of them."""
     ordinals = {graph.index_plates[symbol] for symbol in _indices(graph, factor)}
     return frozenset[str]().union(*(plates for plates in ordinals if plates <= factor.plates))
-
-
-def _summed(factor: LogFactor, plates: Ordinal) -> LogFactor:
-    """Multiply a factor over plates that hold no index."""
-    positions = [place for place, symbol in enumerate(factor.dims) if symbol in plates]
-    if not positions:
-        return factor
-    dims = "".join(symbol for symbol in factor.dims if symbol not in plates)
-    tensor = sum_in_double(factor.tensor, positions)
-    return LogFactor(factor.name, tensor, dims, factor.plates - plates)
 
 
 def _ragged(

@@ -31,7 +31,10 @@ LEAKS = {
     Tensor.numpy,
     Tensor.tolist,
 }
-LIBRARIES = tuple(os.path.dirname(str(file)) + os.sep for file in (torch.__file__, pyro.__file__))
+# Where code lies that is not the user's.
+LIBRARIES = tuple(
+    os.path.dirname(str(file)) + os.sep for file in (torch.__file__, pyro.__file__, __file__)
+)
 
 _noted: ContextVar[set[str] | None] = ContextVar("noted", default=None)
 
