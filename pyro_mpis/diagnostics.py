@@ -23,7 +23,7 @@ from torch.distributions import constraints
 from pyro_mpis._typing import Distribution
 from pyro_mpis.blocks import BlockSum, evidence_error
 from pyro_mpis.dependencies import Structure
-from pyro_mpis.handlers import replay
+from pyro_mpis.handlers import quoted, replay
 from pyro_mpis.marginals import Marginal
 from pyro_mpis.memory import largest_factor
 from pyro_mpis.summary import table
@@ -419,7 +419,7 @@ def _grouping(total: BlockSum, sites: tuple[SiteDiagnosis, ...]) -> list[str]:
     )
     if len(even) < 2:
         return [f"{text} Sites that share an index (groups=) lower that power."]
-    names = ", ".join(f"'{name}'" for name in even.values())
+    names = quoted(even.values())
     return [
         f"{text} With groups=[({names})], whose weights are even, it would grow as the power of "
         f"{len(symbols) - len(even) + 1}, and leave memory for more particles."

@@ -21,7 +21,7 @@ Samples", UAI, PMLR 244:394-417.
 import contextlib
 import os
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias, cast
@@ -425,6 +425,7 @@ def broadcast_shape(*shapes: Sequence[int]) -> torch.Size:
     return torch.Size(pyro.distributions.util.broadcast_shape(*shapes))
 
 
-def quoted(names: Set[str]) -> str:
-    """Return names, quoted and in order, for a message."""
-    return ", ".join(f"'{name}'" for name in sorted(names))
+def quoted(names: Iterable[str]) -> str:
+    """Return names, quoted, for a message: in their order, sorted if they have none."""
+    ordered = sorted(names) if isinstance(names, Set) else names
+    return ", ".join(f"'{name}'" for name in ordered)

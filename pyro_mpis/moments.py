@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_mpis._typing import MomentFunction
 from pyro_mpis.factors import FactorGraph, SiteValue
-from pyro_mpis.handlers import broadcast_shape, first_line
+from pyro_mpis.handlers import broadcast_shape, first_line, quoted
 from pyro_mpis.marginals import Marginal
 from pyro_mpis.sampling import at_plates
 
@@ -36,7 +36,7 @@ def joint_indices(graph: FactorGraph, sites: Sequence[str]) -> str:
                 "Give several names one by one, as in .marginals('a', 'b')."
             )
         if name not in graph.values:
-            known = ", ".join(f"'{known}'" for known in graph.values)
+            known = quoted(graph.values)
             raise ValueError(f"site '{name}': the model has no such latent site, only {known}.")
     for one in sites:
         for other in sites:
@@ -96,7 +96,7 @@ def expectation(
         result = mapped(*squeezed)
     except Exception as error:
         raise ValueError(
-            f"the moment function of {_quoted(sites)} failed: {first_line(error)}. It is given one "
+            f"the moment function of {quoted(sites)} failed: {first_line(error)}. It is given one "
             "value of each site, of its event shape, and must return one tensor, by torch "
             "operations without branches on values (it runs under torch.vmap)."
         ) from error
@@ -128,10 +128,6 @@ def marginal(graph: FactorGraph, weights: Weights, sites: Sequence[str]) -> Marg
     samples, log_weights = (deepest.declared(x, left=1) for x in (samples, log_weights))
     samples, log_weights = samples.movedim(0, log_weights.dim() - 1), log_weights.movedim(0, -1)
     return Marginal(samples, log_weights.to(graph.dtype), events)
-
-
-def _quoted(sites: Sequence[str]) -> str:
-    return ", ".join(f"'{name}'" for name in sites)
 
 
 def _event_shape(graph: FactorGraph, name: str) -> torch.Size:
