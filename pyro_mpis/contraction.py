@@ -396,17 +396,10 @@ def _matmul(a: Tensor, b: Tensor, only_a: str, only_b: str, dims: str) -> Tensor
         a, b, only_a, only_b = b, a, only_b, only_a
     left = aligned(a, batch + only_a + dims)
     right = aligned(b, batch + dims + only_b)
-    sizes = dict(zip(batch + only_a + dims, left.shape, strict=True))
-    sizes |= dict(zip(batch + dims + only_b, right.shape, strict=True))
-
-    def count(symbols: str) -> int:
-        return int(torch.Size([sizes[s] for s in symbols]).numel())
-
-    left = left.reshape(count(batch), count(only_a), count(dims))
-    right = right.reshape(count(batch), count(dims), count(only_b))
-    result = log_matmul(left, right)
-    layout = batch + only_a + only_b
-    return packed(result.reshape([sizes[symbol] for symbol in layout]), layout)
+    shape = left.shape[: len(batch + only_a)] + right.shape[len(batch + dims) :]
+    left = left.flatten(len(batch + only_a)).flatten(len(batch), -2)
+    right = right.flatten(len(batch + dims)).flatten(len(batch), -2)
+    return packed(log_matmul(left, right).reshape(shape), batch + only_a + only_b)
 
 
 def aligned(term: Tensor, layout: str) -> Tensor:

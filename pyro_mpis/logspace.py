@@ -55,9 +55,9 @@ def log_matmul(a: Tensor, b: Tensor) -> Tensor:
     underflow, because the maxima do not meet, these are summed term by term; if they are not few,
     the product is done again in double precision first, which loses fewer.
 
-    :param a: ``(batch, m, s)``, log scale.
-    :param b: ``(batch, s, n)``, log scale.
-    :return: ``(batch, m, n)``, log scale; differentiable.
+    :param a: ``(*batch, m, s)``, log scale.
+    :param b: ``(*batch, s, n)``, log scale.
+    :return: ``(*batch, m, n)``, log scale; differentiable.
     """
     result: Tensor = _LogMatmul.apply(a, b)  # type: ignore[no-untyped-call]
     return result
@@ -83,7 +83,7 @@ class _LogSumExp(torch.autograd.Function):
         for part in _parts(x, range(x.dim() - 1)):
             own = _summed_first(x[part])
             highest = own.amax(0)
-            total = exp_(own - _finite(highest)).sum(0)
+            total = exp_(own - finite(highest)).sum(0)
             torch.add(total.log_(), highest, out=result[part[:-1]])
         return result
 
@@ -102,18 +102,23 @@ class _SumInDouble(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dims: tuple[int, ...]) -> Tensor:
         ctx.dims, ctx.shape, ctx.dtype = dims, x.shape, x.dtype
-        kept = [dim for dim in range(x.dim()) if dim not in dims]
+        order = sorted(range(x.dim()), key=lambda dim: -x.stride()[dim])
+        x = x.permute(order)  # as in memory: sums over dims in another order are slow
+        summed = [place for place, dim in enumerate(order) if dim in dims]
+        kept = [place for place, dim in enumerate(order) if dim not in dims]
         if x.dtype == torch.float64:
-            return x.sum(dims)
-        result = x.new_empty([x.shape[dim] for dim in kept], dtype=torch.float64)
-        for part in _parts(x, kept):
-            into = tuple(part[dim] for dim in kept)
-            torch.sum(x[part].double(), dims, out=result[into])
-        return result
+            result = x.sum(summed)
+        else:
+            result = x.new_empty([x.shape[place] for place in kept], dtype=torch.float64)
+            for part in _parts(x, kept):
+                into = tuple(part[place] for place in kept)
+                torch.sum(x[part].double(), summed, out=result[into])
+        kept_dims = [order[place] for place in kept]
+        return result.permute([kept_dims.index(dim) for dim in sorted(kept_dims)])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        grad = grad.to(ctx.dtype)
+        grad = grad.to(ctx.dtype).contiguous()  # while it is small
         for dim in sorted(ctx.dims):
             grad = grad.unsqueeze(dim)
         return grad.expand(ctx.shape), None
@@ -126,78 +131,97 @@ class _LogMatmul(torch.autograd.Function):
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
         ctx.save_for_backward(a, b)
         ctx.dtype = torch.promote_types(a.dtype, b.dtype)
-        result = a.new_empty(a.shape[0], a.shape[1], b.shape[2], dtype=ctx.dtype)
+        result = a.new_empty(*a.shape[:-1], b.shape[-1], dtype=ctx.dtype)
         for batch, rows in _blocks(a, b):
-            result[batch, rows] = _product(a[batch, rows].to(ctx.dtype), b[batch].to(ctx.dtype))
+            _product(_matrices(a[rows]), _matrices(b[batch]), ctx.dtype, _matrices(result[rows]))
         return result
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         a, b = ctx.saved_tensors
-        grad_a, grad_b = torch.empty_like(a), torch.zeros_like(b)
+        wanted_a, wanted_b = ctx.needs_input_grad
+        grad_a = torch.empty_like(a) if wanted_a else None
+        grad_b = torch.zeros_like(b) if wanted_b else None
         for batch, rows in _blocks(a, b):
-            own_a, own_b = a[batch, rows].to(ctx.dtype), b[batch].to(ctx.dtype)
-            of_a, of_b = _product_grads(own_a, own_b, grad[batch, rows])
-            grad_a[batch, rows] = of_a
-            grad_b[batch] += of_b
+            own_a, own_b, own_grad = _matrices(a[rows]), _matrices(b[batch]), _matrices(grad[rows])
+            of_a, of_b = _product_grads(own_a, own_b, ctx.dtype, own_grad, ctx.needs_input_grad)
+            if grad_a is not None and of_a is not None:
+                grad_a[rows] = of_a.view(a[rows].shape)
+            if grad_b is not None and of_b is not None:
+                grad_b[batch] += of_b.view(b[batch].shape)
         return grad_a, grad_b
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Multiply: (batch, m, s) by (batch, s, n)."""
-    a_max, b_max, ea, eb = _shifted(a, b)
+def _matrices(x: Tensor) -> Tensor:
+    """Return matrices along a single batch dim, ``(number, rows, columns)``: a view, if it can."""
+    return x.reshape(-1, *x.shape[-2:])
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype, result: Tensor) -> None:
+    """Multiply ``(batch, m, s)`` by ``(batch, s, n)`` in a precision, into ``(batch, m, n)``."""
+    a_max, b_max, ea, eb = _shifted(a, b, dtype)
     product = ea @ eb
-    lost = product < _SAFE[product.dtype]
+    lost = product < _SAFE[dtype]
     num_lost = int(lost.count_nonzero())
-    if num_lost > _FEW * lost.numel() and a.dtype != torch.float64:
-        return _product(a.double(), b.double()).to(a.dtype)
-    result = product.log_().add_(a_max).add_(b_max)
+    if num_lost > _FEW * lost.numel() and dtype != torch.float64:
+        _product(a, b, torch.float64, result)
+        return
+    torch.add(product.log_().add_(a_max), b_max, out=result)
     if num_lost:
-        for batch, m, n, terms in _terms(a, b, lost):
-            result[batch, m, n] = terms.logsumexp(-1)
-    return result
+        for batch, m, n, terms in _terms(a, b, dtype, lost):
+            result[batch, m, n] = terms.logsumexp(-1).to(result.dtype)
 
 
-def _product_grads(a: Tensor, b: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+def _product_grads(
+    a: Tensor, b: Tensor, dtype: torch.dtype, grad: Tensor, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
     """
     Return the derivatives of a product, given those in its entries.
 
     Shares are found from the shifted terms themselves: the result is rounded, and in single
     precision its error grows with its size.
+
+    :param wanted: which of the two derivatives are wanted; None stands for the other.
     """
-    _, _, ea, eb = _shifted(a, b)
-    product = ea @ eb
-    lost = product < _SAFE[product.dtype]
+    _, _, ea, eb = _shifted(a, b, dtype)
+    scaled = ea @ eb
+    lost = scaled < _SAFE[dtype]
     num_lost = int(lost.count_nonzero())
-    if num_lost > _FEW * lost.numel() and a.dtype != torch.float64:
-        return _product_grads(a.double(), b.double(), grad.double())
-    scaled = grad / product
+    if num_lost > _FEW * lost.numel() and dtype != torch.float64:
+        return _product_grads(a, b, torch.float64, grad, wanted)
+    torch.div(grad, scaled, out=scaled)
     if num_lost:
         scaled.masked_fill_(lost, 0.0)
-    grad_a = (scaled @ eb.mT).mul_(ea)
-    grad_b = (ea.mT @ scaled).mul_(eb)
+    grad_a = (scaled @ eb.mT).mul_(ea) if wanted[0] else None
+    grad_b = (ea.mT @ scaled).mul_(eb) if wanted[1] else None
     if num_lost:
-        for batch, m, n, terms in _terms(a, b, lost):
+        for batch, m, n, terms in _terms(a, b, dtype, lost):
             share = grad[batch, m, n].unsqueeze(1) * _shares(terms)
-            grad_a.index_put_((batch, m), share, accumulate=True)
-            grad_b.mT.index_put_((batch, n), share, accumulate=True)
+            if grad_a is not None:
+                grad_a.index_put_((batch, m), share, accumulate=True)
+            if grad_b is not None:
+                grad_b.mT.index_put_((batch, n), share, accumulate=True)
     return grad_a, grad_b
 
 
-def _terms(a: Tensor, b: Tensor, lost: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+def _terms(
+    a: Tensor, b: Tensor, dtype: torch.dtype, lost: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Yield some entries of a product (batch, row, column) with the terms of each: (number, s)."""
     columns = b.mT.contiguous()
     for block in lost.nonzero().split(max(1, _part(a) // max(1, a.shape[-1]))):
         batch, m, n = block.unbind(1)
-        yield batch, m, n, a[batch, m].add_(columns[batch, n])
+        yield batch, m, n, a[batch, m].to(dtype).add_(columns[batch, n])
 
 
-def _shifted(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    a_max = _finite(_summed_first(a).amax(0)).unsqueeze(-1)
-    b_max = _finite(_summed_first(b.mT).amax(0)).unsqueeze(-2)
+def _shifted(a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the maxima of rows and of columns, and the exponentials of what is above none."""
+    own_a, own_b = _summed_first(a, dtype), _summed_first(b.mT, dtype)
+    a_max, b_max = finite(own_a.amax(0)).unsqueeze(-1), finite(own_b.amax(0)).unsqueeze(-2)
     # contiguous: a batched product copies each matrix of other tensors by itself
-    ea = torch.sub(a, a_max, out=torch.empty(a.shape, dtype=a.dtype, device=a.device))
-    eb = torch.sub(b, b_max, out=torch.empty(b.shape, dtype=b.dtype, device=b.device))
+    ea, eb = (torch.empty(x.shape, dtype=dtype, device=x.device) for x in (a, b))
+    torch.sub(own_a.movedim(0, -1), a_max, out=ea)
+    torch.sub(own_b.movedim(0, -2), b_max, out=eb)
     return a_max, b_max, exp_(ea), exp_(eb)
 
 
@@ -208,7 +232,7 @@ def exp_(x: Tensor) -> Tensor:
     return torch.nn.functional.threshold(x, 2.0 * math.exp(lowest), 0.0, inplace=True)
 
 
-def _finite(highest: Tensor) -> Tensor:
+def finite(highest: Tensor) -> Tensor:
     """Return maxima that may be subtracted from what they are the maxima of, -inf included."""
     return highest.clamp(min=torch.finfo(highest.dtype).min)
 
@@ -216,13 +240,14 @@ def _finite(highest: Tensor) -> Tensor:
 def _shares(x: Tensor) -> Tensor:
     """Return the softmax over the last dim; zero, not nan, where the whole row is -inf."""
     x = _summed_first(x)
-    shares = exp_(x - _finite(x.amax(0)))
+    shares = exp_(x - finite(x.amax(0)))
     return shares.div_(shares.sum(0).clamp_(min=0.5)).movedim(0, -1)
 
 
-def _summed_first(x: Tensor) -> Tensor:
+def _summed_first(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Bring the last dim to the front, in memory too: maxima over short dims are slow elsewhere."""
-    return x.movedim(-1, 0).contiguous()
+    first = x.movedim(-1, 0)
+    return first.to(dtype or x.dtype, memory_format=torch.contiguous_format)
 
 
 def _part(x: Tensor) -> int:
@@ -231,22 +256,28 @@ def _part(x: Tensor) -> int:
 
 def _parts(x: Tensor, dims: Iterable[int]) -> Iterator[tuple[slice, ...]]:
     """Cut a tensor along some of its dims, the outermost in memory first, into parts."""
-    sizes = list(x.shape)
-    for dim in sorted(dims, key=lambda dim: -x.stride()[dim]):
+    return ranges(x.shape, sorted(dims, key=lambda dim: -x.stride()[dim]), _part(x))
+
+
+def _blocks(a: Tensor, b: Tensor) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
+    """Cut a product into parts, several matrices or some rows of one: batch; batch and rows."""
+    *batch, m, s = a.shape
+    of_row = max(s, b.shape[-1], 1)
+    of_matrix = max(of_row * m, s * b.shape[-1], 1)
+    rows = m if of_matrix <= _part(a) else max(1, _part(a) // of_row)
+    for part in ranges(batch, range(len(batch)), _part(a) // of_matrix):
+        for row in range(0, m, rows):
+            yield part, (*part, slice(row, row + rows))
+
+
+def ranges(shape: Sequence[int], order: Iterable[int], room: int) -> Iterator[tuple[slice, ...]]:
+    """Cut dims of a shape, one after the other in an order, until parts have ``room`` elements."""
+    sizes = list(shape)
+    for dim in order:
         rest = math.prod(sizes) // max(1, sizes[dim])
-        sizes[dim] = max(1, min(sizes[dim], _part(x) // max(1, rest)))
+        sizes[dim] = max(1, min(sizes[dim], room // max(1, rest)))
     cuts = [
         [slice(start, start + size) for start in range(0, whole, size)] if whole else [slice(0)]
-        for whole, size in zip(x.shape, sizes, strict=True)
+        for whole, size in zip(shape, sizes, strict=True)
     ]
     return itertools.product(*cuts)
-
-
-def _blocks(a: Tensor, b: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Cut a product into parts: several matrices, or some rows of one."""
-    of_row = max(a.shape[2], b.shape[2], 1)
-    size = max(1, _part(a) // max(1, of_row * a.shape[1], b.shape[1] * b.shape[2]))
-    rows = a.shape[1] if size > 1 else max(1, _part(a) // of_row)
-    for start in range(0, a.shape[0], size):
-        for row in range(0, a.shape[1], rows):
-            yield slice(start, start + size), slice(row, row + rows)

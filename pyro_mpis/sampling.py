@@ -14,16 +14,17 @@ whenever two latents meet in one observation (a -> x <- b), where each depends o
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from pyro_mpis.contraction import Elimination, LogSpaceRing, aligned, contract, dims_of, packed
 from pyro_mpis.factors import FactorGraph, SiteValue
-from pyro_mpis.logspace import exp_
+from pyro_mpis.logspace import exp_, finite, ranges
 
-DRAW_ELEMENTS = 2**19  # probabilities that are looked at together
+DRAW_ELEMENTS = 2**18  # probabilities that are looked at together
+LOST = 1e-20  # below this a sum of products of single precision has lost terms to underflow
 
 Drawn = Mapping[str, Tensor]  # index -> (N, *plates of the index), plates as tensor_plates has them
 
@@ -128,33 +129,65 @@ def _positions(graph: FactorGraph, plate: str, layout: str) -> Tensor:
 
 def _draw_step(graph: FactorGraph, step: Elimination, drawn: Drawn, num_draws: int) -> Tensor:
     """Draw the index that one step sums over, given those of later steps: (N, *plates)."""
-    plates = graph.tensor_plates(graph.closed(graph.index_plates[step.symbol]))
-    sizes = [graph.sizes[symbol] for symbol in (*plates, step.symbol)]
-    fixed = torch.zeros((1, *sizes), dtype=torch.double, device=graph.device)
-    tables = []
-    for term in step.terms:
-        assert set(dims_of(term)) - set(graph.index_plates) <= set(plates), "summed in its plates"
-        table = _Table(graph, term, step.symbol, plates, num_draws)
-        if table.given:
-            tables.append(table)
-        else:
-            fixed += aligned(term, plates + step.symbol)
-    if not tables:
-        return _categorical(fixed, num_draws)
-    size = max(1, DRAW_ELEMENTS // fixed.numel())
-    chunks = []
-    for start in range(0, num_draws, size):
-        part = {symbol: index[start : start + size] for symbol, index in drawn.items()}
-        logits = fixed
-        for table in tables:
-            logits = logits + table.at(part)
-        chunks.append(_categorical(logits, min(size, num_draws - start)))
-    return torch.cat(chunks)
+    symbol = step.symbol
+    plates = graph.tensor_plates(graph.closed(graph.index_plates[symbol]))
+    inside = {s for term in step.terms for s in dims_of(term)} - {symbol}
+    given = inside & set(graph.index_plates)
+    assert inside - given <= set(plates), "summed in its plates"
+    if not given:
+        return _same_for_all(_product(step.terms, plates + symbol), num_draws)
+    shape = [graph.sizes[plate] for plate in plates]
+    indices = {s: index_at(graph, drawn, s, plates) for s in given}
+    positions = {s: _positions(graph, s, plates).unsqueeze(0) for s in plates}
+    tables = [_Table(graph, term, symbol, plates, num_draws) for term in step.terms]
+    chosen = torch.empty((num_draws, *shape), dtype=torch.long, device=graph.device)
+    order = (*range(1, chosen.dim()), 0)  # all draws of some plate elements: their rows are few
+    for part in ranges(chosen.shape, order, DRAW_ELEMENTS // graph.sizes[symbol]):
+        at = {s: _cut(index, part) for s, index in (indices | positions).items()}
+        chosen[part] = _draw(tables, at, chosen[part].shape)
+    return chosen
+
+
+def _draw(tables: Sequence["_Table"], at: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
+    """
+    Draw from the product of rows of tables, by inverting its distribution function.
+
+    Where the largest entries of the rows do not meet, so that products underflow, their logarithms
+    are added up instead. Shares and uniform numbers are in float32: a probability is off by some
+    1e-7, of no account for draws that can be counted, and one of zero stays zero.
+    """
+    shares = tables[0].shares(at)
+    for table in tables[1:]:
+        shares = shares * table.shares(at)
+    cumulative = shares.expand(-1, *shape).cumsum(0)
+    choice = _inverted(cumulative)
+    lost = ~(cumulative[-1] > LOST)
+    if bool(lost.any()):
+        here = {symbol: index.expand(shape)[lost] for symbol, index in at.items()}
+        logits = tables[0].logs(here).double()
+        for table in tables[1:]:
+            logits = logits + table.logs(here)
+        choice[lost] = _inverted(exp_(logits - logits.amax(0)).cumsum(0))
+    return choice
+
+
+def _product(terms: Sequence[Tensor], layout: str) -> Tensor:
+    """Multiply packed terms, in double precision."""
+    total = aligned(terms[0], layout).double()
+    for term in terms[1:]:
+        total = total + aligned(term, layout)
+    return total
+
+
+def _cut(index: Tensor, part: Sequence[slice]) -> Tensor:
+    """Cut out a part of an index, which has size one in the plates that it is not in."""
+    sizes = zip(part, index.shape, strict=True)
+    return index[tuple(slices if size > 1 else slice(None) for slices, size in sizes)]
 
 
 class _Table:
     """
-    A term of a step, to be looked up at the indices drawn already.
+    A term of a step, to be looked up at plate elements and at the indices drawn already.
 
     :param symbol: the index to draw.
     :param plates: those of the index to draw.
@@ -163,46 +196,59 @@ class _Table:
     def __init__(
         self, graph: FactorGraph, term: Tensor, symbol: str, plates: str, num_draws: int
     ) -> None:
+        self.sizes = graph.sizes
         own = dims_of(term)
-        self.graph, self.plates = graph, plates
-        self.given = [s for s in own if s in graph.index_plates and s != symbol]
-        self.inside = [plate for plate in plates if plate in own]
-        self.term = term.permute([own.index(s) for s in (*self.inside, *self.given, symbol)])
-        looked_up = num_draws * math.prod(graph.sizes[s] for s in (*plates, symbol))
-        if looked_up > self.term.numel():  # then rows of memory are worth a copy
-            self.term = self.term.contiguous()
+        self.dims = "".join(sorted(own.replace(symbol, ""), key=lambda s: s not in plates))
+        self.term = aligned(term, symbol + self.dims)
+        looked_up = num_draws * math.prod(graph.sizes[s] for s in (symbol, *plates))
+        whole = looked_up > term.numel()  # then each row is worth an exponential
+        self.all_shares = _shares(self.term).flatten() if whole else None
 
-    def at(self, drawn: Drawn) -> Tensor:
-        """Return the entries at drawn indices: (N, *plates, the dim to draw)."""
-        selection = [_positions(self.graph, plate, self.plates) for plate in self.inside]
-        selection += [index_at(self.graph, drawn, s, self.plates) for s in self.given]
-        if not self.term.is_contiguous():
-            return self.term[tuple(selection)]
-        row = selection[0]
-        for index, size in zip(selection[1:], self.term.shape[1:], strict=False):
-            row = row * size + index
-        rows = self.term.flatten(0, -2).index_select(0, row.flatten())
-        return rows.reshape((*row.shape, rows.shape[-1]))
+    def shares(self, at: Mapping[str, Tensor]) -> Tensor:
+        """Return rows divided by their largest entries: (the dim to draw, N, *plates), float32."""
+        if self.all_shares is None:
+            return _shares(self.logs(at))
+        row = self._row(at)
+        shares = self.all_shares.view(len(self.term), -1).index_select(1, row.flatten())
+        return shares.view(-1, *row.shape)
+
+    def logs(self, at: Mapping[str, Tensor]) -> Tensor:
+        """Return rows as they are, log scale: (the dim to draw, N, *plates)."""
+        if not self.dims:
+            return self.term.view(-1, *(1,) * _num_dims(at))
+        everything: tuple[slice | Tensor, ...] = (slice(None), *(at[s] for s in self.dims))
+        return self.term[everything]
+
+    def _row(self, at: Mapping[str, Tensor]) -> Tensor:
+        """Return the number of the row: (N, *plates), size one where it is the same."""
+        row = torch.zeros((1,) * _num_dims(at), dtype=torch.long, device=self.term.device)
+        for symbol in self.dims:
+            row = row * self.sizes[symbol] + at[symbol]
+        return row
 
 
-def _categorical(logits: Tensor, num_draws: int) -> Tensor:
-    """
-    Draw from the softmax over the last dim by inverting its distribution function.
+def _num_dims(at: Mapping[str, Tensor]) -> int:
+    return next(iter(at.values())).dim()
 
-    :param logits: ``(num_draws, *plates, categories)`` in float64, or with one for all draws.
-    :return: ``(num_draws, *plates)``.
-    """
-    probs = exp_(logits - logits.amax(-1, keepdim=True))
-    if len(logits) == 1:  # one distribution function, looked up by all draws
-        cumulative = probs.squeeze(0).cumsum(-1)
-        uniform = _uniform(cumulative[..., -1:].expand((*cumulative.shape[:-1], num_draws)))
-        choice = torch.searchsorted(cumulative, uniform, right=True).movedim(-1, 0)
-    else:  # categories first: a sum along the last dim is slow where there are few of them
-        cumulative = probs.movedim(-1, 0).contiguous().cumsum(0)
-        choice = (cumulative <= _uniform(cumulative[-1])).sum(0)
+
+def _shares(logs: Tensor) -> Tensor:
+    """Divide by the largest along the first dim: from log scale to linear, float32."""
+    return exp_((logs - finite(logs.amax(0))).float())
+
+
+def _inverted(cumulative: Tensor) -> Tensor:
+    """Draw by inverting distribution functions, (categories, *rest), to (*rest)."""
+    uniform = torch.rand(cumulative.shape[1:], dtype=cumulative.dtype, device=cumulative.device)
+    is_below = cumulative[:-1] <= uniform.mul_(cumulative[-1])
+    few = len(cumulative) <= torch.iinfo(torch.int8).max
+    return is_below.view(torch.int8).sum(0, dtype=torch.int8 if few else torch.long)
+
+
+def _same_for_all(logits: Tensor, num_draws: int) -> Tensor:
+    """Draw from the same distributions again and again: (*plates, categories) to (N, *plates)."""
+    cumulative = exp_(logits - logits.amax(-1, keepdim=True)).cumsum(-1)
+    shape = (*cumulative.shape[:-1], num_draws)
+    uniform = torch.rand(shape, dtype=cumulative.dtype, device=cumulative.device)
+    uniform.mul_(cumulative[..., -1:])
+    choice = torch.searchsorted(cumulative, uniform, right=True).movedim(-1, 0)
     return choice.clamp(max=logits.shape[-1] - 1)
-
-
-def _uniform(highest: Tensor) -> Tensor:
-    """Draw uniformly between zero and given numbers."""
-    return torch.rand(highest.shape, dtype=highest.dtype, device=highest.device).mul_(highest)

@@ -43,7 +43,11 @@ def check_samples(
 
     Rejects a correct program with probability ``false_alarm``.
     """
-    counts, probs = exact.frequencies(samples)
+    check_frequencies(*exact.frequencies(samples), false_alarm)
+
+
+def check_frequencies(counts: Tensor, probs: Tensor, false_alarm: float = FALSE_ALARM) -> None:
+    """Counts of independent draws follow probabilities: a chi-square test."""
     num_samples = int(counts.sum())
     assert not counts[probs < 1e-12 / num_samples].any(), "a sample of probability zero"
     bins = [(0.0, 0)]
