@@ -284,7 +284,8 @@ def overhead(setting: Setting) -> str:
     Overhead of a run
 
     Eight schools, K = 30, as a multiple of plain traces of guide and model, one each; without a
-    guide, of two traces of the model.
+    guide, of two traces of the model. A run executes the programs plainly, for the draws and
+    for the factors, and with Pyro's validation on for three checks besides.
     """
     case = setting.case("eight_schools")
     args, model = tuple(case.data.values()), eight_schools_model
@@ -298,18 +299,28 @@ def overhead(setting: Setting) -> str:
     def run(guide: Callable[..., object] | None) -> float:
         return MPImportance(model, guide, 30).run(*args).evidence().item() - case.truth
 
-    competitors = {
-        "AutoNormal traces": lambda: traces(auto),
-        "AutoNormal": lambda: run(auto),
-        "none traces": lambda: traces(model),  # the prior is the guide
-        "none": lambda: run(None),
-    }
+    def with_validation(is_on: bool, job: Callable[[], float | None]) -> float | None:
+        with pyro.validation_enabled(is_on):
+            return job()
+
+    guides = {"AutoNormal": (auto, auto), "none": (model, None)}  # the prior is the guide
+    competitors = {}
+    for name, (traced, guide) in guides.items():
+        for is_on in (True, False):
+            key = f"{name}, {'on' if is_on else 'off'}"
+            competitors[f"{key} traces"] = functools.partial(
+                with_validation, is_on, functools.partial(traces, traced)
+            )
+            competitors[key] = functools.partial(
+                with_validation, is_on, functools.partial(run, guide)
+            )
     times = interleaved(competitors, rounds=5 if setting.quick else 50)
     rows = []
-    for guide in ("AutoNormal", "none"):
-        ms = [1e3 * times[name].seconds for name in (f"{guide} traces", guide)]
-        rows.append([guide, *ms, ms[1] / ms[0], error(times[guide])])
-    return table("guide,two plain traces (ms),run and evidence (ms),ratio,error", rows)
+    for key in competitors:
+        if not key.endswith("traces"):
+            ms = [1e3 * times[name].seconds for name in (f"{key} traces", key)]
+            rows.append([*key.split(", "), *ms, ms[1] / ms[0], error(times[key])])
+    return table("guide,validation,two plain traces (ms),run and evidence (ms),ratio,error", rows)
 
 
 @contextmanager

@@ -35,7 +35,7 @@ from pyro_mpis.dependencies import Structure
 from pyro_mpis.factors import FactorGraph, SiteValue, build_graph
 from pyro_mpis.handlers import Programs, isolated
 from pyro_mpis.indexing import SiteReads, check_provenance, find_reads, regroup_indexed
-from pyro_mpis.memory import Cut
+from pyro_mpis.memory import Cut, uncollected
 from pyro_mpis.proposals import Particles, check_arguments, draw_particles
 from pyro_mpis.sampling import sample_sites
 from pyro_mpis.source_terms import joint_weights
@@ -245,7 +245,7 @@ class Plan:
 
     def run(self, workers: Workers) -> BlockSum:
         """Draw particles and evaluate them block by block; draws random numbers."""
-        with self.environment.entered():
+        with self.environment.entered(), uncollected(self.cut.whole):
             particles = draw_particles(self.structure, self.programs, self.num_samples)
             builder = Builder(
                 self.structure, particles, self.programs, self.environment, self.cut.pieces

@@ -622,7 +622,7 @@ def _squeezed(shape: Sequence[int]) -> tuple[int, ...]:
 
 def _check_supports(name: str, guide: Distribution, model: Distribution) -> None:
     """Refuse a guide that draws outside the model's support, or cannot reach all of it."""
-    if is_delta(guide) or is_delta(model):
+    if guide.support is model.support or is_delta(guide) or is_delta(model):
         return
     ours, theirs = _interval(guide), _interval(model)
     if ours is None or theirs is None:

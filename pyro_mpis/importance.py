@@ -54,7 +54,7 @@ from pyro_mpis.handlers import (
     with_event_dims,
 )
 from pyro_mpis.marginals import Marginal, merge
-from pyro_mpis.memory import default_limit
+from pyro_mpis.memory import default_limit, uncollected
 from pyro_mpis.provenance import noting_leaks
 from pyro_mpis.summary import Summary, summarise
 from pyro_mpis.trace_posterior import Draws, ImportanceTraces, weighted_draws
@@ -564,7 +564,7 @@ class MPImportance(ImportanceTraces):
         self, programs: Programs, event_dims: EventDims = NO_EVENT_DIMS
     ) -> tuple[Plan, Trace, Trace]:
         """Find the structure and what fits into memory; return the traces of guide and model."""
-        with Environment().entered():
+        with Environment().entered(), uncollected():
             programs, structure, guide_trace, model_trace = self._analysed(programs, event_dims)
             if self.max_plate_nesting is None:
                 _logger.info("Guessed max_plate_nesting = %d", structure.max_plate_nesting)

@@ -39,8 +39,11 @@ from pyro_mpis.handlers import Name, Programs, replay
 from pyro_mpis.proposals import Particles, model_inputs
 
 NONE, SEVERAL = -1, -2  # in place of an element
-PROBE_ELEMENTS = 2**22  # of a probe's tensors, event dims aside
-MIN_ROWS = 4  # combinations of particles at which an element read from outside is looked for
+# Elements of a probe's tensors, event dims aside: where which element is read is to be found, at
+# MIN_ROWS combinations of particles or more; and where all is only to be checked, at one or more.
+PROBE_ELEMENTS = 2**22
+CHECK_ELEMENTS = 2**16
+MIN_ROWS = 4
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,8 @@ def find_reads(
     if not plated or not (foreign or check):
         return {}
     try:
-        return _probe(graph, structure, particles, programs, MIN_ROWS if foreign else 1)
+        effort = (PROBE_ELEMENTS, MIN_ROWS) if foreign else (CHECK_ELEMENTS, 1)
+        return _probe(graph, structure, particles, programs, *effort)
     except ValueError as error:
         if not foreign:
             return {}
@@ -160,11 +164,13 @@ def _probe(
     structure: Structure,
     particles: Particles,
     programs: Programs,
+    max_elements: int,
     min_rows: int,
 ) -> SiteReads:
     """
     Change elements of the latents by the bits of their numbers, and see what else changes.
 
+    :param max_elements: of the tensors of a run, event dims aside.
     :param min_rows: at how many combinations of particles at least, if there are as many particles;
         those that do not fit into one run take several.
     """
@@ -186,7 +192,7 @@ def _probe(
         math.prod(graph.sizes[symbol] for symbol in site.factor_plates)
         for site in structure.model.values()
     )
-    fitting, available = max(1, PROBE_ELEMENTS // (total * largest)), max(particles.sizes.values())
+    fitting, available = max(1, max_elements // (total * largest)), max(particles.sizes.values())
     wanted = min(available, max(fitting, min_rows))
     values = _known_values(graph, structure, particles)
     changed: dict[str, list[Tensor]] = {}

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cut a run into blocks that fit into memory, from sizes alone, before anything is allocated."""
 
+import gc
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +46,32 @@ class Cut:
 
     blocks: Mapping[str, int]  # symbol of the index -> number of particles
     pieces: Mapping[str, int]
+
+    @property
+    def whole(self) -> bool:
+        """Whether all is taken at once."""
+        return not self.blocks and not self.pieces
+
+
+@contextmanager
+def uncollected(pause: bool = True) -> Iterator[None]:
+    """
+    Pause Python's search for cyclic garbage.
+
+    A run of a long program makes some hundred thousand objects that live until its end. To search
+    them over and over takes a third of its time, more the more there are, and finds nothing: none
+    of ours is in a cycle.
+
+    :param pause: whether to. Not for work in many parts, lest cycles of the user's pile up.
+    """
+    pause = pause and gc.isenabled()
+    if pause:
+        gc.disable()
+    try:
+        yield
+    finally:
+        if pause:
+            gc.enable()
 
 
 def plan(structure: Structure, num_samples: int, memory_limit: int | None, device: str) -> Cut:
