@@ -133,7 +133,9 @@ class _LogMatmul(torch.autograd.Function):
         ctx.dtype = torch.promote_types(a.dtype, b.dtype)
         result = a.new_empty(*a.shape[:-1], b.shape[-1], dtype=ctx.dtype)
         for batch, rows in _blocks(a, b):
-            _product(_matrices(a[rows]), _matrices(b[batch]), ctx.dtype, _matrices(result[rows]))
+            part = result[rows]
+            into = part.view(-1, *part.shape[-2:])
+            _product(_matrices(a[rows]), _matrices(b[batch]), ctx.dtype, into)
         return result
 
     @staticmethod

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sums over blocks of particles equal the sum over all of them."""
 
+import gc
 import math
 
 import pyro
@@ -174,3 +175,29 @@ def test_no_block_is_small_enough() -> None:
 def test_limit_that_makes_no_sense(memory_limit: int) -> None:
     with pytest.raises(ValueError, match="memory_limit: expected a positive number of bytes"):
         MPImportance(model, num_samples=7, memory_limit=memory_limit)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_garbage_collection_is_as_it_was(enabled: bool) -> None:
+    """Whether a run ends or fails; and it pauses while a model runs in one part."""
+    seen = []
+
+    def watched(scale: float) -> None:
+        seen.append(gc.isenabled())
+        pyro.sample("x", dist.Normal(0.0, scale))
+
+    try:
+        (gc.enable if enabled else gc.disable)()
+        MPImportance(watched, num_samples=4).run(1.0)
+        assert gc.isenabled() == enabled and not any(seen)
+        with pytest.raises(ValueError, match="scale"):
+            MPImportance(watched, num_samples=4).run(-1.0)
+        assert gc.isenabled() == enabled
+    finally:
+        gc.enable()
+
+
+def test_garbage_is_collected_during_work_in_many_parts() -> None:
+    with memory.uncollected(pause=False):
+        assert gc.isenabled()
+    assert memory.Cut({}, {}).whole and not memory.Cut({}, {"a": 2}).whole
