@@ -189,7 +189,8 @@ def test_garbage_collection_is_as_it_was(enabled: bool) -> None:
     try:
         (gc.enable if enabled else gc.disable)()
         MPImportance(watched, num_samples=4).run(1.0)
-        assert gc.isenabled() == enabled and not any(seen)
+        assert gc.isenabled() == enabled
+        assert not any(seen)
         with pytest.raises(ValueError, match="scale"):
             MPImportance(watched, num_samples=4).run(-1.0)
         assert gc.isenabled() == enabled
@@ -200,4 +201,5 @@ def test_garbage_collection_is_as_it_was(enabled: bool) -> None:
 def test_garbage_is_collected_during_work_in_many_parts() -> None:
     with memory.uncollected(pause=False):
         assert gc.isenabled()
-    assert memory.Cut({}, {}).whole and not memory.Cut({}, {"a": 2}).whole
+    assert memory.Cut({}, {}).whole
+    assert not memory.Cut({}, {"a": 2}).whole
