@@ -43,6 +43,7 @@ NONE, SEVERAL = -1, -2  # in place of an element
 # MIN_ROWS combinations of particles or more; and where all is only to be checked, at one or more.
 PROBE_ELEMENTS = 2**22
 CHECK_ELEMENTS = 2**16
+MIN_BITS = 2  # of an element's number in a check; in a plate of more elements than these tell apart
 MIN_ROWS = 4
 
 
@@ -78,9 +79,16 @@ def find_reads(
     plated = any(graph.index_plates.values())
     if not plated or not (foreign or check):
         return {}
+    largest = max(
+        math.prod(graph.sizes[symbol] for symbol in site.factor_plates)
+        for site in structure.model.values()
+    )
+    numbers = _numbers(graph, None if foreign else CHECK_ELEMENTS // largest)
+    runs = 1 + sum(2 * bits for _, bits in numbers.values())
+    fitting = max(1, (PROBE_ELEMENTS if foreign else CHECK_ELEMENTS) // (runs * largest))
+    rows = max(fitting, MIN_ROWS if foreign else 1)
     try:
-        effort = (PROBE_ELEMENTS, MIN_ROWS) if foreign else (CHECK_ELEMENTS, 1)
-        return _probe(graph, structure, particles, programs, *effort)
+        reads = _probe(graph, structure, particles, programs, numbers, rows, fitting)
     except ValueError as error:
         if not foreign:
             return {}
@@ -88,6 +96,10 @@ def find_reads(
             f"site '{foreign[0]}': it reads latents of a plate that it is not in, and which "
             f"element it reads could not be found out: {error}"
         ) from error
+    for factor in graph.factors:
+        if factor.name in reads:
+            _check_own_elements(graph, factor, reads[factor.name], numbers)
+    return reads if foreign else {}
 
 
 def check_provenance(
@@ -133,8 +145,6 @@ def regroup_indexed(graph: FactorGraph, reads: SiteReads) -> FactorGraph:
         return graph
     factors: list[LogFactor] = []
     for factor in sorted(graph.factors, key=lambda f: (not _has_local(graph, f), len(f.plates))):
-        if factor.name in reads:
-            _check_own_elements(graph, factor, reads[factor.name])
         if _foreign(graph, factor):
             if factor.name not in reads:
                 raise _unknown(graph, factor)
@@ -159,45 +169,62 @@ def _has_local(graph: FactorGraph, factor: LogFactor) -> bool:
     return factor.plates <= inside
 
 
+def _numbers(graph: FactorGraph, max_runs: int | None) -> dict[Ordinal, tuple[Tensor, int]]:
+    """
+    Give each element of the plates of an index a number.
+
+    :param max_runs: where a check is to take no more runs, numbers of few bits, drawn at random,
+        which two elements may share; at least :data:`MIN_BITS`.
+    :return: for each ordinal the numbers, in its batch dims, and how many bits they have.
+    """
+    ordinals = sorted({plates for plates in graph.index_plates.values() if plates}, key=sorted)
+    numbers = {}
+    for plates in ordinals:
+        size = math.prod(graph.sizes[symbol] for symbol in plates)
+        bits = max(1, math.ceil(math.log2(size)))
+        number = _flat_elements(graph, plates)
+        fitting = bits if max_runs is None else max(MIN_BITS, max_runs // (2 * len(ordinals)))
+        if fitting < bits:
+            generator = torch.Generator().manual_seed(0)
+            number = torch.randint(2**fitting, number.shape, generator=generator).to(graph.device)
+        numbers[plates] = number, min(fitting, bits)
+    return numbers
+
+
 def _probe(
     graph: FactorGraph,
     structure: Structure,
     particles: Particles,
     programs: Programs,
-    max_elements: int,
-    min_rows: int,
+    numbers: Mapping[Ordinal, tuple[Tensor, int]],
+    num_rows: int,
+    at_once: int,
 ) -> SiteReads:
     """
     Change elements of the latents by the bits of their numbers, and see what else changes.
 
-    :param max_elements: of the tensors of a run, event dims aside.
-    :param min_rows: at how many combinations of particles at least, if there are as many particles;
-        those that do not fit into one run take several.
+    :param numbers: of the elements of each ordinal, with their numbers of bits.
+    :param num_rows: at how many combinations of particles, if there are as many particles.
+    :param at_once: how many of them fit into one run.
     """
     slots: dict[Ordinal, tuple[int, int]] = {}
     total = 1  # the first run changes nothing
-    for plates in sorted({p for p in graph.index_plates.values() if p}, key=sorted):
-        bits = max(1, math.ceil(math.log2(math.prod(graph.sizes[s] for s in plates))))
+    for plates, (_, bits) in numbers.items():
         slots[plates] = (total, bits)
         total += 2 * bits
     patterns = {}
     for name, index in structure.index_of.items():
         if index.plates:
             start, bits = slots[index.plates]
-            code = _code(_flat_elements(graph, index.plates), bits)[1:]
+            code = _code(numbers[index.plates][0], bits)[1:]
             pattern = code.new_zeros((total, *code.shape[1:]))
             pattern[start : start + 2 * bits] = code
             patterns[name] = pattern
-    largest = max(
-        math.prod(graph.sizes[symbol] for symbol in site.factor_plates)
-        for site in structure.model.values()
-    )
-    fitting, available = max(1, max_elements // (total * largest)), max(particles.sizes.values())
-    wanted = min(available, max(fitting, min_rows))
+    wanted = min(num_rows, max(particles.sizes.values()))
     values = _known_values(graph, structure, particles)
     changed: dict[str, list[Tensor]] = {}
-    for first in range(0, wanted, fitting):
-        rows = range(first, min(first + fitting, wanted))
+    for first in range(0, wanted, at_once):
+        rows = range(first, min(first + at_once, wanted))
         log_probs = _probed_log_probs(structure, programs, values, patterns, rows)
         for name, log_prob in log_probs.items():
             inner = "".join(sorted(structure.model[name].factor_plates))
@@ -350,14 +377,19 @@ def _decode(changed: Tensor, start: int, bits: int) -> Tensor:
     return highest.masked_fill(several, SEVERAL)
 
 
-def _check_own_elements(graph: FactorGraph, factor: LogFactor, reads: ElementReads) -> None:
+def _check_own_elements(
+    graph: FactorGraph,
+    factor: LogFactor,
+    reads: ElementReads,
+    numbers: Mapping[Ordinal, tuple[Tensor, int]],
+) -> None:
     """Refuse a factor whose plate elements read other elements than their own."""
     ordinals = {graph.index_plates[symbol] for symbol in _indices(graph, factor)}
     for plates in sorted(ordinals, key=sorted):
         if not plates or not plates <= factor.plates:
             continue
         found = reads.elements[plates]
-        own = graph.to_plates(_flat_elements(graph, plates), reads.inner, left=0)
+        own = graph.to_plates(numbers[plates][0], reads.inner, left=0)
         if bool(((found != own) & (found != NONE)).any()):
             raise NotImplementedError(
                 f"site '{factor.name}': an element of {_names(graph, plates)} reads a latent at "

@@ -38,7 +38,7 @@ from pyro_mpis.handlers import (
     replay,
 )
 
-CHECKED_ELEMENTS = 2**24  # of a tensor whose arguments are checked
+CHECKED_ELEMENTS = 2**22  # of a tensor whose arguments are checked
 SINGLE_RUNS = 100  # of a program that fails after its last site
 MIXTURE_ELEMENTS = 2**24  # densities of pairs of particles that are held at once
 

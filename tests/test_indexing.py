@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -269,6 +270,45 @@ def test_permuted_elements_of_the_same_plate_are_refused() -> None:
 
     with pytest.raises(NotImplementedError, match=r"site 'y'.*other elements of it than its own"):
         MPImportance(permuted, num_samples=3).run()
+
+
+@pytest.mark.parametrize("mixed", [lambda x: x.roll(1, -1), lambda x: x.cumsum(-1), torch.sort])
+def test_mixed_elements_of_a_large_plate_are_refused(
+    mixed: Callable[[Tensor], Tensor | tuple[Tensor, Tensor]],
+) -> None:
+    """Its elements are told apart by random numbers of a few bits; many pairs are mixed."""
+    size = 2 * indexing.CHECK_ELEMENTS
+
+    def large() -> None:
+        with pyro.plate("county", size):
+            alpha = pyro.sample("alpha", dist.Normal(0.0, 1.0))
+            value = mixed(alpha)
+            loc = value if isinstance(value, Tensor) else value[0]
+            pyro.sample("y", dist.Normal(loc, 1.0), obs=torch.zeros(size))
+
+    with pytest.raises(NotImplementedError, match=r"site 'y'.*other elements of it than its own"):
+        MPImportance(large, num_samples=2).run()
+
+
+def test_large_plates_are_checked_in_few_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two bits, once with each bit set and once with it not set, and one that changes none."""
+    runs = []
+    original = indexing._probing_runs
+
+    def counting(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        runs.append(max(len(pattern) for pattern in args[3].values()))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(indexing, "_probing_runs", counting)
+
+    def plated(size: int) -> None:
+        with pyro.plate("county", size):
+            alpha = pyro.sample("alpha", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(alpha, 1.0), obs=torch.zeros(size))
+
+    for size in (2, 1000, 2 * indexing.CHECK_ELEMENTS):
+        MPImportance(plated, num_samples=2).run(size)
+    assert runs == [1 + 2 * 1, 1 + 2 * 10, 1 + 2 * 2]
 
 
 def test_discrete_latents_by_index() -> None:
