@@ -236,7 +236,10 @@ def _probe(
     for name, parts in changed.items():
         inner = "".join(sorted(structure.model[name].factor_plates))
         together = torch.cat(parts, 1)
-        elements = {p: _decode(together, start, bits) for p, (start, bits) in slots.items()}
+        ordinals = {
+            structure.by_symbol[symbol].plates for symbol in structure.reads(structure.model[name])
+        }
+        elements = {p: _decode(together, *slots[p]) for p in slots if p in ordinals}
         reads[name] = ElementReads(inner, elements)
     return reads
 
