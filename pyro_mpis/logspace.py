@@ -262,11 +262,17 @@ def _parts(x: Tensor, dims: Iterable[int]) -> Iterator[tuple[slice, ...]]:
 
 
 def _blocks(a: Tensor, b: Tensor) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
-    """Cut a product into parts, several matrices or some rows of one: batch; batch and rows."""
+    """
+    Cut a product into parts, several matrices or some rows of one: batch; batch and rows.
+
+    Each part takes the exponentials of all of ``b``'s matrix, so that its rows are as many as make
+    them no more than those of ``a``.
+    """
     *batch, m, s = a.shape
     of_row = max(s, b.shape[-1], 1)
-    of_matrix = max(of_row * m, s * b.shape[-1], 1)
-    rows = m if of_matrix <= _part(a) else max(1, _part(a) // of_row)
+    of_b = s * b.shape[-1]
+    of_matrix = max(of_row * m, of_b, 1)
+    rows = m if of_matrix <= _part(a) else max(1, max(_part(a), of_b) // of_row)
     for part in ranges(batch, range(len(batch)), _part(a) // of_matrix):
         for row in range(0, m, rows):
             yield part, (*part, slice(row, row + rows))

@@ -116,6 +116,25 @@ def test_matrix_product_that_loses_few_entries(
     torch.testing.assert_close(grads[1].double(), share.sum(1), rtol=tolerance, atol=tolerance)
 
 
+def test_parts_of_a_long_sum_share_their_exponentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of a few rows would cost as many exponentials as the whole of the other matrix."""
+    monkeypatch.setattr(logspace, "_PART", 2**10)
+    taken = []
+    exp_ = logspace.exp_
+
+    def counted(x: Tensor) -> Tensor:
+        taken.append(x.numel())
+        return exp_(x)
+
+    monkeypatch.setattr(logspace, "exp_", counted)
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(2, 20, 400, generator=generator, dtype=torch.float64)
+    b = torch.randn(2, 400, 5, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(log_matmul(a, b), exact_product(a, b))
+    assert len(taken) > 4  # parts indeed
+    assert sum(taken) <= 2 * a.numel() + b.numel()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @given(matrices())
 @settings(max_examples=30, deadline=None, derandomize=True)
