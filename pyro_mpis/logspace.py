@@ -67,7 +67,7 @@ def sum_in_double(x: Tensor, dims: Sequence[int]) -> Tensor:
     """
     Sum over some dims in float64, without a copy of the whole tensor in float64.
 
-    :param dims: nonnegative.
+    :param dims: nonnegative; one or more.
     """
     result: Tensor = _SumInDouble.apply(x, tuple(dims))  # type: ignore[no-untyped-call]
     return result
@@ -109,10 +109,10 @@ class _SumInDouble(torch.autograd.Function):
         if x.dtype == torch.float64:
             result = x.sum(summed)
         else:
-            result = x.new_empty([x.shape[place] for place in kept], dtype=torch.float64)
-            for part in _parts(x, kept):
-                into = tuple(part[place] for place in kept)
-                torch.sum(x[part].double(), summed, out=result[into])
+            result = x.new_zeros([x.shape[place] for place in kept], dtype=torch.float64)
+            for part in ranges(x.shape, (*kept, *summed), _part(x)):
+                into = result[tuple(part[place] for place in kept)]
+                into += x[part].double().sum(summed)
         kept_dims = [order[place] for place in kept]
         return result.permute([kept_dims.index(dim) for dim in sorted(kept_dims)])
 

@@ -175,6 +175,27 @@ def test_sum_in_double(dims: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -
     torch.testing.assert_close(found, exact)
 
 
+@pytest.mark.parametrize("dims", [(0,), (2,), (0, 1), (0, 1, 2)])
+def test_sum_in_double_converts_a_part_at_a_time(
+    dims: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where nothing is left to cut but the dims that are summed."""
+    monkeypatch.setattr(logspace, "_PART", 100)
+    x = torch.randn(30, 20, 10, generator=torch.Generator().manual_seed(0))
+    expected = x.double().sum(dims)
+    converted = []
+    double = Tensor.double
+
+    def counted(part: Tensor) -> Tensor:
+        converted.append(part.numel())
+        return double(part)
+
+    monkeypatch.setattr(Tensor, "double", counted)
+    found = sum_in_double(x, dims)
+    assert max(converted) <= 100
+    torch.testing.assert_close(found, expected, rtol=1e-14, atol=1e-13)
+
+
 def test_derivative_of_an_empty_sum_is_zero() -> None:
     x = torch.full((2, 3), -math.inf, requires_grad=True)
     (grad,) = torch.autograd.grad(logsumexp(x).nan_to_num(neginf=0.0).sum() + logsumexp(x)[0], x)
