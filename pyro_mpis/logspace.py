@@ -163,7 +163,7 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype, result: Tensor) -> None:
     """Multiply ``(batch, m, s)`` by ``(batch, s, n)`` in a precision, into ``(batch, m, n)``."""
     a_max, b_max, ea, eb = _shifted(a, b, dtype)
     product = ea @ eb
-    lost = product < _SAFE[dtype]
+    lost = _lost(product < _SAFE[dtype], a_max, b_max)
     num_lost = int(lost.count_nonzero())
     if num_lost > _FEW * lost.numel() and dtype != torch.float64:
         _product(a, b, torch.float64, result)
@@ -185,15 +185,14 @@ def _product_grads(
 
     :param wanted: which of the two derivatives are wanted; None stands for the other.
     """
-    _, _, ea, eb = _shifted(a, b, dtype)
+    a_max, b_max, ea, eb = _shifted(a, b, dtype)
     scaled = ea @ eb
-    lost = scaled < _SAFE[dtype]
+    small = scaled < _SAFE[dtype]
+    lost = _lost(small, a_max, b_max)
     num_lost = int(lost.count_nonzero())
     if num_lost > _FEW * lost.numel() and dtype != torch.float64:
         return _product_grads(a, b, torch.float64, grad, wanted)
-    torch.div(grad, scaled, out=scaled)
-    if num_lost:
-        scaled.masked_fill_(lost, 0.0)
+    torch.div(grad, scaled, out=scaled).masked_fill_(small, 0.0)
     grad_a = (scaled @ eb.mT).mul_(ea) if wanted[0] else None
     grad_b = (ea.mT @ scaled).mul_(eb) if wanted[1] else None
     if num_lost:
@@ -204,6 +203,12 @@ def _product_grads(
             if grad_b is not None:
                 grad_b.mT.index_put_((batch, n), share, accumulate=True)
     return grad_a, grad_b
+
+
+def _lost(small: Tensor, a_max: Tensor, b_max: Tensor) -> Tensor:
+    """Return which small entries may have lost terms: none in a row or column that is all zero."""
+    lowest = torch.finfo(a_max.dtype).min  # see finite
+    return small & (a_max > lowest) & (b_max > lowest)
 
 
 def _terms(

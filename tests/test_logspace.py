@@ -2,6 +2,7 @@
 """The log-space kernels, exact at any dynamic range, with their derivatives."""
 
 import math
+from typing import Any
 
 import hypothesis.strategies as st
 import pyro.ops.einsum.torch_log
@@ -114,6 +115,37 @@ def test_matrix_product_that_loses_few_entries(
     tolerance = 10 * TOLERANCE[dtype]  # sums of 20 shares
     torch.testing.assert_close(grads[0].double(), share.sum(-1), rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(grads[1].double(), share.sum(1), rtol=tolerance, atol=tolerance)
+
+
+def test_rows_and_columns_of_zeros_take_no_sum_term_by_term(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Particles that the model excludes are many, and what they give is known."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(1, 20, 20, generator=generator, dtype=torch.float64) for _ in range(2))
+    a[0, :5] = -math.inf
+    b[0, :, 8:] = -math.inf
+    a[0, 6, :10] = b[0, 10:, 3] = -math.inf  # these two do not meet
+    summed: list[tuple[int, int, int]] = []
+    terms = logspace._terms
+
+    def counted(*args: Any) -> Any:
+        for batch, m, n, values in terms(*args):
+            summed.extend(zip(batch.tolist(), m.tolist(), n.tolist(), strict=True))
+            yield batch, m, n, values
+
+    monkeypatch.setattr(logspace, "_terms", counted)
+    a.requires_grad_()
+    b.requires_grad_()
+    found = log_matmul(a, b)
+    assert_close(found.detach(), exact_product(a, b), 1e-12)
+    weight = torch.randn(found.shape, generator=generator, dtype=torch.float64)
+    grads = torch.autograd.grad(found, [a, b], weight)
+    share = (a.unsqueeze(-1) + b.unsqueeze(1)).detach().softmax(2).nan_to_num(0.0)
+    share = share * weight.unsqueeze(2)
+    torch.testing.assert_close(grads[0], share.sum(-1))
+    torch.testing.assert_close(grads[1], share.sum(1))
+    assert summed == [(0, 6, 3)] * 2
 
 
 def test_parts_of_a_long_sum_share_their_exponentials(monkeypatch: pytest.MonkeyPatch) -> None:
