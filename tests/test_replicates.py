@@ -2,7 +2,7 @@
 """Independent replicates, and blocks and replicates sent to executors."""
 
 import math
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from typing import Any
 
 import pyro
@@ -147,6 +147,15 @@ def test_process_pool() -> None:
         check_same(run(num_replicates=3), run(pool, num_replicates=3))
         check_same(run(memory_limit=1_500), run(pool, memory_limit=1_500))
     assert len(run(memory_limit=1_500)._sums[0].blocks) > 1
+
+
+@pytest.mark.parametrize("options", [{"num_replicates": 6}, {"memory_limit": 2_000}])
+def test_threads_do_not_act_on_each_other(options: dict[str, Any]) -> None:
+    """Handlers, parameters and random numbers are those of the process: jobs take turns."""
+    with ThreadPoolExecutor(4) as pool:
+        threaded = run(pool, **options)
+        check_same(run(**options), threaded)
+    assert pyro.poutine.runtime._PYRO_STACK == []
 
 
 class Failing(Executor):
