@@ -141,6 +141,19 @@ def test_replicates_without_evidence_count_as_zero() -> None:
     assert posterior.evidence_error() > 0.0
 
 
+def test_an_infinite_moment_counts_as_nothing_where_the_evidence_is_negligible() -> None:
+    def narrow() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("f", -1e5 * z.square())
+
+    pyro.set_rng_seed(0)
+    posterior = MPImportance(narrow, num_samples=1, num_replicates=40).run()
+    outside = posterior.marginals("z").samples.abs() > 0.5
+    assert 0 < int(outside.sum()) < 40
+    moment = posterior.moments(lambda z: torch.where(z.abs() > 0.5, math.inf, z), "z")
+    torch.testing.assert_close(moment, posterior.moments()["z"])
+
+
 def test_process_pool() -> None:
     """Replicates, and the blocks of a single run, in two processes: the same numbers as here."""
     with ProcessPoolExecutor(2) as pool:
