@@ -107,7 +107,8 @@ class MPImportance(ImportanceTraces):
         and marginals weighted by evidence; their spread gives :meth:`evidence_error`.
     :param executor: any :class:`concurrent.futures.Executor` (a process pool, or Dask's, loky's,
         mpi4py's) to send replicates, or the blocks of a single one, to. Model and guide must then
-        be what it can pickle; the result is the same.
+        be what it can pickle; the result is the same. Threads of one process take turns, as Pyro's
+        handlers are global: processes are faster.
     :param disable_progbar: whether to show no progress bar over blocks in a terminal.
     :raises ValueError: if an argument is not as described.
     """
@@ -673,16 +674,12 @@ class MPImportance(ImportanceTraces):
         if len(values) == 1:
             return dict(values[0])
         shares = self._log_shares().exp()
-        return {
-            name: sum(
-                (
-                    share.to(value[name].dtype) * value[name]
-                    for share, value in zip(shares, values, strict=True)
-                ),
-                torch.zeros_like(values[0][name]),
-            )
-            for name in values[0]
-        }
+        counted = [(share, value) for share, value in zip(shares, values, strict=True) if share > 0]
+        averages = {}
+        for name, first in values[0].items():
+            parts = (share * value[name].double() for share, value in counted)  # not 0 * inf
+            averages[name] = sum(parts, torch.zeros_like(first, dtype=torch.double)).to(first.dtype)
+        return averages
 
 
 def _positive(name: str, number: int) -> int:

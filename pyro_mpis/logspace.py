@@ -67,7 +67,7 @@ def sum_in_double(x: Tensor, dims: Sequence[int]) -> Tensor:
     """
     Sum over some dims in float64, without a copy of the whole tensor in float64.
 
-    :param dims: nonnegative.
+    :param dims: nonnegative; one or more.
     """
     result: Tensor = _SumInDouble.apply(x, tuple(dims))  # type: ignore[no-untyped-call]
     return result
@@ -109,10 +109,10 @@ class _SumInDouble(torch.autograd.Function):
         if x.dtype == torch.float64:
             result = x.sum(summed)
         else:
-            result = x.new_empty([x.shape[place] for place in kept], dtype=torch.float64)
-            for part in _parts(x, kept):
-                into = tuple(part[place] for place in kept)
-                torch.sum(x[part].double(), summed, out=result[into])
+            result = x.new_zeros([x.shape[place] for place in kept], dtype=torch.float64)
+            for part in ranges(x.shape, (*kept, *summed), _part(x)):
+                into = result[tuple(part[place] for place in kept)]
+                into += x[part].double().sum(summed)
         kept_dims = [order[place] for place in kept]
         return result.permute([kept_dims.index(dim) for dim in sorted(kept_dims)])
 
@@ -163,7 +163,7 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype, result: Tensor) -> None:
     """Multiply ``(batch, m, s)`` by ``(batch, s, n)`` in a precision, into ``(batch, m, n)``."""
     a_max, b_max, ea, eb = _shifted(a, b, dtype)
     product = ea @ eb
-    lost = product < _SAFE[dtype]
+    lost = _lost(product < _SAFE[dtype], a_max, b_max)
     num_lost = int(lost.count_nonzero())
     if num_lost > _FEW * lost.numel() and dtype != torch.float64:
         _product(a, b, torch.float64, result)
@@ -185,15 +185,14 @@ def _product_grads(
 
     :param wanted: which of the two derivatives are wanted; None stands for the other.
     """
-    _, _, ea, eb = _shifted(a, b, dtype)
+    a_max, b_max, ea, eb = _shifted(a, b, dtype)
     scaled = ea @ eb
-    lost = scaled < _SAFE[dtype]
+    small = scaled < _SAFE[dtype]
+    lost = _lost(small, a_max, b_max)
     num_lost = int(lost.count_nonzero())
     if num_lost > _FEW * lost.numel() and dtype != torch.float64:
         return _product_grads(a, b, torch.float64, grad, wanted)
-    torch.div(grad, scaled, out=scaled)
-    if num_lost:
-        scaled.masked_fill_(lost, 0.0)
+    torch.div(grad, scaled, out=scaled).masked_fill_(small, 0.0)
     grad_a = (scaled @ eb.mT).mul_(ea) if wanted[0] else None
     grad_b = (ea.mT @ scaled).mul_(eb) if wanted[1] else None
     if num_lost:
@@ -204,6 +203,12 @@ def _product_grads(
             if grad_b is not None:
                 grad_b.mT.index_put_((batch, n), share, accumulate=True)
     return grad_a, grad_b
+
+
+def _lost(small: Tensor, a_max: Tensor, b_max: Tensor) -> Tensor:
+    """Return which small entries may have lost terms: none in a row or column that is all zero."""
+    lowest = torch.finfo(a_max.dtype).min  # see finite
+    return small & (a_max > lowest) & (b_max > lowest)
 
 
 def _terms(
@@ -262,11 +267,17 @@ def _parts(x: Tensor, dims: Iterable[int]) -> Iterator[tuple[slice, ...]]:
 
 
 def _blocks(a: Tensor, b: Tensor) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
-    """Cut a product into parts, several matrices or some rows of one: batch; batch and rows."""
+    """
+    Cut a product into parts, several matrices or some rows of one: batch; batch and rows.
+
+    Each part takes the exponentials of all of ``b``'s matrix, so that its rows are as many as make
+    them no more than those of ``a``.
+    """
     *batch, m, s = a.shape
     of_row = max(s, b.shape[-1], 1)
-    of_matrix = max(of_row * m, s * b.shape[-1], 1)
-    rows = m if of_matrix <= _part(a) else max(1, _part(a) // of_row)
+    of_b = s * b.shape[-1]
+    of_matrix = max(of_row * m, of_b, 1)
+    rows = m if of_matrix <= _part(a) else max(1, max(_part(a), of_b) // of_row)
     for part in ranges(batch, range(len(batch)), _part(a) // of_matrix):
         for row in range(0, m, rows):
             yield part, (*part, slice(row, row + rows))

@@ -2,6 +2,7 @@
 """The log-space kernels, exact at any dynamic range, with their derivatives."""
 
 import math
+from typing import Any
 
 import hypothesis.strategies as st
 import pyro.ops.einsum.torch_log
@@ -116,6 +117,56 @@ def test_matrix_product_that_loses_few_entries(
     torch.testing.assert_close(grads[1].double(), share.sum(1), rtol=tolerance, atol=tolerance)
 
 
+def test_rows_and_columns_of_zeros_take_no_sum_term_by_term(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Particles that the model excludes are many, and what they give is known."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(1, 20, 20, generator=generator, dtype=torch.float64) for _ in range(2))
+    a[0, :5] = -math.inf
+    b[0, :, 8:] = -math.inf
+    a[0, 6, :10] = b[0, 10:, 3] = -math.inf  # these two do not meet
+    summed: list[tuple[int, int, int]] = []
+    terms = logspace._terms
+
+    def counted(*args: Any) -> Any:
+        for batch, m, n, values in terms(*args):
+            summed.extend(zip(batch.tolist(), m.tolist(), n.tolist(), strict=True))
+            yield batch, m, n, values
+
+    monkeypatch.setattr(logspace, "_terms", counted)
+    a.requires_grad_()
+    b.requires_grad_()
+    found = log_matmul(a, b)
+    assert_close(found.detach(), exact_product(a, b), 1e-12)
+    weight = torch.randn(found.shape, generator=generator, dtype=torch.float64)
+    grads = torch.autograd.grad(found, [a, b], weight)
+    share = (a.unsqueeze(-1) + b.unsqueeze(1)).detach().softmax(2).nan_to_num(0.0)
+    share = share * weight.unsqueeze(2)
+    torch.testing.assert_close(grads[0], share.sum(-1))
+    torch.testing.assert_close(grads[1], share.sum(1))
+    assert summed == [(0, 6, 3)] * 2
+
+
+def test_parts_of_a_long_sum_share_their_exponentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of a few rows would cost as many exponentials as the whole of the other matrix."""
+    monkeypatch.setattr(logspace, "_PART", 2**10)
+    taken = []
+    exp_ = logspace.exp_
+
+    def counted(x: Tensor) -> Tensor:
+        taken.append(x.numel())
+        return exp_(x)
+
+    monkeypatch.setattr(logspace, "exp_", counted)
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(2, 20, 400, generator=generator, dtype=torch.float64)
+    b = torch.randn(2, 400, 5, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(log_matmul(a, b), exact_product(a, b))
+    assert len(taken) > 4  # parts indeed
+    assert sum(taken) <= 2 * a.numel() + b.numel()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @given(matrices())
 @settings(max_examples=30, deadline=None, derandomize=True)
@@ -154,6 +205,27 @@ def test_sum_in_double(dims: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -
     (found,) = torch.autograd.grad((sum_in_double(x, dims) * weight).sum(), x)
     (exact,) = torch.autograd.grad((x.sum(dims) * weight).sum(), x)
     torch.testing.assert_close(found, exact)
+
+
+@pytest.mark.parametrize("dims", [(0,), (2,), (0, 1), (0, 1, 2)])
+def test_sum_in_double_converts_a_part_at_a_time(
+    dims: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where nothing is left to cut but the dims that are summed."""
+    monkeypatch.setattr(logspace, "_PART", 100)
+    x = torch.randn(30, 20, 10, generator=torch.Generator().manual_seed(0))
+    expected = x.double().sum(dims)
+    converted = []
+    double = Tensor.double
+
+    def counted(part: Tensor) -> Tensor:
+        converted.append(part.numel())
+        return double(part)
+
+    monkeypatch.setattr(Tensor, "double", counted)
+    found = sum_in_double(x, dims)
+    assert max(converted) <= 100
+    torch.testing.assert_close(found, expected, rtol=1e-14, atol=1e-13)
 
 
 def test_derivative_of_an_empty_sum_is_zero() -> None:

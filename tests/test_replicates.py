@@ -2,7 +2,7 @@
 """Independent replicates, and blocks and replicates sent to executors."""
 
 import math
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from typing import Any
 
 import pyro
@@ -141,12 +141,34 @@ def test_replicates_without_evidence_count_as_zero() -> None:
     assert posterior.evidence_error() > 0.0
 
 
+def test_an_infinite_moment_counts_as_nothing_where_the_evidence_is_negligible() -> None:
+    def narrow() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("f", -1e5 * z.square())
+
+    pyro.set_rng_seed(0)
+    posterior = MPImportance(narrow, num_samples=1, num_replicates=40).run()
+    outside = posterior.marginals("z").samples.abs() > 0.5
+    assert 0 < int(outside.sum()) < 40
+    moment = posterior.moments(lambda z: torch.where(z.abs() > 0.5, math.inf, z), "z")
+    torch.testing.assert_close(moment, posterior.moments()["z"])
+
+
 def test_process_pool() -> None:
     """Replicates, and the blocks of a single run, in two processes: the same numbers as here."""
     with ProcessPoolExecutor(2) as pool:
         check_same(run(num_replicates=3), run(pool, num_replicates=3))
         check_same(run(memory_limit=1_500), run(pool, memory_limit=1_500))
     assert len(run(memory_limit=1_500)._sums[0].blocks) > 1
+
+
+@pytest.mark.parametrize("options", [{"num_replicates": 6}, {"memory_limit": 2_000}])
+def test_threads_do_not_act_on_each_other(options: dict[str, Any]) -> None:
+    """Handlers, parameters and random numbers are those of the process: jobs take turns."""
+    with ThreadPoolExecutor(4) as pool:
+        threaded = run(pool, **options)
+        check_same(run(**options), threaded)
+    assert pyro.poutine.runtime._PYRO_STACK == []
 
 
 class Failing(Executor):
