@@ -16,7 +16,7 @@ result is far below rounding.
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -110,7 +110,7 @@ class _SumInDouble(torch.autograd.Function):
             result = x.sum(summed)
         else:
             result = x.new_zeros([x.shape[place] for place in kept], dtype=torch.float64)
-            for part in ranges(x.shape, (*kept, *summed), _part(x)):
+            for part in cuts(x.shape, (*kept, *summed), _part(x)):
                 into = result[tuple(part[place] for place in kept)]
                 into += x[part].double().sum(summed)
         kept_dims = [order[place] for place in kept]
@@ -159,18 +159,40 @@ def _matrices(x: Tensor) -> Tensor:
     return x.reshape(-1, *x.shape[-2:])
 
 
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype, result: Tensor) -> None:
-    """Multiply ``(batch, m, s)`` by ``(batch, s, n)`` in a precision, into ``(batch, m, n)``."""
+class _Multiplied(NamedTuple):
+    """A product of exponentials, and what it is made from."""
+
+    dtype: torch.dtype  # that it was made in
+    a_max: Tensor  # (batch, m, 1)
+    b_max: Tensor  # (batch, 1, n)
+    ea: Tensor  # (batch, m, s), exponentials of what is below these maxima
+    eb: Tensor  # (batch, s, n)
+    product: Tensor  # (batch, m, n)
+    small: Tensor | None  # where terms may have been lost, or all are zero; None for nowhere
+    lost: Tensor | None  # where they may have been lost
+
+
+def _multiplied(a: Tensor, b: Tensor, dtype: torch.dtype) -> _Multiplied:
+    """Multiply shifted exponentials; in double precision if single loses more than a few."""
     a_max, b_max, ea, eb = _shifted(a, b, dtype)
     product = ea @ eb
-    lost = _lost(product < _SAFE[dtype], a_max, b_max)
+    small = product < _SAFE[dtype]
+    if not bool(small.any()):
+        return _Multiplied(dtype, a_max, b_max, ea, eb, product, None, None)
+    lowest = torch.finfo(dtype).min  # see finite: of rows and columns that are all zero
+    lost = small & (a_max > lowest) & (b_max > lowest)
     num_lost = int(lost.count_nonzero())
     if num_lost > _FEW * lost.numel() and dtype != torch.float64:
-        _product(a, b, torch.float64, result)
-        return
-    torch.add(product.log_().add_(a_max), b_max, out=result)
-    if num_lost:
-        for batch, m, n, terms in _terms(a, b, dtype, lost):
+        return _multiplied(a, b, torch.float64)
+    return _Multiplied(dtype, a_max, b_max, ea, eb, product, small, lost if num_lost else None)
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype, result: Tensor) -> None:
+    """Multiply ``(batch, m, s)`` by ``(batch, s, n)`` into ``(batch, m, n)``."""
+    made = _multiplied(a, b, dtype)
+    torch.add(made.product.log_().add_(made.a_max), made.b_max, out=result)
+    if made.lost is not None:
+        for batch, m, n, terms in _terms(a, b, made.dtype, made.lost):
             result[batch, m, n] = terms.logsumexp(-1).to(result.dtype)
 
 
@@ -185,30 +207,20 @@ def _product_grads(
 
     :param wanted: which of the two derivatives are wanted; None stands for the other.
     """
-    a_max, b_max, ea, eb = _shifted(a, b, dtype)
-    scaled = ea @ eb
-    small = scaled < _SAFE[dtype]
-    lost = _lost(small, a_max, b_max)
-    num_lost = int(lost.count_nonzero())
-    if num_lost > _FEW * lost.numel() and dtype != torch.float64:
-        return _product_grads(a, b, torch.float64, grad, wanted)
-    torch.div(grad, scaled, out=scaled).masked_fill_(small, 0.0)
-    grad_a = (scaled @ eb.mT).mul_(ea) if wanted[0] else None
-    grad_b = (ea.mT @ scaled).mul_(eb) if wanted[1] else None
-    if num_lost:
-        for batch, m, n, terms in _terms(a, b, dtype, lost):
+    made = _multiplied(a, b, dtype)
+    scaled = torch.div(grad, made.product, out=made.product)
+    if made.small is not None:
+        scaled.masked_fill_(made.small, 0.0)
+    grad_a = (scaled @ made.eb.mT).mul_(made.ea) if wanted[0] else None
+    grad_b = (made.ea.mT @ scaled).mul_(made.eb) if wanted[1] else None
+    if made.lost is not None:
+        for batch, m, n, terms in _terms(a, b, made.dtype, made.lost):
             share = grad[batch, m, n].unsqueeze(1) * _shares(terms)
             if grad_a is not None:
                 grad_a.index_put_((batch, m), share, accumulate=True)
             if grad_b is not None:
                 grad_b.mT.index_put_((batch, n), share, accumulate=True)
     return grad_a, grad_b
-
-
-def _lost(small: Tensor, a_max: Tensor, b_max: Tensor) -> Tensor:
-    """Return which small entries may have lost terms: none in a row or column that is all zero."""
-    lowest = torch.finfo(a_max.dtype).min  # see finite
-    return small & (a_max > lowest) & (b_max > lowest)
 
 
 def _terms(
@@ -263,7 +275,7 @@ def _part(x: Tensor) -> int:
 
 def _parts(x: Tensor, dims: Iterable[int]) -> Iterator[tuple[slice, ...]]:
     """Cut a tensor along some of its dims, the outermost in memory first, into parts."""
-    return ranges(x.shape, sorted(dims, key=lambda dim: -x.stride()[dim]), _part(x))
+    return cuts(x.shape, sorted(dims, key=lambda dim: -x.stride()[dim]), _part(x))
 
 
 def _blocks(a: Tensor, b: Tensor) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
@@ -278,19 +290,19 @@ def _blocks(a: Tensor, b: Tensor) -> Iterator[tuple[tuple[slice, ...], tuple[sli
     of_b = s * b.shape[-1]
     of_matrix = max(of_row * m, of_b, 1)
     rows = m if of_matrix <= _part(a) else max(1, max(_part(a), of_b) // of_row)
-    for part in ranges(batch, range(len(batch)), _part(a) // of_matrix):
+    for part in cuts(batch, range(len(batch)), _part(a) // of_matrix):
         for row in range(0, m, rows):
             yield part, (*part, slice(row, row + rows))
 
 
-def ranges(shape: Sequence[int], order: Iterable[int], room: int) -> Iterator[tuple[slice, ...]]:
+def cuts(shape: Sequence[int], order: Iterable[int], room: int) -> Iterator[tuple[slice, ...]]:
     """Cut dims of a shape, one after the other in an order, until parts have ``room`` elements."""
     sizes = list(shape)
     for dim in order:
         rest = math.prod(sizes) // max(1, sizes[dim])
         sizes[dim] = max(1, min(sizes[dim], room // max(1, rest)))
-    cuts = [
+    slices = [
         [slice(start, start + size) for start in range(0, whole, size)] if whole else [slice(0)]
         for whole, size in zip(shape, sizes, strict=True)
     ]
-    return itertools.product(*cuts)
+    return itertools.product(*slices)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pyro_mpis.contraction import Elimination, LogSpaceRing, aligned, contract, dims_of, packed
 from pyro_mpis.factors import FactorGraph, SiteValue
-from pyro_mpis.logspace import exp_, finite, ranges
+from pyro_mpis.logspace import cuts, exp_, finite
 
 DRAW_ELEMENTS = 2**18  # probabilities that are looked at together
 LOST = 1e-20  # below this a sum of products of single precision has lost terms to underflow
@@ -135,14 +135,14 @@ def _draw_step(graph: FactorGraph, step: Elimination, drawn: Drawn, num_draws: i
     given = inside & set(graph.index_plates)
     assert inside - given <= set(plates), "summed in its plates"
     if not given:
-        return _same_for_all(_product(step.terms, plates + symbol), num_draws)
+        return _same_for_all(_log_product(step.terms, plates + symbol), num_draws)
     shape = [graph.sizes[plate] for plate in plates]
     indices = {s: index_at(graph, drawn, s, plates) for s in given}
     positions = {s: _positions(graph, s, plates).unsqueeze(0) for s in plates}
     tables = [_Table(graph, term, symbol, plates, num_draws) for term in step.terms]
     chosen = torch.empty((num_draws, *shape), dtype=torch.long, device=graph.device)
     order = (*range(1, chosen.dim()), 0)  # all draws of some plate elements: their rows are few
-    for part in ranges(chosen.shape, order, DRAW_ELEMENTS // graph.sizes[symbol]):
+    for part in cuts(chosen.shape, order, DRAW_ELEMENTS // graph.sizes[symbol]):
         at = {s: _cut(index, part) for s, index in (indices | positions).items()}
         chosen[part] = _draw(tables, at, chosen[part].shape)
     return chosen
@@ -171,7 +171,7 @@ def _draw(tables: Sequence["_Table"], at: Mapping[str, Tensor], shape: torch.Siz
     return choice
 
 
-def _product(terms: Sequence[Tensor], layout: str) -> Tensor:
+def _log_product(terms: Sequence[Tensor], layout: str) -> Tensor:
     """Multiply packed terms, in double precision."""
     total = aligned(terms[0], layout).double()
     for term in terms[1:]:
@@ -202,12 +202,12 @@ class _Table:
         self.term = aligned(term, symbol + self.dims)
         looked_up = num_draws * math.prod(graph.sizes[s] for s in (symbol, *plates))
         whole = looked_up > term.numel()  # then each row is worth an exponential
-        self.all_shares = _shares(self.term).flatten() if whole else None
+        self.all_shares = _relative(self.term).flatten() if whole else None
 
     def shares(self, at: Mapping[str, Tensor]) -> Tensor:
         """Return rows divided by their largest entries: (the dim to draw, N, *plates), float32."""
         if self.all_shares is None:
-            return _shares(self.logs(at))
+            return _relative(self.logs(at))
         row = self._row(at)
         shares = self.all_shares.view(len(self.term), -1).index_select(1, row.flatten())
         return shares.view(-1, *row.shape)
@@ -231,7 +231,7 @@ def _num_dims(at: Mapping[str, Tensor]) -> int:
     return next(iter(at.values())).dim()
 
 
-def _shares(logs: Tensor) -> Tensor:
+def _relative(logs: Tensor) -> Tensor:
     """Divide by the largest along the first dim: from log scale to linear, float32."""
     return exp_((logs - finite(logs.amax(0))).float())
 
