@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, cast
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import Independent, MaskedDistribution
 from pyro.ops.provenance import detach_provenance
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _DIM_ALLOCATOR
@@ -166,6 +167,39 @@ class _Compare(Messenger):
             self.compare(self.sites[msg["name"]], msg)
 
 
+class _LiftMasks(Messenger):
+    """
+    Lift the masks of latent sites that a guide does not have, and note which had any.
+
+    Such a site is drawn from the model's distribution where it is masked too. Were that not to
+    count, its particles would be paired with those of the latents that it reads as if they had
+    nothing to do with them, and a support would be summed with a weight of one for each value.
+    """
+
+    def __init__(self, kept: Set[str]) -> None:
+        super().__init__()
+        self.kept = kept
+        self.lifted: set[str] = set()
+
+    def _pyro_sample(self, msg: SampleMessage) -> None:
+        if not is_latent(msg) or msg["name"] in self.kept:
+            return
+        fn = _unmasked(msg["fn"])
+        if msg["mask"] is not None or fn is not msg["fn"]:
+            self.lifted.add(msg["name"])
+            msg["mask"], msg["fn"] = None, fn
+
+
+def _unmasked(fn: Distribution) -> Distribution:
+    """Return a distribution without the masks of ``.mask()``."""
+    if isinstance(fn, MaskedDistribution):
+        return _unmasked(fn.base_dist)
+    if isinstance(fn, Independent):
+        base = _unmasked(fn.base_dist)
+        return fn if base is fn.base_dist else base.to_event(fn.reinterpreted_batch_ndims)
+    return fn
+
+
 @contextmanager
 def isolated() -> Iterator[None]:
     """Let the handlers and plates around neither see nor change what programs do."""
@@ -180,7 +214,7 @@ def isolated() -> Iterator[None]:
 def run_plainly(
     programs: Programs,
     compare: Callable[[SampleMessage, SampleMessage], None],
-) -> tuple[Trace, Trace]:
+) -> tuple[Programs, Trace, Trace]:
     """
     Run the guide, then the model with the guide's values; draws random numbers.
 
@@ -188,7 +222,8 @@ def run_plainly(
 
     :param compare: called with the guide's and the model's message of each site that both sample;
         raises if they do not fit.
-    :return: the traces of guide and model.
+    :return: the programs, the model without masks of latents that the guide lacks; the traces of
+        guide and model.
     """
     guide, args, kwargs = programs.guide, programs.args, programs.kwargs
     if isinstance(guide, torch.nn.Module):
@@ -201,13 +236,16 @@ def run_plainly(
     for name in guide_trace.nodes:
         if name not in from_guide:
             guide_values.remove_node(name)
+    lift = _LiftMasks(frozenset(from_guide))
     with (
         _Compare(from_guide, compare),
         _Track(lambda site: not is_delta(site["fn"]) and site["name"] not in from_guide),
     ):
         replayed = poutine.replay(programs.model, trace=guide_values)
-        model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
-    return guide_trace, model_trace
+        model_trace = poutine.trace(lift(replayed)).get_trace(*args, **kwargs)
+    if lift.lifted:
+        programs = replace(programs, model=_LiftMasks(lift.kept)(programs.model))
+    return programs, guide_trace, model_trace
 
 
 class _Substitute(Messenger):

@@ -112,6 +112,33 @@ def test_obs_mask_imputes_the_hidden() -> None:
     assert abs(float(mean["mu"]) - float(Y[keep].sum()) / 3) < 0.2
 
 
+def test_masked_latents_count_as_drawn() -> None:
+    """
+    What a mask hides of a latent is drawn all the same, and what reads it is weighed by it.
+
+    As with Importance: sequences of different lengths have the evidence of the shorter ones, and
+    their hidden states are forecasts.
+    """
+
+    def model(steps: int, masked: bool, enumerated: bool) -> None:
+        mark = {"enumerate": "parallel"} if enumerated else {}
+        z = torch.tensor(0.0)
+        for i in range(steps):
+            with poutine.mask(mask=not masked or i < 1):
+                z = pyro.sample(f"z_{i}", dist.Bernoulli(0.1 + 0.7 * z), infer=mark)  # type: ignore[arg-type]
+                pyro.sample(f"y_{i}", dist.Normal(z, 0.5), obs=torch.tensor(1.0))
+
+    short = MPImportance(model, num_samples=1).run(1, masked=False, enumerated=True)
+    posterior = MPImportance(model, num_samples=1).run(4, masked=True, enumerated=True)
+    torch.testing.assert_close(posterior.evidence(), short.evidence())
+    state = posterior.moments()
+    torch.testing.assert_close(state["z_1"], 0.1 + 0.7 * state["z_0"])
+    torch.testing.assert_close(state["z_3"], 0.1 + 0.7 * state["z_2"])
+    sampled = MPImportance(model, num_samples=2000).run(4, masked=True, enumerated=False)
+    assert abs(float(sampled.evidence() - short.evidence())) < 0.2
+    assert abs(float(sampled.moments()["z_1"] - state["z_1"])) < 0.1
+
+
 def test_mask_only_in_the_model_warns() -> None:
     def model() -> None:
         with pyro.plate("p", 3), poutine.mask(mask=torch.tensor([True, True, False])):  # type: ignore[call-overload]
