@@ -54,6 +54,22 @@ MATRIX_PRODUCT = (
     "write (X * w).sum(-1) for X @ w, with w drawn as a vector by .to_event(1): a matrix product "
     "takes batch dims for rows."
 )
+LAYER = (
+    "torch.nn.Linear takes weights of a single particle. Write x @ weight.transpose(-1, -2) + "
+    "bias.unsqueeze(-2), and put the resulting vector along a plate by "
+    "pyro.ops.indexing.Vindex(mean)[..., torch.arange(n)]."
+)
+BROADCAST = (
+    "outside of plates, give a latent the dims of what it meets: x.unsqueeze(-1) for a vector, "
+    "x[..., None, None] for a matrix. A latent whose elements are all read at once, as the sides "
+    "of a covariance matrix, is to be drawn by .to_event(1), not in a plate."
+)
+EXPAND = (
+    "an .expand to a fixed shape leaves no room for them. Give the distribution's arguments the "
+    "dim, as in dist.Normal(0.0, scale.unsqueeze(-1) * torch.ones(n)).to_event(1). For "
+    "MixtureSameFamily(Categorical(w), Normal(loc, 1.0)), first "
+    "w, loc = torch.broadcast_tensors(w, loc)."
+)
 BRANCH = (
     "a latent's value is that of all its particles at once. Compute both branches and choose by "
     "torch.where, and do not call .item()."
@@ -71,6 +87,10 @@ REMEDIES = {
     "dimensions of batch2": MATRIX_PRODUCT,
     "size mismatch, got input": MATRIX_PRODUCT,
     "1D tensors expected": MATRIX_PRODUCT,
+    "t() expects a tensor": LAYER,
+    "must match the size of tensor": BROADCAST,
+    "number of sizes provided": EXPAND,
+    "The expanded size of the tensor": EXPAND,
     "Boolean value of Tensor": BRANCH,
     "converted to Scalar": BRANCH,
     "indexing tensors could not be broadcast": INDEX,
