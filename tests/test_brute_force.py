@@ -466,6 +466,20 @@ def indexed_twice() -> None:
         pyro.sample("x", dist.Normal(loc, 0.7), obs=torch.tensor(INDEXED_DATA))
 
 
+def nested_effects() -> None:
+    """Pupils read the effects of their class and of its school; the last class has no pupil."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("class", 4):
+        beta = pyro.sample("beta", dist.Normal(0.0, 0.7))
+    with pyro.plate("school", 2):
+        alpha = pyro.sample("alpha", dist.Normal(mu, 1.0))
+        pyro.sample("z", dist.Normal(alpha, 0.5), obs=torch.tensor([0.3, -1.0]))
+    of_pupil = torch.tensor([0, 1, 1, 2, 0])
+    with pyro.plate("pupil", 5):
+        loc = alpha[..., torch.tensor([1, 0, 0])[of_pupil]] + beta[..., of_pupil]
+        pyro.sample("x", dist.Normal(loc, 0.5), obs=torch.tensor([0.3, -0.8, 1.5, 0.1, 0.9]))
+
+
 def discrete_markov_chain() -> None:
     scale = pyro.sample("scale", dist.LogNormal(0.0, 0.3))
     transition = torch.tensor([[0.8, 0.2], [0.3, 0.7]])
@@ -541,6 +555,7 @@ BY_HAND: dict[str, tuple[Program, Program | None, int, list[tuple[str, ...]]]] =
     "indexed by a latent plate": (indexed_by_latent_plate, None, 3, []),
     "indexed collider of plates": (indexed_collider_of_plates, None, 3, []),
     "indexed twice": (indexed_twice, None, 3, []),
+    "nested effects": (nested_effects, None, 3, []),
     "discrete markov chain": (discrete_markov_chain, None, 4, []),
     "partly observed": (partly_observed, None, 4, []),
     "discrete events": (discrete_events, None, 4, []),
