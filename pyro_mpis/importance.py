@@ -572,6 +572,9 @@ class MPImportance(ImportanceTraces):
             if limit is None:
                 limit = default_limit(device)
             cut = memory.plan(structure, self.num_samples, limit, device.type)
+            problem = memory.long_wait(structure, self.num_samples)
+            if problem is not None and device.type == "cpu":
+                warn(problem)
             plan = Plan(structure, programs, self.num_samples, cut)
         return plan, guide_trace, model_trace
 

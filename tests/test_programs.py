@@ -2,6 +2,7 @@
 """What Pyro programs are made of: each feature against a program written without it."""
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 
-from pyro_mpis import MPImportance, MPISWarning, proposals
+from pyro_mpis import MPImportance, MPISWarning, memory, proposals
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -607,3 +608,25 @@ def test_half_precision_is_added_up_in_single(dtype: torch.dtype) -> None:
         joint.log_prob(torch.ones(3)).item(), abs=0.1
     )
     assert posterior.sample(5)["a"].dtype == dtype
+
+
+def test_a_long_wait_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chain whose steps all read two global latents: four indices; with a group, three."""
+
+    def chain() -> None:
+        phi = pyro.sample("phi", dist.Uniform(0.0, 1.0))
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        x = torch.tensor(0.0)
+        for i in range(3):
+            x = pyro.sample(f"x_{i}", dist.Normal(phi * x, scale))
+            pyro.sample(f"y_{i}", dist.Normal(x, 1.0), obs=torch.tensor(0.5))
+
+    work = 5 + 5 + 5**3 + 2 * 5**4 + 3 * 5  # of phi, scale, x_0, the other x, the y
+    monkeypatch.setattr(memory, "MUCH_WORK", work - 1)
+    with pytest.warns(MPISWarning, match=r"1\.4e\+03 densities .* 'x_1' .* 4 particle indices"):
+        MPImportance(chain, num_samples=5).run()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        MPImportance(chain, num_samples=5, groups=[("phi", "scale")]).run()
+        monkeypatch.setattr(memory, "MUCH_WORK", work)
+        MPImportance(chain, num_samples=5).run()
