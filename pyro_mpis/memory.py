@@ -19,8 +19,8 @@ TENSORS_AT_ONCE = 3
 FRACTION = 0.5
 # More blocks than anyone would wait for.
 MAX_BLOCKS = 10_000
-# Densities that a run takes some seconds to evaluate, on a processor.
-MUCH_WORK = 1e9
+# Densities that a run takes some seconds for, on a processor; a chain ten times that, to contract.
+MUCH_WORK = 3e8
 NAMED = 6  # indices of a factor that an error names
 # Tensors of a piece: allocators keep smaller ones for the next piece, and return larger ones to
 # the system, page by page, which takes longer than to compute them.
