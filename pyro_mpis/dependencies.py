@@ -487,7 +487,7 @@ def _read(site: SampleMessage, plates: Mapping[str, Plate]) -> Site:
         raise NotImplementedError(
             f"site '{name}': a latent site under a mask computed from {quoted(reads - {name})}. "
             "Where it is masked it has neither a prior nor a proposal to weigh. Mask what reads "
-            "the site instead, or choose its value with torch.where."
+            "the site instead, choose its value with torch.where, or leave it out of the guide."
         )
     frames = site["cond_indep_stack"]
     declared = {frame.dim: int(frame.size) for frame in frames if frame.dim is not None}

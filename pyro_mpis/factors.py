@@ -480,8 +480,9 @@ class _Packer:
                     f"{position} of size {size} is neither a dim that the site has without them "
                     "nor the particles of a latent that it reads. Enclose the site in a "
                     "pyro.plate or use .to_event; read a vector by index with "
-                    "pyro.ops.indexing.Vindex(x)[..., index]; keep batch dims when reshaping or "
-                    "writing in place."
+                    "pyro.ops.indexing.Vindex(x)[..., index], and along a plate of size n with "
+                    "Vindex(x)[..., torch.arange(n)]; keep batch dims when reshaping or writing in "
+                    "place."
                 )
             dims += symbol
         missing = {s for s in reads if self.size(s) > 1 and s not in dims}

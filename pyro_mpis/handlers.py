@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, cast
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import Independent, MaskedDistribution
 from pyro.ops.provenance import detach_provenance
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _DIM_ALLOCATOR
@@ -53,6 +54,22 @@ MATRIX_PRODUCT = (
     "write (X * w).sum(-1) for X @ w, with w drawn as a vector by .to_event(1): a matrix product "
     "takes batch dims for rows."
 )
+LAYER = (
+    "torch.nn.Linear takes weights of a single particle. Write x @ weight.transpose(-1, -2) + "
+    "bias.unsqueeze(-2), and put the resulting vector along a plate by "
+    "pyro.ops.indexing.Vindex(mean)[..., torch.arange(n)]."
+)
+BROADCAST = (
+    "outside of plates, give a latent the dims of what it meets: x.unsqueeze(-1) for a vector, "
+    "x[..., None, None] for a matrix. A latent whose elements are all read at once, as the sides "
+    "of a covariance matrix, is to be drawn by .to_event(1), not in a plate."
+)
+EXPAND = (
+    "an .expand to a fixed shape leaves no room for them. Give the distribution's arguments the "
+    "dim, as in dist.Normal(0.0, scale.unsqueeze(-1) * torch.ones(n)).to_event(1). For "
+    "MixtureSameFamily(Categorical(w), Normal(loc, 1.0)), first "
+    "w, loc = torch.broadcast_tensors(w, loc)."
+)
 BRANCH = (
     "a latent's value is that of all its particles at once. Compute both branches and choose by "
     "torch.where, and do not call .item()."
@@ -70,6 +87,10 @@ REMEDIES = {
     "dimensions of batch2": MATRIX_PRODUCT,
     "size mismatch, got input": MATRIX_PRODUCT,
     "1D tensors expected": MATRIX_PRODUCT,
+    "t() expects a tensor": LAYER,
+    "must match the size of tensor": BROADCAST,
+    "number of sizes provided": EXPAND,
+    "The expanded size of the tensor": EXPAND,
     "Boolean value of Tensor": BRANCH,
     "converted to Scalar": BRANCH,
     "indexing tensors could not be broadcast": INDEX,
@@ -166,6 +187,39 @@ class _Compare(Messenger):
             self.compare(self.sites[msg["name"]], msg)
 
 
+class _LiftMasks(Messenger):
+    """
+    Lift the masks of latent sites that a guide does not have, and note which had any.
+
+    Such a site is drawn from the model's distribution where it is masked too. Were that not to
+    count, its particles would be paired with those of the latents that it reads as if they had
+    nothing to do with them, and a support would be summed with a weight of one for each value.
+    """
+
+    def __init__(self, kept: Set[str]) -> None:
+        super().__init__()
+        self.kept = kept
+        self.lifted: set[str] = set()
+
+    def _pyro_sample(self, msg: SampleMessage) -> None:
+        if not is_latent(msg) or msg["name"] in self.kept:
+            return
+        fn = _unmasked(msg["fn"])
+        if msg["mask"] is not None or fn is not msg["fn"]:
+            self.lifted.add(msg["name"])
+            msg["mask"], msg["fn"] = None, fn
+
+
+def _unmasked(fn: Distribution) -> Distribution:
+    """Return a distribution without the masks of ``.mask()``."""
+    if isinstance(fn, MaskedDistribution):
+        return _unmasked(fn.base_dist)
+    if isinstance(fn, Independent):
+        base = _unmasked(fn.base_dist)
+        return fn if base is fn.base_dist else base.to_event(fn.reinterpreted_batch_ndims)
+    return fn
+
+
 @contextmanager
 def isolated() -> Iterator[None]:
     """Let the handlers and plates around neither see nor change what programs do."""
@@ -180,7 +234,7 @@ def isolated() -> Iterator[None]:
 def run_plainly(
     programs: Programs,
     compare: Callable[[SampleMessage, SampleMessage], None],
-) -> tuple[Trace, Trace]:
+) -> tuple[Programs, Trace, Trace]:
     """
     Run the guide, then the model with the guide's values; draws random numbers.
 
@@ -188,7 +242,8 @@ def run_plainly(
 
     :param compare: called with the guide's and the model's message of each site that both sample;
         raises if they do not fit.
-    :return: the traces of guide and model.
+    :return: the programs, the model without masks of latents that the guide lacks; the traces of
+        guide and model.
     """
     guide, args, kwargs = programs.guide, programs.args, programs.kwargs
     if isinstance(guide, torch.nn.Module):
@@ -201,13 +256,16 @@ def run_plainly(
     for name in guide_trace.nodes:
         if name not in from_guide:
             guide_values.remove_node(name)
+    lift = _LiftMasks(frozenset(from_guide))
     with (
         _Compare(from_guide, compare),
         _Track(lambda site: not is_delta(site["fn"]) and site["name"] not in from_guide),
     ):
         replayed = poutine.replay(programs.model, trace=guide_values)
-        model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
-    return guide_trace, model_trace
+        model_trace = poutine.trace(lift(replayed)).get_trace(*args, **kwargs)
+    if lift.lifted:
+        programs = replace(programs, model=_LiftMasks(lift.kept)(programs.model))
+    return programs, guide_trace, model_trace
 
 
 class _Substitute(Messenger):

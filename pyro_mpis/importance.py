@@ -543,7 +543,7 @@ class MPImportance(ImportanceTraces):
         """
         programs = with_event_dims(programs, *event_dims)
         with noting_leaks() as leaks:
-            guide_trace, model_trace = _run_plainly(programs)
+            programs, guide_trace, model_trace = _run_plainly(programs)
         programs = replace(programs, leaves_torch=bool(leaks))
         structure = analyse(
             guide_trace,
@@ -573,6 +573,9 @@ class MPImportance(ImportanceTraces):
             if limit is None:
                 limit = default_limit(device)
             cut = memory.plan(structure, self.num_samples, limit, device.type)
+            problem = memory.long_wait(structure, self.num_samples)
+            if problem is not None and device.type == "cpu":
+                warn(problem)
             plan = Plan(structure, programs, self.num_samples, cut)
         return plan, guide_trace, model_trace
 
@@ -717,7 +720,7 @@ def _no_guide(*args: object, **kwargs: object) -> None:
     """Sample nothing: every latent is proposed from the prior."""
 
 
-def _run_plainly(programs: Programs) -> tuple[Trace, Trace]:
+def _run_plainly(programs: Programs) -> tuple[Programs, Trace, Trace]:
     """Run guide and model once, with errors that say what to do."""
     try:
         return run_plainly(programs, check_same_site)

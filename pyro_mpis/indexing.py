@@ -22,6 +22,7 @@ depend on a latent (a change point, a mixture's component): then several are. Th
 that within a plate each element reads only its own element of the latents.
 """
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -422,6 +423,7 @@ def _resolve(
 ) -> tuple[FactorGraph, LogFactor]:
     """Regroup one factor, or note that its plates are ragged parts of others."""
     foreign = _foreign(graph, factor)
+    graph = _with_nested(graph, reads, foreign)
     deepest = max(foreign, key=lambda plates: len(graph.closed(plates)))
     maps: dict[str, Tensor] = {}  # NONE where nothing is read
     for plates in sorted(foreign, key=lambda plates: len(graph.closed(plates))):
@@ -448,6 +450,28 @@ def _resolve(
     dims: str = tensor._pyro_dims  # type: ignore[attr-defined]
     plates = (factor.plates - alone) | graph.closed(deepest)
     return graph, LogFactor(factor.name, tensor, dims, plates)
+
+
+def _with_nested(graph: FactorGraph, reads: ElementReads, foreign: list[Ordinal]) -> FactorGraph:
+    """
+    Note which plates lie in others by the elements that are read together.
+
+    As classes in schools, where a pupil reads the effect of its class and that of its school.
+    """
+    for inner, outer in itertools.permutations(sorted(foreign, key=sorted), 2):
+        ((inside, *more), (around, *others)) = sorted(inner), sorted(outer)
+        related = graph.closed(inner) | graph.closed(outer)
+        if more or others or len(related) > 2 or any(inner <= key for key in graph.nesting):
+            continue
+        read, position = reads.elements[outer], reads.elements[inner]
+        if bool(((read < 0) | (position < 0)).any()):
+            continue
+        element = torch.zeros(graph.sizes[inside], dtype=read.dtype, device=read.device)
+        element[position.flatten()] = read.flatten()
+        if bool((element[position] == read).all()):
+            element_map = ElementMap(inside, {around: element})
+            return replace(graph, nesting={**graph.nesting, inner: element_map})
+    return graph
 
 
 def _element_map(inner: str, maps: Mapping[str, Tensor]) -> ElementMap:

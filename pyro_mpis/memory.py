@@ -19,6 +19,8 @@ TENSORS_AT_ONCE = 3
 FRACTION = 0.5
 # More blocks than anyone would wait for.
 MAX_BLOCKS = 10_000
+# Densities that a run takes some seconds for, on a processor; a chain ten times that, to contract.
+MUCH_WORK = 3e8
 NAMED = 6  # indices of a factor that an error names
 # Tensors of a piece: allocators keep smaller ones for the next piece, and return larger ones to
 # the system, page by page, which takes longer than to compute them.
@@ -142,6 +144,26 @@ def largest_factor(structure: Structure, num_samples: int) -> tuple[Site, int]:
     sizes = {index.symbol: index.support or num_samples for index in structure.indices}
     site = max(structure.model.values(), key=lambda site: _elements(structure, site, sizes))
     return site, _bytes(structure, site, sizes)
+
+
+def long_wait(structure: Structure, num_samples: int) -> str | None:
+    """
+    Say what makes a run long, and what would shorten it, before it starts.
+
+    :return: nothing, if it is not long.
+    """
+    sizes = {index.symbol: index.support or num_samples for index in structure.indices}
+    work = _work(structure, sizes)
+    if work <= MUCH_WORK:
+        return None
+    site, _ = largest_factor(structure, num_samples)
+    number = len(structure.reads(site))
+    return (
+        f"{work:.1e} densities are to be evaluated, which may take long: site '{site.name}' reads "
+        f"{number} particle indices, and has a density for each combination of their particles. "
+        f"Half as many particles take one part in {2**number}; latents that many sites read can "
+        "share an index: groups=[(...), ...]."
+    )
 
 
 def default_limit(device: torch.device) -> int | None:

@@ -23,10 +23,11 @@ evaluated for all of them at once; a few of them are compared with a plain run o
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
@@ -258,7 +259,9 @@ def log_joint(problem: Problem, program: Program) -> Tensor:
         ones = (1,) * (num_dims - len(problem.unit(name).batch_shape))
         values[name] = value.reshape(num_choices, *ones, *value.shape[1:])
     result = torch.zeros(num_choices)
-    for log_prob in _log_probs(program, values, problem.args):
+    guided = _sites(problem.guide, {}, problem.args) if problem.guide is not None else {}
+    own = problem.values.keys() - guided.keys()
+    for log_prob in _log_probs(program, values, problem.args, own):
         if log_prob.dim() > num_dims:
             assert len(log_prob) == num_choices
             result = result + log_prob.reshape(num_choices, -1).sum(-1)
@@ -266,7 +269,8 @@ def log_joint(problem: Problem, program: Program) -> Tensor:
             result = result + log_prob.sum()
     for row in {0, num_choices // 3, num_choices - 1}:
         single = {name: value[row] for name, value in problem.values.items()}
-        expected = torch.stack([p.sum() for p in _log_probs(program, single, problem.args)]).sum()
+        log_probs = _log_probs(program, single, problem.args, own)
+        expected = torch.stack([p.sum() for p in log_probs]).sum()
         torch.testing.assert_close(result[row], expected)
     return result
 
@@ -315,19 +319,38 @@ def _log_proposal(runs: list[dict[str, dict[str, Any]]], name: str, value: Tenso
     """
     Log density in the guide's distribution, or in the model's where the guide has none.
 
-    What is masked out counts neither in the model nor in the proposal; a scale is the model's.
+    What is masked out in the guide counts neither in the model nor in the proposal; what is drawn
+    from the model's own distribution counts, masked or not. A scale is the model's.
     """
     site = next(run[name] for run in runs if name in run)
+    if name not in runs[0] or len(runs) == 1:
+        return _unmasked_log_prob(site["fn"], value)
     log_prob: Tensor = scale_and_mask(site["fn"].log_prob(value), mask=site["mask"])
     return log_prob
 
 
+def _unmasked_log_prob(fn: Any, value: Tensor) -> Tensor:
+    """Log density without the masks of ``.mask()``, at the top or under ``.to_event()``."""
+    event_dims = 0
+    while isinstance(fn, dist.MaskedDistribution | dist.Independent):
+        event_dims += getattr(fn, "reinterpreted_batch_ndims", 0)
+        fn = fn.base_dist
+    log_prob: Tensor = fn.log_prob(value)
+    return log_prob.sum(tuple(range(-event_dims, 0))) if event_dims else log_prob
+
+
 def _log_probs(
-    program: Program, values: Mapping[str, Tensor], args: tuple[object, ...]
+    program: Program, values: Mapping[str, Tensor], args: tuple[object, ...], own: Set[str]
 ) -> list[Tensor]:
-    sites = _sites(program, values, args).values()
-    log_probs = [(site, site["fn"].log_prob(site["value"])) for site in sites]
-    return [scale_and_mask(p, site["scale"], site["mask"]) for site, p in log_probs]
+    """Log densities of a program's sites; those of ``own``, which it draws itself, unmasked."""
+    result = []
+    for name, site in _sites(program, values, args).items():
+        fn, value, scale = site["fn"], site["value"], site["scale"]
+        if name in own:
+            result.append(scale_and_mask(_unmasked_log_prob(fn, value), scale))
+        else:
+            result.append(scale_and_mask(fn.log_prob(value), scale, site["mask"]))
+    return result
 
 
 def _sites(

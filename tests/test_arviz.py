@@ -352,6 +352,7 @@ def test_sites_that_do_not_count_and_values_unlike_their_plates() -> None:
     z = values(data, "posterior")["z"]
     standard = dist.Normal(0.0, 1.0)
     joint = (standard.log_prob(z) + dist.Normal(z, 1.0).log_prob(torch.zeros(3))).sum(-1)
+    joint += standard.log_prob(values(data, "posterior")["free"]).sum(-1)  # drawn, if masked
     torch.testing.assert_close(values(data, "sample_stats")["lp"], joint)
 
 

@@ -351,6 +351,30 @@ def masked() -> None:
         pyro.sample("y", fn, obs=torch.tensor([0.5, 100.0]))
 
 
+def masked_latents() -> None:
+    a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    with poutine.mask(mask=False):
+        b = pyro.sample("b", dist.Normal(a, 0.5))
+    with pyro.plate("data", 2):
+        with poutine.mask(mask=torch.BoolTensor([True, False])):
+            c = pyro.sample("c", dist.Normal(b, 1.0))
+        fn = dist.Normal(b.unsqueeze(-1), torch.ones(2, 1))
+        d = pyro.sample("d", fn.mask(torch.tensor([[True], [False]])).to_event(1))
+        pyro.sample("x", dist.Normal(c + d[..., 0], 1.0), obs=torch.tensor([1.5, 2.0]))
+
+
+def masked_chain() -> None:
+    transition = torch.tensor([[0.8, 0.2], [0.3, 0.7]])
+    with pyro.plate("data", 2):
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 0.3))
+        z = torch.zeros(2, dtype=torch.long)
+        for i in range(3):
+            with poutine.mask(mask=i < torch.tensor([3, 1])):  # type: ignore[call-overload]
+                z = pyro.sample(f"z_{i}", dist.Categorical(transition[z]), infer=parallel())
+                fn = dist.Normal(z.to(scale.dtype), scale)
+                pyro.sample(f"x_{i}", fn, obs=torch.tensor([0.3, 1.5]))
+
+
 def scaled() -> None:
     a = pyro.sample("a", dist.Normal(0.0, 1.0))
     b = pyro.sample("b", dist.Normal(0.0, 1.0))
@@ -442,6 +466,20 @@ def indexed_twice() -> None:
         pyro.sample("x", dist.Normal(loc, 0.7), obs=torch.tensor(INDEXED_DATA))
 
 
+def nested_effects() -> None:
+    """Pupils read the effects of their class and of its school; the last class has no pupil."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("class", 4):
+        beta = pyro.sample("beta", dist.Normal(0.0, 0.7))
+    with pyro.plate("school", 2):
+        alpha = pyro.sample("alpha", dist.Normal(mu, 1.0))
+        pyro.sample("z", dist.Normal(alpha, 0.5), obs=torch.tensor([0.3, -1.0]))
+    of_pupil = torch.tensor([0, 1, 1, 2, 0])
+    with pyro.plate("pupil", 5):
+        loc = alpha[..., torch.tensor([1, 0, 0])[of_pupil]] + beta[..., of_pupil]
+        pyro.sample("x", dist.Normal(loc, 0.5), obs=torch.tensor([0.3, -0.8, 1.5, 0.1, 0.9]))
+
+
 def discrete_markov_chain() -> None:
     scale = pyro.sample("scale", dist.LogNormal(0.0, 0.3))
     transition = torch.tensor([[0.8, 0.2], [0.3, 0.7]])
@@ -504,6 +542,8 @@ BY_HAND: dict[str, tuple[Program, Program | None, int, list[tuple[str, ...]]]] =
     "structured markov chain": (markov_chain, markov_chain_guide, 4, []),
     "plated markov chain": (plated_markov_chain, None, 3, []),
     "mask": (masked, None, 4, []),
+    "masked latents": (masked_latents, None, 3, []),
+    "masked enumerated chain": (masked_chain, None, 3, []),
     "scale": (scaled, None, 4, []),
     "factors": (with_factors, None, 4, []),
     "steep factors": (steep, None, 5, []),
@@ -515,6 +555,7 @@ BY_HAND: dict[str, tuple[Program, Program | None, int, list[tuple[str, ...]]]] =
     "indexed by a latent plate": (indexed_by_latent_plate, None, 3, []),
     "indexed collider of plates": (indexed_collider_of_plates, None, 3, []),
     "indexed twice": (indexed_twice, None, 3, []),
+    "nested effects": (nested_effects, None, 3, []),
     "discrete markov chain": (discrete_markov_chain, None, 4, []),
     "partly observed": (partly_observed, None, 4, []),
     "discrete events": (discrete_events, None, 4, []),

@@ -234,7 +234,7 @@ def test_crossed_effects_are_refused() -> None:
         with pyro.plate("year", 2):
             beta = pyro.sample("beta", dist.Normal(0.0, 1.0))
         with pyro.plate("house", 7):
-            mean = alpha[..., COUNTY] + beta[..., COUNTY % 2]
+            mean = alpha[..., COUNTY] + beta[..., torch.arange(7) % 2]
             pyro.sample("y", dist.Normal(mean, 1.0), obs=Y)
 
     with pytest.raises(NotImplementedError, match=r"site 'y'.*'year'.*'county'.*to_event"):
@@ -667,3 +667,23 @@ def test_element_that_a_latent_decides_in_a_large_plate(monkeypatch: pytest.Monk
     """However large the plates, several combinations of particles are looked at."""
     monkeypatch.setattr(indexing, "PROBE_ELEMENTS", 1)
     check_refused(0.5)
+
+
+def test_effects_nested_for_one_site_and_crossed_for_another() -> None:
+    """Classes lie in schools as one site reads them; another reads a class with another school."""
+
+    def model(school: Tensor) -> None:
+        with pyro.plate("class", 3):
+            beta = pyro.sample("beta", dist.Normal(0.0, 1.0))
+        with pyro.plate("school", 2):
+            alpha = pyro.sample("alpha", dist.Normal(0.0, 1.0))
+        with pyro.plate("pupil", 4):
+            loc = alpha[..., torch.tensor([0, 0, 1, 1])] + beta[..., torch.tensor([0, 1, 2, 2])]
+            pyro.sample("y", dist.Normal(loc, 0.5), obs=torch.zeros(4))
+        with pyro.plate("teacher", 3):
+            loc = alpha[..., school] + beta[..., torch.arange(3)]
+            pyro.sample("w", dist.Normal(loc, 0.5), obs=torch.zeros(3))
+
+    MPImportance(model, num_samples=3).run(torch.tensor([0, 0, 1]))
+    with pytest.raises(NotImplementedError, match="two indices that cross"):
+        MPImportance(model, num_samples=3).run(torch.tensor([0, 1, 1]))

@@ -2,6 +2,7 @@
 """What Pyro programs are made of: each feature against a program written without it."""
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 
-from pyro_mpis import MPImportance, MPISWarning, proposals
+from pyro_mpis import MPImportance, MPISWarning, memory, proposals
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -110,6 +111,33 @@ def test_obs_mask_imputes_the_hidden() -> None:
     mean = posterior.moments()
     assert abs(float(mean["y_unobserved"][1] - mean["mu"])) < 0.2
     assert abs(float(mean["mu"]) - float(Y[keep].sum()) / 3) < 0.2
+
+
+def test_masked_latents_count_as_drawn() -> None:
+    """
+    What a mask hides of a latent is drawn all the same, and what reads it is weighed by it.
+
+    As with Importance: sequences of different lengths have the evidence of the shorter ones, and
+    their hidden states are forecasts.
+    """
+
+    def model(steps: int, masked: bool, enumerated: bool) -> None:
+        mark = {"enumerate": "parallel"} if enumerated else {}
+        z = torch.tensor(0.0)
+        for i in range(steps):
+            with poutine.mask(mask=not masked or i < 1):
+                z = pyro.sample(f"z_{i}", dist.Bernoulli(0.1 + 0.7 * z), infer=mark)  # type: ignore[arg-type]
+                pyro.sample(f"y_{i}", dist.Normal(z, 0.5), obs=torch.tensor(1.0))
+
+    short = MPImportance(model, num_samples=1).run(1, masked=False, enumerated=True)
+    posterior = MPImportance(model, num_samples=1).run(4, masked=True, enumerated=True)
+    torch.testing.assert_close(posterior.evidence(), short.evidence())
+    state = posterior.moments()
+    torch.testing.assert_close(state["z_1"], 0.1 + 0.7 * state["z_0"])
+    torch.testing.assert_close(state["z_3"], 0.1 + 0.7 * state["z_2"])
+    sampled = MPImportance(model, num_samples=2000).run(4, masked=True, enumerated=False)
+    assert abs(float(sampled.evidence() - short.evidence())) < 0.2
+    assert abs(float(sampled.moments()["z_1"] - state["z_1"])) < 0.1
 
 
 def test_mask_only_in_the_model_warns() -> None:
@@ -580,3 +608,25 @@ def test_half_precision_is_added_up_in_single(dtype: torch.dtype) -> None:
         joint.log_prob(torch.ones(3)).item(), abs=0.1
     )
     assert posterior.sample(5)["a"].dtype == dtype
+
+
+def test_a_long_wait_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chain whose steps all read two global latents: four indices; with a group, three."""
+
+    def chain() -> None:
+        phi = pyro.sample("phi", dist.Uniform(0.0, 1.0))
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        x = torch.tensor(0.0)
+        for i in range(3):
+            x = pyro.sample(f"x_{i}", dist.Normal(phi * x, scale))
+            pyro.sample(f"y_{i}", dist.Normal(x, 1.0), obs=torch.tensor(0.5))
+
+    work = 5 + 5 + 5**3 + 2 * 5**4 + 3 * 5  # of phi, scale, x_0, the other x, the y
+    monkeypatch.setattr(memory, "MUCH_WORK", work - 1)
+    with pytest.warns(MPISWarning, match=r"1\.4e\+03 densities .* 'x_1' .* 4 particle indices"):
+        MPImportance(chain, num_samples=5).run()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        MPImportance(chain, num_samples=5, groups=[("phi", "scale")]).run()
+        monkeypatch.setattr(memory, "MUCH_WORK", work)
+        MPImportance(chain, num_samples=5).run()
