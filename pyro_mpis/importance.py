@@ -172,6 +172,9 @@ class MPImportance(ImportanceTraces):
         programs = _programs(self.model, self.guide, args, kwargs)
         plan, guide_trace, model_trace = self._plan(programs)
         structure = plan.structure
+        wait = memory.long_wait(structure, self.num_samples)
+        if wait is not None and _device(model_trace).type == "cpu":
+            warn(wait)
         try:
             sums = run_replicates(plan, self.num_replicates, self._workers)
         except ValueError as error:
@@ -573,9 +576,6 @@ class MPImportance(ImportanceTraces):
             if limit is None:
                 limit = default_limit(device)
             cut = memory.plan(structure, self.num_samples, limit, device.type)
-            problem = memory.long_wait(structure, self.num_samples)
-            if problem is not None and device.type == "cpu":
-                warn(problem)
             plan = Plan(structure, programs, self.num_samples, cut)
         return plan, guide_trace, model_trace
 

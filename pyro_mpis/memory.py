@@ -150,7 +150,7 @@ def long_wait(structure: Structure, num_samples: int) -> str | None:
     """
     Say what makes a run long, and what would shorten it, before it starts.
 
-    :return: nothing, if it is not long.
+    :return: None if it is not long.
     """
     sizes = {index.symbol: index.support or num_samples for index in structure.indices}
     work = _work(structure, sizes)

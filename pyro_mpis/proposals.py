@@ -247,7 +247,12 @@ def _check_vectorised(structure: Structure, name: str, drawn: Draw, num_samples:
             "is expected: the particles' dim left of all dims that plates and sites have. Index "
             "from the right, and keep batch dims when reshaping."
         )
-    if drawn.reads_particles and is_delta(drawn.fn) and not site.reads:
+    if (
+        drawn.reads_particles
+        and is_delta(drawn.fn)
+        and not site.reads
+        and bool((drawn.value != drawn.value[:1]).any())  # else a point, expanded
+    ):
         raise ValueError(
             f"site '{name}': its value differs between particles, but from which sites it was "
             "computed could not be followed. Compute it by torch operations, without writing into "

@@ -149,3 +149,25 @@ def test_points_are_conditioned_on() -> None:
     )
     assert abs(float(posterior.evidence() - truth)) < 0.3
     assert float(posterior.moments()["mu"]) == pytest.approx(float(fixed["mu"]))
+
+
+def test_laplace_approximation_without_a_curvature_is_a_point() -> None:
+    """As AutoDelta is, with a density in unconstrained coordinates; a warning says so."""
+
+    def conjugate() -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("observations", 4):
+            pyro.sample("y", dist.Normal(mu, scale), obs=torch.ones(4))
+
+    pyro.set_rng_seed(0)
+    guide = AutoLaplaceApproximation(conjugate)
+    guide()
+    with pytest.warns(MPISWarning, match="'mu', 'scale' at a point"):
+        posterior = MPImportance(conjugate, guide, num_samples=5).run()
+    with torch.no_grad():
+        drawn = poutine.trace(guide).get_trace()
+        joint = poutine.trace(poutine.replay(conjugate, trace=drawn)).get_trace()
+    weight = joint.log_prob_sum() - drawn.log_prob_sum()  # as pyro.infer.Importance weighs it
+    torch.testing.assert_close(posterior.evidence(), weight)
+    torch.testing.assert_close(posterior.moments()["scale"], drawn.nodes["scale"]["value"])
