@@ -351,7 +351,7 @@ def joint_weights_of(
 
 def _check_unchanged(log_p: Tensor, known: Tensor) -> None:
     """Refuse a block that has another evidence than it had when it was first evaluated."""
-    if not torch.allclose(log_p.double(), known, rtol=1e-4, atol=1e-3):
+    if not torch.allclose(log_p.double(), known, rtol=1e-6, atol=1e-3):
         raise RuntimeError(
             "the model or its parameters have changed since .run: particles that were weighed at "
             f"log evidence {float(known):.4f} are now at {float(log_p):.4f}. Run again."

@@ -39,6 +39,7 @@ from pyro_mpis.handlers import (
     broadcast_shape,
     first_line,
     is_delta,
+    is_enumerated,
     is_latent,
     is_subsample,
     quoted,
@@ -289,16 +290,6 @@ def _is_random(site: SampleMessage) -> bool:
     return is_latent(site) and not is_delta(site["fn"])
 
 
-def _is_enumerated(site: SampleMessage) -> bool:
-    """
-    Whether a site is marked for an exact sum (not for Tensor Monte Carlo's ``num_samples``).
-
-    Pyro's two ways to sum, ``"parallel"`` and ``"sequential"``, have the same result.
-    """
-    infer = site["infer"]
-    return bool(infer.get("enumerate")) and infer.get("num_samples") is None
-
-
 def _origins(
     guide_sites: Mapping[str, SampleMessage], model_sites: Mapping[str, SampleMessage]
 ) -> dict[str, Origin]:
@@ -307,7 +298,7 @@ def _origins(
         if not is_latent(site):
             continue
         in_guide = guide_sites.get(name)
-        marked = _is_enumerated(site) or (in_guide is not None and _is_enumerated(in_guide))
+        marked = is_enumerated(site) or (in_guide is not None and is_enumerated(in_guide))
         if marked and not (in_guide is not None and is_delta(in_guide["fn"])):
             if not site["fn"].has_enumerate_support:
                 raise ValueError(

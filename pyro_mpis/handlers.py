@@ -145,6 +145,16 @@ def is_delta(fn: Distribution) -> bool:
     return isinstance(fn, pyro.distributions.Delta)
 
 
+def is_enumerated(site: SampleMessage) -> bool:
+    """
+    Whether a site is marked for an exact sum (not for Tensor Monte Carlo's ``num_samples``).
+
+    Pyro's two ways to sum, ``"parallel"`` and ``"sequential"``, have the same result.
+    """
+    infer = site["infer"]
+    return bool(infer.get("enumerate")) and infer.get("num_samples") is None
+
+
 def sample_sites(trace: Trace) -> dict[str, SampleMessage]:
     """Return the sample sites of a trace in order, those of the plates themselves left out."""
     nodes = prune_subsample_sites(trace).nodes.items()
@@ -189,11 +199,13 @@ class _Compare(Messenger):
 
 class _LiftMasks(Messenger):
     """
-    Lift the masks of latent sites that a guide does not have, and note which had any.
+    Lift the masks of latent sites that no guide proposes, and note which had any.
 
     Such a site is drawn from the model's distribution where it is masked too. Were that not to
     count, its particles would be paired with those of the latents that it reads as if they had
     nothing to do with them, and a support would be summed with a weight of one for each value.
+
+    :param kept: sites that the guide draws or gives a ``Delta``.
     """
 
     def __init__(self, kept: Set[str]) -> None:
@@ -242,7 +254,7 @@ def run_plainly(
 
     :param compare: called with the guide's and the model's message of each site that both sample;
         raises if they do not fit.
-    :return: the programs, the model without masks of latents that the guide lacks; the traces of
+    :return: the programs, the model without masks of latents that no guide proposes; the traces of
         guide and model.
     """
     guide, args, kwargs = programs.guide, programs.args, programs.kwargs
@@ -256,7 +268,9 @@ def run_plainly(
     for name in guide_trace.nodes:
         if name not in from_guide:
             guide_values.remove_node(name)
-    lift = _LiftMasks(frozenset(from_guide))
+    lift = _LiftMasks(
+        frozenset(n for n, s in from_guide.items() if is_delta(s["fn"]) or not is_enumerated(s))
+    )
     with (
         _Compare(from_guide, compare),
         _Track(lambda site: not is_delta(site["fn"]) and site["name"] not in from_guide),

@@ -4,6 +4,7 @@
 import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import pyro
@@ -138,6 +139,33 @@ def test_masked_latents_count_as_drawn() -> None:
     sampled = MPImportance(model, num_samples=2000).run(4, masked=True, enumerated=False)
     assert abs(float(sampled.evidence() - short.evidence())) < 0.2
     assert abs(float(sampled.moments()["z_1"] - state["z_1"])) < 0.1
+
+
+def test_masked_states_are_summed_whether_the_guide_has_them_or_not() -> None:
+    """Those that the guide marks for an exact sum are not proposed: its masks mean nothing."""
+
+    def model() -> None:
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 0.3))
+        z = torch.tensor(0.0)
+        for i in range(3):
+            with poutine.mask(mask=i < 1):
+                z = pyro.sample(f"z_{i}", dist.Bernoulli(0.1 + 0.7 * z))
+                pyro.sample(f"y_{i}", dist.Normal(z, scale), obs=torch.tensor(1.0))
+
+    def guide(states: int) -> None:
+        pyro.sample("scale", dist.LogNormal(0.1, 0.4))
+        for i in range(states):
+            with poutine.mask(mask=i > 0):
+                half = dist.Bernoulli(torch.tensor(0.5))
+                pyro.sample(f"z_{i}", half, infer={"enumerate": "parallel"})
+
+    evidences = []
+    for states in (3, 0):
+        pyro.set_rng_seed(0)
+        marked = config_enumerate(model)
+        posterior = MPImportance(marked, partial(guide, states), num_samples=5).run()
+        evidences.append(posterior.evidence())
+    torch.testing.assert_close(*evidences)
 
 
 def test_mask_only_in_the_model_warns() -> None:
