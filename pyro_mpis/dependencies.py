@@ -532,9 +532,20 @@ def _log_prob(name: str, fn: Distribution, value: Tensor) -> tuple[Tensor, froze
         raise ValueError(
             f"site '{name}': no log_prob of a value of shape {_shape(value)} under "
             f"{type(fn).__name__} of batch shape {tuple(fn.batch_shape)} and event shape "
-            f"{tuple(fn.event_shape)}: {first_line(error)}. Give the value the shape of "
-            "the distribution, and values inside its support."
+            f"{tuple(fn.event_shape)}: {first_line(error)}. {_remedy(value)}"
         ) from error
+
+
+def _remedy(value: Tensor) -> str:
+    """Say what to do with an observation that has no log_prob."""
+    if value.dtype == torch.bool:
+        return "Its dtype is bool: give it as numbers, by .float()."
+    if bool(value.isnan().any()):
+        return (
+            "It has nan, which has no density even where poutine.mask hides it: put any number of "
+            "the support there, by torch.nan_to_num(data), and mask it."
+        )
+    return "Give the value the shape of the distribution, and values inside its support."
 
 
 def _argument_provenance(fn: object) -> frozenset[str]:

@@ -412,9 +412,10 @@ def _unknown(graph: FactorGraph, factor: LogFactor) -> NotImplementedError:
     plates = frozenset[str]().union(*_foreign(graph, factor))
     return NotImplementedError(
         f"site '{factor.name}': it reads latents of {_names(graph, plates)} from outside, and "
-        "which element could not be found out (discrete latents, comparisons and integers "
-        "hide it). Mark a discrete latent for enumeration and draw it where it is read, or give "
-        "the vector of latents one particle index with .to_event(1)."
+        "which element could not be found out (discrete latents, comparisons and integers hide it, "
+        "and so does writing into a tensor). Put values among data by torch.where(missing, "
+        "x[..., index], data), mark a discrete latent for enumeration and draw it where it is "
+        "read, or give the vector of latents one particle index with .to_event(1)."
     )
 
 

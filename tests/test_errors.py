@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bad input: errors name the site or argument, say why and what to do; nothing stays behind."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -256,7 +257,11 @@ def test_code_that_is_not_vectorised(function: Callable[[Tensor], Tensor], match
 )
 @pytest.mark.parametrize("declared", [True, False])
 def test_code_that_mixes_particles(function: Callable[[Tensor], Tensor], declared: bool) -> None:
-    """Shapes are right, whatever the numbers: a run at single values shows it."""
+    """
+    Shapes are right, whatever the numbers: a run at single values shows it.
+
+    A wrong number may be near the right one by chance; then more combinations are looked at.
+    """
 
     def model() -> None:
         event_dim = 1 if declared else 0
@@ -264,6 +269,10 @@ def test_code_that_mixes_particles(function: Callable[[Tensor], Tensor], declare
         pyro.sample("y", dist.Normal(function(x), 1.0).to_event(event_dim), obs=torch.ones(5))
 
     fails(ValueError, r"site 'y': its log_prob with all particles at once differs", model, K=4)
+    for seed in range(30):
+        pyro.set_rng_seed(seed)
+        with pytest.raises(ValueError, match="with all particles at once differs"):
+            MPImportance(model, num_samples=4).run()
 
 
 def branches(w: Tensor) -> Tensor:
@@ -395,6 +404,50 @@ def test_observation_of_the_wrong_shape() -> None:
             pyro.sample("y", dist.Normal(a, 1.0), obs=torch.zeros(4))
 
     fails(ValueError, r"site 'y': no log_prob of a value of shape \(4,\)", too_many)
+
+
+def test_observations_without_a_density_and_what_to_do_with_them() -> None:
+    """The advice is followed, too."""
+
+    def hidden(y: Tensor) -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        mask = torch.tensor([True, False])
+        with pyro.plate("data", 2), poutine.mask(mask=mask):  # type: ignore[call-overload]
+            pyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+    def coins(y: Tensor) -> None:
+        with pyro.plate("data", 2):
+            pyro.sample("y", dist.Bernoulli(pyro.sample("p", dist.Beta(1.0, 1.0))), obs=y)
+
+    y = torch.tensor([0.3, math.nan])
+    fails(ValueError, r"site 'y'.*nan.*torch.nan_to_num", partial(hidden, y))
+    MPImportance(hidden, num_samples=3).run(torch.nan_to_num(y))
+    heads = torch.tensor([True, False])
+    fails(ValueError, r"site 'y'.*bool: give it as numbers, by \.float", partial(coins, heads))
+    MPImportance(coins, num_samples=3).run(heads.float())
+
+
+def test_values_written_among_data() -> None:
+    """Writing hides which element is read; ``torch.where`` does not."""
+    missing = torch.tensor([False, True, True])
+    place = torch.tensor([0, 0, 1])
+    covariate = torch.tensor([0.3, 0.0, 0.0])
+
+    def imputed(written: bool) -> None:
+        with pyro.plate("missing", 2):
+            x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        if written:
+            whole = covariate.expand(*x.shape[:-1], 3).clone()
+            whole[..., missing] = x
+        else:
+            whole = torch.where(missing, x[..., place], covariate)
+        with pyro.plate("data", 3):
+            pyro.sample("y", dist.Normal(whole, 1.0), obs=torch.zeros(3))
+
+    fails(
+        NotImplementedError, r"site .y.*writing into a tensor.*torch.where", partial(imputed, True)
+    )
+    MPImportance(imputed, num_samples=3).run(False)
 
 
 def test_observation_that_is_no_tensor() -> None:
