@@ -153,6 +153,10 @@ class Structure:
             if not site.silent and any(site.batch_shape[dim] > 1 for dim in site.undeclared)
         }
 
+    def num_particles(self, num_samples: int) -> dict[str, int]:
+        """Return the number of particles, or of values, of each index by symbol."""
+        return {index.symbol: index.support or num_samples for index in self.indices}
+
     def elements(self, site: Site) -> int:
         """Return the number of elements, of events too, that one particle's log_prob comes from."""
         plates = math.prod(self.plates[symbol].size for symbol in site.plates)

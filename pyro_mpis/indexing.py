@@ -84,12 +84,11 @@ def find_reads(
         math.prod(graph.sizes[symbol] for symbol in site.factor_plates)
         for site in structure.model.values()
     )
-    numbers = _numbers(graph, None if foreign else CHECK_ELEMENTS // largest)
-    runs = 1 + sum(2 * bits for _, bits in numbers.values())
-    fitting = max(1, (PROBE_ELEMENTS if foreign else CHECK_ELEMENTS) // (runs * largest))
-    rows = max(fitting, MIN_ROWS if foreign else 1)
+    elements, min_rows = (PROBE_ELEMENTS, MIN_ROWS) if foreign else (CHECK_ELEMENTS, 1)
+    max_runs = elements // largest
+    numbers = _numbers(graph, None if foreign else max_runs)
     try:
-        reads = _probe(graph, structure, particles, programs, numbers, rows, fitting)
+        reads = _probe(graph, structure, particles, programs, numbers, max_runs, min_rows)
     except ValueError as error:
         if not foreign:
             return {}
@@ -115,7 +114,7 @@ def check_provenance(
     :raises NotImplementedError: if a dependence was missed.
     """
     numbers = {index.symbol: number for number, index in enumerate(structure.indices)}
-    bits = max(1, math.ceil(math.log2(len(numbers))))
+    bits = _num_bits(len(numbers))
     codes = {symbol: _code(torch.tensor(n), bits).reshape(-1) for symbol, n in numbers.items()}
     patterns = {
         name: codes[index.symbol].reshape((-1,) + (1,) * structure.max_plate_nesting)
@@ -182,7 +181,7 @@ def _numbers(graph: FactorGraph, max_runs: int | None) -> dict[Ordinal, tuple[Te
     numbers = {}
     for plates in ordinals:
         size = math.prod(graph.sizes[symbol] for symbol in plates)
-        bits = max(1, math.ceil(math.log2(size)))
+        bits = _num_bits(size)
         number = _flat_elements(graph, plates)
         fitting = bits if max_runs is None else max(MIN_BITS, max_runs // (2 * len(ordinals)))
         if fitting < bits:
@@ -198,15 +197,15 @@ def _probe(
     particles: Particles,
     programs: Programs,
     numbers: Mapping[Ordinal, tuple[Tensor, int]],
-    num_rows: int,
-    at_once: int,
+    max_runs: int,
+    min_rows: int,
 ) -> SiteReads:
     """
     Change elements of the latents by the bits of their numbers, and see what else changes.
 
     :param numbers: of the elements of each ordinal, with their numbers of bits.
-    :param num_rows: at how many combinations of particles, if there are as many particles.
-    :param at_once: how many of them fit into one run.
+    :param max_runs: how many runs to take together, at as many combinations of particles as fit.
+    :param min_rows: at how many combinations at least, if there are as many particles.
     """
     slots: dict[Ordinal, tuple[int, int]] = {}
     total = 1  # the first run changes nothing
@@ -221,11 +220,12 @@ def _probe(
             pattern = code.new_zeros((total, *code.shape[1:]))
             pattern[start : start + 2 * bits] = code
             patterns[name] = pattern
-    wanted = min(num_rows, max(particles.sizes.values()))
+    fitting, available = max(1, max_runs // total), max(particles.sizes.values())
+    wanted = min(available, max(fitting, min_rows))
     values = _known_values(graph, structure, particles)
     changed: dict[str, list[Tensor]] = {}
-    for first in range(0, wanted, at_once):
-        rows = range(first, min(first + at_once, wanted))
+    for first in range(0, wanted, fitting):
+        rows = range(first, min(first + fitting, wanted))
         log_probs = _probed_log_probs(structure, programs, values, patterns, rows)
         for name, log_prob in log_probs.items():
             inner = "".join(sorted(structure.model[name].factor_plates))
@@ -340,6 +340,11 @@ def _differs(x: Tensor, y: Tensor) -> Tensor:
     largest = float(finite.max()) if finite.numel() else 0.0
     noise = 100.0 * torch.finfo(y.dtype).eps * (1.0 + largest)
     return (x != y) & ~((x - y).abs() <= noise)
+
+
+def _num_bits(size: int) -> int:
+    """Return how many bits tell ``size`` numbers apart, one or more."""
+    return max(1, math.ceil(math.log2(size)))
 
 
 def _code(numbers: Tensor, bits: int) -> Tensor:

@@ -88,7 +88,7 @@ def plan(structure: Structure, num_samples: int, memory_limit: int | None, devic
     :raises MemoryError: if no block is small enough, or too many would be needed; names the site
         and the latents that it reads.
     """
-    whole = {index.symbol: index.support or num_samples for index in structure.indices}
+    whole = structure.num_particles(num_samples)
     limit = math.inf if memory_limit is None else memory_limit
     goal = min(limit, PIECE_BYTES if device == "cpu" else PIECE_BYTES_OF_GPU)
     blocks = dict(whole)
@@ -141,7 +141,7 @@ def largest_factor(structure: Structure, num_samples: int) -> tuple[Site, int]:
     :return: the site, and the bytes that its factor takes with ``num_samples`` particles of each
         index, were it evaluated at once.
     """
-    sizes = {index.symbol: index.support or num_samples for index in structure.indices}
+    sizes = structure.num_particles(num_samples)
     site = max(structure.model.values(), key=lambda site: _elements(structure, site, sizes))
     return site, _bytes(structure, site, sizes)
 
@@ -152,7 +152,7 @@ def long_wait(structure: Structure, num_samples: int) -> str | None:
 
     :return: None if it is not long.
     """
-    sizes = {index.symbol: index.support or num_samples for index in structure.indices}
+    sizes = structure.num_particles(num_samples)
     work = _work(structure, sizes)
     if work <= MUCH_WORK:
         return None

@@ -115,7 +115,7 @@ def draw_particles(structure: Structure, programs: Programs, num_samples: int) -
         for index in structure.indices
         if not index.enumerated
     }
-    sizes = {index.symbol: index.support or num_samples for index in structure.indices}
+    sizes = structure.num_particles(num_samples)
     values = {name: drawn.value for name, drawn in draws.items()}
     deltas = frozenset(name for name, drawn in draws.items() if is_delta(drawn.fn))
     return Particles(num_samples, sizes, values, deltas, log_proposals)

@@ -202,15 +202,14 @@ class _Table:
         self.term = aligned(term, symbol + self.dims)
         looked_up = num_draws * math.prod(graph.sizes[s] for s in (symbol, *plates))
         whole = looked_up > term.numel()  # then each row is worth an exponential
-        self.all_shares = _relative(self.term).flatten() if whole else None
+        self.all_shares = _relative(self.term).reshape(len(self.term), -1) if whole else None
 
     def shares(self, at: Mapping[str, Tensor]) -> Tensor:
         """Return rows divided by their largest entries: (the dim to draw, N, *plates), float32."""
         if self.all_shares is None:
             return _relative(self.logs(at))
         row = self._row(at)
-        shares = self.all_shares.view(len(self.term), -1).index_select(1, row.flatten())
-        return shares.view(-1, *row.shape)
+        return self.all_shares.index_select(1, row.flatten()).view(-1, *row.shape)
 
     def logs(self, at: Mapping[str, Tensor]) -> Tensor:
         """Return rows as they are, log scale: (the dim to draw, N, *plates)."""
