@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from unittest import mock
 
 import opt_einsum
 import pyro
@@ -31,7 +33,7 @@ from _measure import GIB, Peak, Timing, interleaved, peaks, processor, report_pe
 from pyro import poutine
 from pyro.infer.autoguide import AutoNormal
 
-from pyro_mpis import MPImportance
+from pyro_mpis import MPImportance, contraction
 from pyro_mpis.logspace import log_matmul
 
 Job = tuple[str, int, str]  # the name of a case, K, a key of ``functions``
@@ -328,23 +330,20 @@ def overhead(setting: Setting) -> str:
 
 
 @contextmanager
-def search_time() -> Iterator[list[float]]:
-    """Collect the seconds spent in the search for an order of eliminations."""
+def seconds_of_calls(module: ModuleType, name: str) -> Iterator[list[float]]:
+    """Collect the seconds spent in each call of a module's function."""
     seconds: list[float] = []
-    search = opt_einsum.contract_path
+    function = getattr(module, name)
 
     def timed(*args: object, **kwargs: object) -> object:
         begin = time.perf_counter()
         try:
-            return search(*args, **kwargs)
+            return function(*args, **kwargs)
         finally:
             seconds.append(time.perf_counter() - begin)
 
-    opt_einsum.contract_path = timed
-    try:
+    with mock.patch.object(module, name, timed):
         yield seconds
-    finally:
-        opt_einsum.contract_path = search
 
 
 def many_sites(setting: Setting) -> str:
@@ -353,9 +352,18 @@ def many_sites(setting: Setting) -> str:
 
     K = 10. ``steps`` is a chain with two globals without ``pyro.markov``, ``chain`` one with it and
     without globals, ``loop`` has independent latents, ``plated`` latents under one plate of ten.
+    Steps are the batched operations of the contraction, some kernel launches each.
     """
     k = 10
-    names = ["steps-250", "steps-1000", "chain-1000", "loop-250", "loop-1000", "plated-200"]
+    names = [
+        "steps-250",
+        "steps-1000",
+        "chain-250",
+        "chain-1000",
+        "loop-250",
+        "loop-1000",
+        "plated-200",
+    ]
     if setting.quick:
         names = ["steps-10", "steps-20", "loop-20", "plated-10"]
     memory = setting.peaks((name, k, "evidence") for name in names)
@@ -365,16 +373,20 @@ def many_sites(setting: Setting) -> str:
     for name in names:
         shares = []
         for _ in range(3):
-            with search_time() as seconds:
+            with seconds_of_calls(opt_einsum, "contract_path") as seconds:
                 begin = time.perf_counter()
                 competitors[name]()
                 shares.append(sum(seconds) / (time.perf_counter() - begin))
         share = statistics.median(shares)
+        with seconds_of_calls(contraction, "sum_product") as steps:
+            competitors[name]()
         before = next(n for n in names if n.split("-")[0] == name.split("-")[0])
         times_ = ratio_of(times, name, before) if before != name else None
         mib = memory[name, k, "evidence"].mib
-        rows.append([name, times[name].seconds, times_, f"{share:.1%}", mib, error(times[name])])
-    return table("model,s,x the smaller one,share of the order's search,MiB,error", rows)
+        seconds_, order = times[name].seconds, f"{share:.1%}"
+        rows.append([name, seconds_, times_, order, len(steps), mib, error(times[name])])
+    columns = "model,s,x the smaller one,share of the order's search,steps,MiB,error"
+    return table(columns, rows)
 
 
 def kernel(setting: Setting) -> str:
