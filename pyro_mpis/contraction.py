@@ -127,7 +127,9 @@ class LogSpaceRing(Ring):
 
         Each round takes dims that no term has two of, every other one of a chain, so that a chain
         takes rounds to the number of the logarithm of its length. It is worth more
-        multiplications than to go along the chain, not many more.
+        multiplications than to go along the chain, not many more. Where a dim has three terms, as a
+        state of a chain whose observations read another global than its transitions do, the
+        smallest is multiplied into one of the others first.
         """
         limit = ROUND_COMBINATIONS if self._graph.device.type == "cpu" else ROUND_OF_GPU
         holders: dict[str, set[int]] = {}
@@ -139,22 +141,30 @@ class LogSpaceRing(Ring):
         while len(left) >= MANY_DIMS:
             taken: set[int] = set()
             chosen = set()
+            start = len(steps)
             for symbol in left:
                 operands = sorted(holders[symbol])
-                if len(operands) > 2 or not taken.isdisjoint(operands):
+                if len(operands) > 3 or not taken.isdisjoint(operands):
                     continue
-                inside = "".join(sorted(set("".join(owned[number] for number in operands))))
+                merged = self._merged(operands, owned) if len(operands) == 3 else None
+                terms = [owned[number] for number in operands if not merged or number not in merged]
+                if merged:
+                    terms.append(_union(*(owned[number] for number in merged)))
+                inside = _union(*terms)
                 kept = inside.replace(symbol, "")
-                largest = max(self._size(owned[number]) for number in operands)
-                if self._size(inside) > limit or self._size(kept) > largest:
+                if self._size(inside) > limit or self._size(kept) > max(map(self._size, terms)):
                     continue
                 taken.update(operands)
                 chosen.add(symbol)
+                if merged:
+                    steps.append(Step(merged, "", first_result + len(steps)))
+                    owned[steps[-1].result] = terms[-1]
+                    operands = [n for n in operands if n not in merged] + [steps[-1].result]
                 steps.append(Step(tuple(operands), symbol, first_result + len(steps)))
                 owned[steps[-1].result] = kept
             if not chosen:
                 break
-            for step in steps[-len(chosen) :]:
+            for step in steps[start:]:
                 for number in step.operands:
                     for symbol in owned[number]:
                         holders[symbol].discard(number)
@@ -165,6 +175,12 @@ class LogSpaceRing(Ring):
             if done:
                 break
         return steps
+
+    def _merged(self, operands: Sequence[int], owned: Mapping[int, str]) -> tuple[int, int]:
+        """Return the smallest of some terms, and that which grows least by it."""
+        small = min(operands, key=lambda number: self._size(owned[number]))
+        others = [number for number in operands if number != small]
+        return small, min(others, key=lambda n: self._size(_union(owned[n], owned[small])))
 
     def _size(self, dims: str) -> int:
         return math.prod(self._dim_to_size[symbol] for symbol in dims)
@@ -288,6 +304,11 @@ def contract(graph: FactorGraph, factors: Sequence[LogFactor], ring: LogSpaceRin
     _check_crossing(graph, factors)
     result: Tensor = contract_to_tensor(tree, sum_dims, ring=ring)
     return result
+
+
+def _union(*dims: str) -> str:
+    """Return the dims that any of some tensors has."""
+    return "".join(sorted(set("".join(dims))))
 
 
 def _waves(steps: Sequence[Step]) -> list[list[Step]]:

@@ -9,10 +9,11 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from checks import check_frequencies
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_mpis import MPImportance
+from pyro_mpis import MPImportance, contraction
 from pyro_mpis.contraction import (
     LogSpaceRing,
     absorb,
@@ -101,6 +102,53 @@ def chain(num_steps: int) -> None:
 def chain_guide(num_steps: int) -> None:
     for t in range(num_steps):
         pyro.sample(f"x{t}", dist.Normal(math.sin(t), 1.0))
+
+
+def chain_with_globals(num_steps: int) -> None:
+    """Transitions and observations read one global each: a state has three terms."""
+    drift = pyro.sample("drift", dist.Normal(0.0, 1.0))
+    bias = pyro.sample("bias", dist.Normal(0.0, 1.0))
+    x = torch.tensor(0.0)
+    for t in range(num_steps):
+        x = pyro.sample(f"x{t}", dist.Normal(0.9 * x + 0.1 * drift, 0.5))
+        pyro.sample(f"y{t}", dist.Normal(x + bias, 0.5), obs=torch.tensor(math.sin(t)))
+
+
+def test_a_chain_with_globals_takes_rounds_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as the logarithm of its length; evidence, weights and samples are those without."""
+    launches = []
+    eliminate_all = LogSpaceRing._eliminate_all
+
+    def counted(self: LogSpaceRing, steps: Any, known: Any) -> Any:
+        launches.append(len(steps))
+        return eliminate_all(self, steps, known)
+
+    monkeypatch.setattr(LogSpaceRing, "_eliminate_all", counted)
+    numbers = []
+    for num_steps in (32, 256):
+        pyro.set_rng_seed(0)
+        rounds = MPImportance(chain_with_globals, chain_guide, num_samples=4).run(num_steps)
+        launches.clear()
+        log_evidence(rounds._sums[0].whole)
+        numbers.append(len(launches))
+        with monkeypatch.context() as patched:
+            patched.setattr(contraction, "ROUND_COMBINATIONS", 0)
+            pyro.set_rng_seed(0)
+            along = MPImportance(chain_with_globals, chain_guide, num_samples=4).run(num_steps)
+            launches.clear()
+            log_evidence(along._sums[0].whole)
+            assert len(launches) >= num_steps
+            expected = along.marginals()
+        torch.testing.assert_close(rounds.evidence(), along.evidence(), rtol=1e-12, atol=1e-9)
+        for name, marginal in rounds.marginals().items():
+            weights = expected[name].log_weights.exp()
+            torch.testing.assert_close(marginal.log_weights.exp(), weights, rtol=1e-9, atol=1e-12)
+        draws = rounds.sample(2000)
+        for name in ("drift", "x7", f"x{num_steps - 1}"):
+            counts = (draws[name].unsqueeze(-1) == expected[name].samples).sum(0)
+            check_frequencies(counts, expected[name].log_weights.exp())
+    # eight times the steps are three more rounds, of up to six kinds of steps
+    assert numbers[1] - numbers[0] <= 18
 
 
 def test_a_chain_takes_rounds_to_the_logarithm_of_its_length(
