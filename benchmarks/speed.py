@@ -352,7 +352,8 @@ def many_sites(setting: Setting) -> str:
 
     K = 10. ``steps`` is a chain with two globals without ``pyro.markov``, ``chain`` one with it and
     without globals, ``loop`` has independent latents, ``plated`` latents under one plate of ten.
-    Steps are the batched operations of the contraction, some kernel launches each.
+    Steps are the batched operations of the contraction, some kernel launches each: as many as the
+    logarithm of a chain's length, for one with two globals below K = 10 only (27 on a GPU).
     """
     k = 10
     names = [
