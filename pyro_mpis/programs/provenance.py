@@ -7,47 +7,12 @@ way through the common operations: a plain run of a program consists of hundreds
 few microseconds, and to flatten their arguments as trees takes ten times as long.
 """
 
-import os
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from types import FrameType
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import pyro
 import torch
 from pyro.ops.provenance import ProvenanceTensor, extract_provenance, track_provenance
 from torch import Tensor
-
-# What gives a value that is no tensor, and so carries no names.
-LEAKS = {
-    Tensor.__array__,
-    Tensor.__bool__,
-    Tensor.__float__,
-    Tensor.__index__,
-    Tensor.__int__,
-    Tensor.item,
-    Tensor.numpy,
-    Tensor.tolist,
-}
-# Where code lies that is not the user's.
-LIBRARIES = tuple(
-    os.path.dirname(str(file)) + os.sep for file in (torch.__file__, pyro.__file__, __file__)
-)
-
-_noted: ContextVar[set[str] | None] = ContextVar("noted", default=None)
-
-
-@contextmanager
-def noting_leaks() -> Iterator[set[str]]:
-    """Collect the names of sites whose values a program takes out of torch, as ``if`` does."""
-    names: set[str] = set()
-    token = _noted.set(names)
-    try:
-        yield names
-    finally:
-        _noted.reset(token)
 
 
 class TrackedTensor(ProvenanceTensor):
@@ -65,20 +30,7 @@ class TrackedTensor(ProvenanceTensor):
         names: set[str] = set()
         plain_args = [_plain(arg, names) for arg in args]
         plain_kwargs = {key: _plain(arg, names) for key, arg in (kwargs or {}).items()}
-        if func in LEAKS:
-            _note(names)
         return tracked(func(*plain_args, **plain_kwargs), frozenset(names))
-
-
-def _note(names: set[str]) -> None:
-    """Note a leak, unless it is torch or Pyro that looks at a value, to check arguments mostly."""
-    noted = _noted.get()
-    frame: FrameType | None = sys._getframe(2)  # of what applied the operation
-    while frame is not None and frame.f_code.co_name in ("handle_torch_function", "__array__"):
-        frame = frame.f_back
-    user = frame is None or not frame.f_code.co_filename.startswith(LIBRARIES)
-    if noted is not None and user:
-        noted |= names
 
 
 def tracked(result: Any, names: frozenset[str]) -> Any:

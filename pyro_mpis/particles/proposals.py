@@ -1,0 +1,458 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""
+Draw the particles and weigh each with its deterministic-mixture density.
+
+A site drawn from a proposal that reads other sites, :math:`z_i^k \sim q(\cdot\mid z_{pa}^k)`, is
+weighted by the mixture over its parents' particles, (14) of [1],
+
+.. math:: Q_i(z) = K^{-1} \sum_j q(z \mid z_{pa}^j),
+
+all parents at the same particle :math:`j`. Given the parents' particles, a sum over the child's
+particles of :math:`h(z_i^k) / Q_i(z_i^k)` has the expectation :math:`K \int h`, so that (18) of
+[1] is exactly unbiased whatever the number of parents and whichever plates they sit in. Dividing by
+:math:`q(z_i^{k} \mid z_{pa}^{k'})` for another :math:`k'` instead is biased.
+
+The members of a group share :math:`k`; their joint density is mixed over parents outside the group.
+
+Particles are drawn by one run of a program with all of them in a batch dim. Where the program is
+not written for that, K ordinary runs draw them. The densities come from mapped runs, which see
+single values, and are held against those that the particles were drawn with.
+
+[1] Bowyer, Heap and Aitchison (2024), UAI, PMLR 244:394-417.
+"""
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import pyro
+import torch
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from pyro_mpis._text import quoted
+from pyro_mpis._typing import Ordinal, SampleMessage
+from pyro_mpis.programs.mapped import Mapped, log_prob_of
+from pyro_mpis.programs.messages import (
+    batch_shape_of,
+    drawn_from,
+    event_shape_of,
+    is_delta,
+    is_latent,
+    statements,
+)
+from pyro_mpis.programs.runs import (
+    Name,
+    OtherSitesError,
+    Programs,
+    Wanted,
+    evaluate,
+    is_out_of_memory,
+    run_at,
+    run_in_plate,
+)
+from pyro_mpis.programs.structure import Index, Site, Structure
+
+MIXTURE_ELEMENTS = 2**24  # densities of pairs of particles that are held at once
+# The power of the machine epsilon, relative to one plus the largest, above which the density that a
+# particle was drawn with is another one than that of single values: rounding explains no more.
+REFUSED = 1 / 3
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The particles of one random site."""
+
+    value: Tensor  # (K, *shape), the shape of an ordinary run
+    log_prob: Tensor  # (K, *batch shape): the density that each was drawn with
+    reads_particles: bool  # whether the proposal was seen to differ between particles
+    support: Tensor | None = None  # (values, *shape), of a site that is to be summed over it
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """K particles of every random site, before they are weighed."""
+
+    num_samples: int
+    draws: Mapping[str, Draw]
+
+
+@dataclass(frozen=True)
+class Particles:
+    """K particles of every random site, and the log density that each index was drawn from."""
+
+    num_samples: int  # K
+    sizes: Mapping[str, int]  # symbol of the index -> number of particles, or of values
+    values: Mapping[str, Tensor]  # (K, *shape), or (values, *shape) of a whole support
+    log_proposals: Mapping[str, Tensor]  # symbol of the index -> (K, *plates), in nats
+
+    def block(self, structure: Structure, ranges: Mapping[str, slice]) -> "Particles":
+        """Return a part of the particles of some indices; K stays what it was."""
+        values = dict(self.values)
+        for symbol, part in ranges.items():
+            for name in structure.by_symbol[symbol].sites:
+                values[name] = values[name][part]
+        log_proposals = {
+            symbol: log_proposal[ranges.get(symbol, slice(None))]
+            for symbol, log_proposal in self.log_proposals.items()
+        }
+        sizes = {
+            symbol: len(range(size)[ranges.get(symbol, slice(None))])
+            for symbol, size in self.sizes.items()
+        }
+        return replace(self, sizes=sizes, values=values, log_proposals=log_proposals)
+
+
+def draw_particles(structure: Structure, programs: Programs, num_samples: int) -> Drawn:
+    """
+    Draw K particles of every random site; draws random numbers.
+
+    One run of the guide and, if the guide lacks some latent, one of the model; both vectorised
+    over the shared dim, or K plain runs of both.
+    """
+    try:
+        return Drawn(num_samples, _drawn_together(structure, programs, num_samples))
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        return draw_one_by_one(structure, programs, num_samples)
+
+
+def _from_guide(structure: Structure) -> list[str]:
+    """Return the random sites that the guide draws, those without an index of their own too."""
+    return [
+        name
+        for name in structure.guide
+        if name not in structure.guide_factors
+        and name not in structure.carried
+        and (name in structure.origins or name not in structure.model)
+    ]
+
+
+def _from_prior(structure: Structure, from_guide: Collection[str]) -> list[str]:
+    return [
+        name
+        for name, origin in structure.origins.items()
+        if origin == "prior" or (origin == "enumerated" and name not in from_guide)
+    ]
+
+
+def _drawn_together(
+    structure: Structure, programs: Programs, num_samples: int
+) -> dict[str, Draw]:
+    """Draw in one run of each program, with the particles in a shared dim left of the plates."""
+    dim = structure.shared_dim
+    trace, shapes = run_in_plate(programs, "guide", num_samples=num_samples, dim=dim, given={})
+    sites = statements(trace)
+    names = _from_guide(structure)
+    draws = {name: _draw(structure.guide[name], sites, shapes, num_samples) for name in names}
+    from_prior = _from_prior(structure, names)
+    if "prior" in structure.origins.values() or any(
+        name not in draws and origin == "enumerated" for name, origin in structure.origins.items()
+    ):
+        given = {
+            name: _padded(structure, name, sites[name]["value"], num_samples)
+            for name in structure.origins
+            if name in sites and is_latent(sites[name])
+        }
+        trace, shapes = run_in_plate(
+            programs, "model", num_samples=num_samples, dim=dim, given=given
+        )
+        sites = statements(trace)
+        draws |= {
+            name: _draw(structure.model[name], sites, shapes, num_samples) for name in from_prior
+        }
+    return draws
+
+
+def _padded(structure: Structure, name: str, value: Tensor, num_samples: int) -> Tensor:
+    """Bring a value of the guide's to the shape of the model's site, particles left of all dims."""
+    site = structure.model[name]
+    if value.numel() == site.shape.numel() and num_samples > 1:  # the same for all particles
+        return value.reshape(site.shape)
+    nesting = structure.max_plate_nesting - len(site.batch_shape)
+    return value.reshape((num_samples, *(1,) * nesting, *site.shape))
+
+
+def _draw(
+    site: Site,
+    sites: Mapping[str, SampleMessage],
+    batch_shapes: Mapping[str, torch.Size],
+    num_samples: int,
+) -> Draw:
+    """Take a site's particles out of a run with a shared dim; raises if they do not fit."""
+    message = sites[site.name]
+    fn, value = message["fn"], message["value"]
+    if event_shape_of(fn, value) != site.shape[len(site.batch_shape) :]:
+        raise ValueError(f"site '{site.name}': its event shape differs between runs")
+    shared = value.dim() - len(site.shape)
+    if shared < 1 or value.shape[0] != num_samples or value.shape[shared:] != site.shape:
+        raise ValueError(f"site '{site.name}': its shape with particles is another")
+    log_prob = drawn_from(message, fn.log_prob(value))
+    batch = batch_shapes[site.name]
+    return Draw(
+        value=value.reshape((num_samples, *site.shape)),
+        log_prob=log_prob.expand(value.shape[: value.dim() - site.event_dim]).reshape(
+            (num_samples, *site.batch_shape)
+        ),
+        reads_particles=len(batch) == len(site.batch_shape) + shared and batch[0] > 1,
+        support=_support(site, message),
+    )
+
+
+def _support(site: Site, message: SampleMessage) -> Tensor | None:
+    """Return all values that a site can take, one of each for all plate elements."""
+    fn = message["fn"]
+    if not getattr(fn, "has_enumerate_support", False):
+        return None
+    try:
+        support = fn.enumerate_support(expand=False)
+    except NotImplementedError:  # as of a Binomial of several totals
+        return None
+    ones = (1,) * len(site.batch_shape)
+    event = site.shape[len(ones) :]
+    return support.reshape((len(support), *ones, *event)).expand((len(support), *site.shape))
+
+
+def draw_one_by_one(structure: Structure, programs: Programs, num_samples: int) -> Drawn:
+    """Draw the particles by ordinary runs, one for each; draws random numbers."""
+    rows: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    supports: dict[str, Tensor | None] = {}
+    from_guide = _from_guide(structure)
+    from_prior = _from_prior(structure, from_guide)
+
+    def take(program: Name, trace: Trace, names: Iterable[str]) -> None:
+        sites = statements(trace)
+        of_program = structure.guide if program == "guide" else structure.model
+        for name in names:
+            site = of_program[name]
+            if name not in sites or sites[name]["value"].shape != site.shape:
+                raise OtherSitesError(
+                    f"site '{name}' of the {program} is missing, or of another shape, in some runs"
+                )
+            value = sites[name]["value"]
+            log_prob = drawn_from(sites[name], sites[name]["fn"].log_prob(value))
+            rows.setdefault(name, []).append((value, log_prob.expand(site.batch_shape)))
+            if name not in supports:
+                supports[name] = _support(site, sites[name])
+
+    with pyro.validation_enabled(False):
+        for _ in range(num_samples):
+            trace = run_at(programs, "guide", {})
+            take("guide", trace, from_guide)
+            if from_prior:
+                given = {
+                    name: site["value"].reshape(structure.model[name].shape)
+                    for name, site in statements(trace).items()
+                    if is_latent(site) and name in structure.origins
+                }
+                take("model", run_at(programs, "model", given), from_prior)
+    draws = {}
+    for name, row in rows.items():
+        values, log_probs = (torch.stack(parts) for parts in zip(*row, strict=True))
+        draws[name] = Draw(values, log_probs, True, supports[name])
+    return Drawn(num_samples, draws)
+
+
+def weigh(structure: Structure, programs: Programs, drawn: Drawn) -> Particles:
+    """
+    Evaluate the density that each particle was drawn from, (14); draws nothing.
+
+    :raises DisagreementError: if particles that were drawn together have other densities at single
+        values: the program is not written for particles in a batch dim.
+    """
+    log_proposals: dict[str, Tensor] = {}
+    pending: list[Index] = []
+    for index in structure.indices:
+        if index.enumerated:
+            continue
+        members = {name: drawn.draws[name] for name in index.sites}
+        reads = any(
+            draw.reads_particles or structure.proposal_site(name).reads
+            for name, draw in members.items()
+        )
+        if len(members) > 1:
+            _check_no_detour(structure, index)
+        if reads:
+            pending.append(index)
+        else:
+            parts = {name: draw.log_prob for name, draw in members.items()}
+            log_proposals[index.symbol] = _joint(structure, index, parts, particle_dims=1)
+    log_proposals |= _mixtures(structure, programs, drawn, pending)
+    values = {
+        name: _support_of(name, drawn.draws[name]) if index.enumerated else drawn.draws[name].value
+        for name, index in structure.index_of.items()
+    }
+    sizes = {
+        index.symbol: len(values[index.sites[0]]) if index.enumerated else drawn.num_samples
+        for index in structure.indices
+    }
+    return Particles(drawn.num_samples, sizes, values, log_proposals)
+
+
+def _support_of(name: str, draw: Draw) -> Tensor:
+    if draw.support is None:
+        raise NotImplementedError(
+            f"site '{name}': marked infer={{'enumerate': 'parallel'}}, but its support depends on "
+            "other latents. Remove the mark: the site is then sampled."
+        )
+    return draw.support
+
+
+class DisagreementError(Exception):
+    """Particles drawn together have other densities than at single values."""
+
+
+def _mixtures(
+    structure: Structure, programs: Programs, drawn: Drawn, pending: list[Index]
+) -> dict[str, Tensor]:
+    """Return log Q of indices whose proposals read particles: (K, *plates)."""
+    if not pending:
+        return {}
+    singles = [index for index in pending if len(index.sites) == 1]
+    groups = [index for index in pending if len(index.sites) > 1]
+    results = {}
+    for indices in (singles, *([group] for group in groups)):
+        if not indices:
+            continue
+        names = [name for index in indices for name in index.sites]
+        together = names if len(indices[0].sites) > 1 else []
+        largest = max(structure.elements(structure.proposal_site(name)) for name in names)
+        size = max(1, MIXTURE_ELEMENTS // (drawn.num_samples * largest))
+        parts: dict[str, list[Tensor]] = {index.symbol: [] for index in indices}
+        for start in range(0, drawn.num_samples, size):
+            rows = slice(start, start + size)
+            log_probs = _log_probs_of_pairs(structure, programs, drawn, names, together, rows)
+            for name in names:
+                _check_agreement(name, log_probs[name], drawn.draws[name].log_prob[rows], start)
+            for index in indices:
+                members = {name: log_probs[name] for name in index.sites}
+                joint = _joint(structure, index, members, particle_dims=2)
+                parts[index.symbol].append(joint.logsumexp(1) - math.log(joint.shape[1]))
+        results |= {symbol: torch.cat(tensors) for symbol, tensors in parts.items()}
+    return results
+
+
+def _log_probs_of_pairs(
+    structure: Structure,
+    programs: Programs,
+    drawn: Drawn,
+    names: list[str],
+    together: list[str],
+    rows: slice,
+) -> dict[str, Tensor]:
+    """
+    Evaluate the proposals of some sites at particle k, given all other sites at particle j.
+
+    :param together: those of them that are at particle k for the others too: members of a group.
+    :param rows: the particles k.
+    :return: ``(rows, K or 1, *batch shape)``.
+    """
+    candidates = {name: drawn.draws[name].value[rows] for name in names}
+    others = {n: draw.value for n, draw in drawn.draws.items() if n not in together}
+    prefix = "" if together else "candidate "  # candidates are not what the programs read
+    levels = [{prefix + name: value for name, value in candidates.items()}]
+    if others:
+        levels.append(others)
+    from_guide = [n for n in names if structure.proposal_site(n) is structure.guide.get(n)]
+    from_model = [name for name in names if name not in from_guide]
+    said = _evaluate_at(structure, programs, levels, from_guide, from_model, prefix)
+    result = {}
+    for name in names:
+        mapped = said[name]["log_prob"]
+        tensor = mapped.tensor
+        for level in (0, 1):
+            if mapped.at(level) is None:
+                tensor = tensor.unsqueeze(level)
+        site = structure.proposal_site(name)
+        lead = (len(candidates[name]), tensor.shape[1])
+        result[name] = tensor.expand((*lead, *site.batch_shape))
+    return result
+
+
+def _evaluate_at(
+    structure: Structure,
+    programs: Programs,
+    levels: list[dict[str, Tensor]],
+    from_guide: list[str],
+    from_model: list[str],
+    prefix: str,
+) -> dict[str, dict[str, Mapped]]:
+    """Evaluate proposals, each at its candidate, where programs read the values of other levels."""
+
+    def collect(site: SampleMessage, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        value = values[prefix + site["name"]]
+        return {"log_prob": drawn_from(site, log_prob_of(site["fn"], value))}
+
+    needs_carried = bool(from_model and structure.carried)
+    guide = Wanted(
+        dict.fromkeys(from_guide, collect),
+        frozenset(structure.guide) if needs_carried else frozenset(),
+    )
+    said_by_guide, said_by_model = evaluate(
+        programs,
+        levels,
+        guide=guide if from_guide or needs_carried else None,
+        model=Wanted(dict.fromkeys(from_model, collect)) if from_model else None,
+        shapes=structure.latent_shapes,
+    )
+    return said_by_guide | said_by_model
+
+
+def _check_agreement(name: str, pairs: Tensor, known: Tensor, start: int) -> None:
+    """Hold densities at single values against those that particles were drawn with."""
+    rows = torch.arange(len(pairs), device=pairs.device)
+    diagonal = pairs[rows, rows + start if pairs.shape[1] > 1 else 0]
+    difference = torch.where(diagonal == known, 0.0, (diagonal - known).abs())
+    finite = known[known.isfinite()].abs()
+    largest = float(finite.max()) if finite.numel() else 0.0
+    worst = float(difference.max()) if difference.numel() else 0.0
+    if not worst <= torch.finfo(known.dtype).eps ** REFUSED * (1.0 + largest):
+        raise DisagreementError(name)
+
+
+def _check_no_detour(structure: Structure, index: Index) -> None:
+    """Refuse a group whose members depend on each other through a site outside of it."""
+    reads = {name for member in index.sites for name in structure.proposal_site(member).reads}
+    pending, seen = list(reads - set(index.sites)), set[str]()
+    while pending:
+        name = pending.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        through = structure.proposal_site(name).reads
+        if through & set(index.sites):
+            raise ValueError(
+                f"groups: {index.sites} share one particle index, but one of them is proposed "
+                f"given '{name}', which is itself proposed given {quoted(through)}. Add '{name}' "
+                "to the group."
+            )
+        pending += through
+
+
+def _joint(
+    structure: Structure, index: Index, log_probs: Mapping[str, Tensor], *, particle_dims: int
+) -> Tensor:
+    """
+    Add up the members' log densities and sum them to the plates of the index.
+
+    :param log_probs: ``(*particle dims, *batch shape)``.
+    :return: ``(*particle dims, *plates)``, plates padded to ``max_plate_nesting``.
+    """
+    total: Tensor | None = None
+    for name, log_prob in log_probs.items():
+        site = structure.proposal_site(name)
+        for dim in _summed(structure, site, index.plates):
+            log_prob = log_prob.sum(dim, keepdim=True)
+        lead, batch = log_prob.shape[:particle_dims], log_prob.shape[particle_dims:]
+        missing = structure.max_plate_nesting - len(batch)
+        log_prob = log_prob.reshape((*lead, *(1,) * missing, *batch))
+        total = log_prob if total is None else total + log_prob
+    assert total is not None
+    return total
+
+
+def _summed(structure: Structure, site: Site, plates: Ordinal) -> list[int]:
+    """Return the batch dims of a site that are no plates of its index."""
+    dims = {structure.plates[symbol].dim for symbol in site.plates - plates}
+    return sorted(dims.union(site.undeclared))

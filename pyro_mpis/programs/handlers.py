@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Effect handlers: note what a plain run reads, give sites their values, lift masks."""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Set
+from contextlib import contextmanager
+
+import torch
+from pyro import poutine
+from pyro.ops.provenance import detach_provenance
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _DIM_ALLOCATOR
+from torch import Tensor
+
+from pyro_mpis._typing import SampleMessage
+from pyro_mpis.programs.messages import is_latent, is_subsample, unmasked
+from pyro_mpis.programs.provenance import tracked
+
+
+class Track(Messenger):
+    """Mark each random site's value with the site's name, in place of what it was computed from."""
+
+    def __init__(self, is_random: Callable[[SampleMessage], bool]) -> None:
+        super().__init__()
+        self.is_random = is_random
+
+    def _pyro_sample(self, msg: SampleMessage) -> None:
+        if is_latent(msg) and self.is_random(msg) and not msg["done"]:
+            with torch._C.DisableTorchFunctionSubclass():  # samplers write in place
+                msg["value"] = msg["fn"]()
+            msg["done"] = True
+
+    def _pyro_post_sample(self, msg: SampleMessage) -> None:
+        if is_latent(msg) and self.is_random(msg):
+            value = detach_provenance(msg["value"])
+            msg["value"] = tracked(value, frozenset({msg["name"]}))
+
+
+class Compare(Messenger):
+    """Show each latent site that the guide has too to a function, before its value is used."""
+
+    def __init__(
+        self,
+        sites: Mapping[str, SampleMessage],
+        compare: Callable[[SampleMessage, SampleMessage], None],
+    ) -> None:
+        super().__init__()
+        self.sites = sites
+        self.compare = compare
+
+    def _pyro_sample(self, msg: SampleMessage) -> None:
+        if is_latent(msg) and msg["name"] in self.sites:
+            self.compare(self.sites[msg["name"]], msg)
+
+
+class LiftMasks(Messenger):
+    """
+    Lift the masks of latent sites that no guide proposes, and note which had any.
+
+    Such a site is drawn from the model's distribution even where it is masked. If that density did
+    not count, its particles would be combined with its parents' as if independent of them, and an
+    enumerated site would be summed with weight one for each value.
+
+    :param kept: sites that the guide draws or gives a ``Delta``.
+    """
+
+    def __init__(self, kept: Set[str]) -> None:
+        super().__init__()
+        self.kept = kept
+        self.lifted: set[str] = set()
+
+    def _pyro_sample(self, msg: SampleMessage) -> None:
+        if not is_latent(msg) or msg["name"] in self.kept:
+            return
+        fn = unmasked(msg["fn"])
+        if msg["mask"] is not None or fn is not msg["fn"]:
+            self.lifted.add(msg["name"])
+            msg["mask"], msg["fn"] = None, fn
+
+
+class AllMet(Exception):
+    """All the sites that a run was for have been met: it may end."""
+
+
+class Substitute(Messenger):
+    """
+    Give latent sites the values of a dictionary, and note the last site met.
+
+    :param values: in the shapes of the sites.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+        self.last_site: str | None = None
+        self.batch_shapes: dict[str, torch.Size] = {}
+
+    def _pyro_sample(self, msg: SampleMessage) -> None:
+        if is_subsample(msg):
+            return
+        self.last_site = msg["name"]
+        # before a plate of particles expands it
+        self.batch_shapes[msg["name"]] = torch.Size(getattr(msg["fn"], "batch_shape", ()))
+        if not msg["is_observed"] and msg["name"] in self.values:
+            msg["value"] = self.values[msg["name"]]
+            msg["done"] = True
+
+
+class Stop(Messenger):
+    """End a run once some sites have been met. Is to be outside of the tracer."""
+
+    def __init__(self, sites: Collection[str]) -> None:
+        super().__init__()
+        self.waiting = set(sites)
+
+    def _pyro_post_sample(self, msg: SampleMessage) -> None:
+        self.waiting.discard(msg["name"])
+        if not self.waiting:
+            raise AllMet
+
+
+@contextmanager
+def isolated() -> Iterator[None]:
+    """Let the handlers and plates around neither see nor change what programs do."""
+    around, _DIM_ALLOCATOR._stack = _DIM_ALLOCATOR._stack, []  # else plates would take other dims
+    try:
+        with poutine.block():
+            yield
+    finally:
+        _DIM_ALLOCATOR._stack = around

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""
+Run a function written for single values at many values at once: nested :func:`torch.func.vmap`.
+
+Each **level** maps the values of some sites together: level 0 is the outermost. The function sees
+one value of each site, in the shapes of an ordinary run. What it computes is mapped at the levels
+of the values that it was computed from, and at no others, so a result shows by itself what was
+read, and no code can mix particles.
+
+Results are taken out from within the innermost function (:func:`unwrapped`), since vmap expands
+what a function returns over all levels, read or not.
+"""
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.distributions.distribution import COERCIONS
+from pyro.distributions.torch_distribution import TorchDistribution
+from torch import Tensor
+from torch._C import _functorch
+from torch.distributions import Distribution, Transform
+from torch.overrides import TorchFunctionMode
+
+Values = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """A result of a mapped run: a tensor, and the levels that it was computed from."""
+
+    tensor: Tensor  # (*levels, *shape)
+    levels: tuple[int, ...]  # in order
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape for single values."""
+        return self.tensor.shape[len(self.levels) :]
+
+    def at(self, level: int) -> int | None:
+        """Return the dim of a level; None if the tensor does not read it."""
+        return self.levels.index(level) if level in self.levels else None
+
+
+def run_mapped(
+    function: Callable[[dict[str, Tensor]], None], levels: Sequence[Values], *, patched: bool
+) -> None:
+    """
+    Call a function of single values once, mapped over each level.
+
+    :param levels: site -> ``(size, *shape)``, of one size in each level.
+    :param patched: whether to write some operations that torch cannot map in another way.
+    """
+
+    def enter(depth: int, values: dict[str, Tensor]) -> tuple[()]:
+        if depth == len(levels):
+            function(values)
+            return ()
+        names = tuple(levels[depth])
+
+        def inner(*own: Tensor) -> tuple[()]:
+            return enter(depth + 1, values | dict(zip(names, own, strict=True)))
+
+        torch.func.vmap(inner, randomness="same")(*levels[depth].values())
+        return ()
+
+    with _quiet(), _rewritten() if patched else nullcontext():
+        enter(0, {})
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence torch's notes on operations that it maps by a loop."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*performance drop.*batching rule.*")
+        yield
+
+
+def unwrapped(tensor: Tensor) -> Mapped:
+    """Return a tensor of the innermost function with its levels as dims on the left."""
+    dims = list(range(-tensor.dim(), 0))  # levels are counted from 1, and dims negative
+    while _functorch.is_batchedtensor(tensor):
+        dims.insert(_functorch.maybe_get_bdim(tensor), _functorch.maybe_get_level(tensor))
+        tensor = _functorch.get_unwrapped(tensor)
+    levels = sorted(dim for dim in dims if dim > 0)
+    order = [dims.index(dim) for dim in (*levels, *range(len(levels) - len(dims), 0))]
+    if order != sorted(order):
+        tensor = tensor.permute(order)
+    return Mapped(tensor, tuple(level - 1 for level in levels))
+
+
+class _Looped(torch.autograd.Function):
+    """Apply a function of tensors that torch cannot map to one value after the other."""
+
+    @staticmethod
+    def forward(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:  # type: ignore[override]
+        return function(*tensors)
+
+    @staticmethod
+    def setup_context(ctx: object, inputs: object, output: object) -> None:
+        pass
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: Sequence[int | None], function: Callable[..., Tensor], *tensors: Tensor
+    ) -> tuple[Tensor, int]:
+        rows = [
+            _Looped.apply(
+                function,
+                *(
+                    tensor if dim is None else tensor.select(dim, number)
+                    for tensor, dim in zip(tensors, in_dims[1:], strict=True)
+                ),
+            )
+            for number in range(info.batch_size)
+        ]
+        return torch.stack(rows), 0
+
+
+def log_prob_of(fn: Distribution, value: Tensor) -> Tensor:
+    """
+    Return a site's ``log_prob``, also of a distribution that torch cannot map.
+
+    Such a distribution is evaluated at one combination after the other, of those that it reads.
+    """
+    try:
+        return fn.log_prob(value)  # type: ignore[no-any-return, no-untyped-call]
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        tensors: list[Tensor] = []
+        _exchange(fn, lambda tensor: tensors.append(tensor) or tensor)
+        if not any(map(_functorch.is_batchedtensor, (value, *tensors))):
+            raise
+
+        def alone(value: Tensor, *tensors: Tensor) -> Tensor:
+            parts = iter(tensors)
+            return _exchange(fn, lambda _: next(parts)).log_prob(value)  # type: ignore[no-any-return]
+
+        try:
+            result: Tensor = _Looped.apply(alone, value, *tensors)
+        except Exception:
+            raise error from None
+        return result
+
+
+def _exchange(part: Any, exchange: Callable[[Tensor], Tensor]) -> Any:
+    """Copy a distribution with other tensors in the place of those that it holds."""
+    if isinstance(part, Tensor):
+        return exchange(part)
+    if type(part) in (tuple, list):
+        return type(part)(_exchange(item, exchange) for item in part)
+    if type(part) is dict:
+        return {key: _exchange(item, exchange) for key, item in part.items()}
+    if isinstance(part, Distribution | Transform):
+        result = copy.copy(part)
+        vars(result).update({k: _exchange(item, exchange) for k, item in vars(part).items()})
+        return result
+    return part
+
+
+class _Deferred(TorchDistribution):
+    """A distribution that cannot be made of mapped arguments: it is made for each combination."""
+
+    arg_constraints = {}  # noqa: RUF012
+
+    def __init__(self, cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._made_by = cls, args, kwargs
+        first = type.__call__(cls, *_exchange(args, _first), **_exchange(kwargs, _first))
+        self._support = first.support
+        super().__init__(first.batch_shape, first.event_shape, validate_args=False)  # type: ignore[no-untyped-call]
+
+    @property
+    def support(self) -> Any:
+        """The support at the first combination."""
+        return self._support
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        """Draw for one combination only: raises where arguments are mapped."""
+        return self._made().sample(sample_shape)  # type: ignore[no-any-return]
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Evaluate for one combination only: raises where arguments are mapped."""
+        return self._made().log_prob(value)  # type: ignore[no-any-return]
+
+    def _made(self) -> Any:
+        cls, args, kwargs = self._made_by
+        return type.__call__(cls, *args, **kwargs)
+
+
+def _first(tensor: Tensor) -> Tensor:
+    """Return the value of the first combination."""
+    plain = unwrapped(tensor)
+    return plain.tensor[(0,) * len(plain.levels)]
+
+
+def _made_or_deferred(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Make a distribution, in one piece or combination by combination; Pyro calls this."""
+    if issubclass(cls, _Deferred):
+        return None
+    try:
+        return type.__call__(cls, *args, **kwargs)
+    except (RuntimeError, NotImplementedError):
+        return _Deferred(cls, args, kwargs)
+
+
+@contextmanager
+def _rewritten() -> Iterator[None]:
+    """Let programs run whose operations or distributions torch cannot map as they stand."""
+    COERCIONS.append(_made_or_deferred)
+    try:
+        with _Rewritten():
+            yield
+    finally:
+        COERCIONS.remove(_made_or_deferred)
+
+
+class _Rewritten(TorchFunctionMode):
+    """Operations that torch cannot map, in terms of others that it can."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        rewritten = _REWRITTEN.get(func)
+        if rewritten is not None:
+            result = rewritten(*args, **(kwargs or {}))
+            if result is not NotImplemented:
+                return result
+        return func(*args, **(kwargs or {}))
+
+
+def _set_item(tensor: Tensor, index: Any, value: Any) -> Any:
+    """Write where a mask says, as a choice between old and new values."""
+    if not (isinstance(index, Tensor) and index.dtype == torch.bool):
+        return NotImplemented
+    value = torch.as_tensor(value, dtype=tensor.dtype, device=tensor.device)
+    if value.dim():
+        return NotImplemented
+    mask = index.reshape(index.shape + (1,) * (tensor.dim() - index.dim()))
+    return tensor.copy_(torch.where(mask, value, tensor))
+
+
+def _get_item(tensor: Tensor, index: Any) -> Any:
+    """Select by one mapped number, which torch up to 2.9 takes for a Python one."""
+    scalar = isinstance(index, Tensor) and index.dim() == 0 and index.dtype != torch.bool
+    if not scalar or not _functorch.is_batchedtensor(index) or tensor.dim() == 0:
+        return NotImplemented
+    return tensor.index_select(0, index.reshape(1)).squeeze(0)
+
+
+def _squeeze(tensor: Tensor, *dims: Any, **kwargs: Any) -> Any:
+    """Leave a scalar as it is."""
+    return tensor if tensor.dim() == 0 else NotImplemented
+
+
+_REWRITTEN: dict[Any, Callable[..., Any]] = {
+    Tensor.data.__get__: lambda tensor: tensor.detach(),  # type: ignore[attr-defined]
+    Tensor.__setitem__: _set_item,
+    Tensor.__getitem__: _get_item,
+    Tensor.squeeze: _squeeze,
+    torch.squeeze: _squeeze,
+}

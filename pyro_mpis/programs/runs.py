@@ -1,0 +1,319 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""
+Run a model and its guide: plainly, with K particles at once, at values of their latent sites.
+
+* :func:`run_plainly`: one ordinary run of guide and model, to learn the structure. The values
+  carry their provenance, so that a site's ``log_prob`` tells which sites it read.
+* :func:`run_in_plate`: a program with K particles of every site in **one shared dim**, just left
+  of the plates, to draw them. Particle ``k`` of a child reads particle ``k`` of its parents.
+* :func:`run_at`: one ordinary run at given values.
+* :func:`evaluate`: guide and model at many values, those of each level in combination with those
+  of all others, by :mod:`~pyro_mpis.programs.mapped`. Programs see single values.
+"""
+
+import contextlib
+import os
+import traceback
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
+from typing import Literal, TypeAlias
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from pyro_mpis._text import first_line
+from pyro_mpis._typing import Program, SampleMessage
+from pyro_mpis.programs.handlers import AllMet, Compare, LiftMasks, Stop, Substitute, Track
+from pyro_mpis.programs.mapped import Mapped, Values, run_mapped, unwrapped
+from pyro_mpis.programs.messages import is_delta, is_enumerated, is_latent, statements
+
+Name: TypeAlias = Literal["model", "guide"]
+# What to keep of a site: named tensors computed from its message and all values given, single ones.
+Collect: TypeAlias = Callable[[SampleMessage, Mapping[str, Tensor]], Mapping[str, Tensor]]
+Said: TypeAlias = dict[str, dict[str, Mapped]]  # site -> what was kept of it
+
+PARTICLES = "_mpis_particles"  # name of the plate that draws K particles at once
+# Where code lies that is not the user's.
+LIBRARIES = tuple(
+    os.path.dirname(str(file)) + os.sep
+    for file in (torch.__file__, pyro.__file__, os.path.dirname(__file__), contextlib.__file__)
+)
+
+
+@dataclass(frozen=True)
+class Programs:
+    """A model, its guide, and what both are called with."""
+
+    model: Program
+    guide: Program
+    args: tuple[object, ...] = ()
+    kwargs: Mapping[str, object] = field(default_factory=dict)
+    sites: Mapping[Name, frozenset[str]] = field(default_factory=dict)  # that a plain run met
+    patched: bool = False  # whether torch maps them only with some operations written otherwise
+
+    def program(self, name: Name) -> Program:
+        """Return the model or the guide."""
+        return self.model if name == "model" else self.guide
+
+    def call(self, name: Name) -> object:
+        """Run the model or the guide."""
+        return self.program(name)(*self.args, **self.kwargs)
+
+
+class NotMappableError(Exception):
+    """A program that runs on single values cannot be run at many at once."""
+
+    def __init__(self, message: str, remedy: str = "") -> None:
+        super().__init__(message)
+        self.remedy = remedy
+
+
+class OtherSitesError(NotMappableError):
+    """The sites of a program differ from run to run."""
+
+
+def run_plainly(
+    programs: Programs,
+    compare: Callable[[SampleMessage, SampleMessage], None],
+) -> tuple[Programs, Trace, Trace]:
+    """
+    Run the guide, then the model with the guide's values; draws random numbers.
+
+    Values carry the names of the random sites that they were computed from.
+
+    :param compare: called with the guide's and the model's message of each site that both sample;
+        raises if they do not fit.
+    :return: the programs, the model without masks of latents that no guide proposes; the traces of
+        guide and model.
+    """
+    if isinstance(programs.guide, torch.nn.Module):
+        with poutine.block():  # autoguides make their params from the first values that they see
+            programs.call("guide")
+    state = pyro.util.get_rng_state()
+    try:
+        return _run_both(programs, compare, tracking=True)
+    except Exception:  # some code takes no tensors with marks: what is read is then found otherwise
+        pyro.util.set_rng_state(state)
+        return _run_both(programs, compare, tracking=False)
+
+
+def _run_both(
+    programs: Programs,
+    compare: Callable[[SampleMessage, SampleMessage], None],
+    *,
+    tracking: bool,
+) -> tuple[Programs, Trace, Trace]:
+    with Track(lambda site: tracking and not is_delta(site["fn"])):
+        guide_trace = poutine.trace(programs.guide).get_trace(*programs.args, **programs.kwargs)
+    from_guide = {name: s for name, s in statements(guide_trace).items() if is_latent(s)}
+    guide_values = guide_trace.copy()
+    for name in guide_trace.nodes:
+        if name not in from_guide:
+            guide_values.remove_node(name)
+    lift = LiftMasks(
+        frozenset(n for n, s in from_guide.items() if is_delta(s["fn"]) or not is_enumerated(s))
+    )
+    with (
+        Compare(from_guide, compare),
+        Track(
+            lambda site: tracking and not is_delta(site["fn"]) and site["name"] not in from_guide
+        ),
+    ):
+        replayed = poutine.replay(programs.model, trace=guide_values)
+        model_trace = poutine.trace(lift(replayed)).get_trace(*programs.args, **programs.kwargs)
+    if lift.lifted:
+        programs = replace(programs, model=LiftMasks(lift.kept)(programs.model))
+    return programs, guide_trace, model_trace
+
+
+def run_in_plate(
+    programs: Programs, name: Name, *, num_samples: int, dim: int, given: Mapping[str, Tensor]
+) -> tuple[Trace, Mapping[str, torch.Size]]:
+    """
+    Run a program with a shared dim of particles; draws random numbers.
+
+    :param dim: the shared dim, a batch dim left of all plates.
+    :param given: values, with the shared dim, of the sites that are not to be drawn.
+    :return: the trace; and each distribution's batch shape before the particles' plate expands it.
+    :raises Exception: whatever the program raises, if it is not vectorised.
+    """
+    handler = Substitute(given)
+    with pyro.validation_enabled(False), pyro.plate(PARTICLES, num_samples, dim=dim):
+        trace = _traced(programs, name, handler, ())
+    return trace, handler.batch_shapes
+
+
+def run_at(programs: Programs, name: Name, values: Mapping[str, Tensor]) -> Trace:
+    """Run a program once, with values of some of its latent sites; others are drawn."""
+    with Substitute(values):
+        return poutine.trace(programs.program(name)).get_trace(*programs.args, **programs.kwargs)
+
+
+def trace_at(programs: Programs, values: Mapping[str, Tensor]) -> Trace:
+    """
+    Run the model once at one value of each of its latent sites, and evaluate the densities.
+
+    :return: an ordinary trace, return value included.
+    """
+    trace = run_at(programs, "model", values)
+    trace.log_prob_sum()  # memoised in the trace, as the traces of pyro.infer.Importance have it
+    return trace
+
+
+def _traced(
+    programs: Programs, name: Name, handler: Substitute, until: Collection[str]
+) -> Trace:
+    """Run a program under a handler; what fails after its last site is not needed."""
+    tracer = poutine.trace()
+    with handler, tracer, Stop(until) if until else contextlib.nullcontext():
+        try:
+            programs.call(name)
+        except AllMet:
+            pass
+        except Exception:  # a return value may take code that cannot be mapped
+            if name not in programs.sites or not programs.sites[name] <= set(tracer.trace.nodes):
+                raise
+    return tracer.trace
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which sites of a program to keep what of."""
+
+    collect: Mapping[str, Collect]
+    all_sites: frozenset[str] = frozenset()  # which a run to the end has, and no others
+
+
+def evaluate(
+    programs: Programs,
+    levels: Sequence[Values],
+    *,
+    guide: Wanted | None = None,
+    model: Wanted | None = None,
+    shapes: Mapping[str, torch.Size],
+) -> tuple[Said, Said]:
+    """
+    Run guide and model at all combinations of values, mapped over each level.
+
+    The model takes the values of the guide's ``Delta`` sites from the guide's run.
+
+    :param levels: site -> ``(size, *shape)``, one size in each level; an ordinary run's shapes.
+    :param guide: what to keep of the guide's sites; None if it is not to be run.
+    :param model: likewise of the model's.
+    :param shapes: of the model's latent sites, where the guide's may have other dims of size one.
+    :return: what was kept of the guide's and the model's sites.
+    :raises NotMappableError: if torch cannot map a program; it names the line.
+    """
+    from_guide: Said = {}
+    from_model: Said = {}
+
+    def at_single_values(values: dict[str, Tensor]) -> None:
+        model_values = dict(values)
+        if guide is not None:
+            until = () if guide.all_sites else guide.collect
+            trace = _at(programs, "guide", values, until, guide.all_sites)
+            _keep(trace, guide, values, from_guide)
+            model_values |= {
+                name: site["value"]
+                for name, site in statements(trace).items()
+                if is_latent(site) and is_delta(site["fn"])
+            }
+        if model is None:
+            return
+        for name, shape in shapes.items():
+            value = model_values.get(name)
+            if value is not None and value.shape != shape:
+                model_values[name] = value.reshape(shape)
+        until = () if model.all_sites else model.collect
+        trace = _at(programs, "model", model_values, until, model.all_sites)
+        _keep(trace, model, values, from_model)
+
+    run_mapped(at_single_values, levels, patched=programs.patched)
+    return from_guide, from_model
+
+
+def _at(
+    programs: Programs,
+    name: Name,
+    values: Mapping[str, Tensor],
+    until: Collection[str],
+    expected: frozenset[str],
+) -> Trace:
+    """Run a program at the single values of a mapped run."""
+    handler = Substitute(values)
+    try:
+        trace = _traced(programs, name, handler, until)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise _not_mappable(name, handler.last_site, error) from error
+    if expected:
+        sites = statements(trace).items()
+        found = {n for n, site in sites if n in expected or is_latent(site) or name == "model"}
+        check_same_sites(name, expected, found)
+    return trace
+
+
+def _keep(trace: Trace, wanted: Wanted, values: Values, said: Said) -> None:
+    """Take what is wanted out of a mapped run."""
+    sites = statements(trace)
+    for name, collect in wanted.collect.items():
+        try:
+            parts = collect(sites[name], values).items()
+            said[name] = {key: unwrapped(part) for key, part in parts}
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            raise _not_mappable("model", name, error) from error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory is used up, not that a program cannot be run."""
+    text = str(error)
+    return isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or "allocate" in text
+
+
+REMEDIES = {
+    "Boolean value of Tensor": "compute both branches and choose by torch.where",
+    "data-dependent control flow": "compute both branches and choose by torch.where",
+    ".item()": "compute with tensors, without .item(), and choose by torch.where",
+    "inplace": "collect the values in a list, and torch.stack it, or choose by torch.where",
+    "in-place": "collect the values in a list, and torch.stack it, or choose by torch.where",
+    "numpy": "compute with torch operations in place of NumPy's",
+    "nonzero": "choose by torch.where or by a mask, in place of a boolean index",
+    "dynamic shape": "choose by torch.where or by a mask, in place of a boolean index",
+}
+OTHER_REMEDY = "use torch operations on whole tensors that torch.func.vmap can map"
+
+
+def _not_mappable(name: Name, last_site: str | None, error: Exception) -> NotMappableError:
+    where = f"at or after site '{last_site}'" if last_site else "at its start"
+    found = (remedy for part, remedy in REMEDIES.items() if part in str(error))
+    return NotMappableError(
+        f"the {name} {where}{_line(error)}: {type(error).__name__}: {first_line(error)}",
+        next(found, OTHER_REMEDY),
+    )
+
+
+def _line(error: BaseException) -> str:
+    """Return the user's line that raised an error, for a message."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith(LIBRARIES) and frame.line:
+            return f", in {os.path.basename(frame.filename)}:{frame.lineno}, `{frame.line}`"
+    return ""
+
+
+def check_same_sites(name: Name, expected: Set[str], found: Set[str]) -> None:
+    """Refuse a program whose sites depend on the values of its latents."""
+    different = expected ^ found
+    if different:
+        site = min(different)
+        where = "in some runs only"
+        raise OtherSitesError(
+            f"site '{site}' of the {name} is met {where}",
+            "give a program the same sites in every run: replace branches by torch.where, by "
+            "poutine.mask or by a fixed number of steps",
+        )
