@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small helpers for messages and shapes, for every module."""
+"""What messages and tables are written with, and the one rule for shapes that broadcast."""
 
 from collections.abc import Iterable, Sequence, Set
 
-import pyro
 import torch
+from pyro.distributions import util
 
 
 def first_line(error: BaseException) -> str:
@@ -18,6 +18,23 @@ def quoted(names: Iterable[str]) -> str:
     return ", ".join(f"'{name}'" for name in ordered)
 
 
+def table(lines: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
+    """
+    Align the columns of a table.
+
+    :param lines: the cells of each line, the header's first.
+    :param left: the columns to align on the left.
+    """
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
+
+
 def broadcast_shape(*shapes: Sequence[int]) -> torch.Size:
     """Return the shape that others broadcast to; torch's own function loads half a library."""
-    return torch.Size(pyro.distributions.util.broadcast_shape(*shapes))
+    return torch.Size(util.broadcast_shape(*shapes))

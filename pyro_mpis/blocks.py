@@ -33,7 +33,8 @@ from tqdm.auto import tqdm
 
 from pyro_mpis.contraction import log_evidence, reduced
 from pyro_mpis.dependencies import Structure
-from pyro_mpis.factors import FactorGraph, SiteValue, build_graph
+from pyro_mpis.factor_graph.graph import FactorGraph, SiteValue
+from pyro_mpis.factors import build_graph
 from pyro_mpis.handlers import Programs, isolated
 from pyro_mpis.indexing import SiteReads, check_provenance, find_reads, regroup_indexed
 from pyro_mpis.memory import Cut, uncollected

@@ -31,7 +31,7 @@ from pyro.ops.rings import Ring
 from torch import Tensor
 
 from pyro_mpis._typing import Ordinal
-from pyro_mpis.factors import ElementMap, FactorGraph, LogFactor
+from pyro_mpis.factor_graph.graph import FactorGraph, LogFactor, RaggedPlate
 from pyro_mpis.logspace import log_matmul, logsumexp, sum_in_double
 
 MANY_TERMS = 64
@@ -243,9 +243,9 @@ class LogSpaceRing(Ring):
     def product(self, term: Tensor, ordinal: Ordinal) -> Tensor:
         """Multiply a packed tensor over the plates of ``ordinal``."""
         own = frozenset(dims_of(term))
-        for inner, element_map in self._graph.nesting.items():
+        for inner, element_map in self._graph.ragged.items():
             outer = frozenset(element_map.outer)
-            if inner <= own and inner & ordinal and self._graph.closed(outer) - ordinal:
+            if inner <= own and inner & ordinal and self._graph.with_enclosing(outer) - ordinal:
                 term = regroup(term, inner & ordinal, element_map, outer, self._graph.sizes)
                 return self.product(term, ordinal)
         positions = [place for place, symbol in enumerate(dims_of(term)) if symbol in ordinal]
@@ -275,8 +275,8 @@ def log_evidence(graph: FactorGraph, factors: Sequence[LogFactor] | None = None)
 
 def reduced(graph: FactorGraph) -> FactorGraph:
     """Sum the log factors over the plates that hold no index: so are those of observations."""
-    occupied = frozenset[str]().union(*map(graph.closed, graph.index_plates.values()))
-    for inner, element_map in graph.nesting.items():
+    occupied = frozenset[str]().union(*map(graph.with_enclosing, graph.index_plates.values()))
+    for inner, element_map in graph.ragged.items():
         occupied |= inner | frozenset(element_map.outer)
     factors = tuple(over_plates(factor, factor.plates - occupied) for factor in graph.factors)
     return replace(graph, factors=factors)
@@ -298,7 +298,7 @@ def contract(graph: FactorGraph, factors: Sequence[LogFactor], ring: LogSpaceRin
     used: set[str] = set()
     for factor in factors:
         tensor = packed(factor.tensor.view_as(factor.tensor), factor.dims)
-        tree.setdefault(graph.closed(factor.plates), []).append(tensor)
+        tree.setdefault(graph.with_enclosing(factor.plates), []).append(tensor)
         used |= set(factor.dims)
     sum_dims = used & set(graph.index_plates)
     _check_crossing(graph, factors)
@@ -436,7 +436,7 @@ def aligned(term: Tensor, layout: str) -> Tensor:
 def regroup(
     term: Tensor,
     summed: Iterable[str],
-    element_map: ElementMap,
+    element_map: RaggedPlate,
     outer: Iterable[str],
     sizes: Mapping[str, int],
 ) -> Tensor:
@@ -486,7 +486,9 @@ def _check_crossing(graph: FactorGraph, factors: Sequence[LogFactor]) -> None:
     """Refuse a factor that reads two latents of plates of which neither contains the other."""
     for factor in factors:
         inside = {
-            s: graph.closed(graph.index_plates[s]) for s in factor.dims if s in graph.index_plates
+            s: graph.with_enclosing(graph.index_plates[s])
+            for s in factor.dims
+            if s in graph.index_plates
         }
         for a, plates_a in inside.items():
             for b, plates_b in inside.items():

@@ -20,13 +20,13 @@ from pyro import settings
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_mpis._text import table
 from pyro_mpis._typing import Distribution
 from pyro_mpis.blocks import BlockSum, evidence_error
 from pyro_mpis.dependencies import Structure
 from pyro_mpis.handlers import quoted, replay
 from pyro_mpis.marginals import Marginal
 from pyro_mpis.memory import largest_factor
-from pyro_mpis.summary import table
 
 # Of five even draws the mean is off by 0.45 posterior sds, and the 5 % and 95 % quantiles are the
 # lowest and the highest of them.

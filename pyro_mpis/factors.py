@@ -14,7 +14,7 @@ plates that a factor, or an index, sits in.
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pyro
 import torch
@@ -23,150 +23,9 @@ from torch import Tensor
 
 from pyro_mpis._typing import Ordinal, SampleMessage
 from pyro_mpis.dependencies import Index, Site, Structure
+from pyro_mpis.factor_graph.graph import FactorGraph, LogFactor, SiteValue, exchange_dims
 from pyro_mpis.handlers import Programs, check_same_sites, place, quoted, replay
 from pyro_mpis.proposals import Particles, model_inputs
-
-
-@dataclass(frozen=True)
-class LogFactor:
-    """A term of log r_k: a packed tensor in nats, with the dims of its indices and plates."""
-
-    name: str  # the site
-    tensor: Tensor
-    dims: str  # one letter for each dim of the tensor
-    plates: Ordinal
-
-
-@dataclass(frozen=True)
-class ElementMap:
-    """
-    Which element of some plates each element of other plates reads.
-
-    A ragged plate: every element of ``inner`` belongs to one element of each plate of ``outer``.
-    """
-
-    inner: str  # plates of the reader, one letter for each dim of the tensors
-    outer: Mapping[str, Tensor]  # plate -> element, integers in the shape of ``inner``
-
-
-@dataclass(frozen=True)
-class SiteValue:
-    """
-    The particles of a latent site of the model.
-
-    Batch dims without a plate are dims of the event, on its left.
-    """
-
-    tensor: Tensor  # (*indices, *plates, *event), plates padded to max_plate_nesting
-    indices: str  # one letter for each dim on the left
-    event_dim: int
-    batch_shape: torch.Size  # in an ordinary run of the model, undeclared dims of size one
-    plates: Ordinal
-    undeclared: tuple[int, ...] = ()  # where these dims are in the batch shape
-
-    def ordinary(self, tensor: Tensor, *, left: int) -> Tensor:
-        """
-        Put the undeclared dims back into their places among the batch dims.
-
-        :param tensor: ``(*left, *batch_shape, *undeclared, *event)``.
-        :return: the shape of an ordinary run, with the dims on the left.
-        """
-        middle = left + len(self.batch_shape)
-        tensor = _exchanged(tensor, middle, self.undeclared)
-        return tensor.squeeze(tuple(range(middle, middle + len(self.undeclared))))
-
-    def padded(self, tensor: Tensor, *, left: int) -> Tensor:
-        """Give undeclared dims size one again: ``(*left, *batch_shape, *right)``."""
-        middle = left + len(self.batch_shape)
-        for dim in self.undeclared:
-            tensor = tensor.unsqueeze(middle + dim)
-        return tensor
-
-    def declared(self, tensor: Tensor, *, left: int) -> Tensor:
-        """Drop the undeclared dims of size one of ``(*left, *batch_shape, *right)``."""
-        middle = left + len(self.batch_shape)
-        return tensor.squeeze(tuple(middle + dim for dim in self.undeclared))
-
-
-@dataclass(frozen=True)
-class FactorGraph:
-    """All that the queries need: the factors, the sizes of their dims, the sites' values."""
-
-    factors: tuple[LogFactor, ...]
-    sizes: Mapping[str, int]  # of every index and plate
-    index_plates: Mapping[str, Ordinal]  # the ordinal of each index
-    plate_dims: Mapping[str, int]  # batch dim of each plate
-    max_plate_nesting: int
-    values: Mapping[str, SiteValue]  # of the model's latent sites
-    plate_names: Mapping[str, str]
-    index_sites: Mapping[str, tuple[str, ...]]
-    dtype: torch.dtype
-    device: torch.device
-    nesting: Mapping[Ordinal, ElementMap] = field(default_factory=dict)
-
-    def closed(self, plates: Ordinal) -> Ordinal:
-        """Add the plates that ragged plates lie in."""
-        while True:
-            around = {
-                symbol
-                for inner, element_map in self.nesting.items()
-                if inner <= plates
-                for symbol in element_map.outer
-            }
-            if around <= plates:
-                return plates
-            plates |= around
-
-    def tensor_plates(self, plates: Ordinal) -> str:
-        """Return the plates that the tensors of an ordinal have dims for."""
-        implied: set[str] = set()
-        for inner, element_map in self.nesting.items():
-            if inner <= plates:
-                implied |= set(element_map.outer)
-        return "".join(sorted(plates - implied))
-
-    def to_plates(self, tensor: Tensor, plates: str, *, left: int, right: int = 0) -> Tensor:
-        """
-        Bring the padded batch dims of a tensor to the given plates, expanded to their sizes.
-
-        :param tensor: ``(*left, *max_plate_nesting dims, *right)``; other plates have size one.
-        :return: ``(*left, *plates, *right)``.
-        """
-        middle = left + self.max_plate_nesting
-        order = [middle + self.plate_dims[symbol] for symbol in plates]
-        rest = [d for d in range(left, middle) if d not in order]
-        tensor = tensor.permute((*range(left), *order, *rest, *range(middle, tensor.dim())))
-        tail = tensor.shape[tensor.dim() - right :]
-        tensor = tensor.reshape(tensor.shape[: left + len(plates)] + tail)
-        return tensor.expand(
-            (*tensor.shape[:left], *(self.sizes[symbol] for symbol in plates), *tail)
-        )
-
-    def to_batch(
-        self, tensor: Tensor, plates: str, batch_shape: torch.Size, *, left: int
-    ) -> Tensor:
-        """
-        Bring a tensor with the given plates to the batch shape of an ordinary run.
-
-        :param tensor: ``(*left, *plates, *right)``.
-        :return: ``(*left, *batch_shape, *right)``, expanded.
-        """
-        order = sorted(range(len(plates)), key=lambda position: self.plate_dims[plates[position]])
-        right = range(left + len(plates), tensor.dim())
-        tensor = tensor.permute((*range(left), *(left + position for position in order), *right))
-        present = {self.plate_dims[symbol] for symbol in plates}
-        for dim in range(-len(batch_shape), 0):
-            if dim not in present:
-                tensor = tensor.unsqueeze(left + len(batch_shape) + dim)
-        tail = tensor.shape[left + len(batch_shape) :]
-        return tensor.expand((*tensor.shape[:left], *batch_shape, *tail))
-
-
-def _exchanged(tensor: Tensor, middle: int, undeclared: Sequence[int]) -> Tensor:
-    """Exchange batch dims, left of ``middle``, with as many dims of the event right of it."""
-    for number, dim in enumerate(undeclared):
-        tensor = tensor.transpose(middle + dim, middle + number)
-    return tensor
 
 
 def build_graph(
@@ -408,7 +267,7 @@ def _site_value(
     value = value.reshape(value.shape[: len(wanted)] + value.shape[left:])
     middle = len(indices) + structure.max_plate_nesting
     value = value.reshape(value.shape[:middle] + (1,) * len(undeclared) + value.shape[middle:])
-    value = _exchanged(value, middle, own.undeclared)
+    value = exchange_dims(value, middle, own.undeclared)
     batch = value.shape[len(indices) : middle]
     event = value.shape[middle + len(undeclared) :]
     value = value.expand((*(sizes[symbol] for symbol in indices), *batch, *undeclared, *event))

@@ -21,7 +21,7 @@ Samples", UAI, PMLR 244:394-417.
 import contextlib
 import os
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias, cast
@@ -37,6 +37,9 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
+from pyro_mpis._text import broadcast_shape as broadcast_shape
+from pyro_mpis._text import first_line as first_line
+from pyro_mpis._text import quoted as quoted
 from pyro_mpis._typing import Distribution, Program, SampleMessage
 from pyro_mpis.provenance import LIBRARIES, tracked
 
@@ -121,11 +124,6 @@ class Draw:
     value: Tensor  # (K, *plates, *event), plates padded to max_plate_nesting
     mask: Tensor | bool | None  # of the program that drew the site
     reads_particles: bool  # whether the proposal differs between particles
-
-
-def first_line(error: Exception) -> str:
-    """Return an error's message without the table of shapes that Pyro appends."""
-    return (str(error).splitlines() or [""])[0].rstrip(".")
 
 
 def is_subsample(site: SampleMessage) -> bool:
@@ -490,14 +488,3 @@ def place(value: Tensor, dim: int, *, shared_dim: int) -> Tensor:
     :return: ``(K, 1, .., 1, *plates, *event)``.
     """
     return value.reshape(value.shape[:1] + (1,) * (shared_dim - dim) + value.shape[1:])
-
-
-def broadcast_shape(*shapes: Sequence[int]) -> torch.Size:
-    """Return the shape that others broadcast to; torch's own function loads half a library."""
-    return torch.Size(pyro.distributions.util.broadcast_shape(*shapes))
-
-
-def quoted(names: Iterable[str]) -> str:
-    """Return names, quoted, for a message: in their order, sorted if they have none."""
-    ordered = sorted(names) if isinstance(names, Set) else names
-    return ", ".join(f"'{name}'" for name in ordered)

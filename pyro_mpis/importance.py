@@ -42,7 +42,7 @@ from pyro_mpis.dependencies import (
     vector_dims,
 )
 from pyro_mpis.diagnostics import UNEVEN_ESS, Diagnosis, diagnose
-from pyro_mpis.factors import FactorGraph
+from pyro_mpis.factor_graph.graph import FactorGraph
 from pyro_mpis.handlers import (
     Name,
     Programs,

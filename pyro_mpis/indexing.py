@@ -35,7 +35,7 @@ from torch import Tensor
 from pyro_mpis._typing import Ordinal, SampleMessage
 from pyro_mpis.contraction import over_plates, packed, regroup
 from pyro_mpis.dependencies import Structure
-from pyro_mpis.factors import ElementMap, FactorGraph, LogFactor
+from pyro_mpis.factor_graph.graph import FactorGraph, LogFactor, RaggedPlate
 from pyro_mpis.handlers import Name, Programs, replay
 from pyro_mpis.proposals import Particles, model_inputs
 
@@ -430,10 +430,10 @@ def _resolve(
     """Regroup one factor, or note that its plates are ragged parts of others."""
     foreign = _foreign(graph, factor)
     graph = _with_nested(graph, reads, foreign)
-    deepest = max(foreign, key=lambda plates: len(graph.closed(plates)))
+    deepest = max(foreign, key=lambda plates: len(graph.with_enclosing(plates)))
     maps: dict[str, Tensor] = {}  # NONE where nothing is read
-    for plates in sorted(foreign, key=lambda plates: len(graph.closed(plates))):
-        if not graph.closed(plates) <= graph.closed(deepest):
+    for plates in sorted(foreign, key=lambda plates: len(graph.with_enclosing(plates))):
+        if not graph.with_enclosing(plates) <= graph.with_enclosing(deepest):
             raise _crossing(graph, factor, plates, deepest)
         elements = _known_elements(graph, factor, reads, plates)
         for symbol, element in _unravel(graph, elements, plates).items():
@@ -445,16 +445,16 @@ def _resolve(
                 raise _crossing(graph, factor, plates, deepest)
             maps[symbol] = torch.where(before == NONE, element, before)
     _check_nested_maps(graph, factor, maps, deepest)
-    outer = graph.tensor_plates(graph.closed(deepest))
+    outer = graph.tensor_plates(graph.with_enclosing(deepest))
     maps = {s: maps[s] for s in outer if s not in factor.plates}
     held = {p for symbol in _indices(graph, factor) for p in graph.index_plates[symbol]}
     alone = factor.plates - held
-    if not _local_plates(graph, factor) <= graph.closed(deepest):
+    if not _local_plates(graph, factor) <= graph.with_enclosing(deepest):
         return _ragged(graph, over_plates(factor, alone), reads.inner, maps, alone)
     tensor = packed(factor.tensor, factor.dims)
     tensor = regroup(tensor, alone, _element_map(reads.inner, maps), maps, graph.sizes)
     dims: str = tensor._pyro_dims  # type: ignore[attr-defined]
-    plates = (factor.plates - alone) | graph.closed(deepest)
+    plates = (factor.plates - alone) | graph.with_enclosing(deepest)
     return graph, LogFactor(factor.name, tensor, dims, plates)
 
 
@@ -466,8 +466,8 @@ def _with_nested(graph: FactorGraph, reads: ElementReads, foreign: list[Ordinal]
     """
     for inner, outer in itertools.permutations(sorted(foreign, key=sorted), 2):
         ((inside, *more), (around, *others)) = sorted(inner), sorted(outer)
-        related = graph.closed(inner) | graph.closed(outer)
-        if more or others or len(related) > 2 or any(inner <= key for key in graph.nesting):
+        related = graph.with_enclosing(inner) | graph.with_enclosing(outer)
+        if more or others or len(related) > 2 or any(inner <= key for key in graph.ragged):
             continue
         read, position = reads.elements[outer], reads.elements[inner]
         if bool(((read < 0) | (position < 0)).any()):
@@ -475,14 +475,14 @@ def _with_nested(graph: FactorGraph, reads: ElementReads, foreign: list[Ordinal]
         element = torch.zeros(graph.sizes[inside], dtype=read.dtype, device=read.device)
         element[position.flatten()] = read.flatten()
         if bool((element[position] == read).all()):
-            element_map = ElementMap(inside, {around: element})
-            return replace(graph, nesting={**graph.nesting, inner: element_map})
+            element_map = RaggedPlate(inside, {around: element})
+            return replace(graph, ragged={**graph.ragged, inner: element_map})
     return graph
 
 
-def _element_map(inner: str, maps: Mapping[str, Tensor]) -> ElementMap:
+def _element_map(inner: str, maps: Mapping[str, Tensor]) -> RaggedPlate:
     """Return a map; where nothing is read any element will do: what it gets is a constant."""
-    return ElementMap(inner, {s: element.clamp(min=0).contiguous() for s, element in maps.items()})
+    return RaggedPlate(inner, {s: element.clamp(min=0).contiguous() for s, element in maps.items()})
 
 
 def _local_plates(graph: FactorGraph, factor: LogFactor) -> Ordinal:
@@ -506,7 +506,7 @@ def _ragged(
     """
     implied = [
         known
-        for key, known in graph.nesting.items()
+        for key, known in graph.ragged.items()
         if key <= factor.plates and known.outer.keys() == maps.keys()
     ]
     local = [plates for plates in graph.index_plates.values() if plates <= factor.plates]
@@ -520,10 +520,10 @@ def _ragged(
         elif symbol in alone:
             raise _crossing(graph, factor, frozenset(maps), factor.plates)
     key = frozenset(inner)
-    known = graph.nesting.get(key)
-    both = [key | k for k, other in graph.nesting.items() if other.outer.keys() & maps.keys()]
+    known = graph.ragged.get(key)
+    both = [key | k for k, other in graph.ragged.items() if other.outer.keys() & maps.keys()]
     if known is None and not any(p <= f.plates for p in both for f in graph.factors):
-        graph = replace(graph, nesting={**graph.nesting, key: _element_map(inner, maps)})
+        graph = replace(graph, ragged={**graph.ragged, key: _element_map(inner, maps)})
     elif (
         known is None
         or known.outer.keys() != maps.keys()
@@ -589,7 +589,7 @@ def _check_nested_maps(
     deepest: Ordinal,
 ) -> None:
     """Check that reading a ragged plate and the plate around it agrees with its own nesting."""
-    for ragged, element_map in graph.nesting.items():
+    for ragged, element_map in graph.ragged.items():
         if not ragged <= set(maps):
             continue
         position = tuple(maps[symbol].clamp(min=0) for symbol in element_map.inner)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_mpis._typing import MomentFunction
-from pyro_mpis.factors import FactorGraph, SiteValue
+from pyro_mpis.factor_graph.graph import FactorGraph, SiteValue
 from pyro_mpis.handlers import broadcast_shape, first_line, quoted
 from pyro_mpis.marginals import Marginal
 from pyro_mpis.sampling import at_plates
@@ -40,7 +40,7 @@ def joint_indices(graph: FactorGraph, sites: Sequence[str]) -> str:
             raise ValueError(f"site '{name}': the model has no such latent site, only {known}.")
     for one in sites:
         for other in sites:
-            plates = [graph.closed(graph.values[name].plates) for name in (one, other)]
+            plates = [graph.with_enclosing(graph.values[name].plates) for name in (one, other)]
             if not (plates[0] <= plates[1] or plates[1] <= plates[0]):
                 raise ValueError(
                     f"sites '{one}' and '{other}': they sit in different plates, so they have no "
@@ -140,7 +140,7 @@ def _deepest(graph: FactorGraph, sites: Sequence[str]) -> SiteValue:
 
     def depth(name: str) -> tuple[int, int]:  # plates of size one have no symbol
         site = graph.values[name]
-        return len(graph.closed(site.plates)), len(site.batch_shape)
+        return len(graph.with_enclosing(site.plates)), len(site.batch_shape)
 
     return graph.values[max(sites, key=depth)]
 
@@ -155,12 +155,14 @@ def _aligned(
         weights ``(*joint indices, *plates)``; and the plates.
     """
     joint = joint_indices(graph, sites)
-    inside = frozenset[str]().union(*(graph.closed(graph.values[name].plates) for name in sites))
+    inside = frozenset[str]().union(
+        *(graph.with_enclosing(graph.values[name].plates) for name in sites)
+    )
     plates = graph.tensor_plates(inside)
     values = []
     for name in sites:
         site = graph.values[name]
-        own = graph.tensor_plates(graph.closed(site.plates))
+        own = graph.tensor_plates(graph.with_enclosing(site.plates))
         value = graph.to_plates(site.tensor, own, left=len(site.indices), right=site.event_dim)
         lead = value.shape[: len(site.indices)]
         value = at_plates(
@@ -178,7 +180,7 @@ def _aligned(
         values.append(value)
     weight = weights[joint]
     lead = weight.shape[: len(joint)]
-    around = frozenset[str]().union(*(graph.closed(graph.index_plates[s]) for s in joint))
+    around = frozenset[str]().union(*(graph.with_enclosing(graph.index_plates[s]) for s in joint))
     flat = weight.reshape(lead.numel(), *weight.shape[len(joint) :])
     flat = at_plates(graph, flat, graph.tensor_plates(around), plates)
     flat = flat.expand((flat.shape[0], *(graph.sizes[symbol] for symbol in plates)))

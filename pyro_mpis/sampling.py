@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pyro_mpis.contraction import Elimination, LogSpaceRing, aligned, contract, dims_of, packed
-from pyro_mpis.factors import FactorGraph, SiteValue
+from pyro_mpis.factor_graph.graph import FactorGraph, SiteValue
 from pyro_mpis.logspace import cuts, exp_, finite
 
 DRAW_ELEMENTS = 2**18  # probabilities that are looked at together
@@ -34,7 +34,7 @@ def sample_indices(graph: FactorGraph, num_draws: int) -> tuple[Tensor, dict[str
     Draw joint samples of all indices from :math:`P_z(k)`; draws random numbers.
 
     :return: the log evidence; for each index a long tensor ``(num_draws, *plates)``, with the
-        plates of its ordinal as :meth:`~pyro_mpis.factors.FactorGraph.tensor_plates` lists them.
+        plates of its ordinal as :meth:`FactorGraph.tensor_plates` lists them.
     """
     steps: list[Elimination] = []
     drawn: dict[str, Tensor] = {}
@@ -44,7 +44,7 @@ def sample_indices(graph: FactorGraph, num_draws: int) -> tuple[Tensor, dict[str
             drawn[step.symbol] = _draw_step(graph, step, drawn, num_draws)
     for symbol, plates in graph.index_plates.items():
         if symbol not in drawn:  # one particle, or an index that no factor distinguishes
-            shape = [graph.sizes[s] for s in graph.tensor_plates(graph.closed(plates))]
+            shape = [graph.sizes[s] for s in graph.tensor_plates(graph.with_enclosing(plates))]
             size = graph.sizes[symbol]
             drawn[symbol] = torch.randint(size, (num_draws, *shape), device=graph.device)
     return log_p, drawn
@@ -67,7 +67,7 @@ def sites_at(graph: FactorGraph, drawn: Drawn, num_draws: int) -> dict[str, Tens
 
 def _select(graph: FactorGraph, site: SiteValue, drawn: Drawn, num_draws: int) -> Tensor:
     """Select a site's value at the drawn indices."""
-    plates = graph.tensor_plates(graph.closed(site.plates))
+    plates = graph.tensor_plates(graph.with_enclosing(site.plates))
     value = graph.to_plates(site.tensor, plates, left=len(site.indices), right=site.event_dim)
     if site.indices:
         selection = [index_at(graph, drawn, symbol, plates) for symbol in site.indices]
@@ -85,7 +85,7 @@ def index_at(graph: FactorGraph, drawn: Drawn, symbol: str, plates: str) -> Tens
 
     :param plates: the dims of the tensors of the deeper ordinal.
     """
-    own = graph.tensor_plates(graph.closed(graph.index_plates[symbol]))
+    own = graph.tensor_plates(graph.with_enclosing(graph.index_plates[symbol]))
     return at_plates(graph, drawn[symbol], own, plates)
 
 
@@ -103,8 +103,8 @@ def at_plates(graph: FactorGraph, tensor: Tensor, own: str, plates: str) -> Tens
 
 def _step_inwards(graph: FactorGraph, tensor: Tensor, own: str, plates: str) -> tuple[Tensor, str]:
     """Replace the plates around one ragged plate by the ragged plate."""
-    deep = graph.closed(frozenset(plates))
-    for inner, element_map in graph.nesting.items():
+    deep = graph.with_enclosing(frozenset(plates))
+    for inner, element_map in graph.ragged.items():
         around = [symbol for symbol in own if symbol in element_map.outer]
         if not inner <= deep or not around or inner <= set(own):
             continue
@@ -130,7 +130,7 @@ def _positions(graph: FactorGraph, plate: str, layout: str) -> Tensor:
 def _draw_step(graph: FactorGraph, step: Elimination, drawn: Drawn, num_draws: int) -> Tensor:
     """Draw the index that one step sums over, given those of later steps: (N, *plates)."""
     symbol = step.symbol
-    plates = graph.tensor_plates(graph.closed(graph.index_plates[symbol]))
+    plates = graph.tensor_plates(graph.with_enclosing(graph.index_plates[symbol]))
     inside = {s for term in step.terms for s in dims_of(term)} - {symbol}
     given = inside & set(graph.index_plates)
     assert inside - given <= set(plates), "summed in its plates"

@@ -29,7 +29,7 @@ from pyro_mpis._version import __version__
 from pyro_mpis.blocks import BlockSum, Builder, Environment, Ranges, seeded
 from pyro_mpis.contraction import log_evidence
 from pyro_mpis.dependencies import Index, Plate, Site, Structure
-from pyro_mpis.factors import ElementMap, FactorGraph, LogFactor, SiteValue
+from pyro_mpis.factor_graph.graph import FactorGraph, LogFactor, RaggedPlate, SiteValue
 from pyro_mpis.handlers import Name, Programs, quoted
 from pyro_mpis.indexing import ElementReads, SiteReads
 from pyro_mpis.proposals import Particles
@@ -97,7 +97,7 @@ _RECORDS: dict[str, type] = {
     record.__name__: record
     for record in (
         Arguments,
-        ElementMap,
+        RaggedPlate,
         ElementReads,
         FactorGraph,
         Index,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pyro_mpis.contraction import log_evidence
-from pyro_mpis.factors import FactorGraph, LogFactor
+from pyro_mpis.factor_graph.graph import FactorGraph, LogFactor
 
 
 def joint_weights(graph: FactorGraph, tuples: Iterable[str]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -26,8 +26,8 @@ def joint_weights(graph: FactorGraph, tuples: Iterable[str]) -> tuple[Tensor, di
     :param tuples: strings of distinct index symbols whose plates lie within one another.
     :return: the log evidence; and for each tuple its weights, linear scale, float64,
         ``(*indices, *plates)`` with the dims of the deepest ordinal's plates as
-        :meth:`~pyro_mpis.factors.FactorGraph.tensor_plates` lists them. They sum to one over the
-        indices for every plate element.
+        :meth:`FactorGraph.tensor_plates` lists them. They sum to one over the indices for every
+        plate element.
     """
     sources = {symbols: _source(graph, symbols) for symbols in dict.fromkeys(tuples)}
     with torch.enable_grad():
@@ -53,7 +53,7 @@ def joint_weights(graph: FactorGraph, tuples: Iterable[str]) -> tuple[Tensor, di
 
 def _source(graph: FactorGraph, symbols: str) -> LogFactor:
     """Return J = 0: a factor of zeros over the indices and the deepest ordinal."""
-    plates = frozenset[str]().union(*(graph.closed(graph.index_plates[s]) for s in symbols))
+    plates = frozenset[str]().union(*(graph.with_enclosing(graph.index_plates[s]) for s in symbols))
     dims = "".join(s for s in symbols if graph.sizes[s] > 1) + graph.tensor_plates(plates)
     shape = [graph.sizes[symbol] for symbol in dims]
     tensor = torch.zeros(shape, dtype=graph.dtype, device=graph.device, requires_grad=True)

@@ -14,7 +14,8 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from pyro_mpis.dependencies import Site, Structure
-from pyro_mpis.factors import FactorGraph, LogFactor, log_density
+from pyro_mpis.factor_graph.graph import FactorGraph, LogFactor
+from pyro_mpis.factors import log_density
 from pyro_mpis.handlers import Programs, check_same_sites, run_at, sample_sites
 from pyro_mpis.proposals import Particles
 from pyro_mpis.sampling import sites_at

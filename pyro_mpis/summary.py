@@ -3,12 +3,13 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
+from pyro_mpis._text import table
 from pyro_mpis.marginals import Marginal
 
 
@@ -56,23 +57,6 @@ class Summary:
         return f"{table(lines)}\n{title}"
 
     __repr__ = __str__  # a notebook shows the table
-
-
-def table(lines: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
-    """
-    Align the columns of a table.
-
-    :param lines: the cells of each line, the header's first.
-    :param left: the columns to align on the left.
-    """
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column in left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
 
 
 def summarise(

@@ -7,7 +7,7 @@ from checks import check_frequencies
 from torch import Tensor
 
 from pyro_mpis import sampling
-from pyro_mpis.factors import FactorGraph, LogFactor
+from pyro_mpis.factor_graph.graph import FactorGraph, LogFactor
 from pyro_mpis.sampling import sample_indices
 
 NUM_DRAWS = 20_000
