@@ -20,7 +20,8 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
-from pyro_mpis import MPImportance, arviz_export, at_draws
+from pyro_mpis import MPImportance
+from pyro_mpis.results import arviz_export, at_draws
 
 arviz = pytest.importorskip("arviz", reason="needs pyro-mpis[arviz]")
 xarray = pytest.importorskip("xarray", reason="needs pyro-mpis[arviz]")

@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from pyro_mpis import Diagnosis, Marginal, MPImportance, MPISWarning
-from pyro_mpis.diagnostics import LOW_ESS, UNEVEN_ESS, _better_guide, _size, _support_size
 from pyro_mpis.memory import largest_factor
+from pyro_mpis.results.diagnostics import LOW_ESS
+from pyro_mpis.results.remedies import _better_guide, _size, _support_size
+from pyro_mpis.results.site_diagnosis import UNEVEN_ESS
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -3,13 +3,15 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from pyro_mpis.marginals import Marginal
+from pyro_mpis.results._table import table
+from pyro_mpis.results.site_diagnosis import UNEVEN_ESS
 
 
 @dataclass(frozen=True)
@@ -58,23 +60,6 @@ class Summary:
     __repr__ = __str__  # a notebook shows the table
 
 
-def table(lines: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
-    """
-    Align the columns of a table.
-
-    :param lines: the cells of each line, the header's first.
-    :param left: the columns to align on the left.
-    """
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column in left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
-
-
 def summarise(
     marginals: Mapping[str, Marginal],
     sampled: Set[str],
@@ -82,29 +67,26 @@ def summarise(
     evidence_error: float | None,
     num_samples: int,
     prob: float,
-    uneven: float,
 ) -> Summary:
     """
-    Make the table.
+    Make the table; k-hat is nan where the weights are too even for it to say something.
 
     :param sampled: the sites that have particles; ESS and k-hat of others (summed over their whole
         support, or fixed) say nothing, and are nan.
     :param prob: probability between the lower and the upper quantile.
-    :param uneven: share of the particles that the ESS must stay below for k-hat to say something;
-        it is nan above.
     """
     rows: list[Row] = []
     for name, marginal in marginals.items():
-        rows += _rows(name, marginal, name in sampled, prob, uneven)
+        rows += _rows(name, marginal, name in sampled, prob)
     return Summary(tuple(rows), log_evidence, evidence_error, num_samples, prob)
 
 
-def _rows(name: str, marginal: Marginal, sampled: bool, prob: float, uneven: float) -> list[Row]:
+def _rows(name: str, marginal: Marginal, sampled: bool, prob: float) -> list[Row]:
     batch, shape = marginal.batch_shape, marginal.batch_shape + marginal.event_shape
     tail = (1,) * len(marginal.event_shape)
     quantiles = marginal.quantile([0.5 - prob / 2, 0.5, 0.5 + prob / 2])
     unknown = torch.full_like(marginal.ess, math.nan)
-    even = marginal.ess >= uneven * marginal.log_weights.shape[-1]
+    even = marginal.ess >= UNEVEN_ESS * marginal.log_weights.shape[-1]
     columns: list[Tensor] = [
         marginal.mean,
         marginal.variance.sqrt(),
