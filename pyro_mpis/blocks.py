@@ -401,19 +401,6 @@ def _seeded_sample(
         return sample_sites(graph, num_draws)
 
 
-def evidence_error(log_evidences: Tensor) -> float:
-    """
-    Return the standard error of the log of the mean evidence of several replicates.
-
-    By the delta method: that of the mean evidence, relative to it.
-
-    :param log_evidences: ``(replicates,)``; -inf is an evidence of zero.
-    """
-    number = len(log_evidences)
-    ratios = (log_evidences - log_evidences.logsumexp(0)).exp() * number  # of mean one
-    return float(ratios.std()) / math.sqrt(number)
-
-
 def _part(symbols: str, ranges: Ranges) -> tuple[slice, ...]:
     return tuple(ranges.get(symbol, slice(None)) for symbol in symbols)
 

@@ -16,17 +16,15 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import is_validation_enabled
 from torch import Tensor
 
-from pyro_mpis import memory, saving
+from pyro_mpis import memory
 from pyro_mpis import moments as _moments
 from pyro_mpis._typing import MomentFunction, Program
 from pyro_mpis._warnings import warn
-from pyro_mpis.arviz_export import Names, Wanted, build, model_groups, particle_arrays
 from pyro_mpis.blocks import (
     BlockSum,
     Environment,
     Plan,
     Workers,
-    evidence_error,
     impossible_elements,
     joint_weights_of,
     run_replicates,
@@ -41,7 +39,6 @@ from pyro_mpis.dependencies import (
     check_same_site,
     vector_dims,
 )
-from pyro_mpis.diagnostics import UNEVEN_ESS, Diagnosis, diagnose
 from pyro_mpis.factor_graph.graph import FactorGraph
 from pyro_mpis.handlers import (
     Name,
@@ -56,13 +53,16 @@ from pyro_mpis.handlers import (
 from pyro_mpis.marginals import Marginal, merge
 from pyro_mpis.memory import default_limit, uncollected
 from pyro_mpis.provenance import noting_leaks
-from pyro_mpis.summary import Summary, summarise
-from pyro_mpis.trace_posterior import Draws, ImportanceTraces, weighted_draws
+from pyro_mpis.results import saving
+from pyro_mpis.results.arviz_export import Names, Wanted, build, model_groups, particle_arrays
+from pyro_mpis.results.diagnostics import Diagnosis, diagnose, evidence_error
+from pyro_mpis.results.summary import Summary, summarise
+from pyro_mpis.results.trace_posterior import Draws, ImportanceTraces, weighted_draws
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
-    from pyro_mpis.arviz_export import ArvizData
+    from pyro_mpis.results.arviz_export import ArvizData
 
 Answer = TypeVar("Answer")
 
@@ -328,7 +328,6 @@ class MPImportance(ImportanceTraces):
             diagnosis.evidence_error,
             self.num_samples * self.num_replicates,
             prob,
-            UNEVEN_ESS,
         )
 
     def diagnose(self, *, show: bool = True) -> Diagnosis:

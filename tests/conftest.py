@@ -7,6 +7,8 @@ import pyro
 import pytest
 import torch
 
+from pyro_mpis.results import arviz_export
+
 torch.set_num_threads(1)  # the tensors are small: threads only wait for each other
 
 
@@ -23,3 +25,9 @@ def float64() -> Iterator[None]:
 def _empty_param_store() -> None:
     """Start every test without the params of the one before."""
     pyro.clear_param_store()
+
+
+@pytest.fixture
+def data_tree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the export believe in a new ArviZ: the same data without its conversion."""
+    monkeypatch.setattr(arviz_export, "version", lambda name: "1.3.0")

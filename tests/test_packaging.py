@@ -68,7 +68,9 @@ def test_imports_are_told_apart(tmp_path: Path) -> None:
     assert imports(tmp_path / "file.py", at_import=False) == {"matplotlib", "arviz"}
 
 
-@pytest.mark.parametrize("file", sorted(PACKAGE.glob("*.py")), ids=lambda file: file.name)
+@pytest.mark.parametrize(
+    "file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: str(file.relative_to(PACKAGE))
+)
 def test_package_imports_what_it_asks_for(file: Path) -> None:
     assert imports(file, at_import=True) <= CORE
     optional = set[str]().union(

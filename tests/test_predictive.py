@@ -18,7 +18,7 @@ from pyro.infer.autoguide import AutoNormal
 from pyro.optim import ClippedAdam
 from torch import Tensor
 
-import pyro_mpis.predictive
+import pyro_mpis.results.predictive
 from pyro_mpis import MPImportance, log_predictive
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -249,7 +249,7 @@ def test_equals_runs_with_one_sample_each(
     num_samples: int, elements: int, draws: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A larger inner plate has no latents of its own; in chunks of one sample, and all at once."""
-    monkeypatch.setattr(pyro_mpis.predictive, "ELEMENTS", elements)
+    monkeypatch.setattr(pyro_mpis.results.predictive, "ELEMENTS", elements)
     pyro.set_rng_seed(1)
     samples = nested_samples(num_samples)
     train, test = nested_data(3, 4), nested_data(3, 6)

@@ -173,22 +173,6 @@ def test_samples_have_the_moments(posterior: MPImportance) -> None:
         assert bool(((values.mean(0) - mean).abs() <= 6 * error + 1e-9).all()), name
 
 
-def test_summary_is_a_table(posterior: MPImportance) -> None:
-    with pytest.warns(MPISWarning, match=r"effective sample size below 5.*num_samples"):
-        summary = posterior.summary()
-    lines = str(summary).splitlines()
-    assert lines[0].split() == ["mean", "sd", "5%", "50%", "95%", "ESS", "k-hat"]
-    assert len(lines) == 1 + (1 + 1 + 8 + 6) + 1
-    names = [line.split()[0] for line in lines[1:-1]]
-    assert names[:3] == ["mu", "kind", "v[0,0,0]"]
-    assert names[-1] == "x[1,2]"
-    assert "8 particles" in lines[-1]
-    row = summary.rows[0]
-    assert row.mean == pytest.approx(float(posterior.moments()["mu"]))
-    assert row.lower <= row.median <= row.upper
-    assert 1.0 <= row.ess <= 8.0
-
-
 def test_what_a_notebook_shows(posterior: MPImportance) -> None:
     unrun = MPImportance(hierarchy, num_samples=3, num_replicates=2)
     assert repr(unrun) == "<MPImportance: 3 particles a site, 2 replicates, not run>"
@@ -200,33 +184,6 @@ def test_what_a_notebook_shows(posterior: MPImportance) -> None:
     with pytest.warns(MPISWarning):
         summary = posterior.summary()
     assert repr(summary) == str(summary)
-
-
-def test_summary_leaves_out_k_hat_of_even_weights() -> None:
-    def model() -> None:
-        a = pyro.sample("a", dist.Normal(0.0, 1.0))
-        pyro.sample("y", dist.Normal(a, 3.0), obs=torch.tensor(0.0))
-
-    pyro.set_rng_seed(0)
-    posterior = MPImportance(model, num_samples=100).run()
-    (row,) = posterior.summary().rows
-    assert row.ess > 50
-    assert math.isnan(row.k_hat)
-    assert not math.isnan(float(posterior.marginals("a").pareto_k))
-
-
-def test_summary_warns_of_heavy_tails() -> None:
-    def model() -> None:
-        mu = pyro.sample("mu", dist.StudentT(1.0, 0.0, 1.0))
-        pyro.sample("y", dist.StudentT(1.0, mu, 1.0), obs=torch.tensor(8.0))
-
-    def guide() -> None:
-        pyro.sample("mu", dist.Normal(0.0, 1.0))
-
-    pyro.set_rng_seed(0)
-    posterior = MPImportance(model, guide, num_samples=1000).run()
-    with pytest.warns(MPISWarning, match=r"k-hat above 0\.7.*wider guide"):
-        posterior.summary()
 
 
 def test_weights_of_an_ill_scaled_chain_sum_to_one() -> None:
@@ -272,25 +229,3 @@ def test_results_pickle_without_their_programs(posterior: MPImportance) -> None:
     marginal = posterior.marginals("x")
     again = pickle.loads(pickle.dumps(marginal))
     torch.testing.assert_close(again.mean, marginal.mean)
-
-
-def test_summary_of_sites_without_particles() -> None:
-    """Summed exactly, or fixed by the guide: no ESS, and no warning of one."""
-
-    def model() -> None:
-        pyro.sample("z", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
-        pyro.sample("c", dist.Normal(0.0, 1.0))
-        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-        pyro.sample("y", dist.Normal(mu, 1.0), obs=torch.tensor(0.3))
-
-    def guide() -> None:
-        pyro.sample("c", dist.Delta(torch.tensor(0.2)))
-
-    with pytest.warns(MPISWarning, match="fixes 'c' at a point"):
-        posterior = MPImportance(model, guide, num_samples=50).run()
-    rows = {row.name: row for row in posterior.summary().rows}
-    assert math.isnan(rows["z"].ess)
-    assert math.isnan(rows["c"].ess)
-    assert rows["mu"].ess > 5.0
-    assert rows["z"].mean == pytest.approx(0.3)
-    assert rows["c"].mean == pytest.approx(0.2)

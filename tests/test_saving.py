@@ -3,10 +3,9 @@
 
 import copy
 import dataclasses
-import json
 import pickle
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,51 +14,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from posteriors import CASES, COUNTY, OBSERVED, assert_same, guide, model, ran
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_mpis import Marginal, MPImportance, MPISWarning
-
-Y = torch.tensor([[0.3, -0.5, 1.2], [0.8, 0.1, -0.2]])
-COUNTY = torch.tensor([0, 1, 1])
-Options = Mapping[str, Any]
-
-
-def model(county: Tensor, data: Mapping[str, Tensor], scale: float = 1.0) -> None:
-    """Three globals, one of them discrete; two levels of plates; one plate read by index."""
-    a = pyro.sample("a", dist.Normal(0.0, scale))
-    b = pyro.sample("b", dist.LogNormal(0.0, 0.5))
-    c = pyro.sample(
-        "c", dist.Categorical(torch.tensor([0.2, 0.8])), infer={"enumerate": "parallel"}
-    )
-    with pyro.plate("county", 2, dim=-1):
-        v = pyro.sample("v", dist.Normal(a, b))
-    with pyro.plate("outer", 2, dim=-2), pyro.plate("inner", 3, dim=-1):
-        pyro.sample("y", dist.Normal(v[..., county] + a * c, b), obs=data["y"])
-
-
-def guide(county: Tensor, data: Mapping[str, Tensor], scale: float = 1.0) -> None:
-    """Of some of the sites, with parameters."""
-    loc = pyro.param("loc", torch.tensor(0.2))
-    spread = pyro.param("spread", torch.tensor(0.8), constraint=constraints.positive)
-    a = pyro.sample("a", dist.Normal(loc, spread))
-    with pyro.plate("county", 2, dim=-1):
-        pyro.sample("v", dist.Normal(a, pyro.param("wide", torch.ones(2))))
-
-
-CASES: dict[str, Options] = {
-    "whole": {},
-    "blocks": {"memory_limit": 3_000},
-    "replicates": {"num_replicates": 3},
-    "group": {"groups": [("a", "b")]},
-}
-
-
-def ran(case: str, guide: Callable[..., object] | None = guide, seed: int = 0) -> MPImportance:
-    pyro.set_rng_seed(seed)
-    posterior = MPImportance(model, guide, num_samples=6, **CASES[case])
-    return posterior.run(COUNTY, {"y": Y}, scale=1.5)
 
 
 def answers(posterior: MPImportance) -> dict[str, object]:
@@ -81,21 +41,6 @@ def answers(posterior: MPImportance) -> dict[str, object]:
     return result
 
 
-def assert_same(one: object, other: object) -> None:
-    """To the last bit."""
-    torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
-
-
-class Evil:
-    """Pickled, it is code that makes a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return open, (str(self.path), "w")
-
-
 @pytest.mark.parametrize("asked_before", [False, True])
 @pytest.mark.parametrize("case", CASES)
 def test_loaded_answers_as_saved(case: str, asked_before: bool, tmp_path: Path) -> None:
@@ -114,7 +59,7 @@ def test_loaded_answers_as_saved(case: str, asked_before: bool, tmp_path: Path) 
     assert dict(pyro.get_param_store().items()) == {}  # nor leaves params
     assert_same(answers(loaded), expected)
     pyro.set_rng_seed(0)
-    again = loaded.run(COUNTY, {"y": Y}, scale=1.5)  # with the settings of the saved one
+    again = loaded.run(COUNTY, {"y": OBSERVED}, scale=1.5)  # with the settings of the saved one
     assert_same(answers(again), expected)
 
 
@@ -153,7 +98,7 @@ def test_autoguide_that_has_not_run_yet(tmp_path: Path) -> None:
 
     pyro.set_rng_seed(0)
     trained = autoguide()
-    trained(COUNTY, {"y": Y}, scale=1.5)
+    trained(COUNTY, {"y": OBSERVED}, scale=1.5)
     for case in ("whole", "blocks", "replicates"):
         posterior = ran(case, trained)
         posterior.save(tmp_path / case)
@@ -175,102 +120,6 @@ def test_model_without_anything_to_sum(tmp_path: Path) -> None:
     loaded = MPImportance.load(str(tmp_path / "file"), small)
     assert_same(loaded.evidence(), posterior.evidence())
     assert_same(loaded.moments(), posterior.moments())
-
-
-def test_layout_is_that_of_safetensors(tmp_path: Path) -> None:
-    """Header, offsets without holes, and no byte that any unpickler would read."""
-    posterior = ran("whole")
-    posterior.save(tmp_path / "file")
-    data = (tmp_path / "file").read_bytes()
-    length = int.from_bytes(data[:8], "little")
-    assert length % 8 == 0
-    header = json.loads(data[8 : 8 + length])
-    metadata = header.pop("__metadata__")
-    assert all(isinstance(value, str) for value in metadata.values())
-    end = 0
-    for entry in header.values():
-        dtype = {"F32": torch.float32, "F64": torch.float64, "I64": torch.int64}[entry["dtype"]]
-        assert entry["data_offsets"] == [end, end + entry["shape"][0] * dtype.itemsize]
-        end = entry["data_offsets"][1]
-    assert len(data) == 8 + length + end
-    assert end < posterior.nbytes + 4 * Y.numel() + 8 * COUNTY.numel() + 1
-
-
-def test_file_cannot_run_code(tmp_path: Path) -> None:
-    victim = tmp_path / "victim"
-    pickle.loads(pickle.dumps(Evil(victim))).close()
-    assert victim.exists()  # such a pickle does what it says
-    victim.unlink()
-    files = {"pickle": pickle.dumps(Evil(victim)), "zip": b"", "legacy": b""}
-    torch.save({"a": torch.ones(2), "b": Evil(victim)}, tmp_path / "zip")
-    torch.save(
-        {"a": torch.ones(2), "b": Evil(victim)},
-        tmp_path / "legacy",
-        _use_new_zipfile_serialization=False,
-    )
-    (tmp_path / "pickle").write_bytes(files["pickle"])
-    for name in files:
-        with pytest.raises(ValueError, match=rf"{name}': not a posterior that MPImportance.save"):
-            MPImportance.load(tmp_path / name, model, guide)
-    ran("whole").save(tmp_path / "file")
-    data = (tmp_path / "file").read_bytes()
-    for old, new in (
-        ('{\\"dtype\\":\\"F32\\"}', f'{{\\"open\\":[\\"{victim}\\",\\"w\\"]}}'),
-        ('{\\"tuple\\":[]}', f'{{\\"builtins.open\\":[\\"{victim}\\",\\"w\\"]}}'),
-        ('{\\"Plate\\":', '{\\"Path\\":'),
-        ('{\\"Plate\\":', '{\\"__import__\\":'),
-        ('{\\"Site\\":', '{\\"BlockSum\\":'),
-    ):
-        (tmp_path / "tampered").write_bytes(tampered(data, old, new))
-        with pytest.raises(ValueError, match=r"tampered': not a posterior that MPImportance.save"):
-            MPImportance.load(tmp_path / "tampered", model, guide)
-    assert not victim.exists()
-
-
-def tampered(data: bytes, old: str, new: str) -> bytes:
-    """Change the header of a file, and its length with it."""
-    length = int.from_bytes(data[:8], "little")
-    header, rest = data[8 : 8 + length].decode(), data[8 + length :]
-    assert old in header
-    changed = header.replace(old, new, 1).encode()
-    return len(changed).to_bytes(8, "little") + changed + rest
-
-
-def test_damaged_files(tmp_path: Path) -> None:
-    """Cut anywhere, with something appended, of another kind, empty."""
-    ran("whole").save(tmp_path / "file")
-    data = (tmp_path / "file").read_bytes()
-    length = int.from_bytes(data[:8], "little")
-    cuts = [0, 1, 7, 8, 9, 8 + length // 2, 8 + length, 8 + length + 1, len(data) - 1]
-    wrong = [data[:cut] for cut in cuts]
-    wrong += [
-        data + b"0",
-        b"{}",
-        b"\x02\0\0\0\0\0\0\0{}",
-        b"\x02\0\0\0\0\0\0\0[]",
-        b"\xff" * 100,
-        (200_000).to_bytes(8, "little") + b"[" * 200_000,  # deeper than any stack
-        tampered(data, "pyro_mpis posterior", "pyro_mpis prior"),
-        tampered(data, '\\"blocks\\"', '\\"blocs\\"'),
-        tampered(data, '\\"tensor\\":[0', '\\"tensor\\":[9999'),
-        tampered(data, '"data_offsets":[0,', '"data_offsets":[-9,'),
-        tampered(data, '"content":"', '"content":"[],'),
-        tampered(data, '"content":"{', '"content":"null","was":"{'),
-    ]
-    for content in wrong:
-        (tmp_path / "wrong").write_bytes(content)
-        with pytest.raises(ValueError, match=r"wrong': not a posterior that MPImportance.save wro"):
-            MPImportance.load(tmp_path / "wrong", model, guide)
-    with pytest.raises(FileNotFoundError):
-        MPImportance.load(tmp_path / "absent", model, guide)
-
-
-def test_file_of_another_version(tmp_path: Path) -> None:
-    ran("whole").save(tmp_path / "file")
-    data = (tmp_path / "file").read_bytes()
-    (tmp_path / "new").write_bytes(tampered(data, '"layout":"1', '"layout":"2'))
-    with pytest.raises(ValueError, match=r"new': written by pyro_mpis \d.*layout.*run again"):
-        MPImportance.load(tmp_path / "new", model, guide)
 
 
 def test_another_model_guide_or_data(tmp_path: Path) -> None:
@@ -300,10 +149,10 @@ def test_parameters_that_have_changed(case: str, tmp_path: Path) -> None:
     """Are refused before any answer if they matter: where a result is evaluated again."""
 
     def learned() -> None:
-        model(COUNTY, {"y": Y}, scale=pyro.param("scale", torch.tensor(1.5)))  # type: ignore[arg-type]
+        model(COUNTY, {"y": OBSERVED}, scale=pyro.param("scale", torch.tensor(1.5)))  # type: ignore[arg-type]
 
     def learned_guide() -> None:
-        guide(COUNTY, {"y": Y})
+        guide(COUNTY, {"y": OBSERVED})
 
     path = tmp_path / case
     pyro.param("loc", torch.tensor(0.3))
@@ -331,7 +180,7 @@ class Table(NamedTuple):
 
 
 def test_arguments_that_are_not_plain_data(tmp_path: Path) -> None:
-    table = Table(Y)
+    table = Table(OBSERVED)
 
     def of_table(table: Table, *, county: Tensor) -> None:
         model(county, {"y": table.y})
@@ -346,40 +195,6 @@ def test_arguments_that_are_not_plain_data(tmp_path: Path) -> None:
         tmp_path / "file", of_table, args=(table,), kwargs={"county": COUNTY}
     )
     assert_same(loaded.moments(), posterior.moments())
-
-
-def test_tensors_that_cannot_be_kept(tmp_path: Path) -> None:
-    def unused(data: Tensor) -> None:
-        pyro.sample("a", dist.Normal(0.0, 1.0))
-
-    posterior = MPImportance(unused, num_samples=4).run(torch.eye(2).to_sparse())
-    with pytest.warns(MPISWarning, match=r"one is a tensor of torch.sparse_coo and torch.float32"):
-        posterior.save(tmp_path / "file")
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        {"i": [1, (2.5, None)], (1, 2): float("inf"), 3: slice(None, 4)},
-        (torch.Size([2, 3]), frozenset({"b", "a"}), torch.float16, True, "é\0"),
-        torch.zeros(0, 3),
-        torch.tensor([True, False]),
-        torch.arange(12, dtype=torch.int8).reshape(3, 4).T,
-        torch.tensor([1.5, float("nan")], dtype=torch.bfloat16),
-        torch.tensor(2**62),
-    ],
-)
-def test_plain_data_come_back_as_they_were(data: Any, tmp_path: Path) -> None:
-    def anything(data: Any) -> None:
-        pyro.sample("a", dist.Normal(0.0, 1.0))
-
-    MPImportance(anything, num_samples=2).run(data).save(tmp_path / "file")
-    (found,) = MPImportance.load(tmp_path / "file", anything)._sums[0].builder.programs.args
-    if isinstance(data, Tensor):
-        assert_same(found, data)
-    else:
-        assert found == data
-        assert type(found) is type(data)
 
 
 def test_nothing_to_save_before_a_run(tmp_path: Path) -> None:
@@ -483,18 +298,18 @@ def test_copy_runs_by_itself() -> None:
     posterior = ran("whole")
     expected = answers(posterior)
     pyro.set_rng_seed(5)
-    other = copy.copy(posterior).run(COUNTY, {"y": Y})
+    other = copy.copy(posterior).run(COUNTY, {"y": OBSERVED})
     assert float(other.evidence()) != float(posterior.evidence())
     assert_same(answers(posterior), expected)
 
 
 def test_results_pickle_without_the_model(tmp_path: Path) -> None:
     """Also where the model itself cannot be pickled; the result as a whole can be saved."""
-    posterior = MPImportance(lambda: model(COUNTY, {"y": Y}), num_samples=6).run()
+    posterior = MPImportance(lambda: model(COUNTY, {"y": OBSERVED}), num_samples=6).run()
     with pytest.raises(Exception, match="pickle"):
         pickle.dumps(posterior)
     posterior.save(tmp_path / "file")
-    loaded = MPImportance.load(tmp_path / "file", lambda: model(COUNTY, {"y": Y}))
+    loaded = MPImportance.load(tmp_path / "file", lambda: model(COUNTY, {"y": OBSERVED}))
     assert_same(loaded.moments(), posterior.moments())
     with pytest.warns(MPISWarning):
         summary = posterior.summary()

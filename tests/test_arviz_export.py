@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The export to ArviZ: names, densities against Pyro's own, LOO against a closed form."""
+"""The export to ArviZ: its functions, LOO against a closed form, names, arguments."""
 
 import math
 import sys
@@ -14,13 +14,13 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from checks import check_mean
-from models import random_case
+from posteriors import SIGMA, Y, dims, effects, elaborated, fitted, values
 from pyro import poutine
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
-from pyro_mpis import MPImportance, arviz_export, at_draws
+from pyro_mpis import MPImportance
+from pyro_mpis.results import arviz_export
 
 arviz = pytest.importorskip("arviz", reason="needs pyro-mpis[arviz]")
 xarray = pytest.importorskip("xarray", reason="needs pyro-mpis[arviz]")
@@ -28,39 +28,6 @@ xarray = pytest.importorskip("xarray", reason="needs pyro-mpis[arviz]")
 pytestmark = pytest.mark.usefixtures("float64")
 
 Arrays = Mapping[str, "np.ndarray[tuple[int, ...], np.dtype[np.double]]"]
-SIGMA = torch.tensor([1.0, 2.0, 0.5, 1.5])
-Y = torch.tensor([0.3, -1.2, 0.9, 2.5])
-
-
-@pytest.fixture
-def tree(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the export believe in a new ArviZ: the same data without its conversion."""
-    monkeypatch.setattr(arviz_export, "version", lambda name: "1.3.0")
-
-
-def effects(sigma: Tensor, y: Tensor | None = None) -> None:
-    """A global, effects in a plate of four."""
-    mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
-    with pyro.plate("group", len(sigma)):
-        theta = pyro.sample("theta", dist.Normal(mu, 1.0))
-        pyro.sample("y", dist.Normal(theta, sigma), obs=y)
-
-
-def fitted(num_samples: int = 50, **options: Any) -> MPImportance:
-    pyro.set_rng_seed(0)
-    return MPImportance(effects, num_samples=num_samples, **options).run(SIGMA, Y)
-
-
-def values(data: object, group: str) -> dict[str, Tensor]:
-    """Return the variables of a group without the chain's dim."""
-    dataset = data[group]  # type: ignore[index]
-    arrays = {name: torch.as_tensor(dataset[name].values) for name in dataset.data_vars}
-    return {n: a[0] if dataset[n].dims[:1] == ("chain",) else a for n, a in arrays.items()}
-
-
-def dims(data: object, group: str) -> dict[str, tuple[str, ...]]:
-    dataset = data[group]  # type: ignore[index]
-    return {str(name): dataset[name].dims for name in dataset.data_vars}
 
 
 # --- ArviZ's functions
@@ -158,118 +125,10 @@ def test_leave_one_out_without_what_is_hidden() -> None:
     assert math.isfinite(loo.elpd_loo)
 
 
-# --- densities
-
-
-def conditioned(
-    model: Callable[..., object], draws: Mapping[str, Tensor], number: int
-) -> poutine.Trace:
-    """Pyro's own trace of one draw, with its log densities."""
-    trace = poutine.trace(
-        poutine.condition(model, {name: draw[number] for name, draw in draws.items()})
-    ).get_trace()
-    trace.compute_log_prob()
-    return trace
-
-
-@pytest.mark.parametrize("seed", range(24))
-@pytest.mark.usefixtures("tree")
-def test_densities_are_pyros(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of random models, in plates or not: log joint and log likelihoods, draw by draw."""
-    monkeypatch.setattr(at_draws, "CHUNK_ELEMENTS", 20)  # several chunks
-    case = random_case(seed)
-    pyro.set_rng_seed(seed)
-    posterior = MPImportance(
-        case.model, case.guide, num_samples=case.num_samples, groups=case.groups
-    ).run()
-    data = posterior.to_arviz(7)
-    pyro.set_rng_seed(seed + 1)
-    again = posterior.to_arviz(7, log_likelihood=False)
-    assert "log_likelihood" not in again
-    pyro.set_rng_seed(seed + 1)
-    draws = posterior.sample(7)
-    posterior_values, lp = values(again, "posterior"), values(again, "sample_stats")["lp"]
-    for name, draw in draws.items():
-        torch.testing.assert_close(
-            posterior_values[name], draw.reshape(posterior_values[name].shape)
-        )
-    for number in (0, 3, 6):
-        trace = conditioned(case.model, draws, number)
-        torch.testing.assert_close(lp[number], trace.log_prob_sum())
-    pyro.set_rng_seed(seed + 1)
-    likelihood = values(posterior.to_arviz(7), "log_likelihood")
-    for site in case.model.sites:
-        if site.obs is not None:
-            expected = trace.nodes[site.name]["log_prob"]
-            torch.testing.assert_close(
-                likelihood[site.name][6], expected.reshape(likelihood[site.name].shape[1:])
-            )
-    assert dims(data, "log_likelihood").keys() == {
-        s.name for s in case.model.sites if s.obs is not None
-    }
-
-
-MASK = torch.tensor([True, False, True])
-
-
-def elaborate(y: Tensor, counts: Tensor) -> None:
-    """Scales, masks of data and of a latent, a factor, event dims, plates of size one."""
-    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-    on = pyro.sample("on", dist.Bernoulli(0.99), infer={"enumerate": "parallel"})
-    with pyro.plate("row", 3, dim=-2), pyro.plate("only", 1, dim=-1):
-        v = pyro.sample("v", dist.Normal(mu.unsqueeze(-1), torch.ones(2)).to_event(1))
-        pyro.deterministic("norm", v.square().sum(-1).sqrt())
-        pyro.deterministic("twice", 2 * v, event_dim=1)
-        with poutine.scale(scale=3.0):
-            pyro.sample("vector", dist.Normal(v, 1.0).to_event(1), obs=torch.ones(3, 1, 2))
-        with poutine.mask(mask=MASK.unsqueeze(-1)):  # type: ignore[call-overload]
-            pyro.sample("y", dist.Normal(v[..., 0], 1.0), obs=y)
-        with poutine.mask(mask=on > 0):  # type: ignore[call-overload]
-            pyro.sample("count", dist.Poisson(2.0), obs=counts)
-    pyro.deterministic("three", torch.arange(3.0))
-    pyro.factor("penalty", -mu.square())
-
-
-def elaborated() -> MPImportance:
-    pyro.set_rng_seed(0)
-    y, counts = torch.tensor([[0.5], [9.0], [-0.5]]), torch.tensor([[1.0], [0.0], [4.0]])
-    return MPImportance(elaborate, num_samples=6).run(y, counts=counts)
-
-
-@pytest.mark.usefixtures("tree")
-def test_scales_masks_and_factors() -> None:
-    """An observation's own density; nan where it is hidden, zero at the draws that hide it."""
-    data = elaborated().to_arviz(40)
-    draws, found = values(data, "posterior"), values(data, "log_likelihood")
-    assert found.keys() == {"vector", "y", "count"}
-    v, on = draws["v"], draws["on"]
-    torch.testing.assert_close(
-        found["vector"], dist.Normal(v, 1.0).log_prob(torch.ones(())).sum(-1)
-    )
-    y = torch.tensor([[0.5], [9.0], [-0.5]])
-    expected = dist.Normal(v[..., 0], 1.0).log_prob(y)
-    torch.testing.assert_close(found["y"][:, MASK], expected[:, MASK])
-    assert bool(found["y"][:, ~MASK].isnan().all())
-    counts = torch.tensor([[1.0], [0.0], [4.0]])
-    expected = dist.Poisson(2.0).log_prob(counts) * on[:, None, None]
-    assert set(on.tolist()) == {0.0, 1.0}
-    torch.testing.assert_close(found["count"], expected)
-    joint = (
-        dist.Normal(0.0, 1.0).log_prob(draws["mu"])
-        + dist.Bernoulli(0.99).log_prob(on)
-        + dist.Normal(draws["mu"][:, None, None, None], 1.0).log_prob(v).sum((1, 2, 3))
-        + 3 * found["vector"].sum((1, 2))
-        + found["y"].nan_to_num(0.0).sum((1, 2))
-        + expected.sum((1, 2))
-        - draws["mu"].square()
-    )
-    torch.testing.assert_close(values(data, "sample_stats")["lp"], joint)
-
-
 # --- names
 
 
-@pytest.mark.usefixtures("tree")
+@pytest.mark.usefixtures("data_tree")
 def test_dims_are_named_after_plates() -> None:
     """Plates of size one too; event dims are numbered; deterministic sites find their plates."""
     data = elaborated().to_arviz(4, prior=True, posterior_predictive=True)
@@ -307,7 +166,7 @@ def test_dims_are_named_after_plates() -> None:
     assert torch.equal(draws["three"], torch.arange(3.0).expand(4, 3))
 
 
-@pytest.mark.usefixtures("tree")
+@pytest.mark.usefixtures("data_tree")
 def test_batch_dims_of_size_one_outside_of_plates_are_dropped() -> None:
     def model() -> None:
         with pyro.plate("outer", 2, dim=-2):
@@ -322,41 +181,7 @@ def test_batch_dims_of_size_one_outside_of_plates_are_dropped() -> None:
     assert data["log_likelihood"]["y"].shape == (1, 4, 2, 3)
 
 
-@pytest.mark.usefixtures("tree")
-def test_sites_that_do_not_count_and_values_unlike_their_plates() -> None:
-    """A latent that is masked altogether; deterministic values that are not shaped as the plate."""
-
-    def model() -> None:
-        with pyro.plate("n", 3):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            with poutine.mask(mask=False):
-                pyro.sample("free", dist.Normal(0.0, 1.0))
-                pyro.sample("unused", dist.Normal(z, 1.0), obs=torch.zeros(3))
-            pyro.deterministic("one", torch.tensor(2.0))
-            pyro.deterministic("five", torch.arange(5.0))
-            pyro.sample("y", dist.Normal(z, 1.0), obs=torch.zeros(3))
-
-    data = MPImportance(model, num_samples=4).run().to_arviz(6, prior=True)
-    left = ("chain", "draw")
-    assert (
-        dims(data, "posterior")
-        == dims(data, "prior")
-        == {
-            "z": (*left, "n"),
-            "free": (*left, "n"),
-            "one": left,
-            "five": (*left, "five_dim_0"),
-        }
-    )
-    assert dims(data, "log_likelihood").keys() == dims(data, "observed_data").keys() == {"y"}
-    z = values(data, "posterior")["z"]
-    standard = dist.Normal(0.0, 1.0)
-    joint = (standard.log_prob(z) + dist.Normal(z, 1.0).log_prob(torch.zeros(3))).sum(-1)
-    joint += standard.log_prob(values(data, "posterior")["free"]).sum(-1)  # drawn, if masked
-    torch.testing.assert_close(values(data, "sample_stats")["lp"], joint)
-
-
-@pytest.mark.usefixtures("tree")
+@pytest.mark.usefixtures("data_tree")
 def test_names_given() -> None:
     """For all dims of a site, or for those that are no plates."""
     posterior = elaborated()
@@ -404,7 +229,7 @@ def many(*arrays: Tensor, **options: object) -> None:
     effects(arrays[0], arrays[1])
 
 
-@pytest.mark.usefixtures("tree")
+@pytest.mark.usefixtures("data_tree")
 @pytest.mark.parametrize(
     ("model", "name"),
     [
@@ -426,7 +251,7 @@ def test_constant_data_are_the_arguments_that_are_not_observed(
     assert torch.equal(values(data, "observed_data")["y"], Y)
 
 
-@pytest.mark.usefixtures("tree")
+@pytest.mark.usefixtures("data_tree")
 def test_arguments_that_are_no_arrays() -> None:
     """NumPy's arrays are kept, keyword arguments too; numbers and strings are not."""
 
@@ -454,70 +279,10 @@ def test_arguments_that_are_no_arrays() -> None:
     assert values(data, "constant_data").keys() == {"arg_0"}
 
 
-# --- predictions
-
-
-@pytest.mark.usefixtures("tree")
-def test_predictions_have_the_models_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
-    """
-    z-tests of first and second moments, two false alarms in a million each.
-
-    Given its draw, a posterior prediction is the model's: rejected is one that keeps the data.
-    """
-    monkeypatch.setattr(at_draws, "CHUNK_ELEMENTS", 4000)  # several chunks
-    posterior = fitted(20)
-    data = posterior.to_arviz(4000, prior=True, posterior_predictive=True)
-    theta = values(data, "posterior")["theta"]
-    residual = (values(data, "posterior_predictive")["y"] - theta) / SIGMA
-    for group in range(4):
-        check_mean(residual[:, group] + 1.0, 1.0)
-        check_mean(residual[:, group].square(), 1.0)
-    with pytest.raises(AssertionError):
-        check_mean(((Y - theta) / SIGMA)[:, 0].square(), 1.0)
-    drawn, seen = values(data, "prior"), values(data, "prior_predictive")["y"]
-    check_mean(drawn["mu"].square() / 4.0, 1.0)
-    check_mean((drawn["theta"] - drawn["mu"][:, None])[:, 2].square(), 1.0)
-    check_mean(((seen - drawn["theta"]) / SIGMA)[:, 3].square(), 1.0)
-    check_mean(((seen - drawn["theta"]) / SIGMA)[:, 3] + 1.0, 1.0)
-
-
-@pytest.mark.usefixtures("tree")
-def test_predictions_differ_between_draws_and_feed_what_follows() -> None:
-    """Sites that read no latent are drawn anew for each draw; later sites read what was drawn."""
-
-    def model() -> None:
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("noise", dist.Normal(0.0, 1.0), obs=torch.tensor(0.1))
-        first = pyro.sample("first", dist.Normal(z, 1.0), obs=torch.tensor(0.5))
-        pyro.deterministic("moved", first + 100.0)
-        pyro.sample("second", dist.Normal(first + 100.0, 1e-6), obs=torch.tensor(100.5))
-
-    data = MPImportance(model, num_samples=5).run().to_arviz(50, posterior_predictive=True)
-    predicted = values(data, "posterior_predictive")
-    assert predicted.keys() == {"noise", "first", "second"}
-    assert len(predicted["noise"].unique()) == 50
-    torch.testing.assert_close(predicted["second"], predicted["first"] + 100.0, atol=1e-4, rtol=0)
-    assert torch.equal(values(data, "posterior")["moved"], torch.full((50,), 100.5))
-
-
-def test_memory_is_bounded_by_the_largest_argument() -> None:
-    """Probabilities of many categories count, not only the value; inside of other distributions."""
-
-    def model() -> None:
-        with pyro.plate("n", 10):
-            fn = dist.Categorical(logits=torch.zeros(10, 3, 100)).to_event(1)
-            pyro.sample("y", fn, obs=torch.zeros(10, 3))
-
-    builder = MPImportance(model, num_samples=1).run()._sums[0].builder
-    sites = at_draws.ordinary_sites(builder.structure, builder.programs, {})
-    assert sites["y"].elements == 3000
-    assert at_draws._chunk_size(sites) == at_draws.CHUNK_ELEMENTS // 3000
-
-
 # --- programs
 
 
-@pytest.mark.usefixtures("tree")
+@pytest.mark.usefixtures("data_tree")
 def test_autoguides_and_their_params() -> None:
     """The params of the run are used, whatever has become of the store since."""
     pyro.set_rng_seed(0)
@@ -533,7 +298,7 @@ def test_autoguides_and_their_params() -> None:
     torch.testing.assert_close(values(data, "particle_ess")["theta"], 1 / weights.square().sum(0))
 
 
-@pytest.mark.usefixtures("tree")
+@pytest.mark.usefixtures("data_tree")
 def test_sites_that_follow_several_have_no_particles_of_their_own() -> None:
     """A point for each combination: their number would be squared."""
 
@@ -547,25 +312,7 @@ def test_sites_that_follow_several_have_no_particles_of_their_own() -> None:
     assert dims(data, "particle_ess").keys() == {"mu", "theta"}
 
 
-@pytest.mark.usefixtures("tree")
-def test_partly_observed_sites() -> None:
-    """Pyro's obs_mask: what is hidden is a latent, what is seen an observation."""
-
-    def model() -> None:
-        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-        with pyro.plate("n", 3):
-            pyro.sample("y", dist.Normal(mu, 1.0), obs=torch.tensor([1.0, 2.0, 3.0]), obs_mask=MASK)  # type: ignore[arg-type]
-
-    data = MPImportance(model, num_samples=5).run().to_arviz(10)
-    draws, found = values(data, "posterior"), values(data, "log_likelihood")["y_observed"]
-    assert draws.keys() == {"mu", "y_unobserved", "y"}
-    assert torch.equal(draws["y"][:, 1], draws["y_unobserved"][:, 1])
-    assert found.isnan().tolist() == 10 * [[False, True, False]]
-    expected = dist.Normal(draws["mu"], 1.0).log_prob(torch.tensor(3.0))
-    torch.testing.assert_close(found[:, 2], expected)
-
-
-@pytest.mark.usefixtures("tree")
+@pytest.mark.usefixtures("data_tree")
 def test_models_without_latents_or_observations() -> None:
     def nothing() -> None:
         pyro.sample("y", dist.Normal(0.0, 1.0), obs=torch.tensor(0.3))
@@ -591,22 +338,6 @@ def test_blocks_and_replicates() -> None:
     weights = values(data, "particle_weights")
     assert weights["mu"].shape == (40,)
     torch.testing.assert_close(weights["theta"].sum(0), torch.ones(4))
-
-
-@pytest.mark.parametrize("number", [4, 5])
-def test_deterministic_sites_that_are_not_vectorised(number: int) -> None:
-    """By their shape, and where the number of draws hides it, by their value."""
-
-    def model() -> None:
-        with pyro.plate("n", 4):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("y", dist.Normal(z, 1.0), obs=Y)
-        pyro.deterministic("first", z[0])
-
-    posterior = MPImportance(model, num_samples=3).run()
-    match = "another value at the last" if number == 4 else r"shape \(4,\), not \(\) for each"
-    with pytest.raises(ValueError, match=f"site 'first': with many posterior draws.*{match}"):
-        posterior.to_arviz(number)
 
 
 # --- versions of ArviZ

@@ -20,11 +20,12 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_mpis._typing import Program
-from pyro_mpis.at_draws import OrdinarySite, predict, replay_draws
+from pyro_mpis._version import __version__
 from pyro_mpis.blocks import Builder
 from pyro_mpis.factor_graph.graph import SiteValue
 from pyro_mpis.handlers import Programs
 from pyro_mpis.marginals import Marginal
+from pyro_mpis.results.at_draws import OrdinarySite, predict, replay_draws
 
 if TYPE_CHECKING:
     from arviz import InferenceData
@@ -231,8 +232,6 @@ def build(
         raise ImportError(
             "to_arviz needs xarray and ArviZ, which are not installed: pip install pyro-mpis[arviz]"
         ) from error
-    from pyro_mpis import __version__
-
     _check_names(groups, names)
     datasets = {name: _dataset(arrays, names) for name, arrays in groups.items() if arrays}
     library = {"inference_library": "pyro_mpis", "inference_library_version": __version__}

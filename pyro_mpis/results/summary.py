@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_mpis._text import table
 from pyro_mpis.marginals import Marginal
+from pyro_mpis.results.site_diagnosis import UNEVEN_ESS
 
 
 @dataclass(frozen=True)
@@ -66,29 +67,26 @@ def summarise(
     evidence_error: float | None,
     num_samples: int,
     prob: float,
-    uneven: float,
 ) -> Summary:
     """
-    Make the table.
+    Make the table; k-hat is nan where the weights are too even for it to say something.
 
     :param sampled: the sites that have particles; ESS and k-hat of others (summed over their whole
         support, or fixed) say nothing, and are nan.
     :param prob: probability between the lower and the upper quantile.
-    :param uneven: share of the particles that the ESS must stay below for k-hat to say something;
-        it is nan above.
     """
     rows: list[Row] = []
     for name, marginal in marginals.items():
-        rows += _rows(name, marginal, name in sampled, prob, uneven)
+        rows += _rows(name, marginal, name in sampled, prob)
     return Summary(tuple(rows), log_evidence, evidence_error, num_samples, prob)
 
 
-def _rows(name: str, marginal: Marginal, sampled: bool, prob: float, uneven: float) -> list[Row]:
+def _rows(name: str, marginal: Marginal, sampled: bool, prob: float) -> list[Row]:
     batch, shape = marginal.batch_shape, marginal.batch_shape + marginal.event_shape
     tail = (1,) * len(marginal.event_shape)
     quantiles = marginal.quantile([0.5 - prob / 2, 0.5, 0.5 + prob / 2])
     unknown = torch.full_like(marginal.ess, math.nan)
-    even = marginal.ess >= uneven * marginal.log_weights.shape[-1]
+    even = marginal.ess >= UNEVEN_ESS * marginal.log_weights.shape[-1]
     columns: list[Tensor] = [
         marginal.mean,
         marginal.variance.sqrt(),

@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""
+How far to trust a posterior: what is poor.
+
+The effective sample size (ESS) of a site, :math:`1 / \sum_k w_k^2`, is the number of its particles
+that carry its marginal. A moment's standard error is about the posterior sd over the ESS's root.
+Pareto k-hat tells of weights whose tail is too heavy for that to hold, and the spread of replicates
+tells how sure the log evidence is. None of them shows a part of the posterior that no particle is
+in.
+
+What counts as poor is decided here, for ``diagnose``, ``summary`` and the plots alike.
+"""
+
+import math
+import textwrap
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
+
+from pyro import settings
+from torch import Tensor
+
+from pyro_mpis.blocks import BlockSum
+from pyro_mpis.dependencies import Structure
+from pyro_mpis.marginals import Marginal
+from pyro_mpis._text import table
+from pyro_mpis.results.remedies import remedies
+from pyro_mpis.results.site_diagnosis import SiteDiagnosis
+
+# Of five even draws the mean is off by 0.45 posterior sds, and the 5 % and 95 % quantiles are the
+# lowest and the highest of them.
+LOW_ESS = 5.0
+# From here on the weights' mean converges too slowly for any affordable number of particles
+# (Vehtari et al., 2024, "Pareto smoothed importance sampling", JMLR 25).
+HIGH_K_HAT = 0.7
+# A standard error of the log evidence, in nats: a factor of 1.6 either way.
+LARGE_ERROR = 0.5
+# Sites of the printed table: a chain of a thousand has its bottleneck in a few.
+MOST_ROWS = 30
+
+
+def _check_threshold(value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"expected a positive threshold, but found {value!r}.")
+
+
+settings.register("mpis_low_ess", __name__, "LOW_ESS", _check_threshold)
+settings.register("mpis_high_k_hat", __name__, "HIGH_K_HAT", _check_threshold)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is poor, and what would help."""
+
+    found: str
+    helps: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """Return both as one paragraph."""
+        return " ".join((self.found, *self.helps))
+
+
+@dataclass(frozen=True, repr=False)
+class Diagnosis:
+    """
+    What :meth:`~pyro_mpis.MPImportance.diagnose` finds; ``str()`` says it in words.
+
+    :param sites: of every site that has particles, in the model's order.
+    :param problems: what is poor; empty if nothing is.
+    :param log_evidences: of each replicate, -inf for an evidence of zero: ``(replicates,)``.
+    :param log_evidence: of all replicates together.
+    :param evidence_error: its standard error, None of a single replicate.
+    """
+
+    sites: tuple[SiteDiagnosis, ...]
+    problems: tuple[Problem, ...]
+    log_evidences: Tensor
+    log_evidence: float
+    evidence_error: float | None
+
+    @property
+    def bottleneck(self) -> SiteDiagnosis | None:
+        """The site of the lowest effective sample size; None of a model without particles."""
+        return min(self.sites, key=lambda site: site.lowest_ess, default=None)
+
+    def __str__(self) -> str:
+        """Return the table and the sentences."""
+        parts = [_evidence_line(self), *([_table(self.sites)] if self.sites else [])]
+        if self.problems:
+            for problem in self.problems:
+                lines = ["Poor: " + problem.found, *(f"- {text}" for text in problem.helps)]
+                parts.append("\n".join(_wrapped(line) for line in lines))
+        else:
+            parts.append(_wrapped(_good(self)))
+        return "\n\n".join(parts)
+
+    def __repr__(self) -> str:
+        """Return a line: the whole is printed."""
+        return f"<Diagnosis: problems {len(self.problems)}, sites {len(self.sites)}>"
+
+
+def diagnose(
+    total: BlockSum, marginals: Mapping[str, Marginal], sampled: Set[str], log_evidences: Tensor
+) -> Diagnosis:
+    """
+    Judge the weights of every site, and the evidence.
+
+    Draws nothing. Runs the model once, at single values, if something is poor.
+
+    :param total: any replicate.
+    :param marginals: of every site, over all replicates.
+    :param sampled: the sites that have particles, not their whole support or a fixed value.
+    :param log_evidences: of every replicate, -inf for an evidence of zero.
+    """
+    structure = total.builder.structure
+    sites = tuple(
+        _site(structure, name, marginals[name])
+        for name, origin in structure.origins.items()
+        if name in sampled and origin != "model_delta"
+    )
+    problems = [
+        *_no_observation(structure),
+        *_low_ess(total, marginals, sites),
+        *_heavy_tails(sites),
+        *_unsure_evidence(log_evidences),
+    ]
+    number = len(log_evidences)
+    return Diagnosis(
+        sites=sites,
+        problems=tuple(problems),
+        log_evidences=log_evidences,
+        log_evidence=float(log_evidences.logsumexp(0)) - math.log(number),
+        evidence_error=evidence_error(log_evidences) if number > 1 else None,
+    )
+
+
+def evidence_error(log_evidences: Tensor) -> float:
+    """
+    Return the standard error of the log of the mean evidence of several replicates.
+
+    By the delta method: that of the mean evidence, relative to it.
+
+    :param log_evidences: ``(replicates,)``; -inf is an evidence of zero.
+    """
+    number = len(log_evidences)
+    ratios = (log_evidences - log_evidences.logsumexp(0)).exp() * number  # of mean one
+    return float(ratios.std()) / math.sqrt(number)
+
+
+def _site(structure: Structure, name: str, marginal: Marginal) -> SiteDiagnosis:
+    own = structure.model[name]
+    dims = {plate.dim: plate.name for plate in map(structure.plates.__getitem__, own.plates)}
+    batch_dims = [d for d in range(-len(own.batch_shape), 0) if d not in own.undeclared]
+    return SiteDiagnosis(
+        name=name,
+        proposal="prior" if structure.origins[name] == "prior" else "guide",
+        num_particles=marginal.log_weights.shape[-1],
+        ess=marginal.ess.double().cpu(),
+        heaviest=marginal.weights.amax(-1).double().cpu(),
+        pareto_k=marginal.pareto_k.double().cpu(),
+        plates=tuple(dims.get(dim, "") for dim in batch_dims),
+    )
+
+
+def _no_observation(structure: Structure) -> list[Problem]:
+    if structure.model.keys() - structure.origins.keys():
+        return []
+    return [
+        Problem(
+            "The model observes nothing, so that the posterior is the prior.",
+            (
+                "Give it the data: pyro.sample(..., obs=data) where data is not None, or "
+                "pyro.condition with the names of the model's sites.",
+            ),
+        )
+    ]
+
+
+def _low_ess(
+    total: BlockSum, marginals: Mapping[str, Marginal], sites: tuple[SiteDiagnosis, ...]
+) -> list[Problem]:
+    poor = [site for site in sites if site.lowest_ess < LOW_ESS]
+    if not poor:
+        return []
+    worst = min(poor, key=lambda site: site.lowest_ess)
+    number = sum(int((site.ess < LOW_ESS).sum()) for site in poor)
+    found = (
+        f"{number} of {sum(site.ess.numel() for site in sites)} marginals have an effective sample "
+        f"size below {LOW_ESS:g} (lowest: {worst.worst}, {worst.lowest_ess:.1f} of "
+        f"{worst.num_particles} particles): their moments and quantiles rest on a handful of "
+        "particles."
+    )
+    return [Problem(found, tuple(remedies(total, marginals, sites, LOW_ESS)))]
+
+
+def _heavy_tails(sites: tuple[SiteDiagnosis, ...]) -> list[Problem]:
+    heavy = [site for site in sites if site.highest_k > HIGH_K_HAT]
+    if not heavy:
+        return []
+    worst = max(heavy, key=lambda site: site.highest_k)
+    highest = worst.pareto_k.masked_fill(~worst.uneven | worst.pareto_k.isnan(), -math.inf)
+    number = sum(int(((site.pareto_k > HIGH_K_HAT) & site.uneven).sum()) for site in heavy)
+    found = (
+        f"{number} of {sum(site.ess.numel() for site in sites)} marginals have a Pareto k-hat "
+        f"above {HIGH_K_HAT} (highest: {worst.element(int(highest.reshape(-1).argmax()))}, "
+        f"{worst.highest_k:.2f}): the tail of their weights is too heavy, and more particles help "
+        "only slowly."
+    )
+    remedy = (
+        "Use a wider guide for these sites: one that is narrower than the posterior gives rare "
+        "particles enormous weights."
+        if worst.proposal == "guide"
+        else "The prior has few particles where the posterior is: use a guide for these sites, "
+        "rather too wide than too narrow."
+    )
+    return [Problem(found, (remedy,))]
+
+
+def _unsure_evidence(log_evidences: Tensor) -> list[Problem]:
+    problems = []
+    number = len(log_evidences)
+    lost = int((log_evidences == -math.inf).sum())
+    if lost:
+        problems.append(
+            Problem(
+                f"{lost} of {number} replicates have an evidence of zero: all their particles are "
+                "impossible.",
+                ("Raise num_samples, or use a guide nearer to the posterior.",),
+            )
+        )
+    error = evidence_error(log_evidences) if number > 1 else 0.0
+    if error > LARGE_ERROR:
+        problems.append(
+            Problem(
+                f"The log evidence has a standard error of {error:.1f} nats over {number} "
+                f"replicates, a factor of {math.exp(error):.1f} either way.",
+                (
+                    f"Four times the replicates halve it (num_replicates={4 * number}); particles "
+                    "nearer to the posterior lower it at once.",
+                ),
+            )
+        )
+    return problems
+
+
+def _evidence_line(diagnosis: Diagnosis) -> str:
+    number = len(diagnosis.log_evidences)
+    error = (
+        "one set of particles: num_replicates=8 would tell how sure it is"
+        if diagnosis.evidence_error is None
+        else f"standard error {diagnosis.evidence_error:.2g} over {number} replicates"
+    )
+    return f"log evidence {diagnosis.log_evidence:.2f} ({error})"
+
+
+def _table(sites: tuple[SiteDiagnosis, ...]) -> str:
+    header = ("site", "from", "particles", "ESS, lowest", "of", "median", "heaviest", "k-hat")
+    lines: list[tuple[str, ...]] = [header]
+    by_ess = sorted(sites, key=lambda site: site.lowest_ess)
+    shown = {site.name for site in by_ess[:MOST_ROWS]}
+    for site in sites:
+        if site.name not in shown:
+            continue
+        k_hat = "-" if math.isnan(site.highest_k) else f"{site.highest_k:.2f}"
+        lines.append(
+            (
+                site.name,
+                site.proposal,
+                str(site.num_particles),
+                f"{site.lowest_ess:.1f}",
+                site.worst,
+                f"{float(site.ess.median()):.1f}",
+                f"{float(site.heaviest.max()):.2f}",
+                k_hat,
+            )
+        )
+    text = table(lines, left=(0, 1, 4))
+    if len(sites) > len(shown):
+        text += f"\nand {len(sites) - len(shown)} sites of higher ESS"
+    return text
+
+
+def _good(diagnosis: Diagnosis) -> str:
+    worst = diagnosis.bottleneck
+    if worst is None:
+        return (
+            "No site has particles: each is summed over its whole support, or fixed by the guide."
+        )
+    return (
+        f"Nothing is poor. The lowest ESS is that of {worst.worst}: {worst.lowest_ess:.1f} of "
+        f"{worst.num_particles} particles. None of these numbers shows a part of the posterior "
+        "that no particle is in: where that is to be feared, compare with a wider proposal."
+    )
+
+
+def _wrapped(text: str) -> str:
+    indent = "  " if text.startswith("- ") else ""
+    return textwrap.fill(text, 88, subsequent_indent=indent, break_on_hyphens=False)

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+What would help where effective sample sizes are low.
+
+Only what can be measured is said: the width and the centre of a site's particles against its
+posterior, the size of supports and of factors, and what more particles would cost.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch.distributions import constraints
+
+from pyro_mpis._typing import Distribution
+from pyro_mpis.blocks import BlockSum
+from pyro_mpis.handlers import quoted, replay
+from pyro_mpis.marginals import Marginal
+from pyro_mpis.memory import largest_factor
+from pyro_mpis.results.site_diagnosis import SiteDiagnosis
+
+# With an ESS below two, the weighted particles tell neither the posterior's width nor how many
+# particles are needed.
+TELLING_ESS = 2.0
+# A proposal this many times wider than the posterior wastes most particles. One this much narrower
+# has the weight on its outermost particles. One whose centre is this many of its sds off has few
+# particles where the posterior is.
+WIDE, NARROW, OFF_CENTRE = 3.0, 0.9, 1.5
+# Factors of this many indices are where sharing one pays.
+MANY_INDICES = 4
+# A discrete site of at most this many values is better summed over than drawn.
+SMALL_SUPPORT = 100
+
+
+def remedies(
+    total: BlockSum,
+    marginals: Mapping[str, Marginal],
+    sites: Sequence[SiteDiagnosis],
+    enough: float,
+) -> list[str]:
+    """
+    Say what would raise the effective sample sizes that are too low.
+
+    Draws nothing. Runs the model once, at single values, if some weights are uneven.
+
+    :param sites: all sites that have particles.
+    :param enough: the effective sample size to reach.
+    """
+    poor = [site for site in sites if site.lowest_ess < enough]
+    worst = min(poor, key=lambda site: site.lowest_ess)
+    uneven = [site for site in poor if bool(site.uneven.any())]
+    helps = _site_helps(total, marginals, uneven, len(sites)) if uneven else []
+    return [*helps, _more_particles(total, worst, enough), *_grouping(total, sites)]
+
+
+def _site_helps(
+    total: BlockSum,
+    marginals: Mapping[str, Marginal],
+    uneven: list[SiteDiagnosis],
+    num_sites: int,
+) -> list[str]:
+    """
+    Say what would help the sites with uneven weights, by what each of them is.
+
+    :param num_sites: of all sites that have particles.
+    """
+    helps: list[str] = []
+    fns = _distributions(total, marginals)
+    sizes = {site.name: _support_size(fns[site.name]) for site in uneven}
+    small = {name: size for name, size in sizes.items() if size and size <= SMALL_SUPPORT}
+    for name, size in small.items():
+        helps.append(
+            f"'{name}' has only {size} values: marked infer={{'enumerate': 'parallel'}}, it is "
+            "summed over them exactly and needs no particles."
+        )
+    for site in uneven:
+        length = fns[site.name].event_shape.numel()
+        if isinstance(fns[site.name], torch.distributions.Independent) and length > 1:
+            helps.append(
+                f"'{site.name}' is a vector of {length} elements with one particle index, and a "
+                "particle must be good in all of them at once. If each of its readers reads one "
+                "element, draw it in a pyro.plate in place of .to_event."
+            )
+    others = [site for site in uneven if site.name not in small]
+    if others:
+        worst = min(others, key=lambda site: site.lowest_ess)
+        indices = [index for index in total.builder.structure.indices if not index.enumerated]
+        helps.append(_better_guide(worst, marginals[worst.name], len(indices), num_sites))
+    return helps
+
+
+def _distributions(total: BlockSum, marginals: Mapping[str, Marginal]) -> dict[str, Distribution]:
+    """Return the distribution that the model has at each site, from a run at single values."""
+    values = {}
+    for name, marginal in marginals.items():
+        site, dim = total.whole.values[name], len(marginal.batch_shape)
+        heaviest = marginal.log_weights.argmax(-1, keepdim=True)
+        heaviest = heaviest.reshape(heaviest.shape + (1,) * len(marginal.event_shape))
+        value = torch.take_along_dim(marginal.samples, heaviest, dim).squeeze(dim)
+        values[name] = site.ordinary(site.padded(value, left=0), left=0)
+    with total.builder.environment.entered():
+        sites = replay(total.builder.programs, "model", values=values, enumerated={}, num_samples=1)
+    return {name: site["fn"] for name, site in sites.items()}
+
+
+def _support_size(fn: Distribution) -> int | None:
+    """Return the number of values that a distribution takes, if they can be enumerated."""
+    support = fn.support
+    if not fn.has_enumerate_support:
+        return None
+    if support is constraints.boolean:
+        return 2
+    if support is constraints.one_hot:
+        return int(fn.event_shape[-1])
+    if isinstance(support, constraints.integer_interval):
+        lower, upper = (torch.as_tensor(b) for b in (support.lower_bound, support.upper_bound))
+        return int(upper.max()) - int(lower.min()) + 1
+    return None
+
+
+def _better_guide(site: SiteDiagnosis, marginal: Marginal, num_indices: int, num_sites: int) -> str:
+    """
+    Compare the worst element's particles with its posterior.
+
+    :param num_indices: of all sites that have particles, as is ``num_sites``.
+    """
+    name = site.worst
+    source = "the prior" if site.proposal == "prior" else "the guide"
+    remedy = (
+        "A guide for it (AutoNormal trained by SVI, or a pyro.sample in a guide of your own) puts "
+        "the particles where they count."
+        if site.proposal == "prior"
+        else "Train the guide further, or let the site read in it those that it depends on."
+    )
+    wide, narrow, off = _mismatch(marginal, int(site.ess.reshape(-1).argmin()))
+    if site.lowest_ess < TELLING_ESS or math.isinf(wide):
+        return f"{name} is drawn from {source}, with most of the weight on one value. {remedy}"
+    if wide >= WIDE:
+        return f"{name} is drawn from {source}, {wide:.0f} times as wide as its posterior. {remedy}"
+    if off >= OFF_CENTRE:
+        return (
+            f"{name} is drawn from {source}, whose centre is {off:.1f} of its sds off the "
+            f"posterior mean. {remedy}"
+        )
+    if narrow <= NARROW:
+        return (
+            f"{name} is drawn from {source}, only {narrow:.1f} times as wide as its posterior: "
+            "make the guide wider."
+        )
+    if num_indices == 1 and num_sites > 1:
+        return (
+            "The guide draws all sites as one, so that they share one particle index. With a "
+            "distribution for each site (AutoNormal) all combinations of their particles count."
+        )
+    covered = (
+        f"{name} is drawn from {source}, which covers its posterior ({wide:.1f} times as wide)"
+    )
+    if num_sites == 1:
+        return f"{covered}: more particles are all it takes."
+    return (
+        f"{covered}. What makes its weights uneven besides is how few particles there are of the "
+        "sites that it is combined with: more of all help, or a guide in which it reads the sites "
+        "it depends on."
+    )
+
+
+def _mismatch(marginal: Marginal, position: int) -> tuple[float, float, float]:
+    """
+    Compare the particles of an element without and with their weights.
+
+    :return: the highest and the lowest ratio of their standard deviations over the scalars of an
+        event, and the largest distance of their means in those of the particles.
+    """
+    num_batch = len(marginal.batch_shape)
+    weights = marginal.weights.flatten(0, -2)[position] if num_batch else marginal.weights
+    samples = marginal.samples
+    samples = samples.flatten(0, num_batch - 1)[position] if num_batch else samples
+    samples = samples.double().flatten(1) if samples.dim() > 1 else samples.double()[:, None]
+    weights = weights.double()[:, None]
+    mean, centre = (weights * samples).sum(0), samples.mean(0)
+    sd = (weights * (samples - mean).square()).sum(0).sqrt()
+    spread = samples.std(0, correction=0)
+    ratios, distances = spread / sd, (mean - centre).abs() / spread
+    ratios = torch.where(ratios.isnan(), 1.0, ratios)  # no spread at all: a fixed value
+    return float(ratios.max()), float(ratios.min()), float(distances.nan_to_num(0.0).max())
+
+
+def _more_particles(total: BlockSum, worst: SiteDiagnosis, enough: float) -> str:
+    """Say what more particles would cost."""
+    structure, num_samples = total.builder.structure, total.builder.particles.num_samples
+    telling = worst.lowest_ess >= TELLING_ESS
+    factor = max(2.0, enough / worst.lowest_ess) if telling else 2.0
+    larger = math.ceil(num_samples * factor)
+    site, now = largest_factor(structure, num_samples)
+    _, then = largest_factor(structure, larger)
+    promise = (
+        f"would make the lowest about {worst.lowest_ess * larger / num_samples:.0f}."
+        if telling
+        else "may not be enough: an ESS this low does not tell how many are."
+    )
+    return (
+        f"Raise num_samples: {larger} {promise} The largest factor, that of '{site.name}', then "
+        f"takes {_size(then)} in place of {_size(now)}. More replicates (num_replicates) raise the "
+        "ESS too, and take time, not memory."
+    )
+
+
+def _grouping(total: BlockSum, sites: Sequence[SiteDiagnosis]) -> list[str]:
+    """Say which sites could share an index, where one factor reads many."""
+    structure = total.builder.structure
+    largest, _ = largest_factor(structure, total.builder.particles.num_samples)
+    symbols = {s for s in structure.reads(largest) if not structure.by_symbol[s].enumerated}
+    if len(symbols) < MANY_INDICES:
+        return []
+    values = total.whole.values
+    even: dict[str, str] = {}  # index -> a site of it
+    for site in sites:
+        indices = values[site.name].indices
+        alone = len(indices) == 1 and indices in symbols
+        if alone and not structure.by_symbol[indices].plates:
+            if not bool(site.uneven.any()):
+                even.setdefault(indices, site.name)
+    text = (
+        f"The factor of '{largest.name}' reads {len(symbols)} particle indices, so that its size "
+        f"grows as the power of {len(symbols)} of num_samples."
+    )
+    if len(even) < 2:
+        return [f"{text} Sites that share an index (groups=) lower that power."]
+    names = quoted(even.values())
+    return [
+        f"{text} With groups=[({names})], whose weights are even, it would grow as the power of "
+        f"{len(symbols) - len(even) + 1}, and leave memory for more particles."
+    ]
+
+
+def _size(number: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1024
+    return f"{number:.3g} TiB"

@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Keep a result in a file, or take it to another device.
+
+What a file holds of a result is plain data and tensors: the dataclasses of the other modules. Model
+and guide are code and are not in the file: they are given again when it is read, and then checked
+against what the file says of them. How the file is written stands in
+:mod:`~pyro_mpis.results.encoding`.
+"""
+
+import copy
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, is_dataclass, replace
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch.distributions.constraints import Constraint
+
+from pyro_mpis.blocks import BlockSum, Builder, Environment, Ranges, seeded
+from pyro_mpis.contraction import log_evidence
+from pyro_mpis.dependencies import Index, Plate, Site, Structure
+from pyro_mpis.factor_graph.graph import FactorGraph, LogFactor, RaggedPlate, SiteValue
+from pyro_mpis.handlers import Name, Programs, quoted
+from pyro_mpis.indexing import ElementReads, SiteReads
+from pyro_mpis.proposals import Particles
+from pyro_mpis.results import encoding
+from pyro_mpis.results.encoding import Format, parts_of, what_cannot_be_kept
+
+Tree = TypeVar("Tree")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The arguments of ``MPImportance`` that are plain data."""
+
+    num_samples: int
+    groups: tuple[tuple[str, ...], ...]
+    max_plate_nesting: int | None
+    memory_limit: int | None
+    num_replicates: int
+    disable_progbar: bool
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What model and guide were called with."""
+
+    args: tuple[object, ...]
+    kwargs: Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class StoredSum:
+    """What a file keeps of a :class:`~pyro_mpis.blocks.BlockSum`, and the weights known of it."""
+
+    particles: Particles
+    pieces: Mapping[str, int]
+    reads: SiteReads | None
+    blocks: tuple[Ranges, ...]
+    whole: FactorGraph
+    log_evidences: Tensor
+    weights: Mapping[str, Tensor]
+
+    def restored(
+        self, structure: Structure, programs: Programs, environment: Environment
+    ) -> BlockSum:
+        """Return the sum, to be evaluated by the given programs."""
+        builder = Builder(structure, self.particles, programs, environment, self.pieces, self.reads)
+        return BlockSum(builder, self.blocks, self.whole, self.log_evidences)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a file keeps of a result."""
+
+    settings: Settings
+    structure: Structure
+    sums: tuple[StoredSum, ...]
+    dtype: torch.dtype  # the default one of the run
+    validate: bool
+    arguments: Arguments | None  # None if not all are tensors and plain data
+
+
+FORMAT = Format(
+    kind="pyro_mpis posterior",
+    number=1,
+    records=(
+        Arguments,
+        RaggedPlate,
+        ElementReads,
+        FactorGraph,
+        Index,
+        LogFactor,
+        Particles,
+        Plate,
+        Settings,
+        Site,
+        SiteValue,
+        Stored,
+        StoredSum,
+        Structure,
+    ),
+)
+
+
+def pack(
+    settings: Settings, sums: list[BlockSum], weights: list[dict[str, Tensor]]
+) -> tuple[Stored, str]:
+    """
+    Collect what a file is to keep.
+
+    :return: that; and the type of an argument that cannot be kept, empty if all can. The
+        arguments are left out then.
+    """
+    builder = sums[0].builder
+    arguments = Arguments(builder.programs.args, builder.programs.kwargs)
+    unknown = what_cannot_be_kept(arguments, FORMAT)
+    stored = Stored(
+        settings=settings,
+        structure=builder.structure,
+        sums=tuple(
+            StoredSum(
+                particles=total.builder.particles,
+                pieces=total.builder.pieces,
+                reads=total.builder.reads,
+                blocks=total.blocks,
+                whole=total.whole,
+                log_evidences=total.log_evidences,
+                weights=known,
+            )
+            for total, known in zip(sums, weights, strict=True)
+        ),
+        dtype=builder.environment.dtype,
+        validate=builder.environment.validate,
+        arguments=None if unknown else arguments,
+    )
+    return stored, unknown
+
+
+def write(path: str | os.PathLike[str], stored: Stored) -> None:
+    """Write a file."""
+    encoding.write(path, stored, FORMAT)
+
+
+def read(path: str | os.PathLike[str], device: torch.device) -> Stored:
+    """
+    Read a file, whoever may have written it.
+
+    :param device: where the tensors are to be.
+    :raises ValueError: if the file is not one of :func:`write`, or of another layout; names it.
+    """
+    return encoding.read(path, FORMAT, Stored, device)
+
+
+def check_structure(path: str | os.PathLike[str], stored: Structure, found: Structure) -> None:
+    """
+    Check that the model and guide given are those of the file.
+
+    :raises ValueError: if not; names a site that differs.
+    """
+    advice = "Load it with the model, the guide, and, if given, the arguments of that run."
+    where = f"'{os.fspath(path)}'"
+    programs: tuple[Name, ...] = ("guide", "model")
+    for program in programs:
+        old, new = _described(stored, program), _described(found, program)
+        for name in {**old, **new}:
+            if old.get(name) != new.get(name):
+                raise ValueError(
+                    f"{where}: site '{name}' of the {program} is not as it was in the run: "
+                    f"{new.get(name, 'absent')}; it was {old.get(name, 'absent')}. {advice}"
+                )
+    if stored != found:
+        raise ValueError(
+            f"{where}: the same sites as in the run, {quoted(set(stored.origins))}, but in another "
+            f"order, or not the same of them enumerated. {advice}"
+        )
+
+
+def _described(structure: Structure, program: Name) -> dict[str, str]:
+    """Describe the sites of a program in words; symbols would depend on how many there are."""
+    sites: Mapping[str, Site] = getattr(structure, program)
+    result = {}
+    for name, site in sites.items():
+        plates = quoted({structure.plates[symbol].name for symbol in site.plates})
+        result[name] = (
+            f"batch shape {tuple(site.batch_shape)}, {site.event_dim} event dims, "
+            f"in plates {plates or 'none'}, reading {quoted(set(site.reads)) or 'nothing'}"
+        )
+    return result
+
+
+def check_evaluation(path: str | os.PathLike[str], total: BlockSum) -> None:
+    """
+    Check that a sum whose factors are not kept is evaluated as it was.
+
+    :raises ValueError: if a block's evidence is another than in the file.
+    """
+    if total.whole.factors:
+        return
+    block = int(total.log_evidences.argmax())
+    with seeded(0):
+        found = total.job(block, log_evidence)().double()
+    if not torch.allclose(found, total.log_evidences[block], rtol=1e-4, atol=1e-3):
+        raise ValueError(
+            f"'{os.fspath(path)}': particles that were weighed at log evidence "
+            f"{float(total.log_evidences[block]):.4f} in the run are at {float(found):.4f} now. A "
+            "result of several blocks or replicates, or saved without factors, is evaluated again "
+            "by model and guide: give them the parameters that they had (the param store's, a "
+            "module's state_dict), and the arguments of that run."
+        )
+
+
+def resolved(device: torch.device | str) -> torch.device:
+    """Return a device with its number: "cuda:0" for "cuda"."""
+    return torch.empty(0, device=device).device
+
+
+def moved(tree: Tree, device: torch.device) -> Tree:
+    """
+    Take all tensors of a result to a device; those that are there already are shared.
+
+    Model and guide are left as they are, and so are objects among their arguments that are neither
+    tensors nor tuples, lists or dictionaries.
+    """
+
+    def move(tensor: Tensor) -> Tensor:  # a param that is there stays the very same object
+        return tensor if tensor.device == device else tensor.detach().to(device)
+
+    return cast(Tree, _mapped(tree, move))
+
+
+def num_bytes(tree: object) -> int:
+    """Return the memory that the tensors of a result take, views of the same memory once."""
+    storages: dict[tuple[torch.device, int], int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[tensor.device, storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    _mapped(tree, count)
+    return sum(storages.values())
+
+
+def _mapped(tree: object, function: Callable[[Tensor], Tensor]) -> object:
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, torch.device):
+        return function(torch.empty(0, device=tree)).device
+    if isinstance(tree, dict):
+        pairs = [(key, _mapped(value, function)) for key, value in tree.items()]
+        same = copy.copy(tree)  # an OrderedDict, say
+        same.update(pairs)
+        return same
+    if isinstance(tree, tuple | list) and not isinstance(tree, torch.Size):
+        items = [_mapped(item, function) for item in tree]
+        make: Callable[[list[object]], object] = getattr(type(tree), "_make", type(tree))
+        return make(items)  # a named tuple has its own way
+    if isinstance(tree, Constraint):  # of a param; its bounds may be tensors
+        moved = copy.copy(tree)
+        vars(moved).update({key: _mapped(value, function) for key, value in vars(tree).items()})
+        return moved
+    if type(tree).__module__.startswith("pyro_mpis.") and is_dataclass(tree):
+        skipped = ("model", "guide") if isinstance(tree, Programs) else ()
+        parts = {n: _mapped(part, function) for n, part in parts_of(tree) if n not in skipped}
+        return replace(tree, **parts)  # type: ignore[type-var]
+    return tree

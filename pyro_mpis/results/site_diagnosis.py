@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How even the weights of one site's particles are."""
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+# Where weights are nearly even, the tail that k-hat is fitted to is noise. So k-hat counts only
+# where the effective sample size is below this share of the particles.
+UNEVEN_ESS = 0.5
+
+
+@dataclass(frozen=True)
+class SiteDiagnosis:
+    """
+    The weights of one site's particles, by plate element.
+
+    :param name: the site.
+    :param proposal: what its particles were drawn from: ``"guide"`` or ``"prior"``.
+    :param num_particles: number of weights of each element.
+    :param ess: effective sample size: ``batch_shape``.
+    :param heaviest: share of the weight that the heaviest particle has: ``batch_shape``.
+    :param pareto_k: Pareto k-hat, nan with fewer than about 50 particles: ``batch_shape``.
+    :param plates: name of the plate of each batch dim, ``""`` for none.
+    """
+
+    name: str
+    proposal: str
+    num_particles: int
+    ess: Tensor
+    heaviest: Tensor
+    pareto_k: Tensor
+    plates: tuple[str, ...]
+
+    @property
+    def lowest_ess(self) -> float:
+        """The effective sample size of the worst element."""
+        return float(self.ess.min())
+
+    @property
+    def uneven(self) -> Tensor:
+        """Whether the weights of each element are uneven enough for k-hat to say something."""
+        return self.ess < UNEVEN_ESS * self.num_particles
+
+    @property
+    def worst(self) -> str:
+        """The element of the lowest effective sample size, as in ``theta[school=3]``."""
+        return self.element(int(self.ess.reshape(-1).argmin()))
+
+    @property
+    def highest_k(self) -> float:
+        """The highest k-hat of elements with uneven weights; nan where there is none."""
+        tails = self.pareto_k[self.uneven & ~self.pareto_k.isnan()]
+        return float(tails.max()) if tails.numel() else math.nan
+
+    def element(self, position: int) -> str:
+        """Name the element at a position of the flattened batch shape."""
+        parts = []
+        for size, plate in zip(reversed(self.ess.shape), reversed(self.plates), strict=True):
+            position, number = divmod(position, size)
+            if plate or size > 1:
+                parts.append(f"{plate}={number}" if plate else str(number))
+        return f"{self.name}[{', '.join(reversed(parts))}]" if parts else self.name

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is said to help, helps."""
+
+import re
+from dataclasses import replace
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from posteriors import Program, diagnosed, wide
+
+from pyro_mpis import Diagnosis, Marginal, MPImportance, MPISWarning
+from pyro_mpis.memory import largest_factor
+from pyro_mpis.results.diagnostics import LOW_ESS
+from pyro_mpis.results.remedies import _better_guide, _size, _support_size
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def helps(diagnosis: Diagnosis) -> str:
+    """What is said to raise the effective sample size."""
+    (problem,) = (p for p in diagnosis.problems if "effective sample size" in p.found)
+    return " ".join(problem.helps)
+
+
+def test_a_single_site_is_combined_with_none() -> None:
+    samples = torch.linspace(-1.0, 1.0, 20)
+    marginal = Marginal(samples, torch.zeros(20).log_softmax(-1), {"a": torch.Size()})
+    site = replace(diagnosed(wide).sites[0], ess=torch.tensor(4.0), num_particles=20)
+    assert _better_guide(site, marginal, 1, 1).endswith("more particles are all it takes.")
+
+
+def test_a_wide_prior_asks_for_a_guide() -> None:
+    """The width it names is the particles' over the posterior's; the guide it asks for helps."""
+    pyro.set_rng_seed(0)
+    posterior = MPImportance(wide, num_samples=30).run()
+    diagnosis = posterior.diagnose(show=False)
+    found = re.search(
+        r"a is drawn from the prior, (\d+) times as wide as its posterior", helps(diagnosis)
+    )
+    assert found is not None
+    a = posterior.marginals("a")
+    assert int(found[1]) == round(float(a.samples.std(correction=0) / a.variance.sqrt()))
+    assert 10 < int(found[1]) < 40  # twenty, but for the noise of 30 particles
+    assert "AutoNormal" in helps(diagnosis)
+    assert not diagnosed(wide, lambda: pyro.sample("a", dist.Normal(0.0, 1.0)), K=30).problems
+
+
+def test_a_guide_off_the_posterior() -> None:
+    """The distance it names, in the guide's sds, is about that of the two means, 1.8."""
+
+    def guide() -> None:
+        pyro.sample("a", dist.Normal(1.2, 0.5))
+
+    distances = []
+    for seed in range(20):
+        pyro.set_rng_seed(seed)
+        diagnosis = MPImportance(wide, guide, num_samples=25).run().diagnose(show=False)
+        text = " ".join(str(diagnosis).split())
+        found = re.search(r"the guide, whose centre is (\d\.\d) of its sds off the posterior", text)
+        if found is not None:
+            assert "Train the guide further" in text
+            distances.append(float(found[1]))
+    assert len(distances) >= 5
+    assert 1.5 <= sum(distances) / len(distances) <= 2.5
+
+
+def test_a_guide_narrower_than_the_posterior() -> None:
+    """The weight is on its outermost particles, of the second of two elements."""
+    samples = torch.stack([torch.linspace(-1.0, 1.0, 20), torch.linspace(-2.0, 2.0, 20)])
+    weights = torch.stack([torch.ones(20), samples[1].abs() ** 8])
+    log_weights = weights.log().log_softmax(-1)
+    marginal = Marginal(samples, log_weights, {"a": torch.Size()})
+    site = replace(
+        diagnosed(wide).sites[0],
+        ess=marginal.ess,
+        proposal="guide",
+        plates=("n",),
+        num_particles=20,
+    )
+    ratio = float(samples[1].std(correction=0) / marginal.variance[1].sqrt())
+    text = _better_guide(site, marginal, 2, 2)
+    assert f"a[n=1] is drawn from the guide, only {ratio:.1f} times as wide as its post" in text
+    assert ratio < 0.9
+    assert "make the guide wider" in text
+
+
+def test_a_guide_with_a_single_index() -> None:
+    """All sites drawn as one vector: its parts may be as wide as the posterior, and ESS low."""
+
+    def model() -> None:
+        for name in "abcd":
+            x = pyro.sample(name, dist.Normal(0.0, 1.0))
+            pyro.sample(f"y_{name}", dist.Normal(x, 0.5), obs=torch.tensor(0.0))
+
+    def guide() -> None:
+        z = pyro.sample(
+            "z", dist.Normal(torch.zeros(4), 0.8).to_event(1), infer={"is_auxiliary": True}
+        )
+        for number, name in enumerate("abcd"):
+            value = z[..., number]
+            pyro.sample(name, dist.Delta(value, log_density=torch.zeros_like(value)))
+
+    texts = []
+    for seed in range(20):
+        pyro.set_rng_seed(seed)
+        with pytest.warns(MPISWarning, match="a single particle index"):
+            posterior = MPImportance(model, guide, num_samples=10).run()
+        texts.append(str(posterior.diagnose(show=False)))
+    assert sum("they share one particle index" in " ".join(text.split()) for text in texts) >= 5
+
+
+def test_all_weight_on_one_particle() -> None:
+    text = helps(diagnosed(lambda: wide(1000.0), K=10))
+    assert "a is drawn from the prior, with most of the weight on one value" in text
+    assert "may not be enough" in text
+
+
+def test_few_particles_of_other_sites() -> None:
+    """Particles that cover the posterior, with weights uneven by what they are combined with."""
+
+    def model() -> None:
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(a + b, 0.1), obs=torch.tensor(0.0))
+
+    def structured() -> None:
+        b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        pyro.sample("a", dist.Normal(-b, 0.1))
+
+    def lowest(guide: Program | None, seed: int) -> tuple[float, str]:
+        pyro.set_rng_seed(seed)
+        diagnosis = MPImportance(model, guide, num_samples=10).run().diagnose(show=False)
+        assert diagnosis.bottleneck is not None
+        return diagnosis.bottleneck.lowest_ess, " ".join(str(diagnosis).split())
+
+    before = [lowest(None, seed) for seed in range(20)]
+    assert sum("which covers its posterior" in text for _, text in before) >= 5
+    after = [lowest(structured, seed)[0] for seed in range(20)]
+    assert sum(after) > 1.2 * sum(ess for ess, _ in before)
+
+
+def test_more_particles_give_what_is_promised() -> None:
+    """To a factor of two: the ESS at the number that it names, in the mean over seeds."""
+    ratios = []
+    for seed in range(20):
+        pyro.set_rng_seed(seed)
+        text = str(MPImportance(wide, num_samples=30).run().diagnose(show=False))
+        found = re.search(r"Raise num_samples: (\d+) would make the lowest about (\d+)", text)
+        if found is not None:
+            posterior = MPImportance(wide, num_samples=int(found[1])).run()
+            ratios.append(float(posterior.marginals("a").ess) / int(found[2]))
+    assert len(ratios) > 5
+    assert 0.5 < sum(ratios) / len(ratios) < 2.0
+
+
+def test_what_more_particles_cost() -> None:
+    """The largest factor's bytes, as memory counts them: a factor of two indices."""
+
+    def model() -> None:
+        a = pyro.sample("a", dist.Normal(0.0, 50.0))
+        with pyro.plate("n", 5):
+            b = pyro.sample("b", dist.Normal(a, 1.0))
+            pyro.sample("y", dist.Normal(b, 0.1), obs=torch.zeros(5))
+
+    text = helps(diagnosed(model, K=8))
+    now = 8 * 8 * 5 * 8 * 3 / 1024  # K^2, plate, bytes of a double, tensors at once
+    assert f"that of 'b', then takes {4 * now:.3g} KiB in place of {now:.3g} KiB" in text
+    assert _size(999) == "999 B"
+    assert _size(5 * 2**30) == "5 GiB"
+    assert _size(3.5 * 2**40) == "3.5 TiB"
+
+
+def rare(enumerate_it: bool = False) -> None:
+    infer = {"enumerate": "parallel"} if enumerate_it else {}
+    kind = pyro.sample("kind", dist.Categorical(torch.tensor([0.9, 0.05, 0.05])), infer=infer)  # type: ignore[arg-type]
+    pyro.sample("y", dist.Normal(kind * 8.0, 1.0), obs=torch.tensor(8.0))
+
+
+def test_a_rare_value_is_to_be_enumerated() -> None:
+    diagnosis = diagnosed(rare, K=30)
+    assert "'kind' has only 3 values: marked infer={'enumerate': 'parallel'}" in helps(diagnosis)
+    assert "drawn from" not in helps(diagnosis)
+    assert not diagnosed(lambda: rare(True), K=30).problems
+
+
+@pytest.mark.parametrize(
+    ("fn", "size"),
+    [
+        (dist.Bernoulli(0.2), 2),
+        (dist.Categorical(torch.ones(2, 5)), 5),
+        (dist.OneHotCategorical(torch.ones(4)), 4),
+        (dist.Binomial(torch.tensor([3, 6]), torch.tensor(0.5)), 7),
+        (dist.Poisson(2.0), None),
+        (dist.Normal(0.0, 1.0), None),
+        (dist.Bernoulli(torch.ones(3) / 2).to_event(1), None),
+    ],
+)
+def test_sizes_of_supports(fn: dist.TorchDistribution, size: int | None) -> None:
+    assert _support_size(fn) == size
+    if size is not None and not isinstance(fn, dist.Binomial):
+        assert len(fn.enumerate_support(expand=False)) == size
+
+
+def test_a_long_vector_is_to_be_put_in_a_plate() -> None:
+    def model(plate: bool) -> None:
+        if plate:
+            with pyro.plate("n", 6):
+                w = pyro.sample("w", dist.Normal(0.0, 3.0))
+                pyro.sample("y", dist.Normal(w, 0.5), obs=torch.ones(6))
+        else:
+            w = pyro.sample("w", dist.Normal(torch.zeros(6), 3.0).to_event(1))
+            pyro.sample("y", dist.Normal(w, 0.5).to_event(1), obs=torch.ones(6))
+
+    before, after = (diagnosed(lambda p=plate: model(p), K=60) for plate in (False, True))
+    assert "'w' is a vector of 6 elements with one particle index" in helps(before)
+    assert before.bottleneck is not None
+    assert after.bottleneck is not None
+    assert before.bottleneck.lowest_ess < LOW_ESS < after.bottleneck.lowest_ess
+    assert not any("effective sample size" in problem.found for problem in after.problems)
+
+
+def test_sites_of_even_weights_to_group() -> None:
+    """The power of num_samples that the group would leave is what grouping leaves."""
+
+    def model() -> None:
+        a, b, c = (pyro.sample(name, dist.Normal(0.0, 0.1)) for name in "abc")
+        d = pyro.sample("d", dist.Normal(0.0, 50.0))
+        pyro.sample("y", dist.Normal(a + b + c + d, 1.0), obs=torch.tensor(0.0))
+
+    text = helps(diagnosed(model, K=8))
+    assert "factor of 'y' reads 4 particle indices" in text
+    assert "With groups=[('a', 'b', 'c')]" in text
+    assert "as the power of 2" in text
+    sizes = []
+    for K in (8, 16):
+        posterior = MPImportance(model, num_samples=K, groups=[("a", "b", "c")]).run()
+        sizes.append(largest_factor(posterior._sums[0].builder.structure, K)[1])
+    assert sizes[1] == 2**2 * sizes[0]
+
+    def uneven() -> None:
+        total = sum(pyro.sample(name, dist.Normal(0.0, 50.0)) for name in "abcd")
+        pyro.sample("y", dist.Normal(total, 0.01), obs=torch.tensor(0.0))
+
+    assert "Sites that share an index (groups=) lower that power" in helps(diagnosed(uneven, K=4))
