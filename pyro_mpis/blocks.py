@@ -19,29 +19,42 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
-import pyro
 import torch
-from pyro.params.param_store import StateDict
-from pyro.poutine.util import is_validation_enabled
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_mpis.contraction import log_evidence, reduced
-from pyro_mpis.dependencies import Structure
 from pyro_mpis.factor_graph.graph import FactorGraph, SiteValue
-from pyro_mpis.factors import build_graph
-from pyro_mpis.handlers import Programs, isolated
-from pyro_mpis.indexing import SiteReads, check_provenance, find_reads, regroup_indexed
-from pyro_mpis.memory import Cut, uncollected
-from pyro_mpis.proposals import Particles, check_arguments, draw_particles
+from pyro_mpis.particles.factors import MissedReadError, build_graph, reads_found
+from pyro_mpis.particles.indexed import (
+    ReadTogether,
+    SiteReads,
+    check_crossing,
+    find_reads,
+    regroup_indexed,
+)
+from pyro_mpis.particles.memory import gc_paused
+from pyro_mpis.particles.ordinary import run_ordinary
+from pyro_mpis.particles.proposals import (
+    DisagreementError,
+    Drawn,
+    Particles,
+    draw_one_by_one,
+    draw_particles,
+    weigh,
+)
+from pyro_mpis.planning import Plan
+from pyro_mpis.programs.analysis import with_implicit_plates
+from pyro_mpis.programs.environment import Environment, seeded
+from pyro_mpis.programs.runs import NotMappableError, Programs
+from pyro_mpis.programs.structure import Structure
 from pyro_mpis.sampling import sample_sites
 from pyro_mpis.source_terms import joint_weights
-from pyro_mpis.spot_check import check_combinations
 
 Ranges = Mapping[str, slice]  # symbol of an index -> its particles in a block
 Result = TypeVar("Result")
@@ -52,67 +65,55 @@ _ONE_AT_A_TIME = threading.RLock()
 
 
 @dataclass(frozen=True)
-class Environment:
-    """The global state that programs run in, as it is when this is made."""
+class Replicate:
+    """A plan with its particles; evaluates a block of them. Can be pickled if the programs can."""
 
-    params: StateDict = field(default_factory=lambda: pyro.get_param_store().get_state())
-    dtype: torch.dtype = field(default_factory=torch.get_default_dtype)
-    validate: bool = field(default_factory=is_validation_enabled)
-
-    @contextmanager
-    def entered(self) -> Iterator[None]:
-        """Restore that state, without gradients or outer handlers; leave no trace in this one."""
-        dtype = torch.get_default_dtype()
-        torch.set_default_dtype(self.dtype)
-        try:
-            with (
-                isolated(),
-                torch.no_grad(),
-                pyro.validation_enabled(self.validate),
-                pyro.get_param_store().scope(self.params),
-            ):
-                yield
-        finally:
-            torch.set_default_dtype(dtype)
-
-
-@dataclass(frozen=True)
-class Builder:
-    """Evaluates the factors of a block of particles; can be pickled if the programs can."""
-
-    structure: Structure
+    plan: Plan
     particles: Particles
-    programs: Programs
-    environment: Environment
-    pieces: Mapping[str, int] = field(default_factory=dict)  # see memory.Cut
     reads: SiteReads | None = None  # found once, the same for all blocks
+
+    @property
+    def structure(self) -> Structure:
+        """The structure of the programs."""
+        return self.plan.structure
+
+    @property
+    def programs(self) -> Programs:
+        """Model and guide."""
+        return self.plan.programs
+
+    @property
+    def environment(self) -> Environment:
+        """The global state that the programs run in."""
+        return self.plan.environment
 
     def __call__(self, ranges: Ranges) -> FactorGraph:
         """Evaluate a block, piece by piece."""
         block, parts = self.cut(ranges)
         return _put_together(map(reduced, self.evaluated(block, parts)), parts, block.sizes)
 
-    def started(self, ranges: Ranges) -> "tuple[Builder, FactorGraph]":
-        """Evaluate the first block, and find what holds for all."""
+    def evaluate_first(self, ranges: Ranges) -> "tuple[Replicate, FactorGraph]":
+        """
+        Evaluate the first block, and find what holds for all.
+
+        :raises ReadTogether: if elements of a plate cannot have an index each.
+        """
         block, parts = self.cut(ranges)
         first = block.block(self.structure, parts[0])
         graph = build_graph(self.structure, first, self.programs)
         check = self.environment.validate
-        if not self.structure.unique_dims:
-            check_provenance(graph, self.structure, first, self.programs)
-        if check:
-            check_combinations(graph, self.structure, first, self.programs)
-        # at all particles: a few may agree on an element that a latent decides
+        # All particles, not this block's: a few may all decide alike which element is read.
         reads = find_reads(graph, self.structure, self.particles, self.programs, check=check)
         graph = regroup_indexed(graph, reads)
-        builder = replace(self, reads=reads)
-        graphs = itertools.chain([graph], builder.evaluated(block, parts[1:]))
-        return builder, _put_together(map(reduced, graphs), parts, block.sizes)
+        check_crossing(graph)
+        replicate = replace(self, reads=reads)
+        graphs = itertools.chain([graph], replicate.evaluated(block, parts[1:]))
+        return replicate, _put_together(map(reduced, graphs), parts, block.sizes)
 
     def cut(self, ranges: Ranges) -> tuple[Particles, tuple[Ranges, ...]]:
         """Return the particles of a block, and how it is cut into pieces."""
         block = self.particles.block(self.structure, ranges)
-        return block, split(block.sizes, self.pieces, smallest=2)
+        return block, split(block.sizes, self.plan.cut.pieces, smallest=2)
 
     def evaluated(self, block: Particles, parts: Iterable[Ranges]) -> Iterator[FactorGraph]:
         """Evaluate pieces of a block one after the other."""
@@ -127,10 +128,11 @@ class Builder:
 class BlockSum:
     """The evidence of one set of particles as a sum over blocks."""
 
-    builder: Builder
+    replicate: Replicate
     blocks: tuple[Ranges, ...]
     whole: FactorGraph  # sizes and values of all particles; factors only of a single block
     log_evidences: Tensor  # (blocks,), float64
+    traces: tuple[Trace, ...] = ()  # of the model, where it ran once for each particle
 
     @property
     def log_evidence(self) -> Tensor:
@@ -141,7 +143,7 @@ class BlockSum:
         """Return the application of a function to the graph of a block, to be called or sent."""
         if self.whole.factors:
             return partial(function, self.whole)
-        return partial(_apply, self.builder, self.blocks[number], function)
+        return partial(_apply, self.replicate, self.blocks[number], function)
 
 
 @dataclass(frozen=True)
@@ -175,9 +177,11 @@ def _alone(job: Job[Result]) -> Result:
         return job()
 
 
-def _apply(builder: Builder, ranges: Ranges, function: Callable[[FactorGraph], Result]) -> Result:
-    with builder.environment.entered():
-        return function(builder(ranges))
+def _apply(
+    replicate: Replicate, ranges: Ranges, function: Callable[[FactorGraph], Result]
+) -> Result:
+    with replicate.environment.entered():
+        return function(replicate(ranges))
 
 
 def split(
@@ -232,11 +236,9 @@ def impossible_elements(total: BlockSum) -> dict[str, Tensor]:
 
     :return: for each factor whether it is -inf for all particles: ``(*plates)``.
     """
-    builder = total.builder
     best: dict[str, Tensor] = {}
-    with builder.environment.entered():
-        block, parts = builder.cut(total.blocks[0])
-        for graph in builder.evaluated(block, parts):
+    with total.replicate.environment.entered():
+        for graph in _graphs(total):
             for factor in graph.factors:
                 dims = [n for n, symbol in enumerate(factor.dims) if symbol in graph.index_plates]
                 highest = factor.tensor.amax(dims) if dims else factor.tensor
@@ -244,31 +246,74 @@ def impossible_elements(total: BlockSum) -> dict[str, Tensor]:
     return {name: highest == -torch.inf for name, highest in best.items()}
 
 
+def _graphs(total: BlockSum) -> Iterable[FactorGraph]:
+    """Return the graphs of the pieces of the first block, not summed over any plate."""
+    if total.traces:
+        return [total.whole]
+    block, parts = total.replicate.cut(total.blocks[0])
+    return total.replicate.evaluated(block, parts)
+
+
 def _room(tensor: Tensor, dims: str, sizes: Mapping[str, int]) -> Tensor:
     return tensor.new_empty([sizes[symbol] for symbol in dims])
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What an independent replicate of a run needs."""
+def run_plan(plan: Plan, workers: Workers) -> BlockSum:
+    """Draw particles and evaluate them block by block; draws random numbers."""
+    with plan.environment.entered(), gc_paused(plan.cut.whole):
+        try:
+            drawn = draw_particles(plan.structure, plan.programs, plan.num_samples)
+            return _evaluated(plan, drawn, workers)
+        except NotMappableError as error:
+            return _ordinary(plan, error)
 
-    structure: Structure
-    programs: Programs
-    num_samples: int
-    cut: Cut
-    environment: Environment = field(default_factory=Environment)
 
-    def run(self, workers: Workers) -> BlockSum:
-        """Draw particles and evaluate them block by block; draws random numbers."""
-        with self.environment.entered(), uncollected(self.cut.whole):
-            particles = draw_particles(self.structure, self.programs, self.num_samples)
-            builder = Builder(
-                self.structure, particles, self.programs, self.environment, self.cut.pieces
-            )
-            total = evaluate(builder, split(particles.sizes, self.cut.blocks), workers)
-            if self.environment.validate:
-                check_arguments(self.structure, self.programs, particles)
-        return total
+def _evaluated(plan: Plan, drawn: Drawn, workers: Workers) -> BlockSum:
+    """
+    Evaluate particles; where the programs turn out to be other than planned, by another plan.
+
+    Each change is made once, or takes an index away, so that this ends.
+    """
+    redrawn = followed = False
+    while True:
+        try:
+            particles = weigh(plan.structure, plan.programs, drawn)
+            blocks = split(particles.sizes, plan.cut.blocks)
+            return evaluate(Replicate(plan, particles), blocks, workers)
+        except ReadTogether as found:
+            plan = plan.sharing(found.symbols, found.plates, found.reason)
+        except DisagreementError as error:
+            if redrawn:
+                raise NotMappableError(
+                    f"site '{error}' has another density when it runs among others"
+                ) from None
+            redrawn = True
+            drawn = draw_one_by_one(plan.structure, plan.programs, plan.num_samples)
+        except MissedReadError as error:
+            if followed:
+                raise NotMappableError(f"what site '{error}' reads cannot be followed") from None
+            followed = True
+            structure = reads_found(plan.structure, drawn, plan.programs)
+            plan = plan.with_structure(with_implicit_plates(structure))
+        except NotMappableError:
+            if plan.programs.patched:
+                raise
+            plan = replace(plan, programs=replace(plan.programs, patched=True))
+
+
+def _ordinary(plan: Plan, error: NotMappableError) -> BlockSum:
+    """Run the programs once for each particle, as ordinary importance sampling does."""
+    structure, particles, graph, traces = run_ordinary(
+        plan.structure, plan.programs, plan.num_samples
+    )
+    notice = (
+        "the programs run once for each particle, as in pyro.infer.Importance: all latents share "
+        "one particle index, and this is ordinary importance sampling, which needs more particles. "
+        f"What cannot run at many values at once: {error}. To combine particles: {error.remedy}."
+    )
+    plan = replace(plan, structure=structure, notices=(*plan.notices, notice))
+    replicate = Replicate(plan, particles, reads={})
+    return BlockSum(replicate, ({},), graph, log_evidence(graph).double().unsqueeze(0), traces)
 
 
 def run_replicates(plan: Plan, num_replicates: int, workers: Workers) -> list[BlockSum]:
@@ -278,42 +323,33 @@ def run_replicates(plan: Plan, num_replicates: int, workers: Workers) -> list[Bl
     Each is a unit of work for an executor; a single one sends its blocks instead.
     """
     if num_replicates == 1:
-        return [plan.run(workers)]
+        return [run_plan(plan, workers)]
     seeds = torch.randint(2**31 - 1, (num_replicates,)).tolist()
     return workers.run([partial(_replicate, plan, seed) for seed in seeds])
 
 
 def _replicate(plan: Plan, seed: int) -> BlockSum:
     with seeded(seed):
-        total = plan.run(Workers(show_progress=False))
+        total = run_plan(plan, Workers(show_progress=False))
+    if total.traces:
+        return replace(total, traces=())
     # the factors are many times the particles: they are not kept for every replicate, nor sent
     return replace(total, whole=replace(total.whole, factors=()))
 
 
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed the global generator, and restore its state afterwards."""
-    state = pyro.util.get_rng_state()
-    pyro.set_rng_seed(seed)
-    try:
-        yield
-    finally:
-        pyro.util.set_rng_state(state)
-
-
-def evaluate(builder: Builder, blocks: Sequence[Ranges], workers: Workers) -> BlockSum:
+def evaluate(replicate: Replicate, blocks: Sequence[Ranges], workers: Workers) -> BlockSum:
     """Evaluate every block once: evidences, and the values of the sites at all particles."""
-    builder, graph = builder.started(blocks[0])
+    replicate, graph = replicate.evaluate_first(blocks[0])
     if len(blocks) == 1:
-        return BlockSum(builder, tuple(blocks), graph, log_evidence(graph).double().unsqueeze(0))
+        return BlockSum(replicate, tuple(blocks), graph, log_evidence(graph).double().unsqueeze(0))
     results = [_first_pass(graph)]
-    whole = replace(graph, factors=(), sizes={**graph.sizes, **builder.particles.sizes}, values={})
+    whole = replace(graph, factors=(), sizes={**graph.sizes, **replicate.particles.sizes}, values={})
     del graph
-    results += workers.run([partial(_apply, builder, part, _first_pass) for part in blocks[1:]])
+    results += workers.run([partial(_apply, replicate, part, _first_pass) for part in blocks[1:]])
     for (_, values), ranges in zip(results, blocks, strict=True):
         whole = replace(whole, values=_with_values(whole.values, whole.sizes, values, ranges))
     log_evidences = torch.stack([log_p for log_p, _ in results])
-    return BlockSum(builder, tuple(blocks), whole, log_evidences)
+    return BlockSum(replicate, tuple(blocks), whole, log_evidences)
 
 
 def _first_pass(graph: FactorGraph) -> tuple[Tensor, Mapping[str, SiteValue]]:

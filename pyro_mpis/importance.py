@@ -4,7 +4,6 @@
 import copy
 import logging
 import math
-import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
@@ -13,46 +12,27 @@ from typing import TYPE_CHECKING, TypeVar, overload
 
 import torch
 from pyro.poutine.trace_struct import Trace
-from pyro.poutine.util import is_validation_enabled
 from torch import Tensor
 
-from pyro_mpis import memory
 from pyro_mpis import moments as _moments
+from pyro_mpis import planning
+from pyro_mpis._text import quoted
 from pyro_mpis._typing import MomentFunction, Program
 from pyro_mpis._warnings import warn
 from pyro_mpis.blocks import (
     BlockSum,
-    Environment,
-    Plan,
     Workers,
     impossible_elements,
     joint_weights_of,
     run_replicates,
     sample_of,
-    seeded,
-)
-from pyro_mpis.dependencies import (
-    NO_EVENT_DIMS,
-    EventDims,
-    Structure,
-    analyse,
-    check_same_site,
-    vector_dims,
 )
 from pyro_mpis.factor_graph.graph import FactorGraph
-from pyro_mpis.handlers import (
-    Name,
-    Programs,
-    first_line,
-    quoted,
-    run_plainly,
-    sample_sites,
-    trace_at,
-    with_event_dims,
-)
 from pyro_mpis.marginals import Marginal, merge
-from pyro_mpis.memory import default_limit, uncollected
-from pyro_mpis.provenance import noting_leaks
+from pyro_mpis.particles import memory
+from pyro_mpis.planning import Options, plan_of, positive, programs_of
+from pyro_mpis.programs.environment import Environment, seeded
+from pyro_mpis.programs.runs import trace_at
 from pyro_mpis.results import saving
 from pyro_mpis.results.arviz_export import Names, Wanted, build, model_groups, particle_arrays
 from pyro_mpis.results.diagnostics import Diagnosis, diagnose, evidence_error
@@ -99,6 +79,9 @@ class MPImportance(ImportanceTraces):
     :param num_samples: K, the number of particles of each latent site.
     :param groups: groups of latent sites that share one particle index, for sites that are
         strongly dependent or that one likelihood reads many of.
+    :param shared_plates: names of plates whose latents have one particle index for all elements, in
+        place of one for each. By default only plates do whose elements are read together, or that
+        cross others; a warning says which.
     :param max_plate_nesting: number of batch dims for plates; found by default (and for infinity,
         the default of Pyro's ELBOs).
     :param memory_limit: bytes that the largest tensors may take together; half of what is free by
@@ -120,6 +103,7 @@ class MPImportance(ImportanceTraces):
         num_samples: int | None = None,
         *,
         groups: Sequence[Sequence[str]] = (),
+        shared_plates: Sequence[str] = (),
         max_plate_nesting: float | None = None,
         memory_limit: int | None = None,
         num_replicates: int = 1,
@@ -138,8 +122,8 @@ class MPImportance(ImportanceTraces):
                 f"num_samples not given: {num_samples} particles of each latent site are drawn, "
                 "which is few. Give num_samples=100 for example."
             )
-        num_samples = _positive("num_samples", num_samples)
-        num_replicates = _positive("num_replicates", num_replicates)
+        num_samples = positive("num_samples", num_samples)
+        num_replicates = positive("num_replicates", num_replicates)
         if memory_limit is not None and (isinstance(memory_limit, bool) or memory_limit <= 0):
             raise ValueError(
                 f"memory_limit: expected a positive number of bytes, but found {memory_limit!r}."
@@ -148,7 +132,8 @@ class MPImportance(ImportanceTraces):
         self.guide = guide
         self.num_samples = num_samples
         self.groups = tuple(groups)
-        self.max_plate_nesting = _number_of_dims(max_plate_nesting)
+        self.shared_plates = tuple(shared_plates)
+        self.max_plate_nesting = planning.number_of_dims(max_plate_nesting)
         self.memory_limit = memory_limit
         self.num_replicates = num_replicates
         self.executor = executor
@@ -169,30 +154,24 @@ class MPImportance(ImportanceTraces):
         :raises NotImplementedError: if the sum over all combinations is intractable.
         :raises MemoryError: if a factor would not fit into free memory.
         """
-        programs = _programs(self.model, self.guide, args, kwargs)
-        plan, guide_trace, model_trace = self._plan(programs)
-        structure = plan.structure
-        wait = memory.long_wait(structure, self.num_samples)
-        if wait is not None and _device(model_trace).type == "cpu":
+        programs = programs_of(self.model, self.guide, args, kwargs)
+        plan, guide_trace, model_trace = plan_of(programs, self._options)
+        if self.max_plate_nesting is None:
+            _logger.info("Guessed max_plate_nesting = %d", plan.structure.max_plate_nesting)
+        wait = memory.long_wait(plan.structure, self.num_samples)
+        if wait is not None and plan.device == "cpu":
             warn(wait)
-        try:
-            sums = run_replicates(plan, self.num_replicates, self._workers)
-        except ValueError as error:
-            sums = self._run_with_event_dims(plan, error)
-        except NotImplementedError as error:
-            if not structure.undeclared:
-                raise
-            raise NotImplementedError(
-                f"{error} Batch dims of {quoted(structure.undeclared.keys())} are in no "
-                "pyro.plate; enclosed in one, each element may read its own."
-            ) from error
+        sums = run_replicates(plan, self.num_replicates, self._workers)
         possible = [total for total in sums if bool(torch.isfinite(total.log_evidence))]
         if not possible:
             raise _impossible(sums[0])
         self._sums, self._weights = possible, [{} for _ in possible]
         self._told = False
         self._reset()
-        for problem in _weaknesses(structure, self.groups, guide_trace, model_trace):
+        notices = dict.fromkeys(n for total in sums for n in total.replicate.plan.notices)
+        structure = sums[0].replicate.structure
+        weak = planning.weaknesses(structure, self.groups, guide_trace, model_trace)
+        for problem in (*notices, *([] if sums[0].traces else weak)):
             warn(problem)
         return self
 
@@ -303,7 +282,7 @@ class MPImportance(ImportanceTraces):
         :return: ``{site: (num_samples, *shape)}``, equally weighted, independent given the
             particles; goes into :class:`pyro.infer.Predictive` as ``posterior_samples``.
         """
-        return sample_of(self._ran(), _positive("num_samples", num_samples), self._workers)
+        return sample_of(self._ran(), positive("num_samples", num_samples), self._workers)
 
     def summary(self, prob: float = 0.9) -> Summary:
         """
@@ -389,10 +368,10 @@ class MPImportance(ImportanceTraces):
         :raises ValueError: if names do not fit the dims.
         """
         names = Names(coords or {}, dims or {})
-        number = _positive("num_samples", num_samples)
+        number = positive("num_samples", num_samples)
         wanted = Wanted(number, names, log_likelihood, posterior_predictive, prior)
         total = self._ran()[0]
-        groups, sites = model_groups(total.builder, self.sample(number), wanted)
+        groups, sites = model_groups(total.replicate, self.sample(number), wanted)
         particles = total.whole.values
         groups |= particle_arrays(self.marginals(), particles, self._sampled(), sites, names)
         attributes: dict[str, object] = {
@@ -418,11 +397,12 @@ class MPImportance(ImportanceTraces):
             into memory. Without them each query of the loaded result evaluates the model again.
         """
         sums = self._ran()
-        if not factors:
+        if not factors and not sums[0].traces:
             sums = [replace(total, whole=replace(total.whole, factors=())) for total in sums]
         settings = saving.Settings(
             num_samples=self.num_samples,
             groups=tuple(tuple(group) for group in self.groups),
+            shared_plates=self.shared_plates,
             max_plate_nesting=self.max_plate_nesting,
             memory_limit=self.memory_limit,
             num_replicates=self.num_replicates,
@@ -475,12 +455,15 @@ class MPImportance(ImportanceTraces):
                 )
             args, kwargs = stored.arguments.args, stored.arguments.kwargs
         posterior = cls(model, guide, **vars(stored.settings))
-        programs = _programs(model, guide, tuple(args or ()), dict(kwargs or {}))
+        programs = programs_of(model, guide, tuple(args or ()), dict(kwargs or {}))
         environment = replace(Environment(), dtype=stored.dtype, validate=stored.validate)
         with seeded(0), environment.entered():
-            programs, structure, *_ = posterior._analysed(programs, stored.structure.event_dims)
+            programs, structure, *_ = planning.analysed(programs, posterior._options)
         saving.check_structure(path, stored.structure, structure)
-        posterior._sums = [kept.restored(structure, programs, environment) for kept in stored.sums]
+        posterior._sums = [
+            kept.restored(stored, programs, environment, posterior._options)
+            for kept in stored.sums
+        ]
         posterior._weights = [dict(kept.weights) for kept in stored.sums]
         saving.check_evaluation(path, posterior._sums[0])
         return posterior
@@ -511,7 +494,7 @@ class MPImportance(ImportanceTraces):
         and K weights of each site that has been asked for.
         """
         kept = [
-            (t.builder.particles, t.builder.reads, t.whole, t.log_evidences) for t in self._sums
+            (t.replicate.particles, t.replicate.reads, t.whole, t.log_evidences) for t in self._sums
         ]
         return saving.num_bytes((kept, self._weights))
 
@@ -534,70 +517,16 @@ class MPImportance(ImportanceTraces):
         """Leave out the executor, which cannot be pickled."""
         return {**vars(self), "executor": None}
 
-    def _analysed(
-        self, programs: Programs, event_dims: EventDims = NO_EVENT_DIMS
-    ) -> tuple[Programs, Structure, Trace, Trace]:
-        """
-        Run guide and model once, and work out their structure.
-
-        :param event_dims: batch dims of guide and model to be run as event dims.
-        :return: the programs to go on with, the structure, the traces of guide and model.
-        """
-        programs = with_event_dims(programs, *event_dims)
-        with noting_leaks() as leaks:
-            programs, guide_trace, model_trace = _run_plainly(programs)
-        programs = replace(programs, leaves_torch=bool(leaks))
-        structure = analyse(
-            guide_trace,
-            model_trace,
-            guide=self.guide,
-            groups=self.groups,
+    @property
+    def _options(self) -> Options:
+        groups = (group if isinstance(group, str) else tuple(group) for group in self.groups)
+        return Options(
+            num_samples=self.num_samples,
+            groups=tuple(groups),
+            shared_plates=self.shared_plates,
             max_plate_nesting=self.max_plate_nesting,
+            memory_limit=self.memory_limit,
         )
-        met: dict[Name, frozenset[str]] = {
-            "guide": frozenset(structure.guide),
-            "model": frozenset(structure.model),
-        }
-        structure = replace(structure, event_dims=event_dims)
-        if is_validation_enabled():  # which checks that a program has no sites beyond these
-            programs = replace(programs, sites=met)
-        return programs, structure, guide_trace, model_trace
-
-    def _plan(
-        self, programs: Programs, event_dims: EventDims = NO_EVENT_DIMS
-    ) -> tuple[Plan, Trace, Trace]:
-        """Find the structure and what fits into memory; return the traces of guide and model."""
-        with Environment().entered(), uncollected():
-            programs, structure, guide_trace, model_trace = self._analysed(programs, event_dims)
-            if self.max_plate_nesting is None:
-                _logger.info("Guessed max_plate_nesting = %d", structure.max_plate_nesting)
-            device, limit = _device(model_trace), self.memory_limit
-            if limit is None:
-                limit = default_limit(device)
-            cut = memory.plan(structure, self.num_samples, limit, device.type)
-            plan = Plan(structure, programs, self.num_samples, cut)
-        return plan, guide_trace, model_trace
-
-    def _run_with_event_dims(self, plan: Plan, error: ValueError) -> list[BlockSum]:
-        """
-        Run programs that failed with undeclared batch dims in place, with event dims instead.
-
-        A program that works on such dims elementwise wants the particles left of them all; one that
-        sums over a vector's wants them where ``.to_event`` would have them.
-        """
-        structure = plan.structure
-        guide_dims = vector_dims(structure.guide, structure.guide)
-        model_dims = vector_dims(structure.model, structure.origins)
-        if not guide_dims and not model_dims:
-            raise error
-        try:
-            with_events, _, _ = self._plan(plan.programs, (guide_dims, model_dims))
-            return run_replicates(with_events, self.num_replicates, self._workers)
-        except Exception:  # whatever went wrong with these, the first error is the one to act on
-            raise ValueError(
-                f"{error} Batch dims of {quoted({*guide_dims, *model_dims})} are in no pyro.plate. "
-                "Enclose the site in one or use .to_event, and keep particles left of such dims."
-            ) from error
 
     def get_log_normalizer(self) -> Tensor:
         """Return the log evidence: :meth:`evidence`, under the name that ``Importance`` has."""
@@ -611,9 +540,11 @@ class MPImportance(ImportanceTraces):
         return weighted_draws(self._sums, self.evidence(), self.num_samples, self._workers)
 
     def _traces_at(self, values: Sequence[Mapping[str, Tensor]]) -> list[Trace]:
-        builder = self._ran()[0].builder
-        programs = replace(builder.programs, model=self.model)  # as the user wrote it
-        with builder.environment.entered():
+        sums = self._ran()
+        if len(sums) == 1 and sums[0].traces:  # sites may differ from run to run
+            return list(sums[0].traces)
+        programs = replace(sums[0].replicate.programs, model=self.model)  # as the user wrote it
+        with sums[0].replicate.environment.entered():
             return [trace_at(programs, row) for row in values]
 
     def _effective_samples(self) -> Tensor:
@@ -643,7 +574,7 @@ class MPImportance(ImportanceTraces):
     def _sampled(self) -> set[str]:
         """Return the sites that have particles, not their whole support or a fixed value."""
         total = self._ran()[0]
-        by_symbol = total.builder.structure.by_symbol
+        by_symbol = total.replicate.structure.by_symbol
         return {
             name
             for name, site in total.whole.values.items()
@@ -684,61 +615,6 @@ class MPImportance(ImportanceTraces):
         return averages
 
 
-def _positive(name: str, number: int) -> int:
-    """Return a positive integer, of any integer type."""
-    try:
-        value = operator.index(number)
-    except TypeError:
-        value = 0
-    if isinstance(number, bool) or value < 1:
-        raise ValueError(f"{name}: expected a positive integer, but found {number!r}.")
-    return value
-
-
-def _number_of_dims(max_plate_nesting: float | None) -> int | None:
-    """Return a number of batch dims, or None for one to be found."""
-    if max_plate_nesting is None or max_plate_nesting == math.inf:
-        return None
-    if isinstance(max_plate_nesting, bool) or max_plate_nesting not in range(64):
-        raise ValueError(
-            f"max_plate_nesting: expected a number of dims, but found {max_plate_nesting!r}."
-        )
-    return int(max_plate_nesting)
-
-
-def _programs(
-    model: Program,
-    guide: Program | None,
-    args: tuple[object, ...],
-    kwargs: Mapping[str, object],
-) -> Programs:
-    return Programs(model, guide if guide is not None else _no_guide, args, kwargs)
-
-
-def _no_guide(*args: object, **kwargs: object) -> None:
-    """Sample nothing: every latent is proposed from the prior."""
-
-
-def _run_plainly(programs: Programs) -> tuple[Programs, Trace, Trace]:
-    """Run guide and model once, with errors that say what to do."""
-    try:
-        return run_plainly(programs, check_same_site)
-    except RuntimeError as error:
-        if "Multiple sample sites" in str(error):
-            raise ValueError(
-                f"{first_line(error)}. Each sample statement needs a name of its own: in a loop, "
-                "number them, as in pyro.sample(f'x_{i}', ...). A plate entered twice is to be "
-                "made once: plate = pyro.plate(...), then with plate: ..."
-            ) from error
-        raise
-
-
-def _device(trace: Trace) -> torch.device:
-    """Return the device that a program computes on."""
-    devices = [site["value"].device for site in sample_sites(trace).values()]
-    return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
-
-
 def _split_moment(
     name: str, spec: tuple[MomentFunction | str, ...]
 ) -> tuple[MomentFunction, tuple[str, ...]]:
@@ -768,72 +644,10 @@ def _impossible(total: BlockSum) -> ValueError:
                 "against the distribution's support, or use a guide that reaches where the data "
                 "have positive probability."
             )
-    with total.builder.environment.entered():
-        factors = total.builder(total.blocks[0]).factors
+    with total.replicate.environment.entered():
+        factors = total.whole.factors or total.replicate(total.blocks[0]).factors
     names = {factor.name for factor in factors if bool((factor.tensor == -torch.inf).any())}
     return ValueError(
         f"the evidence is zero: no combination of particles has positive probability at all of "
         f"{quoted(names)} together. Draw more particles, or use a guide nearer to the posterior."
     )
-
-
-def _weaknesses(
-    structure: Structure,
-    groups: Sequence[Sequence[str]],
-    guide_trace: Trace,
-    model_trace: Trace,
-) -> list[str]:
-    """Say where the guide leaves less than massively parallel importance sampling."""
-    result = []
-    carried = [name for name, origin in structure.origins.items() if origin == "guide_delta"]
-    points = {name for name in carried if not structure.reads(structure.guide[name])}
-    if structure.undeclared:
-        shapes = ", ".join(f"'{name}' {tuple(s)}" for name, s in structure.undeclared.items())
-        result.append(
-            f"batch dims that no pyro.plate declares ({shapes}) count as event dims: a latent has "
-            "one particle index for all of them, and an observation is summed over them. Enclose "
-            "the site in a plate, which gives each element an index of its own, or silence this "
-            "by .to_event."
-        )
-    if points:
-        result.append(
-            f"the guide fixes {quoted(points)} at a point (Delta): evidence() is the log of the "
-            "joint density of the data and this point, not of p(x), and all else is conditional "
-            "on it. For a posterior of these sites use AutoNormal instead."
-        )
-    indices = [index for index in structure.indices if not index.enumerated]
-    sharing = set(carried) - points
-    if not groups and len(indices) == 1 and len(sharing) > 1:
-        result.append(
-            f"the guide draws {len(sharing)} sites as one vector, '{indices[0].sites[0]}', so "
-            "there is a single particle index, and massively parallel importance sampling equals "
-            "ordinary importance sampling with num_samples draws. A guide with a distribution for "
-            "each site (AutoNormal, AutoGuideList of several parts) combines them all."
-        )
-    guide_sites = sample_sites(guide_trace)
-    flat = {
-        name
-        for name, site in sample_sites(model_trace).items()
-        if structure.origins.get(name) in ("guide", "guide_delta")
-        and site["mask"] is not None
-        and site["mask"] is not True
-        and guide_sites[name]["mask"] is None
-    }
-    strange = {
-        name
-        for name, origin in structure.origins.items()
-        if origin == "guide"
-        and structure.guide[name].plates - structure.model[name].plates
-        and structure.model[name].plates - structure.guide[name].plates
-    }
-    if strange:
-        result.append(
-            f"{quoted(strange)}: in other plates in the guide than in the model, so that all plate "
-            "elements share one particle index. Give the guide's plates the model's names."
-        )
-    if flat:
-        result.append(
-            f"{quoted(flat)}: masked in the model but not in the guide. Where masked, the prior "
-            "counts as flat; if those elements are padding, mask them in the guide too."
-        )
-    return result

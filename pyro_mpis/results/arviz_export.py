@@ -21,9 +21,9 @@ from torch import Tensor
 
 from pyro_mpis._typing import Program
 from pyro_mpis._version import __version__
-from pyro_mpis.blocks import Builder
+from pyro_mpis.blocks import Replicate
 from pyro_mpis.factor_graph.graph import SiteValue
-from pyro_mpis.handlers import Programs
+from pyro_mpis.programs.runs import Programs
 from pyro_mpis.marginals import Marginal
 from pyro_mpis.results.at_draws import OrdinarySite, predict, replay_draws
 
@@ -104,16 +104,16 @@ class Wanted:
 
 
 def model_groups(
-    builder: Builder, draws: Mapping[str, Tensor], wanted: Wanted
+    replicate: Replicate, draws: Mapping[str, Tensor], wanted: Wanted
 ) -> tuple[dict[str, Arrays], Mapping[str, OrdinarySite]]:
     """
     Return ArviZ's own groups, and the model's sites; predictions draw random numbers.
 
     :param draws: ``{site: (draws, *shape)}``, joint posterior draws.
     """
-    structure, programs, names = builder.structure, builder.programs, wanted.names
+    structure, programs, names = replicate.structure, replicate.programs, wanted.names
     number = wanted.num_samples
-    with builder.environment.entered():
+    with replicate.environment.entered():
         found = replay_draws(structure, programs, draws, number, likelihood=wanted.log_likelihood)
         sites = found.sites
         values = {"posterior": {**draws, **found.deterministics}}

@@ -2,9 +2,9 @@
 """
 The model at posterior draws: log likelihoods, deterministic values, predictions.
 
-The model is run once more, vectorised over the draws in the dim left of the plates in which
-particles were drawn, so that any model that could be weighed can be run here. Draws are taken in
-chunks, since each of them has a value of every site.
+The model is run once more, mapped over the draws, so that it sees single values; or, where torch
+cannot map it, once for each draw. Draws are taken in chunks, since each of them has a value of
+every site.
 """
 
 import math
@@ -19,9 +19,19 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from pyro_mpis._text import broadcast_shape
 from pyro_mpis._typing import Program, SampleMessage
-from pyro_mpis.dependencies import Structure
-from pyro_mpis.handlers import PARTICLES, Programs, broadcast_shape, is_subsample, replay
+from pyro_mpis.programs.mapped import log_prob_of
+from pyro_mpis.programs.messages import batch_shape_of, event_shape_of, is_subsample, statements
+from pyro_mpis.programs.runs import (
+    Collect,
+    NotMappableError,
+    Programs,
+    Wanted,
+    evaluate,
+    run_at,
+)
+from pyro_mpis.programs.structure import Structure
 
 CHUNK_ELEMENTS = 2**22  # of a site's value or argument, over the draws that are run together
 
@@ -87,29 +97,26 @@ def replay_draws(
 
     :param draws: ``{site: (draws, *shape)}``, as ``sample`` gives them.
     :param likelihood: whether to keep the log likelihoods.
-    :raises ValueError: if a site has another value in an ordinary run than among many draws.
     """
     ordinary = ordinary_sites(structure, programs, {n: d[-1] for n, d in draws.items()})
     size = _chunk_size(ordinary)
-    parts = []
+    log_joint, kept, masks = [], [], []
     for start in range(0, num_draws, size):
         chunk = {name: draw[start : start + size] for name, draw in draws.items()}
         number = min(size, num_draws - start)
-        sites = replay(
-            programs, "model", values=_placed(structure, chunk), enumerated={}, num_samples=number
-        )
-        parts.append(_evaluate(sites, ordinary, number, likelihood=likelihood))
-    _check_last(ordinary, parts[-1])
-    kept = parts[0].kept
-    together = {name: torch.cat([part.kept[name] for part in parts]) for name in kept}
+        said = _said(structure, programs, ordinary, chunk, number)
+        log_joint.append(_log_joint(said, number))
+        kept.append(_kept(ordinary, said, likelihood=likelihood))
+        masks.append({name: parts["mask"] for name, parts in said.items() if "mask" in parts})
+    together = {name: torch.cat([part[name] for part in kept]) for name in kept[0]}
     log_likelihoods = {
-        name: _masked(value, [part.masks.get(name) for part in parts])
+        name: _masked(value, [part.get(name) for part in masks])
         for name, value in together.items()
         if ordinary[name].kind == "observed"
     }
     return Replayed(
         sites=ordinary,
-        log_joint=torch.cat([part.log_joint for part in parts]),
+        log_joint=torch.cat(log_joint),
         log_likelihoods=log_likelihoods,
         deterministics={n: v for n, v in together.items() if n not in log_likelihoods},
     )
@@ -130,24 +137,15 @@ def predict(
     :return: ``{site: (draws, *shape)}`` of the sites that ``draws`` does not have.
     """
     wanted = [name for name, s in ordinary.items() if s.kind != "factor" and name not in draws]
-    unobserved = replace(programs, model=_Unobserved(programs.model))
-    size = _chunk_size(ordinary)
-    found: dict[str, list[Tensor]] = {name: [] for name in wanted}
-    for start in range(0, num_draws, size):
-        number = min(size, num_draws - start)
-        chunk = {name: draw[start : start + size] for name, draw in draws.items()}
-        with pyro.plate(PARTICLES, number, dim=structure.shared_dim):
-            sites = replay(
-                unobserved,
-                "model",
-                values=_placed(structure, chunk),
-                enumerated={},
-                num_samples=number,
-            )
-        for name in wanted:
-            shape = ordinary[name].value.shape
-            found[name].append(_per_draw(name, sites[name]["value"], shape, number))
-    return {name: torch.cat(values) for name, values in found.items()}
+    unobserved = replace(programs, model=_Unobserved(programs.model), sites={})
+    rows: dict[str, list[Tensor]] = {name: [] for name in wanted}
+    with pyro.validation_enabled(False):
+        for number in range(num_draws):
+            values = {name: draw[number] for name, draw in draws.items()}
+            sites = statements(run_at(unobserved, "model", values))
+            for name in wanted:
+                rows[name].append(sites[name]["value"].expand(ordinary[name].value.shape))
+    return {name: torch.stack(values) for name, values in rows.items()}
 
 
 def ordinary_sites(
@@ -158,12 +156,13 @@ def ordinary_sites(
 
     :param values: of ordinary shape.
     """
-    sites = replay(programs, "model", values=values, enumerated={}, num_samples=1)
     with pyro.validation_enabled(False):
+        sites = statements(run_at(programs, "model", values))
         return {
             name: _ordinary(structure, site)
             for name, site in sites.items()
-            if not (structure.model[name].silent and _kind(site) in ("observed", "factor"))
+            if name in structure.model
+            and not (structure.model[name].silent and _kind(site) in ("observed", "factor"))
         }
 
 
@@ -186,12 +185,14 @@ def _ordinary(structure: Structure, site: SampleMessage) -> OrdinarySite:
     kind = _kind(site)
     plates = {f.dim: f.name for f in site["cond_indep_stack"] if f.dim is not None}
     sizes = {f.dim: int(f.size) for f in site["cond_indep_stack"] if f.dim is not None}
-    event_dim = site["fn"].event_dim
+    sizes = {dim: size for dim, size in sizes.items() if size != -1}  # a plate without a size
+    event_dim = len(event_shape_of(site["fn"], site["value"]))
     if kind == "deterministic":
         value = site["value"]
         event_dim = _deterministic_event_dim(value, sizes, event_dim)
         return OrdinarySite(kind, value, event_dim, plates, None, value.numel())
-    shape = broadcast_shape(site["value"].shape, site["fn"].shape())
+    fn_shape = batch_shape_of(site["fn"]) + event_shape_of(site["fn"], site["value"])
+    shape = broadcast_shape(site["value"].shape, fn_shape)
     value = site["value"] if kind == "factor" else site["value"].expand(shape)
     log_prob = None
     if not structure.model[site["name"]].silent:
@@ -227,20 +228,10 @@ def _chunk_size(ordinary: Mapping[str, OrdinarySite]) -> int:
     return max(1, CHUNK_ELEMENTS // max(largest, 1))
 
 
-def _placed(structure: Structure, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Move the draws' dim to the left of the plates: (draws, *plates, *event)."""
-    result = {}
-    for name, draw in draws.items():
-        num_dims = structure.max_plate_nesting + structure.model[name].event_dim
-        missing = num_dims - (draw.dim() - 1)
-        result[name] = draw.reshape(draw.shape[:1] + (1,) * missing + draw.shape[1:])
-    return result
-
-
 def _over_plates(log_prob: Tensor, site: SampleMessage) -> Tensor:
     """Expand a log_prob to the plates of its site."""
     for frame in site["cond_indep_stack"]:
-        if frame.dim is not None:
+        if frame.dim is not None and frame.size != -1:
             log_prob = log_prob.reshape((1,) * (-frame.dim - log_prob.dim()) + log_prob.shape)
             shape = list(log_prob.shape)
             shape[frame.dim] = int(frame.size)
@@ -248,62 +239,104 @@ def _over_plates(log_prob: Tensor, site: SampleMessage) -> Tensor:
     return log_prob
 
 
-@dataclass(frozen=True)
-class _Part:
-    """What is kept of a chunk of draws."""
-
-    log_joint: Tensor  # (draws,)
-    kept: Mapping[str, Tensor]  # log_probs of observed sites, values of deterministic ones
-    masks: Mapping[str, Tensor]
+Parts = Mapping[str, Tensor]  # what is kept of a site at draws, each (draws, *shape)
 
 
-def _evaluate(
-    sites: Mapping[str, SampleMessage],
+def _said(
+    structure: Structure,
+    programs: Programs,
     ordinary: Mapping[str, OrdinarySite],
-    num_draws: int,
-    *,
-    likelihood: bool,
-) -> _Part:
-    """Evaluate the densities of a chunk of draws."""
-    log_joint = torch.zeros(num_draws, dtype=torch.double)
-    kept: dict[str, Tensor] = {}
-    masks: dict[str, Tensor] = {}
-    for name, known in ordinary.items():
-        site = sites[name]
-        if known.kind == "deterministic":
-            kept[name] = _per_draw(name, site["value"], known.value.shape, num_draws)
-        if known.log_prob is None:
-            continue
+    draws: Mapping[str, Tensor],
+    number: int,
+) -> dict[str, Parts]:
+    """Evaluate the model's sites at draws: all at once, or one after the other."""
+    collect = {name: _collecting(site) for name, site in ordinary.items()}
+    shapes = {name: structure.model[name].shape for name in draws}
+    try:
         with pyro.validation_enabled(False):
-            log_prob = _over_plates(site["fn"].log_prob(site["value"]), site)
+            _, said = evaluate(
+                programs,
+                [draws] if draws else [],
+                model=Wanted(collect, frozenset(structure.model)),
+                shapes=shapes,
+            )
+    except NotMappableError:
+        return _one_by_one(programs, collect, draws, number)
+    result: dict[str, Parts] = {}
+    for name, parts in said.items():
+        tensors = {
+            key: mapped.tensor if mapped.levels else mapped.tensor.unsqueeze(0)
+            for key, mapped in parts.items()
+        }
+        result[name] = {k: t.expand((number, *t.shape[1:])) for k, t in tensors.items()}
+    return result
+
+
+def _one_by_one(
+    programs: Programs, collect: Mapping[str, Collect], draws: Mapping[str, Tensor], number: int
+) -> dict[str, Parts]:
+    """Evaluate the model's sites by a run for each draw."""
+    rows: dict[str, dict[str, list[Tensor]]] = {name: {} for name in collect}
+    with pyro.validation_enabled(False):
+        for draw in range(number):
+            values = {name: value[draw] for name, value in draws.items()}
+            sites = statements(run_at(programs, "model", values))
+            for name, of_site in collect.items():
+                if name not in sites:
+                    raise ValueError(
+                        f"site '{name}': only in some runs of the model, so that it has no log "
+                        "likelihood for every draw. Ask for .exec_traces, which hold each run."
+                    )
+                for key, tensor in of_site(sites[name], values).items():
+                    rows[name].setdefault(key, []).append(tensor)
+    return {
+        name: {key: torch.stack(tensors) for key, tensors in parts.items()}
+        for name, parts in rows.items()
+    }
+
+
+def _collecting(known: OrdinarySite) -> Collect:
+    """Return what a site says of a draw, in the shapes of an ordinary run."""
+
+    def collect(site: SampleMessage, _: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if known.kind == "deterministic":
+            return {"value": site["value"]}
+        if known.log_prob is None:
+            return {}
+        log_prob = _over_plates(log_prob_of(site["fn"], site["value"]), site)
+        result = {}
         mask, shape = site["mask"], known.log_prob.shape
         if isinstance(mask, Tensor):
-            log_prob, mask = torch.broadcast_tensors(log_prob, mask)
-            masks[name] = _per_draw(name, mask, shape, num_draws)
-        counted = scale_and_mask(log_prob, site["scale"], mask)
-        counted = _per_draw(name, counted, shape, num_draws).double()
-        log_joint = log_joint.to(counted.device)
-        log_joint = log_joint + counted.reshape(num_draws, shape.numel()).sum(1)
-        if likelihood and known.kind == "observed":
-            kept[name] = _per_draw(name, log_prob, shape, num_draws)
-    return _Part(log_joint, kept, masks)
+            result["mask"] = mask.expand(shape)
+            log_prob = log_prob.expand(shape)
+        result["log_prob"] = log_prob
+        result["counted"] = scale_and_mask(log_prob, site["scale"], mask)
+        return result
+
+    return collect
 
 
-def _per_draw(name: str, tensor: Tensor, shape: torch.Size, num_draws: int) -> Tensor:
-    """
-    Bring a tensor of a run over draws to ``(draws, *shape)``.
-
-    :param shape: that of the same tensor in an ordinary run.
-    """
-    if tensor.dim() and len(tensor) == num_draws and _packed(tensor.shape[1:]) == _packed(shape):
-        return tensor.reshape((num_draws, *shape))
-    if _packed(tensor.shape) == _packed(shape):  # the same for all draws
-        return tensor.reshape(shape).expand((num_draws, *shape))
-    raise _not_vectorised(name, f"shape {tuple(tensor.shape)}, not {tuple(shape)} for each of them")
+def _log_joint(said: Mapping[str, Parts], number: int) -> Tensor:
+    """Add up the densities of all sites: (draws,), float64."""
+    log_joint = torch.zeros(number, dtype=torch.double)
+    for parts in said.values():
+        if "counted" in parts:
+            counted = parts["counted"].double()
+            log_joint = log_joint.to(counted.device) + counted.reshape(number, -1).sum(1)
+    return log_joint
 
 
-def _packed(shape: torch.Size) -> list[int]:
-    return [size for size in shape if size != 1]
+def _kept(
+    ordinary: Mapping[str, OrdinarySite], said: Mapping[str, Parts], *, likelihood: bool
+) -> dict[str, Tensor]:
+    """Return log_probs of observed sites, and values of deterministic ones."""
+    result = {}
+    for name, parts in said.items():
+        if ordinary[name].kind == "deterministic":
+            result[name] = parts["value"]
+        elif likelihood and ordinary[name].kind == "observed" and "log_prob" in parts:
+            result[name] = parts["log_prob"]
+    return result
 
 
 def _masked(log_prob: Tensor, masks: list[Tensor | None]) -> Tensor:
@@ -314,28 +347,3 @@ def _masked(log_prob: Tensor, masks: list[Tensor | None]) -> Tensor:
     mask = torch.cat(known).bool()
     log_prob = log_prob.masked_fill(~mask, 0.0)
     return log_prob.masked_fill(~mask.any(0), math.nan)
-
-
-def _check_last(ordinary: Mapping[str, OrdinarySite], part: _Part) -> None:
-    """
-    Compare deterministic sites at the last draw with an ordinary run at it.
-
-    Nothing else has checked that their code is vectorised: they have no log_prob. The tolerance is
-    for rounding, which differs between the two.
-    """
-    for name, value in part.kept.items():
-        if ordinary[name].kind != "deterministic":
-            continue
-        found, expected = value[-1].double(), ordinary[name].value.double()
-        largest = expected.abs().nan_to_num(0.0, posinf=0.0).max() if expected.numel() else 0.0
-        atol = 1e-2 * float(largest)
-        if not torch.allclose(found, expected, rtol=1e-2, atol=atol, equal_nan=True):
-            raise _not_vectorised(name, "another value at the last of them than when it is alone")
-
-
-def _not_vectorised(name: str, found: str) -> ValueError:
-    return ValueError(
-        f"site '{name}': with many posterior draws at once it has {found}. Draws are in a batch "
-        "dim left of the plates: index from the right (x[..., 0], not x[0]), and keep batch dims "
-        "when reshaping."
-    )

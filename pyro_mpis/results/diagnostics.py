@@ -20,7 +20,7 @@ from pyro import settings
 from torch import Tensor
 
 from pyro_mpis.blocks import BlockSum
-from pyro_mpis.dependencies import Structure
+from pyro_mpis.programs.structure import Structure
 from pyro_mpis.marginals import Marginal
 from pyro_mpis._text import table
 from pyro_mpis.results.remedies import remedies
@@ -111,7 +111,7 @@ def diagnose(
     :param sampled: the sites that have particles, not their whole support or a fixed value.
     :param log_evidences: of every replicate, -inf for an evidence of zero.
     """
-    structure = total.builder.structure
+    structure = total.replicate.structure
     sites = tuple(
         _site(structure, name, marginals[name])
         for name, origin in structure.origins.items()

@@ -32,9 +32,11 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_mpis._typing import Program, SampleMessage
-from pyro_mpis.blocks import Environment
-from pyro_mpis.dependencies import find_max_plate_nesting, refuse_subsampling
-from pyro_mpis.handlers import first_line, is_delta, is_latent, quoted, sample_sites
+from pyro_mpis.programs.environment import Environment
+from pyro_mpis.programs.agreement import refuse_subsampling
+from pyro_mpis.programs.analysis import find_max_plate_nesting
+from pyro_mpis._text import first_line, quoted
+from pyro_mpis.programs.messages import is_delta, is_latent, statements
 
 # What a program is called with: positional arguments, or keyword arguments by their names.
 Arguments: TypeAlias = Sequence[object] | Mapping[str, object]
@@ -158,7 +160,7 @@ def _log_likelihood(
     """Return the log-likelihood of the data of one call for each sample: (S,), float64."""
     plain = call.trace(model)
     refuse_subsampling([plain])
-    sites = sample_sites(plain)
+    sites = statements(plain)
     observed = [name for name, site in sites.items() if _is_data(site)]
     if not observed:
         raise ValueError(
@@ -393,7 +395,7 @@ def _check_vectorised(
 ) -> None:
     """Hold the last of the samples that ran together against a run of its own."""
     values = {}
-    ran = sample_sites(together)
+    ran = statements(together)
     for name, site in sites.items():
         if is_latent(site) and not is_delta(site["fn"]):
             value = ran[name]["value"]

@@ -9,14 +9,17 @@ posterior, the size of supports and of factors, and what more particles would co
 import math
 from collections.abc import Mapping, Sequence
 
+import pyro
 import torch
 from torch.distributions import constraints
 
 from pyro_mpis._typing import Distribution
 from pyro_mpis.blocks import BlockSum
-from pyro_mpis.handlers import quoted, replay
+from pyro_mpis._text import quoted
 from pyro_mpis.marginals import Marginal
-from pyro_mpis.memory import largest_factor
+from pyro_mpis.particles.memory import largest_factor
+from pyro_mpis.programs.messages import statements
+from pyro_mpis.programs.runs import run_at
 from pyro_mpis.results.site_diagnosis import SiteDiagnosis
 
 # With an ESS below two, the weighted particles tell neither the posterior's width nor how many
@@ -84,7 +87,7 @@ def _site_helps(
     others = [site for site in uneven if site.name not in small]
     if others:
         worst = min(others, key=lambda site: site.lowest_ess)
-        indices = [index for index in total.builder.structure.indices if not index.enumerated]
+        indices = [index for index in total.replicate.structure.indices if not index.enumerated]
         helps.append(_better_guide(worst, marginals[worst.name], len(indices), num_sites))
     return helps
 
@@ -98,8 +101,9 @@ def _distributions(total: BlockSum, marginals: Mapping[str, Marginal]) -> dict[s
         heaviest = heaviest.reshape(heaviest.shape + (1,) * len(marginal.event_shape))
         value = torch.take_along_dim(marginal.samples, heaviest, dim).squeeze(dim)
         values[name] = site.ordinary(site.padded(value, left=0), left=0)
-    with total.builder.environment.entered():
-        sites = replay(total.builder.programs, "model", values=values, enumerated={}, num_samples=1)
+    with total.replicate.environment.entered():
+        with pyro.validation_enabled(False):
+            sites = statements(run_at(total.replicate.programs, "model", values))
     return {name: site["fn"] for name, site in sites.items()}
 
 
@@ -187,7 +191,7 @@ def _mismatch(marginal: Marginal, position: int) -> tuple[float, float, float]:
 
 def _more_particles(total: BlockSum, worst: SiteDiagnosis, enough: float) -> str:
     """Say what more particles would cost."""
-    structure, num_samples = total.builder.structure, total.builder.particles.num_samples
+    structure, num_samples = total.replicate.structure, total.replicate.particles.num_samples
     telling = worst.lowest_ess >= TELLING_ESS
     factor = max(2.0, enough / worst.lowest_ess) if telling else 2.0
     larger = math.ceil(num_samples * factor)
@@ -207,9 +211,9 @@ def _more_particles(total: BlockSum, worst: SiteDiagnosis, enough: float) -> str
 
 def _grouping(total: BlockSum, sites: Sequence[SiteDiagnosis]) -> list[str]:
     """Say which sites could share an index, where one factor reads many."""
-    structure = total.builder.structure
-    largest, _ = largest_factor(structure, total.builder.particles.num_samples)
-    symbols = {s for s in structure.reads(largest) if not structure.by_symbol[s].enumerated}
+    structure = total.replicate.structure
+    largest, _ = largest_factor(structure, total.replicate.particles.num_samples)
+    symbols = {s for s in structure.indices_read(largest) if not structure.by_symbol[s].enumerated}
     if len(symbols) < MANY_INDICES:
         return []
     values = total.whole.values

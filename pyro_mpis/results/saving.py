@@ -18,13 +18,17 @@ import torch
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
-from pyro_mpis.blocks import BlockSum, Builder, Environment, Ranges, seeded
+from pyro_mpis._text import quoted
+from pyro_mpis.blocks import BlockSum, Ranges, Replicate
 from pyro_mpis.contraction import log_evidence
-from pyro_mpis.dependencies import Index, Plate, Site, Structure
 from pyro_mpis.factor_graph.graph import FactorGraph, LogFactor, RaggedPlate, SiteValue
-from pyro_mpis.handlers import Name, Programs, quoted
-from pyro_mpis.indexing import ElementReads, SiteReads
-from pyro_mpis.proposals import Particles
+from pyro_mpis.particles.memory import Cut
+from pyro_mpis.particles.probes import ElementReads, SiteReads
+from pyro_mpis.particles.proposals import Particles
+from pyro_mpis.planning import Options, Plan
+from pyro_mpis.programs.environment import Environment, seeded
+from pyro_mpis.programs.runs import Name, Programs
+from pyro_mpis.programs.structure import Index, Plate, Site, Structure
 from pyro_mpis.results import encoding
 from pyro_mpis.results.encoding import Format, parts_of, what_cannot_be_kept
 
@@ -37,6 +41,7 @@ class Settings:
 
     num_samples: int
     groups: tuple[tuple[str, ...], ...]
+    shared_plates: tuple[str, ...]
     max_plate_nesting: int | None
     memory_limit: int | None
     num_replicates: int
@@ -64,11 +69,14 @@ class StoredSum:
     weights: Mapping[str, Tensor]
 
     def restored(
-        self, structure: Structure, programs: Programs, environment: Environment
+        self, stored: "Stored", programs: Programs, environment: Environment, options: Options
     ) -> BlockSum:
         """Return the sum, to be evaluated by the given programs."""
-        builder = Builder(structure, self.particles, programs, environment, self.pieces, self.reads)
-        return BlockSum(builder, self.blocks, self.whole, self.log_evidences)
+        programs = replace(programs, patched=stored.patched)
+        cut = Cut({}, self.pieces)
+        plan = Plan(stored.structure, programs, options, cut, environment=environment)
+        replicate = Replicate(plan, self.particles, self.reads)
+        return BlockSum(replicate, self.blocks, self.whole, self.log_evidences)
 
 
 @dataclass(frozen=True)
@@ -80,6 +88,7 @@ class Stored:
     sums: tuple[StoredSum, ...]
     dtype: torch.dtype  # the default one of the run
     validate: bool
+    patched: bool  # see Programs
     arguments: Arguments | None  # None if not all are tensors and plain data
 
 
@@ -114,17 +123,17 @@ def pack(
     :return: that; and the type of an argument that cannot be kept, empty if all can. The
         arguments are left out then.
     """
-    builder = sums[0].builder
-    arguments = Arguments(builder.programs.args, builder.programs.kwargs)
+    replicate = sums[0].replicate
+    arguments = Arguments(replicate.programs.args, replicate.programs.kwargs)
     unknown = what_cannot_be_kept(arguments, FORMAT)
     stored = Stored(
         settings=settings,
-        structure=builder.structure,
+        structure=replicate.structure,
         sums=tuple(
             StoredSum(
-                particles=total.builder.particles,
-                pieces=total.builder.pieces,
-                reads=total.builder.reads,
+                particles=total.replicate.particles,
+                pieces=total.replicate.plan.cut.pieces,
+                reads=total.replicate.reads,
                 blocks=total.blocks,
                 whole=total.whole,
                 log_evidences=total.log_evidences,
@@ -132,8 +141,9 @@ def pack(
             )
             for total, known in zip(sums, weights, strict=True)
         ),
-        dtype=builder.environment.dtype,
-        validate=builder.environment.validate,
+        dtype=replicate.environment.dtype,
+        validate=replicate.environment.validate,
+        patched=replicate.programs.patched,
         arguments=None if unknown else arguments,
     )
     return stored, unknown
@@ -171,10 +181,12 @@ def check_structure(path: str | os.PathLike[str], stored: Structure, found: Stru
                     f"{where}: site '{name}' of the {program} is not as it was in the run: "
                     f"{new.get(name, 'absent')}; it was {old.get(name, 'absent')}. {advice}"
                 )
-    if stored != found:
+    # Sites whose elements turned out to be read together are sampled, and were perhaps enumerated.
+    same = {name for name in stored.origins if name not in stored.shared}
+    if any(stored.origins[name] != found.origins.get(name) for name in same):
         raise ValueError(
-            f"{where}: the same sites as in the run, {quoted(set(stored.origins))}, but in another "
-            f"order, or not the same of them enumerated. {advice}"
+            f"{where}: the same sites as in the run, {quoted(set(stored.origins))}, but not the "
+            f"same of them enumerated. {advice}"
         )
 
 

@@ -49,7 +49,7 @@ def weighted_draws(
     :param log_evidence: of all the sums together.
     :param number: of particles, and of draws.
     """
-    whole, indices = sums[0].whole, sums[0].builder.structure.indices
+    whole, indices = sums[0].whole, sums[0].replicate.structure.indices
     if len(sums) == len(indices) == 1 and not indices[0].plates and not indices[0].enumerated:
         symbol = indices[0].symbol
         (found,) = joint_weights_of(sums, [symbol], workers)

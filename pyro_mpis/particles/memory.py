@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from pyro import settings
 
-from pyro_mpis.dependencies import Site, Structure
+from pyro_mpis.programs.structure import Site, Structure
 
 # A log_prob, the value that it is computed from and one temporary live at once.
 TENSORS_AT_ONCE = 3
@@ -56,7 +56,7 @@ class Cut:
 
 
 @contextmanager
-def uncollected(pause: bool = True) -> Iterator[None]:
+def gc_paused(pause: bool = True) -> Iterator[None]:
     """
     Pause Python's search for cyclic garbage.
 
@@ -76,7 +76,7 @@ def uncollected(pause: bool = True) -> Iterator[None]:
             gc.enable()
 
 
-def plan(structure: Structure, num_samples: int, memory_limit: int | None, device: str) -> Cut:
+def fit(structure: Structure, num_samples: int, memory_limit: int | None, device: str) -> Cut:
     """
     Find how many particles of which indices to take at once.
 
@@ -157,7 +157,7 @@ def long_wait(structure: Structure, num_samples: int) -> str | None:
     if work <= MUCH_WORK:
         return None
     site, _ = largest_factor(structure, num_samples)
-    number = len(structure.reads(site))
+    number = len(structure.indices_read(site))
     return (
         f"{work:.1e} densities are to be evaluated, which may take long: site '{site.name}' reads "
         f"{number} particle indices, and has a density for each combination of their particles. "
@@ -166,9 +166,9 @@ def long_wait(structure: Structure, num_samples: int) -> str | None:
     )
 
 
-def default_limit(device: torch.device) -> int | None:
+def default_limit(device: str) -> int | None:
     """Return the memory that a run may take by default, in bytes; None where it is unknown."""
-    free = free_bytes(device)
+    free = free_bytes(torch.device(device))
     return None if free is None else int(free * FRACTION)
 
 
@@ -191,7 +191,7 @@ def free_bytes(device: torch.device) -> int | None:
 
 def _elements(structure: Structure, site: Site, sizes: Mapping[str, int]) -> int:
     """Return the number of elements that a site's log_prob is computed from."""
-    return structure.elements(site) * math.prod(sizes[s] for s in structure.reads(site))
+    return structure.elements(site) * math.prod(sizes[s] for s in structure.indices_read(site))
 
 
 def _bytes(structure: Structure, site: Site, sizes: Mapping[str, int]) -> int:
@@ -201,7 +201,7 @@ def _bytes(structure: Structure, site: Site, sizes: Mapping[str, int]) -> int:
 
 def _reduced_bytes(structure: Structure, site: Site, sizes: Mapping[str, int]) -> int:
     """Return what a contraction needs for a factor, summed over the plates without an index."""
-    reads = structure.reads(site)
+    reads = structure.indices_read(site)
     plates = (site.factor_plates & structure.plates_of_indices).union(
         *(structure.by_symbol[s].plates for s in reads)
     )
@@ -231,7 +231,7 @@ def _cuttable(
     """Return the index outside of all plates with most particles, of those that a site reads."""
     cuttable = [
         symbol
-        for symbol in sorted(structure.reads(site))
+        for symbol in sorted(structure.indices_read(site))
         if sizes[symbol] >= 2 * smallest
         and not structure.by_symbol[symbol].plates
         and not structure.by_symbol[symbol].enumerated
@@ -247,7 +247,7 @@ def _too_large(
     memory_limit: float,
     needs: Callable[[Structure, Site, Mapping[str, int]], int],
 ) -> MemoryError:
-    indices = [structure.by_symbol[symbol] for symbol in sorted(structure.reads(site))]
+    indices = [structure.by_symbol[symbol] for symbol in sorted(structure.indices_read(site))]
     parts = [f"{' and '.join(i.sites)}: {whole[i.symbol]}" for i in indices[:NAMED]]
     if len(indices) > NAMED:
         parts.append(f"and {len(indices) - NAMED} more")

@@ -1,0 +1,349 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""
+Evaluate model and guide at all particles: a graph of small log factors.
+
+A latent site's factor is :math:`\log f_i - \log K` of (20)-(22) of [1]: the model's ``log_prob``,
+in the dims of the indices that it reads, and the proposal's density, in the dim of its own index.
+An observed site has its ``log_prob`` alone. ``-log K`` of each index enters here and nowhere else.
+
+The programs run once, mapped over the particles of every index
+(:func:`pyro_mpis.programs.runs.evaluate`), so that a ``log_prob`` has dims of exactly those
+indices that it was computed from.
+
+[1] Bowyer, Heap and Aitchison (2024), UAI, PMLR 244:394-417.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import pyro
+import torch
+from torch import Tensor
+
+from pyro_mpis._typing import Ordinal, SampleMessage
+from pyro_mpis.factor_graph.graph import FactorGraph, LogFactor, SiteValue, exchange_dims
+from pyro_mpis.particles.proposals import Drawn, Particles
+from pyro_mpis.programs.mapped import Mapped, log_prob_of
+from pyro_mpis.programs.messages import counted, drawn_from
+from pyro_mpis.programs.runs import Collect, Programs, Said, Wanted, evaluate
+from pyro_mpis.programs.structure import Index, Site, Structure, levels_of
+
+MAX_LEVELS = 60  # of a mapped run: a torch tensor has 64 dims
+PRECISE = torch.float32.itemsize  # numbers of fewer bytes are too coarse to add up log_probs
+
+
+class MissedReadError(Exception):
+    """A site reads indices that the plain run did not see it read."""
+
+
+def build_graph(structure: Structure, particles: Particles, programs: Programs) -> FactorGraph:
+    """
+    Evaluate model and guide with every index in a dim of its own, and pack their log factors.
+
+    :raises ValueError: if a log_prob is nan or infinite.
+    :raises NotMappableError: if torch cannot map the programs.
+    :raises MissedReadError: if a site reads more than the structure says.
+    """
+    levels = levels_of(structure, particles.sizes)
+    with pyro.validation_enabled(False):
+        said_by_guide, said_by_model = evaluate(
+            programs,
+            [
+                {name: particles.values[name] for s in level for name in structure.by_symbol[s].sites}
+                for level in levels
+            ],
+            guide=_wanted_of_guide(structure),
+            model=_wanted_of_model(structure),
+            shapes=structure.latent_shapes,
+        )
+    packer = _Packer(structure, particles.sizes, levels)
+    factors = _factors(structure, particles, said_by_guide, said_by_model, packer)
+    anything = factors[0].tensor if factors else torch.zeros(())
+    return FactorGraph(
+        factors=tuple(factors),
+        sizes={**particles.sizes}
+        | {symbol: plate.size for symbol, plate in structure.plates.items()},
+        index_plates={index.symbol: index.plates for index in structure.indices},
+        plate_dims={symbol: plate.dim for symbol, plate in structure.plates.items()},
+        max_plate_nesting=structure.max_plate_nesting,
+        values={
+            name: packer.value(structure.model[name], said_by_model[name]["value"])
+            for name in structure.origins
+            if _has_value(structure, name)
+        },
+        plate_names={symbol: plate.name for symbol, plate in structure.plates.items()},
+        index_sites={index.symbol: index.sites for index in structure.indices},
+        dtype=_result_type(factors),
+        device=anything.device,
+    )
+
+
+def _wanted_of_guide(structure: Structure) -> Wanted | None:
+    """Return what the guide is to say: the densities of sites that it computes from others."""
+    names = [*structure.guide_factors, *structure.carried]
+
+    def collect(site: SampleMessage, _: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"log_prob": drawn_from(site, log_prob_of(site["fn"], site["value"]))}
+
+    if not names:
+        return None
+    return Wanted(dict.fromkeys(names, collect), frozenset(structure.guide))
+
+
+def _wanted_of_model(structure: Structure) -> Wanted:
+    """Return what the model is to say: the densities of its sites, the values of its latents."""
+
+    def collecting(name: str) -> Collect:
+        dims = structure.summed_dims(structure.model[name])
+        has_density = not structure.model[name].silent
+        has_density &= structure.origins.get(name) != "model_delta"
+        has_value = name in structure.origins
+
+        def collect(site: SampleMessage, _: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            result = {"value": site["value"]} if has_value else {}
+            if has_density:
+                log_prob = counted(site, log_prob_of(site["fn"], site["value"]))
+                result["log_prob"] = summed_over(log_prob, dims)
+            return result
+
+        return collect
+
+    collect = {name: collecting(name) for name in structure.model}
+    return Wanted(collect, frozenset(structure.model))
+
+
+def summed_over(log_prob: Tensor, dims: Sequence[int]) -> Tensor:
+    """Sum a site's ``log_prob`` over batch dims that no plate declares, and keep them as ones."""
+    for dim in dims:
+        if -dim <= log_prob.dim():
+            log_prob = log_prob.sum(dim, keepdim=True, dtype=torch.double).to(log_prob.dtype)
+    return log_prob
+
+
+def _factors(
+    structure: Structure,
+    particles: Particles,
+    said_by_guide: Said,
+    said_by_model: Said,
+    packer: "_Packer",
+) -> list[LogFactor]:
+    """Pack the densities of all sites."""
+    factors = _proposal_factors(structure, particles, packer)
+    for name, said in said_by_guide.items():
+        site = structure.guide[name]
+        log_prob = said["log_prob"]
+        density = Mapped(-log_prob.tensor, log_prob.levels)
+        factors.append(packer.pack(f"{name} (guide)", density, site))
+    for name, said in said_by_model.items():
+        if structure.origins.get(name) == "enumerated":
+            index = structure.index_of.get(name)
+            if index is not None and index.enumerated:
+                factors.append(packer.zeros(index, said["value"].tensor.device))
+        if "log_prob" in said:
+            factors.append(packer.pack(name, said["log_prob"], structure.model[name]))
+    return factors
+
+
+def _proposal_factors(
+    structure: Structure, particles: Particles, packer: "_Packer"
+) -> list[LogFactor]:
+    """Return ``-log Q - log K`` of every index, (14) and (18): the only place where K enters."""
+    log_k = math.log(particles.num_samples)
+    factors = []
+    for index in structure.indices:
+        if not index.enumerated:
+            name = " and ".join(index.sites) + " (proposal)"
+            tensor = -particles.log_proposals[index.symbol] - log_k
+            factors.append(packer.pack_index(name, tensor, index))
+    return factors
+
+
+def _has_value(structure: Structure, name: str) -> bool:
+    """Whether queries can be asked of a site: not of a model's Delta that reads another plate."""
+    site = structure.model[name]
+    inside = (structure.by_symbol[symbol].plates for symbol in structure.indices_read(site))
+    return structure.origins[name] != "model_delta" or all(p <= site.plates for p in inside)
+
+
+def _result_type(factors: Sequence[LogFactor]) -> torch.dtype:
+    result = torch.get_default_dtype() if not factors else factors[0].tensor.dtype
+    for factor in factors:
+        result = torch.promote_types(result, factor.tensor.dtype)
+    return result
+
+
+@dataclass(frozen=True)
+class _Packer:
+    """Turns results of mapped runs into packed factors and values."""
+
+    structure: Structure
+    sizes: Mapping[str, int]
+    levels: Sequence[Sequence[str]]  # symbols of the indices on each level
+
+    def pack(self, name: str, log_prob: Mapped, site: Site) -> LogFactor:
+        """Pack the log_prob of a site, summed over its undeclared dims."""
+        lead = self.symbols(name, log_prob, self.structure.indices_read(site))
+        batch = log_prob.tensor.shape[len(lead) :]
+        tensor = log_prob.tensor
+        for dim in self.structure.summed_dims(site):  # of the guide's sites
+            if -dim <= len(batch) and tensor.shape[dim] > 1:
+                tensor = tensor.sum(dim, keepdim=True, dtype=torch.double).to(tensor.dtype)
+        return self._pack(name, tensor, lead, site.factor_plates)
+
+    def pack_index(self, name: str, tensor: Tensor, index: Index) -> LogFactor:
+        """Pack ``(K, *plates)`` of an index."""
+        return self._pack(name, tensor, index.symbol, index.plates)
+
+    def zeros(self, index: Index, device: torch.device) -> LogFactor:
+        """Return log 1 in the dims of an enumerated index, to say which plates it sits in."""
+        dims = "".join(s for s in (index.symbol, *sorted(index.plates)) if self.size(s) > 1)
+        tensor = torch.zeros([self.size(symbol) for symbol in dims], device=device)
+        return LogFactor(f"{index.sites[0]} (support)", tensor, dims, index.plates)
+
+    def symbols(self, name: str, mapped: Mapped, expected: Ordinal) -> str:
+        """
+        Return the indices of a result's levels.
+
+        :raises MissedReadError: if it reads a level of which none was expected.
+        """
+        result = ""
+        for number in mapped.levels:
+            level = self.levels[number]
+            read = level if len(level) == 1 else [s for s in level if s in expected]
+            if len(read) != 1 or read[0] not in expected:
+                raise MissedReadError(name)
+            result += read[0]
+        return result
+
+    def _pack(self, name: str, tensor: Tensor, lead: str, plates: Ordinal) -> LogFactor:
+        """Name the dims of ``(*lead, *batch dims)``, drop those of size one, expand to plates."""
+        check_finite(name, tensor)
+        if tensor.dtype.itemsize < PRECISE:
+            tensor = tensor.float()
+        letters = {self.structure.plates[symbol].dim: symbol for symbol in plates}
+        dims, shape = "", []
+        for position, size in enumerate(tensor.shape):
+            if size == 1:
+                continue
+            batch = position >= len(lead)
+            symbol = letters.get(position - tensor.dim()) if batch else lead[position]
+            if symbol is None or size != self.size(symbol):
+                raise ValueError(
+                    f"site '{name}': log_prob has shape {tuple(tensor.shape[len(lead) :])}; dim "
+                    f"{position - tensor.dim()} of size {size} is none that the site had in its "
+                    "first run. A site must have the same shape in every run."
+                )
+            dims += symbol
+            shape.append(size)
+        tensor = tensor.reshape(shape)
+        for symbol in sorted(plates - set(dims)):  # a plate that the log_prob did not expand to
+            tensor = tensor.unsqueeze(-1).expand((*tensor.shape, self.size(symbol)))
+            dims += symbol
+        return LogFactor(name, tensor, dims, plates)
+
+    def value(self, site: Site, value: Mapped) -> SiteValue:
+        """Bring a latent's values to ``(*indices, *plates, *undeclared, *event)``."""
+        structure = self.structure
+        expected = structure.indices_read(site)
+        if structure.origins[site.name] == "guide_delta":
+            expected |= structure.indices_read(structure.guide[site.name])
+        lead = self.symbols(site.name, value, expected)
+        tensor = value.tensor.detach()  # a guide's Delta may be a parameter itself
+        return site_value(structure, site, tensor, lead)
+
+    def size(self, symbol: str) -> int:
+        """Return the size of an index or a plate."""
+        plates = self.structure.plates
+        return plates[symbol].size if symbol in plates else self.sizes[symbol]
+
+
+def site_value(structure: Structure, site: Site, tensor: Tensor, lead: str) -> SiteValue:
+    """
+    Bring a latent's values to the layout that queries read.
+
+    :param tensor: ``(*lead, *shape)``.
+    :param lead: the indices of its first dims.
+    """
+    shape = tensor.shape[len(lead) :]
+    shape = torch.Size((*(1,) * (len(site.shape) - len(shape)), *shape))
+    batch, event = shape[: len(site.batch_shape)], shape[len(site.batch_shape) :]
+    missing = structure.max_plate_nesting - len(batch)
+    sizes = [site.batch_shape[dim] for dim in site.undeclared]
+    tensor = tensor.reshape(
+        (*tensor.shape[: len(lead)], *(1,) * missing, *batch, *(1,) * len(sizes), *event)
+    )
+    middle = len(lead) + structure.max_plate_nesting
+    tensor = exchange_dims(tensor, middle, site.undeclared)
+    tensor = tensor.expand((*tensor.shape[:middle], *sizes, *event))
+    batch_shape = list(site.batch_shape)
+    for dim in site.undeclared:
+        batch_shape[dim] = 1
+    return SiteValue(
+        tensor,
+        lead,
+        site.event_dim + len(sizes),
+        torch.Size(batch_shape),
+        site.plates,
+        site.undeclared,
+    )
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Refuse nan and +inf; -inf means impossible."""
+    highest = tensor.max() if tensor.numel() else tensor.new_zeros(())
+    if bool(torch.isnan(highest)):
+        count = int(tensor.isnan().sum())
+        raise ValueError(
+            f"site '{name}': log_prob is nan at {count} of {tensor.numel()} combinations of "
+            "particles and plate elements. Check the distribution's arguments for values that "
+            "the latents can take (0/0, log or sqrt of a negative number), and the data for nan."
+        )
+    if bool(highest == math.inf):
+        raise ValueError(
+            f"site '{name}': log_prob is +inf, an infinite density, for some particle. Check "
+            "scales of zero, and values at the edge of a distribution's support."
+        )
+
+
+def reads_found(structure: Structure, drawn: Drawn, programs: Programs) -> Structure:
+    """
+    Find what every site reads by a mapped run with a level for each index, of two particles.
+
+    For structures whose plain run lost track of what was computed from what.
+
+    :raises NotImplementedError: if there are more indices than levels.
+    """
+    symbols = [index.symbol for index in structure.indices]
+    if len(symbols) > MAX_LEVELS:
+        raise NotImplementedError(
+            f"of {len(symbols)} latent sites, what each other site reads could not be followed. "
+            "Compute with torch operations, without TorchScript and without writing in place."
+        )
+    with pyro.validation_enabled(False):
+        said_by_guide, said_by_model = evaluate(
+            programs,
+            [
+                {name: drawn.draws[name].value[:2] for name in structure.by_symbol[symbol].sites}
+                for symbol in symbols
+            ],
+            guide=_wanted_of_guide(structure),
+            model=_wanted_of_model(structure),
+            shapes=structure.latent_shapes,
+        )
+
+    def reading(sites: Mapping[str, Site], said: Said) -> dict[str, Site]:
+        result = dict(sites)
+        for name, parts in said.items():
+            levels = {level for mapped in parts.values() for level in mapped.levels}
+            names = {site for n in levels for site in structure.by_symbol[symbols[n]].sites}
+            if not names <= sites[name].reads | {name}:
+                reads = sites[name].reads | (names - {name})
+                result[name] = replace(sites[name], reads=reads)
+        return result
+
+    return replace(
+        structure,
+        guide=reading(structure.guide, said_by_guide),
+        model=reading(structure.model, said_by_model),
+    )

@@ -1,0 +1,497 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""
+Latents of one plate read in another, through an index array.
+
+The commonest hierarchical model draws effects in one plate and reads them by index in another::
+
+    with pyro.plate("county", 85):
+        alpha = pyro.sample("alpha", Normal(mu, sigma))
+    with pyro.plate("house", 919):
+        pyro.sample("y", Normal(alpha[..., county], 1), obs=y)
+
+The factor of ``y`` has the particles of ``alpha`` and the plate of the houses, but not that of the
+counties; multiplied over the houses as it is, it would let all counties share one particle. Summed
+over the houses **of each county** it is a factor of ``alpha`` and of its plate, and exact.
+
+Which element each observation reads is found from outside (:mod:`~pyro_mpis.particles.probes`).
+
+Where elements of a plate are read together, or plates cross, the sum over an index for each element
+is exponential in the size of the plate. Such indices are to be shared: one for the whole plate
+(:class:`ReadTogether`).
+"""
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from pyro_mpis._typing import Ordinal
+from pyro_mpis.contraction import over_plates, packed, regroup
+from pyro_mpis.factor_graph.graph import FactorGraph, LogFactor, RaggedPlate
+from pyro_mpis.particles.factors import MissedReadError
+from pyro_mpis.particles.probes import (
+    MIN_BITS,
+    MIN_ROWS,
+    NONE,
+    PROBE_ELEMENTS,
+    SEVERAL,
+    VERIFY_ELEMENTS,
+    ElementReads,
+    Numbers,
+    SiteReads,
+    check_diagonals,
+    differs_from,
+    num_bits,
+    run_probe,
+)
+from pyro_mpis.particles.proposals import Particles
+from pyro_mpis.programs.runs import NotMappableError, Programs
+from pyro_mpis.programs.structure import UNIQUE_LEVELS, Structure
+
+
+class ReadTogether(Exception):  # noqa: N818 - a finding, not an error
+    """
+    Elements of a plate cannot have an index each.
+
+    :param symbols: the indices to be shared.
+    :param plates: by which plates' elements.
+    :param reason: what reads them together: a part of a sentence.
+    """
+
+    def __init__(self, symbols: Ordinal, plates: Ordinal, reason: str) -> None:
+        super().__init__(reason)
+        self.symbols = symbols
+        self.plates = plates
+        self.reason = reason
+
+
+def find_reads(
+    graph: FactorGraph,
+    structure: Structure,
+    particles: Particles,
+    programs: Programs,
+    *,
+    check: bool,
+) -> SiteReads:
+    """
+    Find which elements of the latents' plates each site reads.
+
+    :param check: probe models without reads of other plates too, to verify that the elements of a
+        plate are independent.
+    :return: for each site; empty if there is nothing to find.
+    :raises ReadTogether: if elements of a plate are not independent.
+    :raises MissedReadError: if a site reads an index that the structure does not know of.
+    """
+    foreign = [factor for factor in graph.factors if _foreign(graph, factor)]
+    plated = any(graph.index_plates.values())
+    shares_levels = len(structure.indices) > UNIQUE_LEVELS
+    if not (foreign or (check and plated) or shares_levels):
+        return {}
+    largest = max(
+        math.prod(graph.sizes[symbol] for symbol in site.factor_plates)
+        for site in structure.model.values()
+    )
+    elements, min_rows = (PROBE_ELEMENTS, MIN_ROWS) if foreign else (VERIFY_ELEMENTS, 1)
+    if shares_levels:
+        min_rows = MIN_ROWS
+    max_slots = elements // largest
+    numbers = _numbers(graph, None if foreign else max_slots) if foreign or check else {}
+    try:
+        probe = run_probe(
+            graph,
+            structure,
+            particles,
+            programs,
+            numbers,
+            max_slots=max_slots,
+            min_rows=min_rows,
+        )
+    except (NotMappableError, ValueError, RuntimeError):
+        if foreign:
+            raise _unknown(graph, foreign[0]) from None
+        return {}
+    if shares_levels and (wrong := check_diagonals(graph, probe)):
+        raise MissedReadError(min(wrong))
+    for factor in graph.factors:
+        if factor.name in probe.reads:
+            _check_own_elements(graph, factor, probe.reads[factor.name], numbers)
+    return probe.reads if foreign else {}
+
+
+def regroup_indexed(graph: FactorGraph, reads: SiteReads) -> FactorGraph:
+    """
+    Regroup the factors that read latents of other plates by index.
+
+    :raises ReadTogether: if an element reads several elements, or plates cross.
+    """
+    if not reads and not any(_foreign(graph, factor) for factor in graph.factors):
+        return graph
+    factors: list[LogFactor] = []
+    for factor in sorted(graph.factors, key=lambda f: (not _has_local(graph, f), len(f.plates))):
+        if _foreign(graph, factor):
+            if factor.name not in reads:
+                raise _unknown(graph, factor)
+            graph, factor = _resolve(graph, factor, reads[factor.name])
+        factors.append(factor)
+    return replace(graph, factors=tuple(factors))
+
+
+def _indices(graph: FactorGraph, factor: LogFactor) -> list[str]:
+    return [symbol for symbol in factor.dims if symbol in graph.index_plates]
+
+
+def _foreign(graph: FactorGraph, factor: LogFactor) -> list[Ordinal]:
+    """Return the plates of the indices that a factor reads from outside of them."""
+    ordinals = {graph.index_plates[symbol] for symbol in _indices(graph, factor)}
+    return [plates for plates in sorted(ordinals, key=sorted) if not plates <= factor.plates]
+
+
+def _has_local(graph: FactorGraph, factor: LogFactor) -> bool:
+    """Whether each of the factor's plates holds an index that it reads."""
+    inside = {p for symbol in _indices(graph, factor) for p in graph.index_plates[symbol]}
+    return factor.plates <= inside
+
+
+def _numbers(graph: FactorGraph, max_slots: int | None) -> Numbers:
+    """
+    Give each element of the plates of an index a number.
+
+    :param max_slots: where a check is to take no more slots, numbers of few bits, drawn at random,
+        which two elements may share; at least :data:`MIN_BITS`.
+    :return: for each ordinal the numbers, in its batch dims, and how many bits they have.
+    """
+    ordinals = sorted({plates for plates in graph.index_plates.values() if plates}, key=sorted)
+    numbers = {}
+    for plates in ordinals:
+        size = math.prod(graph.sizes[symbol] for symbol in plates)
+        bits = num_bits(size)
+        number = _flat_elements(graph, plates)
+        fitting = bits if max_slots is None else max(MIN_BITS, max_slots // (2 * len(ordinals)))
+        if fitting < bits:
+            generator = torch.Generator().manual_seed(0)
+            number = torch.randint(2**fitting, number.shape, generator=generator).to(graph.device)
+        numbers[plates] = number, min(fitting, bits)
+    return numbers
+
+
+def _flat_elements(graph: FactorGraph, plates: Ordinal) -> Tensor:
+    """Return the number of each element of some plates, in the batch dims of the plates."""
+    shape = [1] * graph.max_plate_nesting
+    for symbol in plates:
+        shape[graph.plate_dims[symbol]] = graph.sizes[symbol]
+    number = torch.zeros(shape, dtype=torch.long)
+    for symbol in sorted(plates):
+        own = [1] * graph.max_plate_nesting
+        own[graph.plate_dims[symbol]] = graph.sizes[symbol]
+        number = number * graph.sizes[symbol] + torch.arange(graph.sizes[symbol]).reshape(own)
+    return number.to(graph.device)
+
+
+def _check_own_elements(
+    graph: FactorGraph,
+    factor: LogFactor,
+    reads: ElementReads,
+    numbers: Numbers,
+) -> None:
+    """Find factors whose plate elements read other elements than their own."""
+    ordinals = {graph.index_plates[symbol] for symbol in _indices(graph, factor)}
+    for plates in sorted(ordinals, key=sorted):
+        if not plates or not plates <= factor.plates:
+            continue
+        found = reads.elements[plates]
+        own = graph.to_plates(numbers[plates][0], reads.inner, left=0)
+        if bool(((found != own) & (found != NONE)).any()):
+            symbols = {s for s in _indices(graph, factor) if graph.index_plates[s] == plates}
+            raise ReadTogether(
+                frozenset(symbols),
+                plates,
+                f"elements of {_names(graph, plates)} read other elements of it than their own "
+                f"(site '{factor.name}')",
+            )
+
+
+def _names(graph: FactorGraph, plates: Ordinal) -> str:
+    names = ", ".join(f"'{graph.plate_names[symbol]}'" for symbol in sorted(plates))
+    return f"plate {names}" if len(plates) == 1 else f"plates {names}"
+
+
+def _unknown(graph: FactorGraph, factor: LogFactor) -> ReadTogether:
+    plates = frozenset[str]().union(*_foreign(graph, factor))
+    symbols = {s for s in _indices(graph, factor) if graph.index_plates[s] & plates}
+    return ReadTogether(
+        frozenset(symbols),
+        plates,
+        f"site '{factor.name}' reads latents of {_names(graph, plates)} from outside, and which "
+        "element could not be found out",
+    )
+
+
+def _resolve(
+    graph: FactorGraph, factor: LogFactor, reads: ElementReads
+) -> tuple[FactorGraph, LogFactor]:
+    """Regroup one factor, or note that its plates are ragged parts of others."""
+    foreign = _foreign(graph, factor)
+    graph = _with_nested(graph, reads, foreign)
+    deepest = max(foreign, key=lambda plates: len(graph.with_enclosing(plates)))
+    maps: dict[str, Tensor] = {}  # NONE where nothing is read
+    for plates in sorted(foreign, key=lambda plates: len(graph.with_enclosing(plates))):
+        if not graph.with_enclosing(plates) <= graph.with_enclosing(deepest):
+            raise _crossing(graph, factor, plates, deepest)
+        elements = _known_elements(graph, factor, reads, plates)
+        for symbol, element in _unravel(graph, elements, plates).items():
+            if symbol in factor.plates:
+                own = graph.to_plates(_flat_elements(graph, frozenset(symbol)), reads.inner, left=0)
+                maps[symbol] = own
+            before = maps.get(symbol, element)
+            if not _agree(before, element):
+                raise _crossing(graph, factor, plates, deepest)
+            maps[symbol] = torch.where(before == NONE, element, before)
+    _check_nested_maps(graph, factor, maps, deepest)
+    outer = graph.tensor_plates(graph.with_enclosing(deepest))
+    maps = {s: maps[s] for s in outer if s not in factor.plates}
+    held = {p for symbol in _indices(graph, factor) for p in graph.index_plates[symbol]}
+    alone = factor.plates - held
+    if not _local_plates(graph, factor) <= graph.with_enclosing(deepest):
+        return _ragged(graph, over_plates(factor, alone), reads.inner, maps, alone)
+    tensor = packed(factor.tensor, factor.dims)
+    tensor = regroup(tensor, alone, _element_map(reads.inner, maps), maps, graph.sizes)
+    dims: str = tensor._pyro_dims  # type: ignore[attr-defined]
+    plates = (factor.plates - alone) | graph.with_enclosing(deepest)
+    return graph, LogFactor(factor.name, tensor, dims, plates)
+
+
+def _with_nested(graph: FactorGraph, reads: ElementReads, foreign: list[Ordinal]) -> FactorGraph:
+    """
+    Note which plates lie in others by the elements that are read together.
+
+    As classes in schools, where a pupil reads the effect of its class and that of its school.
+    """
+    for inner, outer in itertools.permutations(sorted(foreign, key=sorted), 2):
+        ((inside, *more), (around, *others)) = sorted(inner), sorted(outer)
+        related = graph.with_enclosing(inner) | graph.with_enclosing(outer)
+        if more or others or len(related) > 2 or any(inner <= key for key in graph.ragged):
+            continue
+        read, position = reads.elements[outer], reads.elements[inner]
+        if bool(((read < 0) | (position < 0)).any()):
+            continue
+        element = torch.zeros(graph.sizes[inside], dtype=read.dtype, device=read.device)
+        element[position.flatten()] = read.flatten()
+        if bool((element[position] == read).all()):
+            element_map = RaggedPlate(inside, {around: element})
+            return replace(graph, ragged={**graph.ragged, inner: element_map})
+    return graph
+
+
+def _element_map(inner: str, maps: Mapping[str, Tensor]) -> RaggedPlate:
+    """Return a map; where nothing is read any element will do: what it gets is a constant."""
+    return RaggedPlate(inner, {s: element.clamp(min=0).contiguous() for s, element in maps.items()})
+
+
+def _local_plates(graph: FactorGraph, factor: LogFactor) -> Ordinal:
+    """Return the plates of the indices that a factor reads inside of them."""
+    ordinals = {graph.index_plates[symbol] for symbol in _indices(graph, factor)}
+    return frozenset[str]().union(*(plates for plates in ordinals if plates <= factor.plates))
+
+
+def _ragged(
+    graph: FactorGraph, factor: LogFactor, inner: str, maps: Mapping[str, Tensor], alone: Ordinal
+) -> tuple[FactorGraph, LogFactor]:
+    """
+    Note that the plates of a factor are ragged parts of others.
+
+    Those of them along which the same elements are read are left out: as the occasions, of houses
+    that each lie in one county. If all could be, those stay that another site's map has, or that
+    hold an index of their own.
+
+    :param maps: the elements that are read, NONE where nothing is, by plate: ``(*inner)``.
+    :param alone: plates that the factor has been summed over, which must be among these.
+    """
+    implied = [
+        known
+        for key, known in graph.ragged.items()
+        if key <= factor.plates and known.outer.keys() == maps.keys()
+    ]
+    local = [plates for plates in graph.index_plates.values() if plates <= factor.plates]
+    kept = set(implied[0].inner) if implied else min(filter(None, local), key=len)
+    for symbol in sorted(inner, key=lambda symbol: (symbol not in alone, symbol in kept)):
+        dim = inner.index(symbol)
+        some = {s: element.amax(dim) for s, element in maps.items()}
+        constant = all(_agree(maps[s], element.unsqueeze(dim)) for s, element in some.items())
+        if constant and len(inner) > 1:
+            inner, maps = inner.replace(symbol, ""), some
+        elif symbol in alone:
+            raise _crossing(graph, factor, frozenset(maps), factor.plates)
+    key = frozenset(inner)
+    known = graph.ragged.get(key)
+    both = [key | k for k, other in graph.ragged.items() if other.outer.keys() & maps.keys()]
+    if known is None and not any(p <= f.plates for p in both for f in graph.factors):
+        graph = replace(graph, ragged={**graph.ragged, key: _element_map(inner, maps)})
+    elif (
+        known is None
+        or known.outer.keys() != maps.keys()
+        or not all(_agree(known.outer[s], maps[s]) for s in known.outer)
+    ):
+        raise _together(
+            graph,
+            factor,
+            [graph.index_plates[x] for x in _indices(graph, factor)],
+            f"site '{factor.name}' reads elements of {_names(graph, frozenset(maps))} by another "
+            f"index than another site of {_names(graph, key)} does",
+        )
+    return graph, factor
+
+
+def _known_elements(
+    graph: FactorGraph, factor: LogFactor, reads: ElementReads, plates: Ordinal
+) -> Tensor:
+    """Return the element that each element reads, or NONE."""
+    elements = reads.elements[plates]
+    if bool((elements == SEVERAL).any()):
+        symbols = {s for s in _indices(graph, factor) if graph.index_plates[s] == plates}
+        raise ReadTogether(
+            frozenset(symbols),
+            plates,
+            f"site '{factor.name}' reads several elements of {_names(graph, plates)} together",
+        )
+    none = elements == NONE
+    if bool(none.any()):
+        tensor = factor.tensor
+        for symbol in _indices(graph, factor):
+            if graph.index_plates[symbol] == plates:
+                first = tensor.select(factor.dims.index(symbol), 0)
+                varies = differs_from(tensor, first.unsqueeze(factor.dims.index(symbol)))
+                others = [d for d, s in enumerate(factor.dims) if s not in reads.inner]
+                varies = varies.permute(
+                    (*others, *(factor.dims.index(s) for s in reads.inner))
+                ).reshape(-1, *elements.shape)
+                if bool((varies.any(0) & none).any()):
+                    raise _unknown(graph, factor)
+    return elements
+
+
+def _agree(x: Tensor, y: Tensor) -> bool:
+    """Whether two maps have the same elements wherever both have one."""
+    return bool(((x == y) | (x == NONE) | (y == NONE)).all())
+
+
+def _unravel(graph: FactorGraph, elements: Tensor, plates: Ordinal) -> dict[str, Tensor]:
+    """Split flat elements of some plates into one element of each; NONE stays NONE."""
+    result = {}
+    none = elements == NONE
+    for symbol in sorted(plates, reverse=True):
+        result[symbol] = (elements % graph.sizes[symbol]).masked_fill(none, NONE)
+        elements = elements // graph.sizes[symbol]
+    return result
+
+
+def _check_nested_maps(
+    graph: FactorGraph,
+    factor: LogFactor,
+    maps: Mapping[str, Tensor],
+    deepest: Ordinal,
+) -> None:
+    """Check that reading a ragged plate and the plate around it agrees with its own nesting."""
+    for ragged, element_map in graph.ragged.items():
+        if not ragged <= set(maps):
+            continue
+        position = tuple(maps[symbol].clamp(min=0) for symbol in element_map.inner)
+        for symbol, around in element_map.outer.items():
+            if symbol in maps and not _agree(around[position], maps[symbol]):
+                raise _crossing(graph, factor, frozenset(symbol), deepest)
+
+
+def _crossing(
+    graph: FactorGraph, factor: LogFactor, one: Ordinal, other: Ordinal
+) -> ReadTogether:
+    ordinals = [graph.index_plates[symbol] for symbol in _indices(graph, factor)]
+    return _together(
+        graph,
+        factor,
+        [plates for plates in ordinals if plates],
+        f"site '{factor.name}' reads latents of {_names(graph, one)} and of "
+        f"{_names(graph, other)}, which cross",
+    )
+
+
+def _together(
+    graph: FactorGraph, factor: LogFactor, ordinals: list[Ordinal], reason: str
+) -> ReadTogether:
+    """Share the indices of that ordinal which has the fewest numbers to be drawn together."""
+    plates = cheapest(graph, [plates for plates in ordinals if plates])
+    symbols = {s for s in _indices(graph, factor) if graph.index_plates[s] == plates}
+    return ReadTogether(frozenset(symbols), plates, reason)
+
+
+def cheapest(graph: FactorGraph, ordinals: list[Ordinal]) -> Ordinal:
+    """
+    Return the ordinal whose indices cost least to share.
+
+    An index that is shared by a plate is as ordinary importance sampling of all its elements
+    together, whose error grows with the number of latent values. So the ordinal with the fewest
+    values of latents is shared; of several, the one whose plates' names come first.
+    """
+
+    def cost(plates: Ordinal) -> tuple[int, list[str]]:
+        symbols = {s for s, inside in graph.index_plates.items() if inside == plates}
+        values = sum(
+            site.tensor[(0,) * len(site.indices)].numel()
+            for site in graph.values.values()
+            if symbols & set(site.indices)
+        )
+        return values, sorted(graph.plate_names[symbol] for symbol in plates)
+
+    return min(ordinals, key=cost)
+
+
+def check_crossing(graph: FactorGraph) -> None:
+    """
+    Find plates that cross: whose latents meet in one sum, though neither plate is in the other.
+
+    Takes the steps that :func:`pyro.ops.contract.contract_tensor_tree` will take, on names alone:
+    eliminate the innermost plates' indices, multiply over the plate, go outwards.
+
+    :raises ReadTogether: if plates cross; names those that are the cheapest to share.
+    """
+    dims = {s: graph.with_enclosing(plates) for s, plates in graph.index_plates.items()}
+    tree: dict[Ordinal, list[tuple[frozenset[str], str]]] = {}
+    for factor in graph.factors:
+        read = frozenset(_indices(graph, factor))
+        tree.setdefault(graph.with_enclosing(factor.plates), []).append((read, factor.name))
+    while tree:
+        leaf = max(tree, key=len)
+        for read, name in _components(tree.pop(leaf), dims, leaf):
+            pending = frozenset(s for s in read if dims[s] != leaf)
+            if not pending:
+                continue
+            parent = frozenset[str]().union(*(dims[symbol] for symbol in pending))
+            largest = max((dims[symbol] for symbol in pending), key=len)
+            if parent != largest or parent == leaf or not parent <= leaf:
+                ordinals = sorted({graph.index_plates[s] for s in pending}, key=sorted)
+                plates = cheapest(graph, [p for p in ordinals if p])
+                symbols = {s for s in pending if graph.index_plates[s] == plates}
+                names = " and of ".join(_names(graph, p) for p in ordinals if p)
+                raise ReadTogether(
+                    frozenset(symbols), plates, f"site '{name}' reads latents of {names}, which cross"
+                )
+            tree.setdefault(parent, []).append((pending, name))
+
+
+def _components(
+    terms: list[tuple[frozenset[str], str]], dims: Mapping[str, Ordinal], leaf: Ordinal
+) -> list[tuple[frozenset[str], str]]:
+    """Put terms together that share an index of the leaf."""
+    components: list[tuple[frozenset[str], str]] = []
+    for read, name in terms:
+        local = {symbol for symbol in read if dims[symbol] == leaf}
+        apart = []
+        for other, other_name in components:
+            if local & other:
+                read, name = read | other, other_name
+                local = {symbol for symbol in read if dims[symbol] == leaf}
+            else:
+                apart.append((other, other_name))
+        components = [*apart, (read, name)]
+    return components

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Ordinary importance sampling: the programs run once for each particle.
+
+For programs that cannot run at many values at once, whose sites may differ from run to run. All
+latents share one particle index. Sites that every run has keep a factor and values of their own;
+the densities of all others are added up in one factor.
+"""
+
+import math
+from dataclasses import replace
+
+import pyro
+import torch
+from opt_einsum import get_symbol
+from pyro import poutine
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from pyro_mpis._typing import SampleMessage
+from pyro_mpis.factor_graph.graph import FactorGraph, LogFactor
+from pyro_mpis.particles.factors import check_finite, site_value
+from pyro_mpis.particles.proposals import Particles
+from pyro_mpis.programs.messages import counted, drawn_from, is_delta, is_latent, statements
+from pyro_mpis.programs.runs import Programs
+from pyro_mpis.programs.structure import Index, Origin, Structure
+
+NO_PLATE = 10_000  # number of a symbol that no plate has
+OTHERS = "(sites of some runs)"
+
+
+def run_ordinary(
+    structure: Structure, programs: Programs, num_samples: int
+) -> tuple[Structure, Particles, FactorGraph, tuple[Trace, ...]]:
+    """
+    Draw particles of all latents together, and weigh each; draws random numbers.
+
+    :param structure: of one run of the programs.
+    :return: the structure with a single index, the particles, their factors, and the model's
+        traces.
+    """
+    rows: list[dict[str, Tensor]] = []
+    values: list[dict[str, Tensor]] = []
+    traces = []
+    for _ in range(num_samples):
+        trace, densities = _one_run(programs)
+        rows.append(densities)
+        sites = statements(trace)
+        values.append({name: s["value"] for name, s in sites.items() if is_latent(s)})
+        traces.append(trace)
+    kept = _in_every_run(structure, values)
+    structure = _with_one_index(structure, kept)
+    symbol = structure.indices[0].symbol
+    by_name = {name: torch.stack([row[name] for row in values]) for name in kept}
+    log_factors = _log_factors(rows)
+    for name, tensor in log_factors.items():
+        check_finite(name, tensor)
+    log_k = torch.full((num_samples,), -math.log(num_samples), dtype=torch.double)
+    tensors = {**log_factors, "number of particles": log_k}
+    dims = symbol if num_samples > 1 else ""
+    factors = tuple(
+        LogFactor(name, tensor.reshape([num_samples] * len(dims)), dims, frozenset())
+        for name, tensor in tensors.items()
+    )
+    plates = structure.plates
+    graph = FactorGraph(
+        factors=factors,
+        sizes={symbol: num_samples} | {s: plate.size for s, plate in plates.items()},
+        index_plates={symbol: frozenset()},
+        plate_dims={s: plate.dim for s, plate in plates.items()},
+        max_plate_nesting=structure.max_plate_nesting,
+        values={
+            name: site_value(structure, structure.model[name], value, symbol)
+            for name, value in by_name.items()
+        },
+        plate_names={s: plate.name for s, plate in plates.items()},
+        index_sites={symbol: structure.indices[0].sites},
+        dtype=torch.get_default_dtype(),
+        device=log_k.device,
+    )
+    particles = Particles(num_samples, {symbol: num_samples}, by_name, {})
+    return structure, particles, graph, tuple(traces)
+
+
+def _one_run(programs: Programs) -> tuple[Trace, dict[str, Tensor]]:
+    """Run guide and model; return the model's trace, and the log of each site's share of r_k."""
+    args, kwargs = programs.args, programs.kwargs
+    guide_trace = poutine.trace(programs.guide).get_trace(*args, **kwargs)
+    model = poutine.replay(programs.model, trace=guide_trace)
+    trace = poutine.trace(model).get_trace(*args, **kwargs)
+    proposed = statements(guide_trace)
+    densities: dict[str, Tensor] = {}
+    with pyro.validation_enabled(False):
+        for name, site in statements(trace).items():
+            log_prob = _log_prob(site)
+            density = _sum(counted(site, log_prob))
+            if is_latent(site) and name not in proposed and not is_delta(site["fn"]):
+                density = density - _sum(drawn_from(site, log_prob))
+            densities[name] = density
+        for name, site in proposed.items():
+            if is_latent(site) or (site["is_observed"] and name not in trace.nodes):
+                density = densities.get(name, torch.zeros((), dtype=torch.double))
+                densities[name] = density - _sum(drawn_from(site, _log_prob(site)))
+    trace.log_prob_sum()  # memoised in the trace, as the traces of pyro.infer.Importance have it
+    return trace, densities
+
+
+def _log_prob(site: SampleMessage) -> Tensor:
+    log_prob: Tensor = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+    return log_prob
+
+
+def _sum(log_prob: Tensor) -> Tensor:
+    return log_prob.sum(dtype=torch.double)
+
+
+def _log_factors(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Put densities together: (K,) of each site that is in every run, and of all others."""
+    common = [name for name in rows[0] if all(name in row for row in rows)]
+    result = {name: torch.stack([row[name] for row in rows]) for name in common}
+    others = [
+        sum((row[name] for name in row if name not in result), torch.zeros(()).double())
+        for row in rows
+    ]
+    if any(len(row) > len(common) for row in rows):
+        result[OTHERS] = torch.stack(others)
+    return result
+
+
+def _in_every_run(structure: Structure, values: list[dict[str, Tensor]]) -> list[str]:
+    """Return the latent sites that all runs have, in one shape."""
+    return [
+        name
+        for name in structure.origins
+        if all(name in row and row[name].shape == structure.model[name].shape for row in values)
+    ]
+
+
+def _with_one_index(structure: Structure, names: list[str]) -> Structure:
+    """Return the structure of ordinary importance sampling."""
+    origins: dict[str, Origin] = {}
+    for name in names:
+        origin = structure.origins[name]
+        if origin == "enumerated":
+            origin = "guide" if name in structure.guide else "prior"
+        origins[name] = origin
+    symbol = structure.indices[0].symbol if structure.indices else get_symbol(NO_PLATE)
+    index = Index(symbol, tuple(names), frozenset())
+    return replace(structure, indices=(index,), origins=origins)

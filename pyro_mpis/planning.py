@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+From programs and options to a plan: the structure, and what fits into memory.
+
+A plan is all that a replicate of a run needs. What a run finds out later makes another plan of it:
+that elements of a plate are read together (:meth:`Plan.sharing`), or that a site reads more than
+was seen.
+"""
+
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import is_validation_enabled
+
+from pyro_mpis._text import first_line, quoted
+from pyro_mpis._typing import Ordinal, Program
+from pyro_mpis.particles import memory
+from pyro_mpis.programs.agreement import check_same_site
+from pyro_mpis.programs.analysis import analyse, device_of, with_implicit_plates
+from pyro_mpis.programs.environment import Environment
+from pyro_mpis.programs.messages import statements
+from pyro_mpis.programs.runs import Name, Programs, run_plainly
+from pyro_mpis.programs.structure import Structure
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a run is asked for, checked when it is made."""
+
+    num_samples: int
+    groups: tuple[tuple[str, ...], ...] = ()
+    shared_plates: tuple[str, ...] = ()
+    max_plate_nesting: int | None = None
+    memory_limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an independent replicate of a run needs."""
+
+    structure: Structure
+    programs: Programs
+    options: Options
+    cut: memory.Cut
+    device: str = "cpu"
+    environment: Environment = field(default_factory=Environment)
+    notices: tuple[str, ...] = ()  # what the user is to be told
+
+    @property
+    def num_samples(self) -> int:
+        """K, the number of particles of each index."""
+        return self.options.num_samples
+
+    def with_structure(self, structure: Structure, *notices: str) -> "Plan":
+        """Return a plan for another structure of the same programs."""
+        limit = memory_limit(self.options, self.device)
+        cut = memory.fit(structure, self.num_samples, limit, self.device)
+        return replace(self, structure=structure, cut=cut, notices=(*self.notices, *notices))
+
+    def sharing(self, symbols: Ordinal, plates: Ordinal, reason: str) -> "Plan":
+        """Return a plan in which indices are the same for all elements of some plates."""
+        structure = self.structure
+        names = {structure.plates[symbol].name for symbol in plates}
+        sites = {site for symbol in symbols for site in structure.by_symbol[symbol].sites}
+        word = "plate" if len(names) == 1 else "plates"
+        notice = (
+            f"{reason}: {quoted(sites)} has one particle index for all of {word} {quoted(names)}, "
+            "in place of one for each element, so more particles are needed for the same accuracy. "
+            "Better: a guide near to the posterior for these sites, or a larger num_samples. To "
+            f"choose yourself which plate shares, and not be told: shared_plates=[...]."
+        )
+        return self.with_structure(structure.sharing(symbols, plates), notice)
+
+
+def memory_limit(options: Options, device: str) -> int | None:
+    """Return the bytes that a run may take; None where nothing is known."""
+    if options.memory_limit is not None:
+        return options.memory_limit
+    return memory.default_limit(device)
+
+
+def plan_of(programs: Programs, options: Options) -> tuple[Plan, Trace, Trace]:
+    """
+    Run guide and model once, find their structure and what fits into memory.
+
+    Draws random numbers; leaves the param store and the handlers' stack as they were.
+
+    :return: the plan, and the traces of guide and model.
+    :raises ValueError: if model, guide and options do not fit each other.
+    """
+    environment = Environment()
+    with environment.entered(), memory.gc_paused():
+        programs, structure, guide_trace, model_trace = analysed(programs, options)
+        device = device_of(model_trace).type
+        cut = memory.fit(structure, options.num_samples, memory_limit(options, device), device)
+        plan = Plan(structure, programs, options, cut, device, environment)
+    return plan, guide_trace, model_trace
+
+
+def analysed(programs: Programs, options: Options) -> tuple[Programs, Structure, Trace, Trace]:
+    """
+    Run guide and model once, and work out their structure.
+
+    :return: the programs to go on with, the structure, the traces of guide and model.
+    """
+    guide = programs.guide
+    try:
+        programs, guide_trace, model_trace = run_plainly(programs, check_same_site)
+    except RuntimeError as error:
+        if "Multiple sample sites" in str(error):
+            raise ValueError(
+                f"{first_line(error)}. Each sample statement needs a name of its own: in a loop, "
+                "number them, as in pyro.sample(f'x_{i}', ...). A plate entered twice is to be "
+                "made once: plate = pyro.plate(...), then with plate: ..."
+            ) from error
+        raise
+    structure = analyse(
+        guide_trace,
+        model_trace,
+        guide=guide,
+        groups=options.groups,
+        max_plate_nesting=options.max_plate_nesting,
+    )
+    structure = _with_shared_plates(structure, options.shared_plates)
+    if is_validation_enabled():  # which checks that a program has no sites beyond these
+        met: dict[Name, frozenset[str]] = {
+            "guide": frozenset(structure.guide),
+            "model": frozenset(structure.model),
+        }
+        programs = replace(programs, sites=met)
+    return programs, structure, guide_trace, model_trace
+
+
+def _with_shared_plates(structure: Structure, names: Sequence[str]) -> Structure:
+    """Let the indices of plates that the user named be the same for all of their elements."""
+    by_name = {plate.name: symbol for symbol, plate in structure.plates.items()}
+    for name in names:
+        if name not in by_name:
+            raise ValueError(
+                f"shared_plates: the programs have no plate '{name}' of size above one. Their "
+                f"plates are {quoted(set(by_name))}."
+            )
+        plates = frozenset(by_name[name])
+        symbols = frozenset(i.symbol for i in structure.indices if i.plates & plates)
+        structure = structure.sharing(symbols, plates)
+    return with_implicit_plates(structure) if names else structure
+
+
+def weaknesses(
+    structure: Structure,
+    groups: Sequence[Sequence[str]],
+    guide_trace: Trace,
+    model_trace: Trace,
+) -> list[str]:
+    """Say where the guide leaves less than massively parallel importance sampling."""
+    result = []
+    points = {name for name in structure.carried if not structure.indices_read(structure.guide[name])}
+    if structure.undeclared:
+        shapes = ", ".join(f"'{name}' {tuple(s)}" for name, s in structure.undeclared.items())
+        result.append(
+            f"batch dims that no pyro.plate declares ({shapes}) count as event dims: a latent has "
+            "one particle index for all of them, and an observation is summed over them. Enclose "
+            "the site in a plate, which gives each element an index of its own, or silence this "
+            "by .to_event."
+        )
+    if points:
+        result.append(
+            f"the guide fixes {quoted(points)} at a point (Delta): evidence() is the log of the "
+            "joint density of the data and this point, not of p(x), and all else is conditional "
+            "on it. For a posterior of these sites use AutoNormal instead."
+        )
+    indices = [index for index in structure.indices if not index.enumerated]
+    sharing = set(structure.carried) - points
+    if not groups and len(indices) == 1 and len(sharing) > 1:
+        result.append(
+            f"the guide draws {len(sharing)} sites as one vector, '{indices[0].sites[0]}', so "
+            "there is a single particle index, and massively parallel importance sampling equals "
+            "ordinary importance sampling with num_samples draws. A guide with a distribution for "
+            "each site (AutoNormal, AutoGuideList of several parts) combines them all."
+        )
+    return result + _strange_plates(structure) + _flat_priors(structure, guide_trace, model_trace)
+
+
+def _strange_plates(structure: Structure) -> list[str]:
+    """Say which sites sit in other plates in the guide than in the model."""
+    strange = {
+        name
+        for name, origin in structure.origins.items()
+        if origin == "guide"
+        and structure.guide[name].plates - structure.model[name].plates
+        and structure.model[name].plates - structure.guide[name].plates
+    }
+    if not strange:
+        return []
+    return [
+        f"{quoted(strange)}: in other plates in the guide than in the model, so that all plate "
+        "elements share one particle index. Give the guide's plates the model's names."
+    ]
+
+
+def _flat_priors(structure: Structure, guide_trace: Trace, model_trace: Trace) -> list[str]:
+    """Say which sites are masked in the model but not in the guide."""
+    guide_sites = statements(guide_trace)
+    flat = {
+        name
+        for name, site in statements(model_trace).items()
+        if structure.origins.get(name) in ("guide", "guide_delta")
+        and site["mask"] is not None
+        and site["mask"] is not True
+        and guide_sites[name]["mask"] is None
+    }
+    if not flat:
+        return []
+    return [
+        f"{quoted(flat)}: masked in the model but not in the guide. Where masked, the prior "
+        "counts as flat; if those elements are padding, mask them in the guide too."
+    ]
+
+
+def programs_of(
+    model: Program,
+    guide: Program | None,
+    args: tuple[object, ...],
+    kwargs: Mapping[str, object],
+) -> Programs:
+    """Put a model, its guide and their arguments together."""
+    return Programs(model, guide if guide is not None else no_guide, args, kwargs)
+
+
+def no_guide(*args: object, **kwargs: object) -> None:
+    """Sample nothing: every latent is proposed from the prior."""
+
+
+def positive(name: str, number: int) -> int:
+    """Return a positive integer, of any integer type."""
+    try:
+        value = operator.index(number)
+    except TypeError:
+        value = 0
+    if isinstance(number, bool) or value < 1:
+        raise ValueError(f"{name}: expected a positive integer, but found {number!r}.")
+    return value
+
+
+def number_of_dims(max_plate_nesting: float | None) -> int | None:
+    """Return a number of batch dims, or None for one to be found."""
+    if max_plate_nesting is None or max_plate_nesting == math.inf:
+        return None
+    if isinstance(max_plate_nesting, bool) or max_plate_nesting not in range(64):
+        raise ValueError(
+            f"max_plate_nesting: expected a number of dims, but found {max_plate_nesting!r}."
+        )
+    return int(max_plate_nesting)
