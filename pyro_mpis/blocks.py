@@ -30,11 +30,12 @@ from tqdm.auto import tqdm
 
 from pyro_mpis.contraction import log_evidence, reduced
 from pyro_mpis.factor_graph.graph import FactorGraph, SiteValue
-from pyro_mpis.particles.factors import MissedReadError, build_graph, reads_found
+from pyro_mpis.particles.factors import MAX_LEVELS, MissedReadError, build_graph, reads_found
 from pyro_mpis.particles.indexed import (
     ReadTogether,
     SiteReads,
     check_crossing,
+    check_graph,
     find_reads,
     regroup_indexed,
 )
@@ -52,7 +53,7 @@ from pyro_mpis.planning import Plan
 from pyro_mpis.programs.analysis import with_implicit_plates
 from pyro_mpis.programs.environment import Environment, seeded
 from pyro_mpis.programs.runs import NotMappableError, Programs
-from pyro_mpis.programs.structure import Structure
+from pyro_mpis.programs.structure import UNIQUE_LEVELS, Structure
 from pyro_mpis.sampling import sample_sites
 from pyro_mpis.source_terms import joint_weights
 
@@ -87,10 +88,16 @@ class Replicate:
         """The global state that the programs run in."""
         return self.plan.environment
 
-    def __call__(self, ranges: Ranges) -> FactorGraph:
-        """Evaluate a block, piece by piece."""
+    def __call__(self, ranges: Ranges, *, check: bool = False) -> FactorGraph:
+        """
+        Evaluate a block, piece by piece.
+
+        :param check: whether to hold factors that read by an index array against the programs.
+        :raises ReadTogether: if they are not right.
+        """
         block, parts = self.cut(ranges)
-        return _put_together(map(reduced, self.evaluated(block, parts)), parts, block.sizes)
+        graphs = self.evaluated(block, parts, check=check)
+        return _put_together(map(reduced, graphs), parts, block.sizes)
 
     def evaluate_first(self, ranges: Ranges) -> "tuple[Replicate, FactorGraph]":
         """
@@ -98,16 +105,23 @@ class Replicate:
 
         :raises ReadTogether: if elements of a plate cannot have an index each.
         """
+        structure, programs, validate = self.structure, self.programs, self.environment.validate
         block, parts = self.cut(ranges)
-        first = block.block(self.structure, parts[0])
-        graph = build_graph(self.structure, first, self.programs)
-        check = self.environment.validate
+        first = block.block(structure, parts[0])
+        graph = build_graph(structure, first, programs)
         # All particles, not this block's: a few may all decide alike which element is read.
-        reads = find_reads(graph, self.structure, self.particles, self.programs, check=check)
+        reads = find_reads(graph, structure, self.particles, programs)
+        shares_levels = len(structure.indices) > UNIQUE_LEVELS
+        plated = any(graph.index_plates.values())
+        if shares_levels or (validate and plated and not reads):
+            check_graph(graph, structure, first, programs, reads, together=True)
+        if validate and reads:
+            check_graph(graph, structure, first, programs, reads, together=False)
         graph = regroup_indexed(graph, reads)
         check_crossing(graph)
         replicate = replace(self, reads=reads)
-        graphs = itertools.chain([graph], replicate.evaluated(block, parts[1:]))
+        others = replicate.evaluated(block, parts[1:], check=validate)
+        graphs = itertools.chain([graph], others)
         return replicate, _put_together(map(reduced, graphs), parts, block.sizes)
 
     def cut(self, ranges: Ranges) -> tuple[Particles, tuple[Ranges, ...]]:
@@ -115,12 +129,18 @@ class Replicate:
         block = self.particles.block(self.structure, ranges)
         return block, split(block.sizes, self.plan.cut.pieces, smallest=2)
 
-    def evaluated(self, block: Particles, parts: Iterable[Ranges]) -> Iterator[FactorGraph]:
+    def evaluated(
+        self, block: Particles, parts: Iterable[Ranges], *, check: bool = False
+    ) -> Iterator[FactorGraph]:
         """Evaluate pieces of a block one after the other."""
         assert self.reads is not None
         for part in parts:
             particles = block.block(self.structure, part)
             graph = build_graph(self.structure, particles, self.programs)
+            if check and self.reads:
+                check_graph(
+                    graph, self.structure, particles, self.programs, self.reads, together=False
+                )
             yield regroup_indexed(graph, self.reads)
 
 
@@ -181,7 +201,7 @@ def _apply(
     replicate: Replicate, ranges: Ranges, function: Callable[[FactorGraph], Result]
 ) -> Result:
     with replicate.environment.entered():
-        return function(replicate(ranges))
+        return function(replicate(ranges, check=function is _first_pass))
 
 
 def split(
@@ -281,7 +301,13 @@ def _evaluated(plan: Plan, drawn: Drawn, workers: Workers) -> BlockSum:
             blocks = split(particles.sizes, plan.cut.blocks)
             return evaluate(Replicate(plan, particles), blocks, workers)
         except ReadTogether as found:
-            plan = plan.sharing(found.symbols, found.plates, found.reason)
+            if found.differs and not followed and _may_have_missed(plan.structure):
+                followed = True
+                plan = _followed(plan, drawn)
+            elif not found.symbols:
+                raise NotMappableError(f"{found.reason}, which cannot be followed") from None
+            else:
+                plan = plan.sharing(found.symbols, found.plates, found.reason)
         except DisagreementError as error:
             if redrawn:
                 raise NotMappableError(
@@ -293,12 +319,22 @@ def _evaluated(plan: Plan, drawn: Drawn, workers: Workers) -> BlockSum:
             if followed:
                 raise NotMappableError(f"what site '{error}' reads cannot be followed") from None
             followed = True
-            structure = reads_found(plan.structure, drawn, plan.programs)
-            plan = plan.with_structure(with_implicit_plates(structure))
+            plan = _followed(plan, drawn)
         except NotMappableError:
             if plan.programs.patched:
                 raise
             plan = replace(plan, programs=replace(plan.programs, patched=True))
+
+
+def _may_have_missed(structure: Structure) -> bool:
+    """Whether a site may read an index that shares its level with another."""
+    return UNIQUE_LEVELS < len(structure.indices) <= MAX_LEVELS
+
+
+def _followed(plan: Plan, drawn: Drawn) -> Plan:
+    """Return a plan for what the sites are found to read by a level for each index."""
+    structure = reads_found(plan.structure, drawn, plan.programs)
+    return plan.with_structure(with_implicit_plates(structure))
 
 
 def _ordinary(plan: Plan, error: NotMappableError) -> BlockSum:
@@ -343,7 +379,9 @@ def evaluate(replicate: Replicate, blocks: Sequence[Ranges], workers: Workers) -
     if len(blocks) == 1:
         return BlockSum(replicate, tuple(blocks), graph, log_evidence(graph).double().unsqueeze(0))
     results = [_first_pass(graph)]
-    whole = replace(graph, factors=(), sizes={**graph.sizes, **replicate.particles.sizes}, values={})
+    whole = replace(
+        graph, factors=(), sizes={**graph.sizes, **replicate.particles.sizes}, values={}
+    )
     del graph
     results += workers.run([partial(_apply, replicate, part, _first_pass) for part in blocks[1:]])
     for (_, values), ranges in zip(results, blocks, strict=True):

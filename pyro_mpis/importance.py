@@ -461,8 +461,7 @@ class MPImportance(ImportanceTraces):
             programs, structure, *_ = planning.analysed(programs, posterior._options)
         saving.check_structure(path, stored.structure, structure)
         posterior._sums = [
-            kept.restored(stored, programs, environment, posterior._options)
-            for kept in stored.sums
+            kept.restored(stored, programs, environment, posterior._options) for kept in stored.sums
         ]
         posterior._weights = [dict(kept.weights) for kept in stored.sums]
         saving.check_evaluation(path, posterior._sums[0])

@@ -157,7 +157,9 @@ def weaknesses(
 ) -> list[str]:
     """Say where the guide leaves less than massively parallel importance sampling."""
     result = []
-    points = {name for name in structure.carried if not structure.indices_read(structure.guide[name])}
+    points = {
+        name for name in structure.carried if not structure.indices_read(structure.guide[name])
+    }
     if structure.undeclared:
         shapes = ", ".join(f"'{name}' {tuple(s)}" for name, s in structure.undeclared.items())
         result.append(

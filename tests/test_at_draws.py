@@ -203,7 +203,7 @@ def test_memory_is_bounded_by_the_largest_argument() -> None:
             fn = dist.Categorical(logits=torch.zeros(10, 3, 100)).to_event(1)
             pyro.sample("y", fn, obs=torch.zeros(10, 3))
 
-    builder = MPImportance(model, num_samples=1).run()._sums[0].builder
+    builder = MPImportance(model, num_samples=1).run()._sums[0].replicate
     sites = at_draws.ordinary_sites(builder.structure, builder.programs, {})
     assert sites["y"].elements == 3000
     assert at_draws._chunk_size(sites) == at_draws.CHUNK_ELEMENTS // 3000

@@ -90,7 +90,7 @@ def test_factors_evaluated_in_pieces_are_those_of_the_whole(
         posterior = MPImportance(model, program, num_samples=num_samples).run()
         (total,) = posterior._sums
         assert len(total.blocks) == 1
-        assert bool(total.builder.pieces) == (piece == 2000)
+        assert bool(total.replicate.plan.cut.pieces) == (piece == 2000)
         graphs.append(total.whole)
     whole, pieces = graphs
     assert pieces.sizes == whole.sizes
@@ -112,7 +112,7 @@ def test_pieces_are_not_cut_where_most_of_the_work_would_be_done_again() -> None
             pyro.sample("y", dist.Normal(v + w, 1.0), obs=torch.zeros(3000))
 
     posterior = MPImportance(local, num_samples=40).run()
-    assert not posterior._sums[0].builder.pieces
+    assert not posterior._sums[0].replicate.plan.cut.pieces
 
 
 def test_groups_are_cut_together() -> None:

@@ -148,7 +148,7 @@ def test_plain_data_come_back_as_they_were(data: Any, tmp_path: Path) -> None:
         pyro.sample("a", dist.Normal(0.0, 1.0))
 
     MPImportance(anything, num_samples=2).run(data).save(tmp_path / "file")
-    (found,) = MPImportance.load(tmp_path / "file", anything)._sums[0].builder.programs.args
+    (found,) = MPImportance.load(tmp_path / "file", anything)._sums[0].replicate.programs.args
     if isinstance(data, Tensor):
         assert_same(found, data)
     else:

@@ -311,8 +311,8 @@ def test_values_that_are_only_looked_at_may_leave_torch() -> None:
 
     posterior = MPImportance(model, num_samples=30).run()
     assert bool(posterior.evidence().isfinite())
-    assert posterior._sums[0].builder.programs.leaves_torch
-    assert not MPImportance(chain, num_samples=2).run()._sums[0].builder.programs.leaves_torch
+    assert posterior._sums[0].replicate.programs.leaves_torch
+    assert not MPImportance(chain, num_samples=2).run()._sums[0].replicate.programs.leaves_torch
 
 
 def test_guide_that_mixes_particles() -> None:

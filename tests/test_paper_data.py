@@ -23,7 +23,7 @@ from benchmarks.paper import intended, published, sources
 from benchmarks.paper.experiment import Arrays, Program
 from benchmarks.paper.sources import BirdSizes, BusSizes, Unavailable
 from pyro_mpis import MPImportance, log_predictive
-from pyro_mpis.handlers import is_latent, sample_sites
+from pyro_mpis.programs.messages import is_latent, statements
 from tutorials._data import read_chimpanzees
 
 
@@ -457,7 +457,7 @@ def test_log_densities_are_those_of_the_text(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     sites = poutine.trace(model).get_trace(**data)
     sites.compute_log_prob()
-    latents = {name: site["value"] for name, site in sample_sites(sites).items() if is_latent(site)}
+    latents = {name: site["value"] for name, site in statements(sites).items() if is_latent(site)}
     likelihood, prior = density(latents, data)
     found = torch.stack([sites.nodes[name]["log_prob"].sum() for name in latents]).sum()
     torch.testing.assert_close(sites.nodes["obs"]["log_prob"].sum(), likelihood)

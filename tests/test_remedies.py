@@ -11,7 +11,7 @@ import torch
 from posteriors import Program, diagnosed, wide
 
 from pyro_mpis import Diagnosis, Marginal, MPImportance, MPISWarning
-from pyro_mpis.memory import largest_factor
+from pyro_mpis.particles.memory import largest_factor
 from pyro_mpis.results.diagnostics import LOW_ESS
 from pyro_mpis.results.remedies import _better_guide, _size, _support_size
 
@@ -236,7 +236,7 @@ def test_sites_of_even_weights_to_group() -> None:
     sizes = []
     for K in (8, 16):
         posterior = MPImportance(model, num_samples=K, groups=[("a", "b", "c")]).run()
-        sizes.append(largest_factor(posterior._sums[0].builder.structure, K)[1])
+        sizes.append(largest_factor(posterior._sums[0].replicate.structure, K)[1])
     assert sizes[1] == 2**2 * sizes[0]
 
     def uneven() -> None:

@@ -226,7 +226,7 @@ def test_every_tensor_moves() -> None:
     for case in CASES:
         posterior = ran(case)
         posterior.moments()
-        posterior._sums[0].builder.environment.params["constraints"]["loc"] = constraints.interval(
+        posterior._sums[0].replicate.environment.params["constraints"]["loc"] = constraints.interval(
             torch.tensor(-1.0), torch.tensor(1.0)
         )
         before = list(tensors(vars(posterior), set()))
@@ -250,7 +250,7 @@ def test_arguments_move_along() -> None:
 
     data = {"list": [torch.ones(2)], "pair": Pair(torch.ones(1), torch.ones(2)), "word": "x"}
     posterior = MPImportance(unused, num_samples=2).run((torch.ones(3), data), y=torch.ones(4))
-    programs = posterior.to("meta")._sums[0].builder.programs
+    programs = posterior.to("meta")._sums[0].replicate.programs
     found = list(tensors((programs.args, programs.kwargs), set()))
     assert [tensor.device.type for tensor in found] == ["meta"] * 5
     (pair,) = [programs.args[0][1]["pair"]]  # type: ignore[index]
@@ -329,7 +329,7 @@ def test_number_of_bytes(case: str) -> None:
     posterior = ran(case)
     posterior.moments()
     kept = [
-        (total.builder.particles, total.builder.reads, total.whole, total.log_evidences)
+        (total.replicate.particles, total.replicate.reads, total.whole, total.log_evidences)
         for total in posterior._sums
     ]
     found = tensors((kept, posterior._weights), set())

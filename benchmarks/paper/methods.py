@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_mpis import MPImportance, log_predictive
-from pyro_mpis.handlers import is_latent, sample_sites
+from pyro_mpis.programs.messages import is_latent, statements
 
 from .experiment import Experiment, Program
 
@@ -123,7 +123,7 @@ def _predictive(experiment: Experiment, samples: Mapping[str, Tensor]) -> float:
 
 
 def _latents(program: Program, experiment: Experiment) -> list[str]:
-    sites = sample_sites(poutine.trace(program).get_trace(**experiment.train))
+    sites = statements(poutine.trace(program).get_trace(**experiment.train))
     return [name for name, site in sites.items() if is_latent(site)]
 
 

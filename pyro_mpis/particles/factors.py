@@ -50,11 +50,15 @@ def build_graph(structure: Structure, particles: Particles, programs: Programs) 
         said_by_guide, said_by_model = evaluate(
             programs,
             [
-                {name: particles.values[name] for s in level for name in structure.by_symbol[s].sites}
+                {
+                    name: particles.values[name]
+                    for s in level
+                    for name in structure.by_symbol[s].sites
+                }
                 for level in levels
             ],
-            guide=_wanted_of_guide(structure),
-            model=_wanted_of_model(structure),
+            guide=wanted_of_guide(structure),
+            model=wanted_of_model(structure),
             shapes=structure.latent_shapes,
         )
     packer = _Packer(structure, particles.sizes, levels)
@@ -79,7 +83,7 @@ def build_graph(structure: Structure, particles: Particles, programs: Programs) 
     )
 
 
-def _wanted_of_guide(structure: Structure) -> Wanted | None:
+def wanted_of_guide(structure: Structure) -> Wanted | None:
     """Return what the guide is to say: the densities of sites that it computes from others."""
     names = [*structure.guide_factors, *structure.carried]
 
@@ -91,7 +95,7 @@ def _wanted_of_guide(structure: Structure) -> Wanted | None:
     return Wanted(dict.fromkeys(names, collect), frozenset(structure.guide))
 
 
-def _wanted_of_model(structure: Structure) -> Wanted:
+def wanted_of_model(structure: Structure) -> Wanted:
     """Return what the model is to say: the densities of its sites, the values of its latents."""
 
     def collecting(name: str) -> Collect:
@@ -327,8 +331,8 @@ def reads_found(structure: Structure, drawn: Drawn, programs: Programs) -> Struc
                 {name: drawn.draws[name].value[:2] for name in structure.by_symbol[symbol].sites}
                 for symbol in symbols
             ],
-            guide=_wanted_of_guide(structure),
-            model=_wanted_of_model(structure),
+            guide=wanted_of_guide(structure),
+            model=wanted_of_model(structure),
             shapes=structure.latent_shapes,
         )
 

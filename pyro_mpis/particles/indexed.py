@@ -31,94 +31,99 @@ from torch import Tensor
 from pyro_mpis._typing import Ordinal
 from pyro_mpis.contraction import over_plates, packed, regroup
 from pyro_mpis.factor_graph.graph import FactorGraph, LogFactor, RaggedPlate
-from pyro_mpis.particles.factors import MissedReadError
+from pyro_mpis.particles.checks import differing
 from pyro_mpis.particles.probes import (
-    MIN_BITS,
-    MIN_ROWS,
     NONE,
-    PROBE_ELEMENTS,
     SEVERAL,
-    VERIFY_ELEMENTS,
     ElementReads,
-    Numbers,
     SiteReads,
-    check_diagonals,
     differs_from,
+    flat_elements,
     num_bits,
     run_probe,
+    unravel,
 )
 from pyro_mpis.particles.proposals import Particles
-from pyro_mpis.programs.runs import NotMappableError, Programs
-from pyro_mpis.programs.structure import UNIQUE_LEVELS, Structure
+from pyro_mpis.programs.runs import NotMappableError, Programs, is_out_of_memory
+from pyro_mpis.programs.structure import Structure
 
 
-class ReadTogether(Exception):  # noqa: N818 - a finding, not an error
+class ReadTogether(Exception):
     """
     Elements of a plate cannot have an index each.
 
     :param symbols: the indices to be shared.
     :param plates: by which plates' elements.
     :param reason: what reads them together: a part of a sentence.
+    :param differs: whether it was found by a density that is not the entry of its factor, which a
+        read that the plain run missed would explain too.
     """
 
-    def __init__(self, symbols: Ordinal, plates: Ordinal, reason: str) -> None:
-        super().__init__(reason)
+    def __init__(
+        self, symbols: Ordinal, plates: Ordinal, reason: str, differs: bool = False
+    ) -> None:
+        super().__init__(symbols, plates, reason, differs)
         self.symbols = symbols
         self.plates = plates
         self.reason = reason
+        self.differs = differs
 
 
 def find_reads(
+    graph: FactorGraph, structure: Structure, particles: Particles, programs: Programs
+) -> SiteReads:
+    """
+    Find which elements of other plates' latents each site reads.
+
+    :return: for each site; empty if no site reads latents of a plate that it is not in.
+    :raises ReadTogether: if that could not be found out.
+    """
+    foreign = [factor for factor in graph.factors if foreign_ordinals(graph, factor)]
+    if not foreign:
+        return {}
+    ordinals = {plates for factor in foreign for plates in foreign_ordinals(graph, factor)}
+    numbers = {}
+    for plates in sorted(ordinals, key=sorted):
+        size = math.prod(graph.sizes[symbol] for symbol in plates)
+        numbers[plates] = flat_elements(graph, plates), num_bits(size)
+    try:
+        return run_probe(graph, structure, particles, programs, numbers)
+    except (NotMappableError, ValueError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise _unknown(graph, foreign[0]) from None
+
+
+def check_graph(
     graph: FactorGraph,
     structure: Structure,
     particles: Particles,
     programs: Programs,
+    reads: SiteReads,
     *,
-    check: bool,
-) -> SiteReads:
+    together: bool,
+) -> None:
     """
-    Find which elements of the latents' plates each site reads.
+    Hold a graph against densities that mix the elements of plates.
 
-    :param check: probe models without reads of other plates too, to verify that the elements of a
-        plate are independent.
-    :return: for each site; empty if there is nothing to find.
-    :raises ReadTogether: if elements of a plate are not independent.
-    :raises MissedReadError: if a site reads an index that the structure does not know of.
+    :param graph: of these particles, not regrouped.
+    :param together: see :mod:`~pyro_mpis.particles.checks`.
+    :raises ReadTogether: if a site reads other elements, or other indices, than the graph says.
     """
-    foreign = [factor for factor in graph.factors if _foreign(graph, factor)]
-    plated = any(graph.index_plates.values())
-    shares_levels = len(structure.indices) > UNIQUE_LEVELS
-    if not (foreign or (check and plated) or shares_levels):
-        return {}
-    largest = max(
-        math.prod(graph.sizes[symbol] for symbol in site.factor_plates)
-        for site in structure.model.values()
-    )
-    elements, min_rows = (PROBE_ELEMENTS, MIN_ROWS) if foreign else (VERIFY_ELEMENTS, 1)
-    if shares_levels:
-        min_rows = MIN_ROWS
-    max_slots = elements // largest
-    numbers = _numbers(graph, None if foreign else max_slots) if foreign or check else {}
-    try:
-        probe = run_probe(
-            graph,
-            structure,
-            particles,
-            programs,
-            numbers,
-            max_slots=max_slots,
-            min_rows=min_rows,
+    wrong = differing(graph, structure, particles, programs, reads, together=together)
+    if wrong:
+        factor = wrong[0]
+        foreign = frozenset[str]().union(*foreign_ordinals(graph, factor))
+        inside = (graph.index_plates[symbol] for symbol in _indices(graph, factor))
+        plates = foreign or frozenset[str]().union(*inside)
+        symbols = {s for s in _indices(graph, factor) if graph.index_plates[s] & plates}
+        what = (
+            f"reads several elements of {_names(graph, plates)} together"
+            if foreign
+            else f"reads other elements of {_names(graph, plates)} than its own"
         )
-    except (NotMappableError, ValueError, RuntimeError):
-        if foreign:
-            raise _unknown(graph, foreign[0]) from None
-        return {}
-    if shares_levels and (wrong := check_diagonals(graph, probe)):
-        raise MissedReadError(min(wrong))
-    for factor in graph.factors:
-        if factor.name in probe.reads:
-            _check_own_elements(graph, factor, probe.reads[factor.name], numbers)
-    return probe.reads if foreign else {}
+        reason = f"site '{factor.name}' {what}"
+        raise ReadTogether(frozenset(symbols), plates, reason, differs=True)
 
 
 def regroup_indexed(graph: FactorGraph, reads: SiteReads) -> FactorGraph:
@@ -127,11 +132,11 @@ def regroup_indexed(graph: FactorGraph, reads: SiteReads) -> FactorGraph:
 
     :raises ReadTogether: if an element reads several elements, or plates cross.
     """
-    if not reads and not any(_foreign(graph, factor) for factor in graph.factors):
+    if not reads and not any(foreign_ordinals(graph, factor) for factor in graph.factors):
         return graph
     factors: list[LogFactor] = []
     for factor in sorted(graph.factors, key=lambda f: (not _has_local(graph, f), len(f.plates))):
-        if _foreign(graph, factor):
+        if foreign_ordinals(graph, factor):
             if factor.name not in reads:
                 raise _unknown(graph, factor)
             graph, factor = _resolve(graph, factor, reads[factor.name])
@@ -143,7 +148,7 @@ def _indices(graph: FactorGraph, factor: LogFactor) -> list[str]:
     return [symbol for symbol in factor.dims if symbol in graph.index_plates]
 
 
-def _foreign(graph: FactorGraph, factor: LogFactor) -> list[Ordinal]:
+def foreign_ordinals(graph: FactorGraph, factor: LogFactor) -> list[Ordinal]:
     """Return the plates of the indices that a factor reads from outside of them."""
     ordinals = {graph.index_plates[symbol] for symbol in _indices(graph, factor)}
     return [plates for plates in sorted(ordinals, key=sorted) if not plates <= factor.plates]
@@ -155,71 +160,13 @@ def _has_local(graph: FactorGraph, factor: LogFactor) -> bool:
     return factor.plates <= inside
 
 
-def _numbers(graph: FactorGraph, max_slots: int | None) -> Numbers:
-    """
-    Give each element of the plates of an index a number.
-
-    :param max_slots: where a check is to take no more slots, numbers of few bits, drawn at random,
-        which two elements may share; at least :data:`MIN_BITS`.
-    :return: for each ordinal the numbers, in its batch dims, and how many bits they have.
-    """
-    ordinals = sorted({plates for plates in graph.index_plates.values() if plates}, key=sorted)
-    numbers = {}
-    for plates in ordinals:
-        size = math.prod(graph.sizes[symbol] for symbol in plates)
-        bits = num_bits(size)
-        number = _flat_elements(graph, plates)
-        fitting = bits if max_slots is None else max(MIN_BITS, max_slots // (2 * len(ordinals)))
-        if fitting < bits:
-            generator = torch.Generator().manual_seed(0)
-            number = torch.randint(2**fitting, number.shape, generator=generator).to(graph.device)
-        numbers[plates] = number, min(fitting, bits)
-    return numbers
-
-
-def _flat_elements(graph: FactorGraph, plates: Ordinal) -> Tensor:
-    """Return the number of each element of some plates, in the batch dims of the plates."""
-    shape = [1] * graph.max_plate_nesting
-    for symbol in plates:
-        shape[graph.plate_dims[symbol]] = graph.sizes[symbol]
-    number = torch.zeros(shape, dtype=torch.long)
-    for symbol in sorted(plates):
-        own = [1] * graph.max_plate_nesting
-        own[graph.plate_dims[symbol]] = graph.sizes[symbol]
-        number = number * graph.sizes[symbol] + torch.arange(graph.sizes[symbol]).reshape(own)
-    return number.to(graph.device)
-
-
-def _check_own_elements(
-    graph: FactorGraph,
-    factor: LogFactor,
-    reads: ElementReads,
-    numbers: Numbers,
-) -> None:
-    """Find factors whose plate elements read other elements than their own."""
-    ordinals = {graph.index_plates[symbol] for symbol in _indices(graph, factor)}
-    for plates in sorted(ordinals, key=sorted):
-        if not plates or not plates <= factor.plates:
-            continue
-        found = reads.elements[plates]
-        own = graph.to_plates(numbers[plates][0], reads.inner, left=0)
-        if bool(((found != own) & (found != NONE)).any()):
-            symbols = {s for s in _indices(graph, factor) if graph.index_plates[s] == plates}
-            raise ReadTogether(
-                frozenset(symbols),
-                plates,
-                f"elements of {_names(graph, plates)} read other elements of it than their own "
-                f"(site '{factor.name}')",
-            )
-
-
 def _names(graph: FactorGraph, plates: Ordinal) -> str:
     names = ", ".join(f"'{graph.plate_names[symbol]}'" for symbol in sorted(plates))
     return f"plate {names}" if len(plates) == 1 else f"plates {names}"
 
 
 def _unknown(graph: FactorGraph, factor: LogFactor) -> ReadTogether:
-    plates = frozenset[str]().union(*_foreign(graph, factor))
+    plates = frozenset[str]().union(*foreign_ordinals(graph, factor))
     symbols = {s for s in _indices(graph, factor) if graph.index_plates[s] & plates}
     return ReadTogether(
         frozenset(symbols),
@@ -233,7 +180,7 @@ def _resolve(
     graph: FactorGraph, factor: LogFactor, reads: ElementReads
 ) -> tuple[FactorGraph, LogFactor]:
     """Regroup one factor, or note that its plates are ragged parts of others."""
-    foreign = _foreign(graph, factor)
+    foreign = foreign_ordinals(graph, factor)
     graph = _with_nested(graph, reads, foreign)
     deepest = max(foreign, key=lambda plates: len(graph.with_enclosing(plates)))
     maps: dict[str, Tensor] = {}  # NONE where nothing is read
@@ -241,9 +188,9 @@ def _resolve(
         if not graph.with_enclosing(plates) <= graph.with_enclosing(deepest):
             raise _crossing(graph, factor, plates, deepest)
         elements = _known_elements(graph, factor, reads, plates)
-        for symbol, element in _unravel(graph, elements, plates).items():
+        for symbol, element in unravel(graph, elements, plates).items():
             if symbol in factor.plates:
-                own = graph.to_plates(_flat_elements(graph, frozenset(symbol)), reads.inner, left=0)
+                own = graph.to_plates(flat_elements(graph, frozenset(symbol)), reads.inner, left=0)
                 maps[symbol] = own
             before = maps.get(symbol, element)
             if not _agree(before, element):
@@ -377,16 +324,6 @@ def _agree(x: Tensor, y: Tensor) -> bool:
     return bool(((x == y) | (x == NONE) | (y == NONE)).all())
 
 
-def _unravel(graph: FactorGraph, elements: Tensor, plates: Ordinal) -> dict[str, Tensor]:
-    """Split flat elements of some plates into one element of each; NONE stays NONE."""
-    result = {}
-    none = elements == NONE
-    for symbol in sorted(plates, reverse=True):
-        result[symbol] = (elements % graph.sizes[symbol]).masked_fill(none, NONE)
-        elements = elements // graph.sizes[symbol]
-    return result
-
-
 def _check_nested_maps(
     graph: FactorGraph,
     factor: LogFactor,
@@ -403,9 +340,7 @@ def _check_nested_maps(
                 raise _crossing(graph, factor, frozenset(symbol), deepest)
 
 
-def _crossing(
-    graph: FactorGraph, factor: LogFactor, one: Ordinal, other: Ordinal
-) -> ReadTogether:
+def _crossing(graph: FactorGraph, factor: LogFactor, one: Ordinal, other: Ordinal) -> ReadTogether:
     ordinals = [graph.index_plates[symbol] for symbol in _indices(graph, factor)]
     return _together(
         graph,
@@ -474,7 +409,9 @@ def check_crossing(graph: FactorGraph) -> None:
                 symbols = {s for s in pending if graph.index_plates[s] == plates}
                 names = " and of ".join(_names(graph, p) for p in ordinals if p)
                 raise ReadTogether(
-                    frozenset(symbols), plates, f"site '{name}' reads latents of {names}, which cross"
+                    frozenset(symbols),
+                    plates,
+                    f"site '{name}' reads latents of {names}, which cross",
                 )
             tree.setdefault(parent, []).append((pending, name))
 

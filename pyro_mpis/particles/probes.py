@@ -11,8 +11,8 @@ logarithmic in the size of the plate.
 A continuous element is set to nan. A discrete one is given another particle's value, and if nan
 makes the model fail, continuous ones are too. All this is done at many combinations of particles
 (**rows**), since which element is read may depend on a latent (a change point, a mixture's
-component): then several are. In the first slot of each row nothing is changed: there the density
-must be that of the factor graph.
+component): then several are. Rare combinations may be missed; the factors that come of it are held
+against the programs at all of them (:mod:`~pyro_mpis.particles.checks`).
 """
 
 import math
@@ -34,14 +34,9 @@ from pyro_mpis.programs.runs import Collect, NotMappableError, Programs, Wanted,
 from pyro_mpis.programs.structure import Structure
 
 NONE, SEVERAL = -1, -2  # in place of an element
-# Largest tensor of a probing run, event dims aside: PROBE_ELEMENTS, at MIN_ROWS combinations or
-# more, when we must find which element is read; VERIFY_ELEMENTS, at one or more, when we only
-# verify that elements of a plate read their own.
+# Largest tensor of a probing run, event dims aside, at MIN_ROWS combinations or more.
 PROBE_ELEMENTS = 2**22
-VERIFY_ELEMENTS = 2**16
 MIN_ROWS = 4
-# Fewest bits of an element's number when we only verify; in a larger plate elements share numbers.
-MIN_BITS = 2
 
 
 @dataclass(frozen=True)
@@ -56,32 +51,22 @@ SiteReads = Mapping[str, ElementReads]
 Numbers = Mapping[Ordinal, tuple[Tensor, int]]  # of the elements of an ordinal, and their bits
 
 
-@dataclass(frozen=True)
-class Probe:
-    """What a probing run found."""
-
-    reads: SiteReads
-    rows: Mapping[str, Tensor]  # symbol of the index -> its particle in each row
-    log_probs: Mapping[str, Tensor]  # unchanged densities of the model's sites: (rows, *plates)
-
-
 def run_probe(
     graph: FactorGraph,
     structure: Structure,
     particles: Particles,
     programs: Programs,
     numbers: Numbers,
-    *,
-    max_slots: int,
-    min_rows: int,
-) -> Probe:
+) -> SiteReads:
     """
     Change elements of the latents by the bits of their numbers, and see what else changes.
 
     :param numbers: of the elements of each ordinal, with their numbers of bits.
-    :param max_slots: how many slots to take together, at as many combinations as fit.
-    :param min_rows: at how many combinations at least, if there are as many particles.
     """
+    largest = max(
+        math.prod(graph.sizes[symbol] for symbol in site.factor_plates)
+        for site in structure.model.values()
+    )
     slots: dict[Ordinal, tuple[int, int]] = {}
     total = 1  # the first slot changes nothing
     for plates, (_, bits) in numbers.items():
@@ -89,51 +74,41 @@ def run_probe(
         total += 2 * bits
     patterns = {}
     for name, index in structure.index_of.items():
-        if index.plates and index.plates in numbers:
+        if index.plates in numbers:
             start, bits = slots[index.plates]
             code = _code(numbers[index.plates][0], bits)[1:]
             pattern = code.new_zeros((total, *code.shape[1:]))
             pattern[start : start + 2 * bits] = code
             patterns[name] = pattern
-    fitting, available = max(1, max_slots // total), max(particles.sizes.values(), default=1)
-    num_rows = min(available, max(fitting, min_rows))
-    order = _rows(structure, particles, num_rows, graph.sizes)
-    unchanged: dict[str, list[Tensor]] = {}
+    fitting = max(1, PROBE_ELEMENTS // (largest * total))
+    num_rows = min(max(particles.sizes.values(), default=1), max(fitting, MIN_ROWS))
+    order = _rows(structure, particles, num_rows)
     changed: dict[str, list[Tensor]] = {}
     for first in range(0, num_rows, fitting):
         part = {s: numbers[first : first + fitting] for s, numbers in order.items()}
         for name, log_prob in _log_probs(structure, particles, programs, patterns, part).items():
-            unchanged.setdefault(name, []).append(log_prob[0])
-            if total > 1:
-                differs = differs_from(log_prob, log_prob[:1])
-                inner = "".join(sorted(structure.model[name].factor_plates))
-                changed.setdefault(name, []).append(graph.to_plates(differs, inner, left=2))
+            inner = "".join(sorted(structure.model[name].factor_plates))
+            differs = differs_from(log_prob, log_prob[:1])
+            changed.setdefault(name, []).append(graph.to_plates(differs, inner, left=2))
     reads = {}
     for name, parts in changed.items():
         site = structure.model[name]
-        together = torch.cat(parts, 1)
         ordinals = {structure.by_symbol[s].plates for s in structure.indices_read(site)}
+        together = torch.cat(parts, 1)
         elements = {p: _decode(together, *slots[p]) for p in slots if p in ordinals}
         reads[name] = ElementReads("".join(sorted(site.factor_plates)), elements)
-    return Probe(reads, order, {name: torch.cat(parts) for name, parts in unchanged.items()})
+    return reads
 
 
-def _rows(
-    structure: Structure, particles: Particles, num_rows: int, first: Mapping[str, int]
-) -> dict[str, Tensor]:
-    """
-    Return the particle of each index in each row: random ones, the same in every run.
-
-    :param first: sizes of the first piece of the particles, which has those of the first rows.
-    """
+def _rows(structure: Structure, particles: Particles, num_rows: int) -> dict[str, Tensor]:
+    """Return the particle of each index in each row: random ones, the same in every run."""
     generator = torch.Generator().manual_seed(0)
     order = {}
     for index in structure.indices:
         size = particles.sizes[index.symbol]
         shuffled = partial(torch.randperm, size, generator=generator, device="cpu")
-        numbers = torch.cat([shuffled() for _ in range(math.ceil(num_rows / size))])[:num_rows]
-        numbers[:MIN_ROWS] %= first[index.symbol]
-        order[index.symbol] = numbers
+        numbers = torch.cat([shuffled() for _ in range(math.ceil(num_rows / size))])
+        order[index.symbol] = numbers[:num_rows]
     return order
 
 
@@ -222,11 +197,33 @@ def _collecting(structure: Structure, name: str) -> Collect:
 
 
 def differs_from(x: Tensor, y: Tensor) -> Tensor:
-    """Return where two tensors differ by more than rounding; nan differs from everything."""
-    finite = y[y.isfinite()].abs()
-    largest = float(finite.max()) if finite.numel() else 0.0
-    noise = 100.0 * torch.finfo(y.dtype).eps * (1.0 + largest)
-    return (x != y) & ~((x - y).abs() <= noise)
+    """Return where entries differ by more than rounding; nan differs from everything else."""
+    noise = 100.0 * torch.finfo(y.dtype).eps * (1.0 + y.abs())
+    same = (x == y) | ((x - y).abs() <= noise) | (x.isnan() & y.isnan())
+    return ~same
+
+
+def flat_elements(graph: FactorGraph, plates: Ordinal) -> Tensor:
+    """Return the number of each element of some plates, in the batch dims of the plates."""
+    shape = [1] * graph.max_plate_nesting
+    for symbol in plates:
+        shape[graph.plate_dims[symbol]] = graph.sizes[symbol]
+    number = torch.zeros(shape, dtype=torch.long)
+    for symbol in sorted(plates):
+        along = [1] * graph.max_plate_nesting
+        along[graph.plate_dims[symbol]] = graph.sizes[symbol]
+        number = number * graph.sizes[symbol] + torch.arange(graph.sizes[symbol]).reshape(along)
+    return number.to(graph.device)
+
+
+def unravel(graph: FactorGraph, elements: Tensor, plates: Ordinal) -> dict[str, Tensor]:
+    """Split flat elements of some plates into one element of each; NONE stays NONE."""
+    result = {}
+    none = elements == NONE
+    for symbol in sorted(plates, reverse=True):
+        result[symbol] = (elements % graph.sizes[symbol]).masked_fill(none, NONE)
+        elements = elements // graph.sizes[symbol]
+    return result
 
 
 def num_bits(size: int) -> int:
@@ -258,39 +255,3 @@ def _decode(changed: Tensor, start: int, bits: int) -> Tensor:
     lowest = element.masked_fill(nothing, int(2**bits)).amin(0)
     several = (~single & ~nothing).any(0) | ((lowest != highest) & (highest != NONE))
     return highest.masked_fill(several, SEVERAL)
-
-
-def check_diagonals(graph: FactorGraph, probe: Probe) -> set[str]:
-    """
-    Hold factors against the unchanged densities of a probe, at its combinations of particles.
-
-    They differ where a site reads an index that it was not seen to read, and which is on the level
-    of another that it does read.
-
-    :return: the names of sites that differ.
-    """
-    wrong = set()
-    for factor in graph.factors:
-        if factor.name not in probe.log_probs:
-            continue
-        inner = "".join(symbol for symbol in factor.dims if symbol not in graph.index_plates)
-        expected = graph.to_plates(probe.log_probs[factor.name], inner, left=1)
-        read = [symbol for symbol in factor.dims if symbol in graph.index_plates]
-        layout = [factor.dims.index(symbol) for symbol in (*read, *inner)]
-        tensor = factor.tensor.permute(layout)
-        fits = torch.ones(len(expected), dtype=torch.bool)
-        for symbol in read:
-            fits &= probe.rows[symbol] < graph.sizes[symbol]  # in this piece of the particles
-        rows = tuple(probe.rows[symbol][fits].to(tensor.device) for symbol in read)
-        expected = expected[fits.to(expected.device)]
-        at_rows = tensor[rows] if rows else tensor.unsqueeze(0)
-        difference = torch.where(at_rows == expected, 0.0, (at_rows - expected).abs())
-        finite = expected[expected.isfinite()].abs()
-        largest = float(finite.max()) if finite.numel() else 0.0
-        worst = float(difference.nan_to_num(0.0).max()) if difference.numel() else 0.0
-        if worst > torch.finfo(expected.dtype).eps ** TOLERANCE * (1.0 + largest):
-            wrong.add(factor.name)
-    return wrong
-
-
-TOLERANCE = 0.4  # power of the machine epsilon: what rounding explains

@@ -34,10 +34,8 @@ from pyro_mpis._text import quoted
 from pyro_mpis._typing import Ordinal, SampleMessage
 from pyro_mpis.programs.mapped import Mapped, log_prob_of
 from pyro_mpis.programs.messages import (
-    batch_shape_of,
     drawn_from,
     event_shape_of,
-    is_delta,
     is_latent,
     statements,
 )
@@ -47,7 +45,6 @@ from pyro_mpis.programs.runs import (
     Programs,
     Wanted,
     evaluate,
-    is_out_of_memory,
     run_at,
     run_in_plate,
 )
@@ -112,9 +109,7 @@ def draw_particles(structure: Structure, programs: Programs, num_samples: int) -
     """
     try:
         return Drawn(num_samples, _drawn_together(structure, programs, num_samples))
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
+    except Exception:  # also for want of memory: shapes may grow where code is not vectorised
         return draw_one_by_one(structure, programs, num_samples)
 
 
@@ -137,12 +132,20 @@ def _from_prior(structure: Structure, from_guide: Collection[str]) -> list[str]:
     ]
 
 
-def _drawn_together(
-    structure: Structure, programs: Programs, num_samples: int
-) -> dict[str, Draw]:
+def _drawn_together(structure: Structure, programs: Programs, num_samples: int) -> dict[str, Draw]:
     """Draw in one run of each program, with the particles in a shared dim left of the plates."""
-    dim = structure.shared_dim
-    trace, shapes = run_in_plate(programs, "guide", num_samples=num_samples, dim=dim, given={})
+
+    def run(name: Name, given: Mapping[str, Tensor]) -> tuple[Trace, Mapping[str, torch.Size]]:
+        return run_in_plate(
+            programs,
+            name,
+            num_samples=num_samples,
+            dim=structure.shared_dim,
+            given=given,
+            shapes=structure.shapes_of(name),
+        )
+
+    trace, shapes = run("guide", {})
     sites = statements(trace)
     names = _from_guide(structure)
     draws = {name: _draw(structure.guide[name], sites, shapes, num_samples) for name in names}
@@ -155,9 +158,7 @@ def _drawn_together(
             for name in structure.origins
             if name in sites and is_latent(sites[name])
         }
-        trace, shapes = run_in_plate(
-            programs, "model", num_samples=num_samples, dim=dim, given=given
-        )
+        trace, shapes = run("model", given)
         sites = statements(trace)
         draws |= {
             name: _draw(structure.model[name], sites, shapes, num_samples) for name in from_prior

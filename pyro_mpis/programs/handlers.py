@@ -105,6 +105,34 @@ class Substitute(Messenger):
             msg["done"] = True
 
 
+class Watch(Messenger):
+    """
+    End a vectorised run at the first site whose shape shows that the program is not vectorised.
+
+    Code that takes the particles' dim for another may make tensors larger from step to step.
+
+    :param shapes: batch and event shape of each site in an ordinary run.
+    :param dim: the dim of the particles, left of all others.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[torch.Size, torch.Size]], dim: int) -> None:
+        super().__init__()
+        self.shapes = shapes
+        self.dim = dim
+
+    def _pyro_sample(self, msg: SampleMessage) -> None:
+        if msg["name"] not in self.shapes or not hasattr(msg["fn"], "batch_shape"):
+            return
+        batch, event = self.shapes[msg["name"]]
+        found = torch.Size(msg["fn"].batch_shape)
+        ordinary = (*(1,) * (-1 - self.dim - len(batch)), *batch)
+        fits = len(found) <= -self.dim and torch.Size(msg["fn"].event_shape) == event
+        for size, expected in zip(reversed(found), reversed(ordinary), strict=False):
+            fits &= size in (1, expected)
+        if not fits:
+            raise ValueError(f"site '{msg['name']}': its shape with particles is another")
+
+
 class Stop(Messenger):
     """End a run once some sites have been met. Is to be outside of the tracer."""
 

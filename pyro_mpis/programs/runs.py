@@ -26,7 +26,15 @@ from torch import Tensor
 
 from pyro_mpis._text import first_line
 from pyro_mpis._typing import Program, SampleMessage
-from pyro_mpis.programs.handlers import AllMet, Compare, LiftMasks, Stop, Substitute, Track
+from pyro_mpis.programs.handlers import (
+    AllMet,
+    Compare,
+    LiftMasks,
+    Stop,
+    Substitute,
+    Track,
+    Watch,
+)
 from pyro_mpis.programs.mapped import Mapped, Values, run_mapped, unwrapped
 from pyro_mpis.programs.messages import is_delta, is_enumerated, is_latent, statements
 
@@ -130,18 +138,26 @@ def _run_both(
 
 
 def run_in_plate(
-    programs: Programs, name: Name, *, num_samples: int, dim: int, given: Mapping[str, Tensor]
+    programs: Programs,
+    name: Name,
+    *,
+    num_samples: int,
+    dim: int,
+    given: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[torch.Size, torch.Size]],
 ) -> tuple[Trace, Mapping[str, torch.Size]]:
     """
     Run a program with a shared dim of particles; draws random numbers.
 
     :param dim: the shared dim, a batch dim left of all plates.
     :param given: values, with the shared dim, of the sites that are not to be drawn.
+    :param shapes: batch and event shapes of all sites in an ordinary run.
     :return: the trace; and each distribution's batch shape before the particles' plate expands it.
     :raises Exception: whatever the program raises, if it is not vectorised.
     """
     handler = Substitute(given)
-    with pyro.validation_enabled(False), pyro.plate(PARTICLES, num_samples, dim=dim):
+    plate = pyro.plate(PARTICLES, num_samples, dim=dim)
+    with pyro.validation_enabled(False), plate, Watch(shapes, dim):
         trace = _traced(programs, name, handler, ())
     return trace, handler.batch_shapes
 
@@ -163,9 +179,7 @@ def trace_at(programs: Programs, values: Mapping[str, Tensor]) -> Trace:
     return trace
 
 
-def _traced(
-    programs: Programs, name: Name, handler: Substitute, until: Collection[str]
-) -> Trace:
+def _traced(programs: Programs, name: Name, handler: Substitute, until: Collection[str]) -> Trace:
     """Run a program under a handler; what fails after its last site is not needed."""
     tracer = poutine.trace()
     with handler, tracer, Stop(until) if until else contextlib.nullcontext():

@@ -31,11 +31,11 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from pyro_mpis._text import first_line, quoted
 from pyro_mpis._typing import Program, SampleMessage
-from pyro_mpis.programs.environment import Environment
 from pyro_mpis.programs.agreement import refuse_subsampling
 from pyro_mpis.programs.analysis import find_max_plate_nesting
-from pyro_mpis._text import first_line, quoted
+from pyro_mpis.programs.environment import Environment
 from pyro_mpis.programs.messages import is_delta, is_latent, statements
 
 # What a program is called with: positional arguments, or keyword arguments by their names.

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""
+Hold a factor graph against densities at combinations that mix the elements of plates.
+
+A factor has one particle for all elements of a plate at a time, so it cannot show whether each
+element reads its own element of a latent, or that of an index array at every combination. Here each
+element of a plated latent takes a particle of its own, at random. If the graph is right, every
+density must be the entry of its factor at the particles of the elements that it reads.
+
+There are two ways. **Together**: indices outside of plates take random particles too, in a few
+rows. That also finds a read which the plain run missed, where indices share a level. **Apart**:
+indices outside of plates take all their particles, so that an element which is read only at some
+of them is found. That is for factors that read by an index array.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pyro
+import torch
+from torch import Tensor
+
+from pyro_mpis._typing import Ordinal
+from pyro_mpis.factor_graph.graph import FactorGraph, LogFactor
+from pyro_mpis.particles.factors import wanted_of_guide, wanted_of_model
+from pyro_mpis.particles.probes import NONE, SiteReads, unravel
+from pyro_mpis.particles.proposals import Particles
+from pyro_mpis.programs.mapped import Mapped
+from pyro_mpis.programs.runs import Programs, evaluate
+from pyro_mpis.programs.structure import Structure, levels_of
+
+ROWS = 3  # random choices of a particle for each element
+ROWS_OF_DISCRETE = 16  # where two particles may have the same value
+ELEMENTS = 2**22  # of the largest tensor, rows aside: above it fewer rows are taken
+# The power of the machine epsilon, relative to one plus the entry, above which an entry differs:
+# rounding explains no more.
+TOLERANCE = 0.4
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A random choice of particles, in some rows."""
+
+    levels: list[list[str]]  # symbols of indices with all their particles on a level each
+    chosen: Mapping[str, Tensor]  # all other indices: (rows, *plates), plates padded
+    rows: int
+
+
+def differing(
+    graph: FactorGraph,
+    structure: Structure,
+    particles: Particles,
+    programs: Programs,
+    reads: SiteReads,
+    *,
+    together: bool,
+) -> list[LogFactor]:
+    """
+    Return the factors that are not the densities of the programs, one of each site.
+
+    :param graph: of these particles, not regrouped.
+    :param reads: which elements are read by index arrays.
+    :param together: whether indices outside of plates take random particles too.
+    :raises NotMappableError: if torch cannot map the programs.
+    """
+    mixture = _mixture(graph, structure, particles, together=together)
+    levels = [
+        {name: particles.values[name] for s in level for name in structure.by_symbol[s].sites}
+        for level in mixture.levels
+    ]
+    mixed = _mixed_values(structure, particles, mixture)
+    with pyro.validation_enabled(False):
+        said_by_guide, said_by_model = evaluate(
+            programs,
+            [*levels, mixed] if mixed else levels,
+            guide=wanted_of_guide(structure),
+            model=wanted_of_model(structure),
+            shapes=structure.latent_shapes,
+        )
+    found = {name: said["log_prob"] for name, said in said_by_model.items() if "log_prob" in said}
+    found |= {
+        f"{name} (guide)": _negative(said["log_prob"]) for name, said in said_by_guide.items()
+    }
+    wrong = []
+    for factor in graph.factors:
+        if factor.name in found:
+            expected = _at_mixture(graph, structure, factor, reads, mixture)
+            actual = _aligned(graph, factor, found[factor.name], mixture)
+            if not _same(actual, expected):
+                wrong.append(factor)
+    return wrong
+
+
+def _negative(mapped: Mapped) -> Mapped:
+    return Mapped(-mapped.tensor, mapped.levels)
+
+
+def _mixture(
+    graph: FactorGraph, structure: Structure, particles: Particles, *, together: bool
+) -> Mixture:
+    """Choose particles at random; draws from a generator of its own."""
+    outside = {index.symbol for index in structure.indices if not index.plates}
+    apart = set() if together else outside
+    levels = [[s for s in level if s in apart] for level in levels_of(structure, particles.sizes)]
+    generator = torch.Generator().manual_seed(0)
+    plated = [name for name, index in structure.index_of.items() if index.plates]
+    discrete = any(not particles.values[name].is_floating_point() for name in plated) or any(
+        structure.index_of[name].enumerated for name in plated
+    )
+    largest = max(
+        math.prod(graph.sizes[s] for s in site.factor_plates) * site.event_size
+        for site in structure.model.values()
+    )
+    rows = min(ROWS_OF_DISCRETE if discrete else ROWS, max(2, ELEMENTS // largest))
+    chosen = {}
+    for index in structure.indices:
+        if index.symbol not in apart:
+            shape = [1] * structure.max_plate_nesting
+            for symbol in index.plates:
+                shape[structure.plates[symbol].dim] = structure.plates[symbol].size
+            size = particles.sizes[index.symbol]
+            chosen[index.symbol] = torch.randint(size, (rows, *shape), generator=generator)
+    return Mixture([level for level in levels if level], chosen, rows)
+
+
+def _mixed_values(
+    structure: Structure, particles: Particles, mixture: Mixture
+) -> dict[str, Tensor]:
+    """Return the values of sites at the chosen particles: ``(rows, *shape)``."""
+    values = {}
+    for name, index in structure.index_of.items():
+        if index.symbol in mixture.chosen:
+            value, site = particles.values[name], structure.proposal_site(name)
+            chosen = mixture.chosen[index.symbol].to(value.device)
+            batch = chosen.shape[chosen.dim() - len(site.batch_shape) :]
+            chosen = chosen.reshape((mixture.rows, *batch, *(1,) * site.event_dim))
+            values[name] = torch.take_along_dim(value, chosen, 0)
+    return values
+
+
+def _at_mixture(
+    graph: FactorGraph,
+    structure: Structure,
+    factor: LogFactor,
+    reads: SiteReads,
+    mixture: Mixture,
+) -> Tensor:
+    """Look a factor up at the chosen particles: ``(*levels, rows, *plates)``."""
+    plates = "".join(symbol for symbol in factor.dims if symbol not in graph.index_plates)
+    apart = [s for s in factor.dims if s in graph.index_plates and s not in mixture.chosen]
+    dims = [*apart, "", *plates]  # "" is that of the rows
+    selection = []
+    for symbol in factor.dims:
+        shape = [1] * len(dims)
+        if symbol not in mixture.chosen:
+            shape[dims.index(symbol)] = graph.sizes[symbol]
+            selection.append(torch.arange(graph.sizes[symbol]).reshape(shape))
+            continue
+        ordinal = graph.index_plates[symbol]
+        chosen = mixture.chosen[symbol]
+        if ordinal <= factor.plates:
+            chosen = graph.to_plates(chosen, plates, left=1)
+        else:
+            chosen = _read_by_index(graph, reads, factor, ordinal, chosen, plates)
+        selection.append(chosen.reshape([1] * len(apart) + list(chosen.shape)))
+    selected: tuple[Tensor, ...] = tuple(index.to(factor.tensor.device) for index in selection)
+    return factor.tensor[selected] if selected else factor.tensor
+
+
+def _read_by_index(
+    graph: FactorGraph,
+    reads: SiteReads,
+    factor: LogFactor,
+    ordinal: Ordinal,
+    chosen: Tensor,
+    plates: str,
+) -> Tensor:
+    """Return the particle of the element that each plate element reads: ``(rows, *plates)``."""
+    site = reads[factor.name]
+    elements = site.elements[ordinal].to(chosen.device)
+    elements = elements.masked_fill(elements == NONE, 0)
+    own = "".join(sorted(ordinal))
+    position = unravel(graph, elements, ordinal)
+    at = tuple(position[symbol] for symbol in own)
+    result = graph.to_plates(chosen, own, left=1)[(slice(None), *at)]
+    order = [1 + site.inner.index(symbol) for symbol in plates]
+    return result.permute((0, *order))
+
+
+def _aligned(graph: FactorGraph, factor: LogFactor, log_prob: Mapped, mixture: Mixture) -> Tensor:
+    """Bring a density of the mapped run to ``(*levels, rows, *plates)``."""
+    plates = "".join(symbol for symbol in factor.dims if symbol not in graph.index_plates)
+    apart = [s for s in factor.dims if s in graph.index_plates and s not in mixture.chosen]
+    tensor, levels = log_prob.tensor, list(log_prob.levels)
+    batch = tensor.dim() - len(levels)
+    wanted = [next(n for n, level in enumerate(mixture.levels) if s in level) for s in apart]
+    wanted.append(len(mixture.levels))
+    extra = [level for level in levels if level not in wanted]
+    if extra:  # of an index with one particle, or that was missed
+        for level in extra:
+            tensor = tensor.select(levels.index(level), 0)
+            levels.remove(level)
+    for position, level in enumerate(wanted):
+        if level not in levels:
+            tensor = tensor.unsqueeze(position)
+            levels.insert(position, level)
+    tensor = tensor.permute((*(levels.index(n) for n in wanted), *range(len(wanted), tensor.dim())))
+    missing = graph.max_plate_nesting - batch
+    lead, rest = tensor.shape[: len(wanted)], tensor.shape[len(wanted) :]
+    tensor = tensor.reshape((*lead, *(1,) * missing, *rest))
+    return graph.to_plates(tensor, plates, left=len(wanted))
+
+
+def _same(actual: Tensor, expected: Tensor) -> bool:
+    """Whether two tensors agree entry by entry; nan agrees with nan."""
+    tolerance = torch.finfo(actual.dtype).eps ** TOLERANCE * (1.0 + expected.abs())
+    close = (actual == expected) | ((actual - expected).abs() <= tolerance)
+    return bool((close | (actual.isnan() & expected.isnan())).all())
