@@ -108,21 +108,35 @@ class Replicate:
         structure, programs, validate = self.structure, self.programs, self.environment.validate
         block, parts = self.cut(ranges)
         first = block.block(structure, parts[0])
-        graph = build_graph(structure, first, programs)
+        graph = build_graph(structure, first, programs, validate=validate)
         # All particles, not this block's: a few may all decide alike which element is read.
         reads = find_reads(graph, structure, self.particles, programs)
+        check = partial(self._check, reads)
         shares_levels = len(structure.indices) > UNIQUE_LEVELS
         plated = any(graph.index_plates.values())
         if shares_levels or (validate and plated and not reads):
-            check_graph(graph, structure, first, programs, reads, together=True)
+            check(graph, first, together=True)
         if validate and reads:
-            check_graph(graph, structure, first, programs, reads, together=False)
+            check(graph, first, together=False)
         graph = regroup_indexed(graph, reads)
         check_crossing(graph)
         replicate = replace(self, reads=reads)
         others = replicate.evaluated(block, parts[1:], check=validate)
         graphs = itertools.chain([graph], others)
         return replicate, _put_together(map(reduced, graphs), parts, block.sizes)
+
+    def _check(
+        self, reads: SiteReads, graph: FactorGraph, particles: Particles, *, together: bool
+    ) -> None:
+        check_graph(
+            graph,
+            self.structure,
+            particles,
+            self.programs,
+            reads,
+            together=together,
+            validate=self.environment.validate,
+        )
 
     def cut(self, ranges: Ranges) -> tuple[Particles, tuple[Ranges, ...]]:
         """Return the particles of a block, and how it is cut into pieces."""
@@ -136,11 +150,10 @@ class Replicate:
         assert self.reads is not None
         for part in parts:
             particles = block.block(self.structure, part)
-            graph = build_graph(self.structure, particles, self.programs)
+            validate = self.environment.validate
+            graph = build_graph(self.structure, particles, self.programs, validate=validate)
             if check and self.reads:
-                check_graph(
-                    graph, self.structure, particles, self.programs, self.reads, together=False
-                )
+                self._check(self.reads, graph, particles, together=False)
             yield regroup_indexed(graph, self.reads)
 
 
@@ -297,7 +310,9 @@ def _evaluated(plan: Plan, drawn: Drawn, workers: Workers) -> BlockSum:
     redrawn = followed = False
     while True:
         try:
-            particles = weigh(plan.structure, plan.programs, drawn)
+            particles = weigh(
+                plan.structure, plan.programs, drawn, validate=plan.environment.validate
+            )
             blocks = split(particles.sizes, plan.cut.blocks)
             return evaluate(Replicate(plan, particles), blocks, workers)
         except ReadTogether as found:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from pyro.infer.autoguide import AutoNormal, AutoStructured
 
-from pyro_mpis import MPImportance, memory
+from pyro_mpis import MPImportance
+from pyro_mpis.particles import memory
 from pyro_mpis.blocks import split
 
 pytestmark = pytest.mark.usefixtures("float64")

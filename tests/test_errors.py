@@ -15,7 +15,8 @@ from pyro.ops.indexing import Vindex
 from pyro.poutine.runtime import _PYRO_STACK, InferDict
 from torch import Tensor
 
-from pyro_mpis import MPImportance, MPISWarning, proposals
+from pyro_mpis import MPImportance, MPISWarning
+from pyro_mpis.particles import proposals
 
 Program = Callable[..., object]
 

@@ -16,7 +16,8 @@ from pyro.infer.autoguide import AutoNormal
 from pyro.ops.indexing import Vindex
 from torch import Tensor
 
-from pyro_mpis import MPImportance, indexing, memory
+from pyro_mpis import MPImportance
+from pyro_mpis.particles import indexed, memory
 
 pytestmark = pytest.mark.usefixtures("float64")
 

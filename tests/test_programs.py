@@ -20,7 +20,8 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 
-from pyro_mpis import MPImportance, MPISWarning, memory, proposals
+from pyro_mpis import MPImportance, MPISWarning
+from pyro_mpis.particles import memory, proposals
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -24,7 +24,8 @@ from torch import Tensor
 from pyro_mpis._typing import Ordinal, SampleMessage
 from pyro_mpis.factor_graph.graph import FactorGraph, LogFactor, SiteValue, exchange_dims
 from pyro_mpis.particles.proposals import Drawn, Particles
-from pyro_mpis.programs.mapped import Mapped, log_prob_of
+from pyro_mpis.programs.densities import density_of
+from pyro_mpis.programs.mapped import Mapped
 from pyro_mpis.programs.messages import counted, drawn_from
 from pyro_mpis.programs.runs import Collect, Programs, Said, Wanted, evaluate
 from pyro_mpis.programs.structure import Index, Site, Structure, levels_of
@@ -37,11 +38,15 @@ class MissedReadError(Exception):
     """A site reads indices that the plain run did not see it read."""
 
 
-def build_graph(structure: Structure, particles: Particles, programs: Programs) -> FactorGraph:
+def build_graph(
+    structure: Structure, particles: Particles, programs: Programs, *, validate: bool
+) -> FactorGraph:
     """
     Evaluate model and guide with every index in a dim of its own, and pack their log factors.
 
-    :raises ValueError: if a log_prob is nan or infinite.
+    :param validate: whether to look at supports and arguments.
+    :raises ValueError: if a log_prob is nan at a combination that no other factor rules out, or
+        infinite.
     :raises NotMappableError: if torch cannot map the programs.
     :raises MissedReadError: if a site reads more than the structure says.
     """
@@ -57,12 +62,13 @@ def build_graph(structure: Structure, particles: Particles, programs: Programs) 
                 }
                 for level in levels
             ],
-            guide=wanted_of_guide(structure),
-            model=wanted_of_model(structure),
+            guide=wanted_of_guide(structure, validate=validate),
+            model=wanted_of_model(structure, validate=validate),
             shapes=structure.latent_shapes,
         )
     packer = _Packer(structure, particles.sizes, levels)
     factors = _factors(structure, particles, said_by_guide, said_by_model, packer)
+    factors = without_ruled_out(factors, structure)
     anything = factors[0].tensor if factors else torch.zeros(())
     return FactorGraph(
         factors=tuple(factors),
@@ -83,19 +89,20 @@ def build_graph(structure: Structure, particles: Particles, programs: Programs) 
     )
 
 
-def wanted_of_guide(structure: Structure) -> Wanted | None:
+def wanted_of_guide(structure: Structure, *, validate: bool) -> Wanted | None:
     """Return what the guide is to say: the densities of sites that it computes from others."""
     names = [*structure.guide_factors, *structure.carried]
 
     def collect(site: SampleMessage, _: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {"log_prob": drawn_from(site, log_prob_of(site["fn"], site["value"]))}
+        density = density_of(site["fn"], site["value"], validate=validate)
+        return {"log_prob": drawn_from(site, density)}
 
     if not names:
         return None
     return Wanted(dict.fromkeys(names, collect), frozenset(structure.guide))
 
 
-def wanted_of_model(structure: Structure) -> Wanted:
+def wanted_of_model(structure: Structure, *, validate: bool) -> Wanted:
     """Return what the model is to say: the densities of its sites, the values of its latents."""
 
     def collecting(name: str) -> Collect:
@@ -107,7 +114,8 @@ def wanted_of_model(structure: Structure) -> Wanted:
         def collect(site: SampleMessage, _: Mapping[str, Tensor]) -> dict[str, Tensor]:
             result = {"value": site["value"]} if has_value else {}
             if has_density:
-                log_prob = counted(site, log_prob_of(site["fn"], site["value"]))
+                density = density_of(site["fn"], site["value"], validate=validate)
+                log_prob = counted(site, density)
                 result["log_prob"] = summed_over(log_prob, dims)
             return result
 
@@ -222,7 +230,6 @@ class _Packer:
 
     def _pack(self, name: str, tensor: Tensor, lead: str, plates: Ordinal) -> LogFactor:
         """Name the dims of ``(*lead, *batch dims)``, drop those of size one, expand to plates."""
-        check_finite(name, tensor)
         if tensor.dtype.itemsize < PRECISE:
             tensor = tensor.float()
         letters = {self.structure.plates[symbol].dim: symbol for symbol in plates}
@@ -293,17 +300,56 @@ def site_value(structure: Structure, site: Site, tensor: Tensor, lead: str) -> S
     )
 
 
-def check_finite(name: str, tensor: Tensor) -> None:
-    """Refuse nan and +inf; -inf means impossible."""
-    highest = tensor.max() if tensor.numel() else tensor.new_zeros(())
-    if bool(torch.isnan(highest)):
-        count = int(tensor.isnan().sum())
+def without_ruled_out(factors: Sequence[LogFactor], structure: Structure) -> list[LogFactor]:
+    """
+    Refuse nan and +inf, but for combinations that another factor makes impossible.
+
+    There nan becomes -inf: as where a Binomial has fewer trials left than none, since more were
+    drawn than there are.
+
+    :raises ValueError: names the site.
+    """
+    result = []
+    for factor in factors:
+        tensor = factor.tensor
+        if tensor.numel() and not bool(tensor.max() < math.inf):
+            wrong = tensor.isnan()
+            for other in factors:
+                if other is not factor and bool(wrong.any()):
+                    wrong = wrong & ~_ruled_out(factor, other, structure)
+            _refuse(factor.name, tensor, wrong)
+            factor = replace(factor, tensor=tensor.masked_fill(tensor.isnan(), -math.inf))
+        result.append(factor)
+    return result
+
+
+def _ruled_out(factor: LogFactor, other: LogFactor, structure: Structure) -> Tensor:
+    """Return where another factor is zero, in the dims of a factor."""
+    zero = other.tensor == -math.inf
+    dims = other.dims
+    for symbol in other.dims:  # all particles of an index, then any element of a plate
+        if symbol not in factor.dims and symbol in structure.by_symbol:
+            zero, dims = zero.all(dims.index(symbol)), dims.replace(symbol, "")
+    for symbol in other.dims:
+        if symbol not in factor.dims and symbol not in structure.by_symbol:
+            zero, dims = zero.any(dims.index(symbol)), dims.replace(symbol, "")
+    zero = zero.permute([dims.index(symbol) for symbol in factor.dims if symbol in dims])
+    for position, symbol in enumerate(factor.dims):
+        if symbol not in dims:
+            zero = zero.unsqueeze(position)
+    return zero
+
+
+def _refuse(name: str, tensor: Tensor, wrong: Tensor) -> None:
+    """Refuse nan where nothing rules it out, and +inf."""
+    if bool(wrong.any()):
         raise ValueError(
-            f"site '{name}': log_prob is nan at {count} of {tensor.numel()} combinations of "
-            "particles and plate elements. Check the distribution's arguments for values that "
-            "the latents can take (0/0, log or sqrt of a negative number), and the data for nan."
+            f"site '{name}': log_prob is nan at {int(wrong.sum())} of {tensor.numel()} "
+            "combinations of particles and plate elements. Check the distribution's arguments for "
+            "values that the latents can take (a negative scale, 0/0, log or sqrt of a negative "
+            "number), and the data for nan."
         )
-    if bool(highest == math.inf):
+    if bool((tensor == math.inf).any()):
         raise ValueError(
             f"site '{name}': log_prob is +inf, an infinite density, for some particle. Check "
             "scales of zero, and values at the edge of a distribution's support."
@@ -331,8 +377,8 @@ def reads_found(structure: Structure, drawn: Drawn, programs: Programs) -> Struc
                 {name: drawn.draws[name].value[:2] for name in structure.by_symbol[symbol].sites}
                 for symbol in symbols
             ],
-            guide=wanted_of_guide(structure),
-            model=wanted_of_model(structure),
+            guide=wanted_of_guide(structure, validate=False),
+            model=wanted_of_model(structure, validate=False),
             shapes=structure.latent_shapes,
         )
 

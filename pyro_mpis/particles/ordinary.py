@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pyro_mpis._typing import SampleMessage
 from pyro_mpis.factor_graph.graph import FactorGraph, LogFactor
-from pyro_mpis.particles.factors import check_finite, site_value
+from pyro_mpis.particles.factors import site_value, without_ruled_out
 from pyro_mpis.particles.proposals import Particles
 from pyro_mpis.programs.messages import counted, drawn_from, is_delta, is_latent, statements
 from pyro_mpis.programs.runs import Programs
@@ -53,18 +53,19 @@ def run_ordinary(
     symbol = structure.indices[0].symbol
     by_name = {name: torch.stack([row[name] for row in values]) for name in kept}
     log_factors = _log_factors(rows)
-    for name, tensor in log_factors.items():
-        check_finite(name, tensor)
     log_k = torch.full((num_samples,), -math.log(num_samples), dtype=torch.double)
     tensors = {**log_factors, "number of particles": log_k}
     dims = symbol if num_samples > 1 else ""
-    factors = tuple(
-        LogFactor(name, tensor.reshape([num_samples] * len(dims)), dims, frozenset())
-        for name, tensor in tensors.items()
+    factors = without_ruled_out(
+        [
+            LogFactor(name, tensor.reshape([num_samples] * len(dims)), dims, frozenset())
+            for name, tensor in tensors.items()
+        ],
+        structure,
     )
     plates = structure.plates
     graph = FactorGraph(
-        factors=factors,
+        factors=tuple(factors),
         sizes={symbol: num_samples} | {s: plate.size for s, plate in plates.items()},
         index_plates={symbol: frozenset()},
         plate_dims={s: plate.dim for s, plate in plates.items()},

@@ -32,7 +32,8 @@ from torch import Tensor
 
 from pyro_mpis._text import quoted
 from pyro_mpis._typing import Ordinal, SampleMessage
-from pyro_mpis.programs.mapped import Mapped, log_prob_of
+from pyro_mpis.programs.densities import density_of
+from pyro_mpis.programs.mapped import Mapped
 from pyro_mpis.programs.messages import (
     drawn_from,
     event_shape_of,
@@ -255,10 +256,11 @@ def draw_one_by_one(structure: Structure, programs: Programs, num_samples: int) 
     return Drawn(num_samples, draws)
 
 
-def weigh(structure: Structure, programs: Programs, drawn: Drawn) -> Particles:
+def weigh(structure: Structure, programs: Programs, drawn: Drawn, *, validate: bool) -> Particles:
     """
     Evaluate the density that each particle was drawn from, (14); draws nothing.
 
+    :param validate: whether to look at supports and arguments.
     :raises DisagreementError: if particles that were drawn together have other densities at single
         values: the program is not written for particles in a batch dim.
     """
@@ -279,7 +281,8 @@ def weigh(structure: Structure, programs: Programs, drawn: Drawn) -> Particles:
         else:
             parts = {name: draw.log_prob for name, draw in members.items()}
             log_proposals[index.symbol] = _joint(structure, index, parts, particle_dims=1)
-    log_proposals |= _mixtures(structure, programs, drawn, pending)
+    log_proposals |= _mixtures(structure, programs, drawn, pending, validate=validate)
+    _check_proposals(structure, log_proposals)
     values = {
         name: _support_of(name, drawn.draws[name]) if index.enumerated else drawn.draws[name].value
         for name, index in structure.index_of.items()
@@ -289,6 +292,18 @@ def weigh(structure: Structure, programs: Programs, drawn: Drawn) -> Particles:
         for index in structure.indices
     }
     return Particles(drawn.num_samples, sizes, values, log_proposals)
+
+
+def _check_proposals(structure: Structure, log_proposals: Mapping[str, Tensor]) -> None:
+    """Refuse proposals without a density."""
+    for symbol, log_proposal in log_proposals.items():
+        if bool(log_proposal.isnan().any()):
+            sites = quoted(structure.by_symbol[symbol].sites)
+            raise ValueError(
+                f"site {sites}: the density of its proposal is nan for "
+                f"{int(log_proposal.isnan().sum())} of {log_proposal.numel()} particles. Check the "
+                "arguments of its distribution, in the guide or, without one, in the model."
+            )
 
 
 def _support_of(name: str, draw: Draw) -> Tensor:
@@ -305,7 +320,12 @@ class DisagreementError(Exception):
 
 
 def _mixtures(
-    structure: Structure, programs: Programs, drawn: Drawn, pending: list[Index]
+    structure: Structure,
+    programs: Programs,
+    drawn: Drawn,
+    pending: list[Index],
+    *,
+    validate: bool,
 ) -> dict[str, Tensor]:
     """Return log Q of indices whose proposals read particles: (K, *plates)."""
     if not pending:
@@ -323,7 +343,9 @@ def _mixtures(
         parts: dict[str, list[Tensor]] = {index.symbol: [] for index in indices}
         for start in range(0, drawn.num_samples, size):
             rows = slice(start, start + size)
-            log_probs = _log_probs_of_pairs(structure, programs, drawn, names, together, rows)
+            log_probs = _log_probs_of_pairs(
+                structure, programs, drawn, names, together, rows, validate=validate
+            )
             for name in names:
                 _check_agreement(name, log_probs[name], drawn.draws[name].log_prob[rows], start)
             for index in indices:
@@ -341,6 +363,8 @@ def _log_probs_of_pairs(
     names: list[str],
     together: list[str],
     rows: slice,
+    *,
+    validate: bool,
 ) -> dict[str, Tensor]:
     """
     Evaluate the proposals of some sites at particle k, given all other sites at particle j.
@@ -357,7 +381,9 @@ def _log_probs_of_pairs(
         levels.append(others)
     from_guide = [n for n in names if structure.proposal_site(n) is structure.guide.get(n)]
     from_model = [name for name in names if name not in from_guide]
-    said = _evaluate_at(structure, programs, levels, from_guide, from_model, prefix)
+    said = _evaluate_at(
+        structure, programs, levels, from_guide, from_model, prefix, validate=validate
+    )
     result = {}
     for name in names:
         mapped = said[name]["log_prob"]
@@ -378,12 +404,15 @@ def _evaluate_at(
     from_guide: list[str],
     from_model: list[str],
     prefix: str,
+    *,
+    validate: bool,
 ) -> dict[str, dict[str, Mapped]]:
     """Evaluate proposals, each at its candidate, where programs read the values of other levels."""
 
     def collect(site: SampleMessage, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         value = values[prefix + site["name"]]
-        return {"log_prob": drawn_from(site, log_prob_of(site["fn"], value))}
+        density = density_of(site["fn"], value, validate=validate)
+        return {"log_prob": drawn_from(site, density)}
 
     needs_carried = bool(from_model and structure.carried)
     guide = Wanted(

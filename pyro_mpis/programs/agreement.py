@@ -39,6 +39,7 @@ def refuse_subsampling(traces: Iterable[Trace]) -> None:
 def check_guide_matches_model(
     guide_sites: Mapping[str, SampleMessage], model_sites: Mapping[str, SampleMessage]
 ) -> None:
+    """Check that the model has every site of the guide, as a latent."""
     latents = {name for name, site in model_sites.items() if is_latent(site)}
     for name, site in guide_sites.items():
         if not is_latent(site) or (name not in model_sites and site["infer"].get("is_auxiliary")):

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The density of a site at single values: zero outside of the support, nan at invalid arguments.
+
+torch's formulas give numbers there too, since with validation on it refuses such values before. In
+a sum over all combinations of particles some combinations are bound to be outside, and they count
+as what they are: impossible.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from pyro.distributions import MaskedDistribution
+from pyro.distributions.torch_distribution import ExpandedDistribution
+from torch import Tensor
+from torch.distributions import (
+    Distribution,
+    Independent,
+    MixtureSameFamily,
+    TransformedDistribution,
+    constraints,
+)
+
+from pyro_mpis.programs.mapped import log_prob_of
+
+UNBOUNDED = (constraints.real, constraints.real_vector, constraints.dependent)
+
+
+def density_of(fn: Distribution, value: Tensor, *, validate: bool) -> Tensor:
+    """
+    Return a site's log density: ``(*batch shape)``.
+
+    :param validate: whether to look at the support and the arguments.
+    """
+    log_prob = log_prob_of(fn, value)
+    if not validate or not isinstance(fn, Distribution):
+        return log_prob
+    inside = _inside(fn, value)
+    if inside is not None:
+        log_prob = torch.where(inside, log_prob, -torch.inf)
+    for valid in _valid_arguments(fn):
+        log_prob = torch.where(valid, log_prob, torch.nan)
+    return log_prob
+
+
+def _inside(fn: Distribution, value: Tensor) -> Tensor | None:
+    """Return where values lie in the support, ``(*batch shape)``; None if all do."""
+    try:
+        if isinstance(fn, Independent):
+            return _all_of_events(_inside(fn.base_dist, value), fn.reinterpreted_batch_ndims)
+        if isinstance(fn, MaskedDistribution | ExpandedDistribution):
+            return _inside(fn.base_dist, value)
+        if isinstance(fn, TransformedDistribution):
+            return _inside_transformed(fn, value)
+        support = fn.support
+        if support is None or any(support is unbounded for unbounded in UNBOUNDED):
+            return None
+        return support.check(value)  # type: ignore[no-any-return]
+    except (RuntimeError, NotImplementedError, AttributeError):
+        return None  # there is no saying
+
+
+def _inside_transformed(fn: TransformedDistribution, value: Tensor) -> Tensor | None:
+    """Ask the base distribution at the inverted value: a last affine transform says "anywhere"."""
+    inside: Tensor | None = None
+    event_dim = len(fn.event_shape)
+    for transform in reversed(fn.transforms):
+        codomain = transform.codomain
+        if not any(codomain is unbounded for unbounded in UNBOUNDED):
+            check = codomain.check(value)
+            check = _all_of_events(check, event_dim - codomain.event_dim)
+            assert check is not None
+            inside = check if inside is None else inside & check
+        value = transform.inv(value)
+        event_dim += transform.domain.event_dim - transform.codomain.event_dim
+    base = _all_of_events(_inside(fn.base_dist, value), event_dim - len(fn.base_dist.event_shape))
+    if inside is None or base is None:
+        return inside if base is None else base
+    return inside & base
+
+
+def _all_of_events(inside: Tensor | None, dims: int) -> Tensor | None:
+    """Whether all of an event are inside: its dims are the last ones."""
+    if inside is None or dims <= 0:
+        return inside
+    return inside.flatten(-dims).all(-1) if inside.dim() >= dims else inside.all()
+
+
+def _valid_arguments(fn: Distribution, dims: int = 0) -> Iterator[Tensor]:
+    """
+    Yield where each argument meets its constraint, in dims of the batch shape.
+
+    :param dims: batch dims of this distribution that are event dims of the site.
+    """
+    if isinstance(fn, Independent):
+        yield from _valid_arguments(fn.base_dist, dims + fn.reinterpreted_batch_ndims)
+        return
+    if isinstance(fn, MaskedDistribution | ExpandedDistribution):
+        yield from _valid_arguments(fn.base_dist, dims)
+        return
+    if isinstance(fn, TransformedDistribution):
+        more = len(fn.base_dist.batch_shape) - len(fn.batch_shape)
+        yield from _valid_arguments(fn.base_dist, dims + max(more, 0))
+        return
+    if isinstance(fn, MixtureSameFamily):
+        yield from _valid_arguments(fn.mixture_distribution, dims)
+        yield from _valid_arguments(fn.component_distribution, dims + 1)
+        return
+    for name, constraint in fn.arg_constraints.items():
+        if constraints.is_dependent(constraint) or constraint is constraints.real:
+            continue
+        argument = fn.__dict__.get(name)  # others are computed from these when asked for
+        if not isinstance(argument, Tensor):
+            continue
+        try:
+            valid = constraint.check(argument)
+        except (RuntimeError, NotImplementedError):
+            continue  # torch cannot map the check of some, as of positive definite matrices
+        valid = _all_of_events(valid, min(dims, valid.dim()))
+        assert valid is not None
+        yield valid
+
+
+def invalid_arguments(fn: Distribution) -> list[str]:
+    """Return what the arguments of a distribution have to be, for a message."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    rules = getattr(fn, "arg_constraints", {})
+    return [
+        f"{name}: {constraint}"
+        for name, constraint in rules.items()
+        if not constraints.is_dependent(constraint) and constraint is not constraints.real
+    ]
