@@ -23,8 +23,8 @@ from pyro_mpis._typing import Program
 from pyro_mpis.at_draws import OrdinarySite, predict, replay_draws
 from pyro_mpis.blocks import Builder
 from pyro_mpis.factor_graph.graph import SiteValue
+from pyro_mpis.factor_graph.marginals import Marginal
 from pyro_mpis.handlers import Programs
-from pyro_mpis.marginals import Marginal
 
 if TYPE_CHECKING:
     from arviz import InferenceData

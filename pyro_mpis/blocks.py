@@ -31,16 +31,16 @@ from pyro.poutine.util import is_validation_enabled
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_mpis.contraction import log_evidence, reduced
 from pyro_mpis.dependencies import Structure
+from pyro_mpis.factor_graph.evidence import log_evidence, reduced
 from pyro_mpis.factor_graph.graph import FactorGraph, SiteValue
+from pyro_mpis.factor_graph.sampling import sample_sites
+from pyro_mpis.factor_graph.source_terms import joint_weights
 from pyro_mpis.factors import build_graph
 from pyro_mpis.handlers import Programs, isolated
 from pyro_mpis.indexing import SiteReads, check_provenance, find_reads, regroup_indexed
 from pyro_mpis.memory import Cut, uncollected
 from pyro_mpis.proposals import Particles, check_arguments, draw_particles
-from pyro_mpis.sampling import sample_sites
-from pyro_mpis.source_terms import joint_weights
 from pyro_mpis.spot_check import check_combinations
 
 Ranges = Mapping[str, slice]  # symbol of an index -> its particles in a block
@@ -324,7 +324,7 @@ def joint_weights_of(
     sums: Sequence[BlockSum], tuples: Sequence[str], workers: Workers
 ) -> list[dict[str, Tensor]]:
     """
-    Compute :func:`~pyro_mpis.source_terms.joint_weights` over the blocks of several sums.
+    Compute :func:`joint_weights` over the blocks of several sums.
 
     :return: for each of the sums; weights add up to one in each.
     """

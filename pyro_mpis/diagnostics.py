@@ -24,8 +24,8 @@ from pyro_mpis._text import table
 from pyro_mpis._typing import Distribution
 from pyro_mpis.blocks import BlockSum, evidence_error
 from pyro_mpis.dependencies import Structure
+from pyro_mpis.factor_graph.marginals import Marginal
 from pyro_mpis.handlers import quoted, replay
-from pyro_mpis.marginals import Marginal
 from pyro_mpis.memory import largest_factor
 
 # Of five even draws the mean is off by 0.45 posterior sds, and the 5 % and 95 % quantiles are the

@@ -17,7 +17,6 @@ from pyro.poutine.util import is_validation_enabled
 from torch import Tensor
 
 from pyro_mpis import memory, saving
-from pyro_mpis import moments as _moments
 from pyro_mpis._typing import MomentFunction, Program
 from pyro_mpis._warnings import warn
 from pyro_mpis.arviz_export import Names, Wanted, build, model_groups, particle_arrays
@@ -42,7 +41,9 @@ from pyro_mpis.dependencies import (
     vector_dims,
 )
 from pyro_mpis.diagnostics import UNEVEN_ESS, Diagnosis, diagnose
+from pyro_mpis.factor_graph import moments as _moments
 from pyro_mpis.factor_graph.graph import FactorGraph
+from pyro_mpis.factor_graph.marginals import Marginal, merge
 from pyro_mpis.handlers import (
     Name,
     Programs,
@@ -53,7 +54,6 @@ from pyro_mpis.handlers import (
     trace_at,
     with_event_dims,
 )
-from pyro_mpis.marginals import Marginal, merge
 from pyro_mpis.memory import default_limit, uncollected
 from pyro_mpis.provenance import noting_leaks
 from pyro_mpis.summary import Summary, summarise

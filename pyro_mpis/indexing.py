@@ -33,9 +33,11 @@ import torch
 from torch import Tensor
 
 from pyro_mpis._typing import Ordinal, SampleMessage
-from pyro_mpis.contraction import over_plates, packed, regroup
 from pyro_mpis.dependencies import Structure
+from pyro_mpis.factor_graph.evidence import over_plates
 from pyro_mpis.factor_graph.graph import FactorGraph, LogFactor, RaggedPlate
+from pyro_mpis.factor_graph.packed import packed
+from pyro_mpis.factor_graph.ragged import regroup
 from pyro_mpis.handlers import Name, Programs, replay
 from pyro_mpis.proposals import Particles, model_inputs
 

@@ -27,8 +27,8 @@ from torch.distributions.constraints import Constraint
 
 from pyro_mpis._version import __version__
 from pyro_mpis.blocks import BlockSum, Builder, Environment, Ranges, seeded
-from pyro_mpis.contraction import log_evidence
 from pyro_mpis.dependencies import Index, Plate, Site, Structure
+from pyro_mpis.factor_graph.evidence import log_evidence
 from pyro_mpis.factor_graph.graph import FactorGraph, LogFactor, RaggedPlate, SiteValue
 from pyro_mpis.handlers import Name, Programs, quoted
 from pyro_mpis.indexing import ElementReads, SiteReads

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from pyro_mpis.dependencies import Site, Structure
 from pyro_mpis.factor_graph.graph import FactorGraph, LogFactor
+from pyro_mpis.factor_graph.selection import sites_at
 from pyro_mpis.factors import log_density
 from pyro_mpis.handlers import Programs, check_same_sites, run_at, sample_sites
 from pyro_mpis.proposals import Particles
-from pyro_mpis.sampling import sites_at
 
 # Combinations to compare if a program takes values of its latents out of torch, for what it does
 # with them may well be right at half of all; or if the first differs by more than it mostly does.

@@ -13,15 +13,11 @@ from checks import check_frequencies
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_mpis import MPImportance, contraction
-from pyro_mpis.contraction import (
-    LogSpaceRing,
-    absorb,
-    dims_of,
-    log_evidence,
-    packed,
-    sum_product,
-)
+from pyro_mpis import MPImportance
+from pyro_mpis.factor_graph import order
+from pyro_mpis.factor_graph.evidence import LogSpaceRing, log_evidence, sum_product
+from pyro_mpis.factor_graph.order import absorb
+from pyro_mpis.factor_graph.packed import dims_of, packed
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -119,9 +115,9 @@ def test_a_chain_with_globals_takes_rounds_too(monkeypatch: pytest.MonkeyPatch) 
     launches = []
     eliminate_all = LogSpaceRing._eliminate_all
 
-    def counted(self: LogSpaceRing, steps: Any, known: Any) -> Any:
+    def counted(self: LogSpaceRing, steps: Any, terms: Any) -> Any:
         launches.append(len(steps))
-        return eliminate_all(self, steps, known)
+        return eliminate_all(self, steps, terms)
 
     monkeypatch.setattr(LogSpaceRing, "_eliminate_all", counted)
     numbers = []
@@ -132,7 +128,7 @@ def test_a_chain_with_globals_takes_rounds_too(monkeypatch: pytest.MonkeyPatch) 
         log_evidence(rounds._sums[0].whole)
         numbers.append(len(launches))
         with monkeypatch.context() as patched:
-            patched.setattr(contraction, "ROUND_COMBINATIONS", 0)
+            patched.setattr(order, "ROUND_COMBINATIONS", 0)
             pyro.set_rng_seed(0)
             along = MPImportance(chain_with_globals, chain_guide, num_samples=4).run(num_steps)
             launches.clear()
@@ -158,9 +154,9 @@ def test_a_chain_takes_rounds_to_the_logarithm_of_its_length(
     launches = []
     eliminate_all = LogSpaceRing._eliminate_all
 
-    def counted(self: LogSpaceRing, steps: Any, known: Any) -> Any:
+    def counted(self: LogSpaceRing, steps: Any, terms: Any) -> Any:
         launches.append(len(steps))
-        return eliminate_all(self, steps, known)
+        return eliminate_all(self, steps, terms)
 
     monkeypatch.setattr(LogSpaceRing, "_eliminate_all", counted)
     numbers = []

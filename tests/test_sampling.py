@@ -6,9 +6,9 @@ import torch
 from checks import check_frequencies
 from torch import Tensor
 
-from pyro_mpis import sampling
+from pyro_mpis.factor_graph import sampling
 from pyro_mpis.factor_graph.graph import FactorGraph, LogFactor
-from pyro_mpis.sampling import sample_indices
+from pyro_mpis.factor_graph.sampling import sample_indices
 
 NUM_DRAWS = 20_000
 

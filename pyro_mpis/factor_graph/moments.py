@@ -14,11 +14,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from pyro_mpis._text import broadcast_shape, first_line, quoted
 from pyro_mpis._typing import MomentFunction
 from pyro_mpis.factor_graph.graph import FactorGraph, SiteValue
-from pyro_mpis.handlers import broadcast_shape, first_line, quoted
-from pyro_mpis.marginals import Marginal
-from pyro_mpis.sampling import at_plates
+from pyro_mpis.factor_graph.marginals import Marginal
+from pyro_mpis.factor_graph.selection import at_plates
 
 Weights = Mapping[str, Tensor]  # as source_terms.joint_weights returns them
 
