@@ -61,7 +61,7 @@ def contract(graph: FactorGraph, factors: Sequence[LogFactor], ring: "LogSpaceRi
         used |= set(factor.dims)
     sum_dims = used & set(graph.index_plates)
     _check_crossing(graph, factors)
-    result: Tensor = contract_to_tensor(tree, sum_dims, ring=ring)
+    result: Tensor = contract_to_tensor(tree, sum_dims, ring=ring)  # (23)
     return result
 
 

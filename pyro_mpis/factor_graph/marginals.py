@@ -2,11 +2,11 @@
 r"""
 Weighted particles of one site, or of several jointly, as a distribution.
 
-The marginal weights of a site are (32)-(35) of [1], joint ones (43)-(44). How far to trust them:
-the effective sample size :math:`1 / \sum_k w_k^2` says how many particles carry the answer; Pareto
-k-hat (Vehtari et al., 2024, "Pareto smoothed importance sampling", JMLR 25) says whether the
-weights' tail is too heavy (above 0.7) for any answer, but needs about 50 particles to be a number
-worth reading.
+The marginal weights of a site are (32)-(35) of [1], joint ones (43)-(44); ``source_terms`` computes
+them. How far to trust them: the effective sample size :math:`1 / \sum_k w_k^2` says how many
+particles carry the answer. Pareto k-hat (Vehtari et al., 2024, "Pareto smoothed importance
+sampling", JMLR 25) says whether the weights' tail is too heavy (above 0.7) for any answer, but
+needs about 50 particles to be a number worth reading.
 
 [1] Bowyer, Heap and Aitchison (2024), UAI, PMLR 244:394-417.
 """

@@ -2,13 +2,16 @@
 r"""
 Joint posterior samples: the contraction's steps, walked backwards.
 
-Each step of the contraction sums a product of factors over some indices :math:`k_D`; given the
-indices that remain, :math:`P_z(k_D \mid \cdot)` of (25) of [1] is the softmax of that product.
-Those remaining indices are summed by later steps, so walking the steps from last to first draws
-every index given the ones it depends on.
+Samples are of :math:`P_z(k)`, (25) of [1]. As in (36)-(37) there, it is taken apart into
+distributions of one index given others. Each step of the contraction sums a product of factors over
+an index :math:`k_D`; given the indices that remain, :math:`P_z(k_D \mid \cdot)` is the softmax of
+that product. Those remaining indices are summed by later steps, so walking the steps from last to
+first draws every index given the ones it depends on.
 
-Equation (38) of [1] read literally draws each site given its generative parents; that is wrong
-whenever two latents meet in one observation (a -> x <- b), where each depends on the other.
+Equation (38) read literally draws each site given its generative parents; that is wrong whenever
+two latents meet in one observation (a -> x <- b), where each depends on the other. The paper gets
+its conditional probabilities by differentiating, (39)-(42). Here they are shares of the terms that
+the contraction has summed, and nothing is differentiated.
 
 [1] Bowyer, Heap and Aitchison (2024), UAI, PMLR 244:394-417.
 """
@@ -61,7 +64,7 @@ def sample_sites(graph: FactorGraph, num_draws: int) -> tuple[Tensor, dict[str, 
 
 
 def _draw_step(graph: FactorGraph, step: Elimination, drawn: Drawn, num_draws: int) -> Tensor:
-    """Draw the index that one step sums over, given those of later steps: (N, *plates)."""
+    """Draw the index that one step sums over, given those of later steps (37): (N, *plates)."""
     symbol = step.symbol
     plates = graph.tensor_plates(graph.with_enclosing(graph.index_plates[symbol]))
     inside = {s for term in step.terms for s in dims_of(term)} - {symbol}

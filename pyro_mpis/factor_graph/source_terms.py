@@ -2,10 +2,15 @@
 r"""
 Posterior weights of particles, by differentiating the evidence.
 
-Add :math:`J = 0` to a log factor and differentiate log P at J = 0: with one J for each combination
-of particles of some sites, the derivative is their joint marginal weight (32)-(35), (43)-(44) of
-[1]; a posterior moment (27)-(28) is the sum of the moment's function under these weights. All
-sources of a query go into one forward and one backward pass.
+A source term :math:`J` enters the product as one more factor, :math:`e^{J}`, (30)-(31) of [1], and
+log P is differentiated at :math:`J = 0`, where that factor is one and changes nothing. With one J
+for each combination of particles of some sites, the derivative is their joint marginal weight:
+
+.. math:: P_z(k_i) = \partial \log P(z, J) / \partial J_{k_i} \big|_{J=0} \quad (32)\text{-}(35),
+
+and (43)-(44) for the weights of several sites. A posterior moment (27)-(28) is the sum of the
+moment's function under these weights. All sources of a query go into one forward and one backward
+pass.
 
 [1] Bowyer, Heap and Aitchison (2024), UAI, PMLR 244:394-417.
 """
@@ -35,6 +40,7 @@ def joint_weights(graph: FactorGraph, tuples: Iterable[str]) -> tuple[Tensor, di
         log_p = log_evidence(graph, factors)
         needed = [source.tensor for source in sources.values()]
         if log_p.requires_grad:
+            # (32)-(35) and (43)-(44), all tuples together
             grads: tuple[Tensor | None, ...] = torch.autograd.grad(log_p, needed, allow_unused=True)
         else:
             grads = (None,) * len(needed)
@@ -52,7 +58,7 @@ def joint_weights(graph: FactorGraph, tuples: Iterable[str]) -> tuple[Tensor, di
 
 
 def _source(graph: FactorGraph, symbols: str) -> LogFactor:
-    """Return J = 0: a factor of zeros over the indices and the deepest ordinal."""
+    """Return J = 0 of (30)-(31): a factor of zeros over the indices and the deepest ordinal."""
     plates = frozenset[str]().union(*(graph.with_enclosing(graph.index_plates[s]) for s in symbols))
     dims = "".join(s for s in symbols if graph.sizes[s] > 1) + graph.tensor_plates(plates)
     shape = [graph.sizes[symbol] for symbol in dims]
