@@ -20,8 +20,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from pyro_mpis._text import quoted
 from pyro_mpis.factor_graph.evidence import log_evidence
 from pyro_mpis.factor_graph.graph import FactorGraph, LogFactor
+
+TOLERANCE = 1e-3  # of the sum of weights; rounding is below 1e-6 in float32
 
 
 def joint_weights(graph: FactorGraph, tuples: Iterable[str]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -36,24 +39,15 @@ def joint_weights(graph: FactorGraph, tuples: Iterable[str]) -> tuple[Tensor, di
     """
     sources = {symbols: _source(graph, symbols) for symbols in dict.fromkeys(tuples)}
     with torch.enable_grad():
-        factors = [*graph.factors, *sources.values()]
-        log_p = log_evidence(graph, factors)
-        needed = [source.tensor for source in sources.values()]
-        if log_p.requires_grad:
-            # (32)-(35) and (43)-(44), all tuples together
-            grads: tuple[Tensor | None, ...] = torch.autograd.grad(log_p, needed, allow_unused=True)
-        else:
-            grads = (None,) * len(needed)
+        log_p = log_evidence(graph, [*graph.factors, *sources.values()])
+        # (32)-(35) and (43)-(44), all tuples together
+        grads = torch.autograd.grad(log_p, [source.tensor for source in sources.values()])
     weights = {}
     for (symbols, source), grad in zip(sources.items(), grads, strict=True):
-        sizes = [graph.sizes[symbol] for symbol in symbols]
         plates = graph.tensor_plates(source.plates)
-        shape = sizes + [graph.sizes[symbol] for symbol in plates]
-        if grad is None:
-            grad = torch.ones_like(source.tensor)
-        weight = grad.detach().double().reshape(shape)
-        total = weight.sum(tuple(range(len(symbols))), keepdim=True) if symbols else 1.0
-        weights[symbols] = weight / total
+        weight = grad.double().reshape([graph.sizes[symbol] for symbol in (*symbols, *plates)])
+        _check_total(graph, symbols, weight)
+        weights[symbols] = weight
     return log_p.detach(), weights
 
 
@@ -64,3 +58,13 @@ def _source(graph: FactorGraph, symbols: str) -> LogFactor:
     shape = [graph.sizes[symbol] for symbol in dims]
     tensor = torch.zeros(shape, dtype=graph.dtype, device=graph.device, requires_grad=True)
     return LogFactor("source", tensor, dims, plates)
+
+
+def _check_total(graph: FactorGraph, symbols: str, weight: Tensor) -> None:
+    """Make sure that weights sum to one over their indices: it shows a kernel that is wrong."""
+    total = weight.sum(tuple(range(len(symbols)))) if symbols else weight
+    if bool((total - 1.0).abs().lt(TOLERANCE).all()):
+        return
+    sites = quoted(name for symbol in symbols for name in graph.index_sites[symbol])
+    worst = total.flatten()[(total - 1.0).abs().argmax()]
+    raise AssertionError(f"the weights of {sites} sum to {float(worst):.6g}, not to one")
