@@ -33,8 +33,9 @@ from _measure import GIB, Peak, Timing, interleaved, peaks, processor, report_pe
 from pyro import poutine
 from pyro.infer.autoguide import AutoNormal
 
-from pyro_mpis import MPImportance, contraction
-from pyro_mpis.logspace import log_matmul
+from pyro_mpis import MPImportance
+from pyro_mpis.factor_graph import evidence
+from pyro_mpis.factor_graph.logspace import log_matmul
 
 Job = tuple[str, int, str]  # the name of a case, K, a key of ``functions``
 NOT_TIMED = Timing(math.nan, math.nan, None, 0)
@@ -379,7 +380,7 @@ def many_sites(setting: Setting) -> str:
                 competitors[name]()
                 shares.append(sum(seconds) / (time.perf_counter() - begin))
         share = statistics.median(shares)
-        with seconds_of_calls(contraction, "sum_product") as steps:
+        with seconds_of_calls(evidence, "sum_product") as steps:
             competitors[name]()
         before = next(n for n in names if n.split("-")[0] == name.split("-")[0])
         times_ = ratio_of(times, name, before) if before != name else None

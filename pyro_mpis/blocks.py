@@ -28,8 +28,10 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_mpis.contraction import log_evidence, reduced
+from pyro_mpis.factor_graph.evidence import log_evidence, reduced
 from pyro_mpis.factor_graph.graph import FactorGraph, SiteValue
+from pyro_mpis.factor_graph.sampling import sample_sites
+from pyro_mpis.factor_graph.source_terms import joint_weights
 from pyro_mpis.particles.factors import MAX_LEVELS, MissedReadError, build_graph, reads_found
 from pyro_mpis.particles.indexed import (
     ReadTogether,
@@ -54,8 +56,6 @@ from pyro_mpis.programs.analysis import with_implicit_plates
 from pyro_mpis.programs.environment import Environment, seeded
 from pyro_mpis.programs.runs import NotMappableError, Programs
 from pyro_mpis.programs.structure import UNIQUE_LEVELS, Structure
-from pyro_mpis.sampling import sample_sites
-from pyro_mpis.source_terms import joint_weights
 
 Ranges = Mapping[str, slice]  # symbol of an index -> its particles in a block
 Result = TypeVar("Result")
@@ -413,7 +413,7 @@ def joint_weights_of(
     sums: Sequence[BlockSum], tuples: Sequence[str], workers: Workers
 ) -> list[dict[str, Tensor]]:
     """
-    Compute :func:`~pyro_mpis.source_terms.joint_weights` over the blocks of several sums.
+    Compute :func:`joint_weights` over the blocks of several sums.
 
     :return: for each of the sums; weights add up to one in each.
     """

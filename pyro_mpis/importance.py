@@ -14,7 +14,6 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_mpis import moments as _moments
 from pyro_mpis import planning
 from pyro_mpis._text import quoted
 from pyro_mpis._typing import MomentFunction, Program
@@ -27,8 +26,9 @@ from pyro_mpis.blocks import (
     run_replicates,
     sample_of,
 )
+from pyro_mpis.factor_graph import moments as _moments
 from pyro_mpis.factor_graph.graph import FactorGraph
-from pyro_mpis.marginals import Marginal, merge
+from pyro_mpis.factor_graph.marginals import Marginal, merge
 from pyro_mpis.particles import memory
 from pyro_mpis.planning import Options, plan_of, positive, programs_of
 from pyro_mpis.programs.environment import Environment, seeded

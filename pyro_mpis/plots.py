@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pyro_mpis.factor_graph.marginals import Marginal
 from pyro_mpis.importance import MPImportance
-from pyro_mpis.marginals import Marginal
 from pyro_mpis.results import diagnostics
 
 if TYPE_CHECKING:

@@ -33,7 +33,8 @@ from wrong_programs import (
     without_proposal_weight,
 )
 
-from pyro_mpis import MPImportance, contraction
+from pyro_mpis import MPImportance
+from pyro_mpis.factor_graph import order
 
 NUM_CASES = 40
 NUM_SLOW_CASES = 160
@@ -116,7 +117,7 @@ def test_samples_of_random_program(seed: int) -> None:
 )
 def test_random_programs_in_rounds(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the order of eliminations that otherwise only programs of many sites get."""
-    monkeypatch.setattr(contraction, "MANY_DIMS", 1)
+    monkeypatch.setattr(order, "MANY_DIMS", 1)
     case = random_case(seed)
     check_all(
         *run(case.model, case.guide, num_samples=case.num_samples, groups=case.groups, seed=seed)

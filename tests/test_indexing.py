@@ -17,7 +17,7 @@ from pyro.ops.indexing import Vindex
 from torch import Tensor
 
 from pyro_mpis import MPImportance
-from pyro_mpis.particles import indexed, memory
+from pyro_mpis.particles import memory
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from pyro_mpis import logspace
-from pyro_mpis.logspace import log_matmul, logsumexp, sum_in_double
+from pyro_mpis.factor_graph import logspace
+from pyro_mpis.factor_graph.logspace import log_matmul, logsumexp, sum_in_double
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 

@@ -79,6 +79,38 @@ def test_package_imports_what_it_asks_for(file: Path) -> None:
     assert imports(file, at_import=False) <= CORE | optional
 
 
+def modules(source: str) -> set[str]:
+    """Return the modules of the package that some source imports, anywhere in it."""
+    result: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            result.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            result.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return {name for name in result if name.split(".")[0] == "pyro_mpis"}
+
+
+def is_of_the_sums(name: str) -> bool:
+    """Whether a module is the paper's, or one that knows nothing of programs either."""
+    start = ".".join(name.split(".")[:2])
+    return start in ("pyro_mpis.factor_graph", "pyro_mpis._typing", "pyro_mpis._text")
+
+
+@pytest.mark.parametrize(
+    "file", sorted((PACKAGE / "factor_graph").glob("*.py")), ids=lambda file: file.name
+)
+def test_the_sums_know_no_program(file: Path) -> None:
+    """What is in factor_graph imports nothing of the package but itself, _typing and _text."""
+    assert all(is_of_the_sums(name) for name in modules(file.read_text()))
+
+
+def test_an_import_of_programs_is_noticed() -> None:
+    source = "def f():\n    from pyro_mpis import {}\n"
+    assert not all(map(is_of_the_sums, modules(source.format("handlers"))))
+    assert not all(map(is_of_the_sums, modules("import pyro_mpis.handlers")))
+    assert all(map(is_of_the_sums, modules(source.format("factor_graph"))))
+
+
 def test_import_loads_nothing_else() -> None:
     """Beside what Pyro loads: so it takes hardly longer than ``import pyro``."""
     code = (

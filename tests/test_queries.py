@@ -2,37 +2,21 @@
 """Marginals, moments, samples and the summary, as a user meets them."""
 
 import math
-import pickle
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.ops.stats import fit_generalized_pareto
-from torch import Tensor
+from hierarchy import hierarchy, run_hierarchy
 
-from pyro_mpis import Marginal, MPImportance, MPISWarning
+from pyro_mpis import MPImportance, MPISWarning
 
 pytestmark = pytest.mark.usefixtures("float64")
-
-Y = torch.tensor([[0.3, -0.5, 1.2], [0.8, 0.1, -0.2]], dtype=torch.float64)
-
-
-def hierarchy() -> None:
-    """A global, a discrete one, a vector in the outer plate, a scalar in the inner one."""
-    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-    kind = pyro.sample("kind", dist.Categorical(torch.tensor([0.2, 0.5, 0.3])))
-    with pyro.plate("outer", 2, dim=-2):
-        v = pyro.sample("v", dist.Normal(mu.unsqueeze(-1), torch.ones(4)).to_event(1))
-        with pyro.plate("inner", 3, dim=-1):
-            x = pyro.sample("x", dist.Normal(v.sum(-1) + kind, 1.0))
-            pyro.sample("y", dist.Normal(x, 1.0), obs=Y)
 
 
 @pytest.fixture
 def posterior() -> MPImportance:
-    pyro.set_rng_seed(0)
-    return MPImportance(hierarchy, num_samples=8).run()
+    return run_hierarchy()
 
 
 def test_shapes(posterior: MPImportance) -> None:
@@ -51,117 +35,6 @@ def test_shapes(posterior: MPImportance) -> None:
     assert draws["kind"].dtype == torch.long
     assert posterior.evidence().shape == ()
     torch.testing.assert_close(posterior.evidence(log_scale=False).log(), posterior.evidence())
-
-
-def test_weights_of_every_site_and_element_sum_to_one(posterior: MPImportance) -> None:
-    for marginal in posterior.marginals().values():
-        total = marginal.weights.sum(-1)
-        torch.testing.assert_close(total, torch.ones_like(total))
-
-
-def test_joint_marginals_have_the_marginals(posterior: MPImportance) -> None:
-    """Summing a joint marginal over one site leaves the other's; three levels deep."""
-    joint = posterior.marginals("mu", "v", "x")
-    assert joint.batch_shape == (2, 3)
-    assert joint.samples.shape == (2, 3, 512, 1 + 4 + 1)
-    weights = joint.weights.reshape(2, 3, 8, 8, 8)
-    for dims, site in (((3, 4), "mu"), ((2, 4), "v"), ((2, 3), "x")):
-        expected = posterior.marginals(site).weights.expand(2, 3, 8)
-        torch.testing.assert_close(weights.sum(dims), expected)
-    values = joint.unpack(joint.samples)
-    assert {name: tuple(value.shape) for name, value in values.items()} == {
-        "mu": (2, 3, 512),
-        "v": (2, 3, 512, 4),
-        "x": (2, 3, 512),
-    }
-    first = values["mu"].reshape(2, 3, 8, 64)[..., 0]
-    torch.testing.assert_close(first, posterior.marginals("mu").samples.expand(2, 3, 8))
-
-
-def test_moments_agree_with_marginals(posterior: MPImportance) -> None:
-    for name, mean in posterior.moments().items():
-        torch.testing.assert_close(mean, posterior.marginals(name).mean)
-    for site in ("mu", "v", "x"):
-        marginal = posterior.marginals(site)
-        second = posterior.moments(torch.square, site)
-        torch.testing.assert_close(second - marginal.mean**2, marginal.variance)
-    joint = posterior.marginals("mu", "x")
-    product = (joint.weights * joint.samples.prod(-1)).sum(-1)
-    torch.testing.assert_close(posterior.moments(torch.mul, "mu", "x"), product)
-
-
-def test_moments_of_functions(posterior: MPImportance) -> None:
-    """Event dims, vector results, several functions in one pass, linearity."""
-    many = posterior.moments(
-        {
-            "outer product": (lambda v: v[:, None] * v, "v"),
-            "first": (lambda v: v[0], "v"),
-            "norm": (torch.linalg.vector_norm, "v"),
-            "stack": (lambda mu, x: torch.stack([mu, x, mu * x]), "mu", "x"),
-            "positive": (lambda x: x > 0, "x"),
-            "constant": (lambda mu: torch.ones(2), "mu"),
-            "sum": (lambda mu, x: 2.0 * mu + 3.0 * x, "mu", "x"),
-        }
-    )
-    assert {name: tuple(value.shape) for name, value in many.items()} == {
-        "outer product": (2, 1, 4, 4),
-        "first": (2, 1),
-        "norm": (2, 1),
-        "stack": (2, 3, 3),
-        "positive": (2, 3),
-        "constant": (2,),
-        "sum": (2, 3),
-    }
-    means = posterior.moments()
-    torch.testing.assert_close(many["first"], means["v"][..., 0])
-    torch.testing.assert_close(many["stack"][..., 1], means["x"])
-    torch.testing.assert_close(many["constant"], torch.ones(2))
-    torch.testing.assert_close(many["sum"], 2.0 * means["mu"] + 3.0 * means["x"])
-    assert bool((many["positive"] >= 0).all())
-    assert bool((many["positive"] <= 1).all())
-
-
-def test_quantiles_longhand() -> None:
-    samples = torch.tensor([[3.0, 1.0, 2.0, 5.0], [0.0, 1.0, 1.0, -1.0]])
-    weights = torch.tensor([[0.2, 0.5, 0.2, 0.1], [0.25, 0.25, 0.25, 0.25]])
-    marginal = Marginal(samples, weights.log(), {"x": torch.Size()})
-    torch.testing.assert_close(marginal.quantile(0.5), torch.tensor([1.0, 0.0]))
-    torch.testing.assert_close(
-        marginal.quantile([0.0, 0.6, 0.7, 0.95, 1.0]),
-        torch.tensor([[1.0, -1.0], [2.0, 1.0], [2.0, 1.0], [5.0, 1.0], [5.0, 1.0]]),
-    )
-    torch.testing.assert_close(marginal.mean, torch.tensor([2.0, 0.25]))
-    torch.testing.assert_close(marginal.ess, torch.tensor([1 / 0.34, 4.0]))
-    assert bool(marginal.pareto_k.isnan().all())
-    assert marginal.quantile(torch.tensor([[0.1, 0.2]])).shape == (1, 2, 2)
-
-
-def test_it_is_an_empirical_distribution(posterior: MPImportance) -> None:
-    marginal = posterior.marginals("x")
-    assert isinstance(marginal, dist.Empirical)
-    assert marginal.sample((7,)).shape == (7, 2, 3)  # type: ignore[no-untyped-call]
-    assert bool(marginal.log_prob(marginal.sample()).isfinite().all())  # type: ignore[no-untyped-call]
-    assert posterior.marginals("v").quantile(0.5).shape == (2, 1, 4)
-    assert posterior.marginals("kind").mean.is_floating_point()
-
-
-def test_pareto_k_is_that_of_the_tail() -> None:
-    """As Pyro's fit has it; heavy tails are heavier; even weights have none."""
-    generator = torch.Generator().manual_seed(0)
-    log_weights = torch.randn(2, 1000, generator=generator) * torch.tensor([[0.5], [4.0]])
-    log_weights = log_weights.log_softmax(-1)
-    marginal = Marginal(torch.zeros(2, 1000), log_weights, {"x": torch.Size()})
-    light, heavy = marginal.pareto_k.tolist()
-    assert light < 0.5 < 0.7 < heavy
-    sorted_weights = log_weights[0].exp().sort().values / log_weights[0].exp().max()
-    tail = math.ceil(3 * math.sqrt(1000))
-    expected, _ = fit_generalized_pareto(sorted_weights[-tail:] - sorted_weights[-tail - 1])
-    assert light == pytest.approx(expected)
-    even = Marginal(torch.zeros(100), torch.zeros(100) - math.log(100), {"x": torch.Size()})
-    assert float(even.pareto_k) == -math.inf
-    spike = torch.full((100,), -1000.0)
-    spike[0] = 0.0
-    assert float(Marginal(torch.zeros(100), spike, {"x": torch.Size()}).pareto_k) == math.inf
 
 
 def test_samples_have_the_moments(posterior: MPImportance) -> None:

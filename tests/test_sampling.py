@@ -4,40 +4,25 @@
 import pytest
 import torch
 from checks import check_frequencies
+from graphs import graph_of, noise
 from torch import Tensor
 
-from pyro_mpis import sampling
-from pyro_mpis.factor_graph.graph import FactorGraph, LogFactor
-from pyro_mpis.sampling import sample_indices
+from pyro_mpis.factor_graph import sampling
+from pyro_mpis.factor_graph.graph import FactorGraph
+from pyro_mpis.factor_graph.sampling import sample_indices
 
 NUM_DRAWS = 20_000
 
 
 def loop(x: int, y: int, z: int, slope: float) -> FactorGraph:
     """Three indices in a loop, so that each is drawn from a product of terms."""
-    generator = torch.Generator().manual_seed(0)
-
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.double)
-
     number = torch.arange(y, dtype=torch.double)
     tables = {
-        "xy": noise(x, y) - slope * number,
-        "yz": noise(y, z) + slope * number.unsqueeze(-1),
-        "zx": noise(z, x),
+        "xy": noise(x, y, seed=0) - slope * number,
+        "yz": noise(y, z, seed=1) + slope * number.unsqueeze(-1),
+        "zx": noise(z, x, seed=2),
     }
-    return FactorGraph(
-        factors=tuple(LogFactor(dims, table, dims, frozenset()) for dims, table in tables.items()),
-        sizes={"x": x, "y": y, "z": z},
-        index_plates={symbol: frozenset() for symbol in "xyz"},
-        plate_dims={},
-        max_plate_nesting=0,
-        values={},
-        plate_names={},
-        index_sites={symbol: (symbol,) for symbol in "xyz"},
-        dtype=torch.double,
-        device=torch.device("cpu"),
-    )
+    return graph_of(tables.items(), dict.fromkeys("xyz", ""))
 
 
 def joint_probs(graph: FactorGraph) -> Tensor:
@@ -55,19 +40,28 @@ def check(graph: FactorGraph) -> None:
     check_frequencies(cell.bincount(minlength=probs.numel()), probs.flatten())
 
 
-@pytest.mark.parametrize("slope", [0.0, 10.0, 20.0, 40.0, 1e4])
-def test_terms_whose_maxima_do_not_meet(slope: float) -> None:
-    check(loop(3, 6, 4, slope))
+@pytest.mark.parametrize("slope", [0.0, 2.0, 4.0, 6.0, 8.0, 10.0, 15.0, 20.0, 40.0, 1e4])
+@pytest.mark.parametrize("size", [6, 12])
+def test_terms_whose_maxima_do_not_meet(slope: float, size: int) -> None:
+    """At any distance of the maxima, the verge of underflow included."""
+    check(loop(3, size, 4, slope))
 
 
-@pytest.mark.parametrize("slope", [20.0, 40.0])
+@pytest.mark.parametrize(
+    ("lost", "slope", "size"),
+    [
+        pytest.param(-1.0, 20.0, 6, id="all lost"),
+        pytest.param(-1.0, 40.0, 6, id="all lost, far apart"),
+        pytest.param(1e-38, 8.0, 12, id="some lost: the sum is a normal number, its terms are not"),
+    ],
+)
 def test_products_that_underflow_are_rejected(
-    monkeypatch: pytest.MonkeyPatch, slope: float
+    monkeypatch: pytest.MonkeyPatch, lost: float, slope: float, size: int
 ) -> None:
-    """The wrong program multiplies shares without a look at what is lost."""
-    monkeypatch.setattr(sampling, "LOST", -1.0)
+    """The wrong program multiplies shares without a look, or too late a look, at what is lost."""
+    monkeypatch.setattr(sampling, "LOST", lost)
     with pytest.raises(AssertionError):
-        check(loop(3, 6, 4, slope))
+        check(loop(3, size, 4, slope))
 
 
 def test_more_particles_than_small_integers() -> None:

@@ -29,8 +29,10 @@ import torch
 from torch import Tensor
 
 from pyro_mpis._typing import Ordinal
-from pyro_mpis.contraction import over_plates, packed, regroup
+from pyro_mpis.factor_graph.evidence import over_plates
 from pyro_mpis.factor_graph.graph import FactorGraph, LogFactor, RaggedPlate
+from pyro_mpis.factor_graph.packed import packed
+from pyro_mpis.factor_graph.ragged import regroup
 from pyro_mpis.particles.checks import differing
 from pyro_mpis.particles.probes import (
     NONE,

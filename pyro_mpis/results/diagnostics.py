@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pyro_mpis._text import table
 from pyro_mpis.blocks import BlockSum
-from pyro_mpis.marginals import Marginal
+from pyro_mpis.factor_graph.marginals import Marginal
 from pyro_mpis.programs.structure import Structure
 from pyro_mpis.results.remedies import remedies
 from pyro_mpis.results.site_diagnosis import SiteDiagnosis

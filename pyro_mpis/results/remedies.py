@@ -16,7 +16,7 @@ from torch.distributions import constraints
 from pyro_mpis._text import quoted
 from pyro_mpis._typing import Distribution
 from pyro_mpis.blocks import BlockSum
-from pyro_mpis.marginals import Marginal
+from pyro_mpis.factor_graph.marginals import Marginal
 from pyro_mpis.particles.memory import largest_factor
 from pyro_mpis.programs.messages import statements
 from pyro_mpis.programs.runs import run_at

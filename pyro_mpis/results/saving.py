@@ -20,7 +20,7 @@ from torch.distributions.constraints import Constraint
 
 from pyro_mpis._text import quoted
 from pyro_mpis.blocks import BlockSum, Ranges, Replicate
-from pyro_mpis.contraction import log_evidence
+from pyro_mpis.factor_graph.evidence import log_evidence
 from pyro_mpis.factor_graph.graph import FactorGraph, LogFactor, RaggedPlate, SiteValue
 from pyro_mpis.particles.memory import Cut
 from pyro_mpis.particles.probes import ElementReads, SiteReads

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_mpis._text import table
-from pyro_mpis.marginals import Marginal
+from pyro_mpis.factor_graph.marginals import Marginal
 from pyro_mpis.results.site_diagnosis import UNEVEN_ESS
 
 

@@ -27,7 +27,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_mpis.blocks import BlockSum, Workers, joint_weights_of, sample_of
-from pyro_mpis.sampling import sites_at
+from pyro_mpis.factor_graph.selection import sites_at
 
 
 @dataclass(frozen=True)

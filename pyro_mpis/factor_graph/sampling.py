@@ -2,13 +2,16 @@
 r"""
 Joint posterior samples: the contraction's steps, walked backwards.
 
-Each step of the contraction sums a product of factors over some indices :math:`k_D`; given the
-indices that remain, :math:`P_z(k_D \mid \cdot)` of (25) of [1] is the softmax of that product.
-Those remaining indices are summed by later steps, so walking the steps from last to first draws
-every index given the ones it depends on.
+Samples are of :math:`P_z(k)`, (25) of [1]. As in (36)-(37) there, it is taken apart into
+distributions of one index given others. Each step of the contraction sums a product of factors over
+an index :math:`k_D`; given the indices that remain, :math:`P_z(k_D \mid \cdot)` is the softmax of
+that product. Those remaining indices are summed by later steps, so walking the steps from last to
+first draws every index given the ones it depends on.
 
-Equation (38) of [1] read literally draws each site given its generative parents; that is wrong
-whenever two latents meet in one observation (a -> x <- b), where each depends on the other.
+Equation (38) read literally draws each site given its generative parents; that is wrong whenever
+two latents meet in one observation (a -> x <- b), where each depends on the other. The paper gets
+its conditional probabilities by differentiating, (39)-(42). Here they are shares of the terms that
+the contraction has summed, and nothing is differentiated.
 
 [1] Bowyer, Heap and Aitchison (2024), UAI, PMLR 244:394-417.
 """
@@ -19,14 +22,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pyro_mpis.contraction import Elimination, LogSpaceRing, aligned, contract, dims_of, packed
-from pyro_mpis.factor_graph.graph import FactorGraph, SiteValue
-from pyro_mpis.logspace import cuts, exp_, finite
+from pyro_mpis.factor_graph.evidence import Elimination, LogSpaceRing, contract
+from pyro_mpis.factor_graph.graph import FactorGraph
+from pyro_mpis.factor_graph.logspace import cuts, exp_, finite
+from pyro_mpis.factor_graph.packed import aligned, dims_of
+from pyro_mpis.factor_graph.selection import Drawn, index_at, positions_in, sites_at
 
 DRAW_ELEMENTS = 2**18  # probabilities that are looked at together
 LOST = 1e-20  # below this a sum of products of single precision has lost terms to underflow
-
-Drawn = Mapping[str, Tensor]  # index -> (N, *plates of the index), plates as tensor_plates has them
 
 
 def sample_indices(graph: FactorGraph, num_draws: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -60,75 +63,8 @@ def sample_sites(graph: FactorGraph, num_draws: int) -> tuple[Tensor, dict[str, 
     return log_p, sites_at(graph, drawn, num_draws)
 
 
-def sites_at(graph: FactorGraph, drawn: Drawn, num_draws: int) -> dict[str, Tensor]:
-    """Return the values of the model's latent sites at given particles, as ordinary runs do."""
-    return {name: _select(graph, value, drawn, num_draws) for name, value in graph.values.items()}
-
-
-def _select(graph: FactorGraph, site: SiteValue, drawn: Drawn, num_draws: int) -> Tensor:
-    """Select a site's value at the drawn indices."""
-    plates = graph.tensor_plates(graph.with_enclosing(site.plates))
-    value = graph.to_plates(site.tensor, plates, left=len(site.indices), right=site.event_dim)
-    if site.indices:
-        selection = [index_at(graph, drawn, symbol, plates) for symbol in site.indices]
-        selection += [_positions(graph, symbol, plates) for symbol in plates]
-        value = value[tuple(selection)]
-    else:
-        value = value.unsqueeze(0)
-    value = value.expand((num_draws, *value.shape[1:]))
-    return site.ordinary(graph.to_batch(value, plates, site.batch_shape, left=1), left=1)
-
-
-def index_at(graph: FactorGraph, drawn: Drawn, symbol: str, plates: str) -> Tensor:
-    """
-    Return an index as seen from a deeper ordinal: (N, *plates), size one where it is the same.
-
-    :param plates: the dims of the tensors of the deeper ordinal.
-    """
-    own = graph.tensor_plates(graph.with_enclosing(graph.index_plates[symbol]))
-    return at_plates(graph, drawn[symbol], own, plates)
-
-
-def at_plates(graph: FactorGraph, tensor: Tensor, own: str, plates: str) -> Tensor:
-    """Bring ``(N, *own, *right)`` to ``(N, *plates, *right)``, gathering through ragged plates."""
-    while not set(own) <= set(plates):
-        tensor, own = _step_inwards(graph, tensor, own, plates)
-    order = [1 + own.index(symbol) for symbol in plates if symbol in own]
-    tensor = tensor.permute((0, *order, *range(1 + len(own), tensor.dim())))
-    for position, symbol in enumerate(plates):
-        if symbol not in own:
-            tensor = tensor.unsqueeze(1 + position)
-    return tensor
-
-
-def _step_inwards(graph: FactorGraph, tensor: Tensor, own: str, plates: str) -> tuple[Tensor, str]:
-    """Replace the plates around one ragged plate by the ragged plate."""
-    deep = graph.with_enclosing(frozenset(plates))
-    for inner, element_map in graph.ragged.items():
-        around = [symbol for symbol in own if symbol in element_map.outer]
-        if not inner <= deep or not around or inner <= set(own):
-            continue
-        rest = [symbol for symbol in own if symbol not in element_map.outer]
-        layout = "".join([*rest, *(s for s in element_map.inner if s not in rest)])
-        index = [
-            aligned(packed(element_map.outer[symbol].clone(), element_map.inner), layout)
-            if symbol in element_map.outer
-            else _positions(graph, symbol, layout)
-            for symbol in own
-        ]
-        everything: tuple[slice | Tensor, ...] = (slice(None), *index)
-        return tensor[everything], layout
-    raise AssertionError(f"no way from plates {own} to {plates}")
-
-
-def _positions(graph: FactorGraph, plate: str, layout: str) -> Tensor:
-    """Return the number of each element of a plate, along its dim among those of ``layout``."""
-    numbers = torch.arange(graph.sizes[plate], device=graph.device)
-    return aligned(packed(numbers, plate), layout)
-
-
 def _draw_step(graph: FactorGraph, step: Elimination, drawn: Drawn, num_draws: int) -> Tensor:
-    """Draw the index that one step sums over, given those of later steps: (N, *plates)."""
+    """Draw the index that one step sums over, given those of later steps (37): (N, *plates)."""
     symbol = step.symbol
     plates = graph.tensor_plates(graph.with_enclosing(graph.index_plates[symbol]))
     inside = {s for term in step.terms for s in dims_of(term)} - {symbol}
@@ -138,7 +74,7 @@ def _draw_step(graph: FactorGraph, step: Elimination, drawn: Drawn, num_draws: i
         return _same_for_all(_log_product(step.terms, plates + symbol), num_draws)
     shape = [graph.sizes[plate] for plate in plates]
     indices = {s: index_at(graph, drawn, s, plates) for s in given}
-    positions = {s: _positions(graph, s, plates).unsqueeze(0) for s in plates}
+    positions = {s: positions_in(graph, s, plates).unsqueeze(0) for s in plates}
     tables = [_Table(graph, term, symbol, plates, num_draws) for term in step.terms]
     chosen = torch.empty((num_draws, *shape), dtype=torch.long, device=graph.device)
     order = (*range(1, chosen.dim()), 0)  # all draws of some plate elements: their rows are few

@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
+r"""
 Posterior expectations and marginals: sites' particles under their joint weights.
 
 A function of some sites' values has an expectation for each element of the deepest plates that they
-sit in: (27)-(28) of [1]. It is applied with :func:`torch.vmap`, so that it sees one value of each
-site, without particles or plates, and cannot mix them.
+sit in:
+
+.. math:: \sum_k P_z(k)\, m(z^k), \quad (24)
+
+where a function of few sites needs no more than their joint weights (29). This is the derivative
+(27)-(28) of [1] in one source term for each combination of their particles. The function is
+applied with :func:`torch.vmap`, so that it sees one value of each site, without particles or
+plates, and cannot mix them.
 
 [1] Bowyer, Heap and Aitchison (2024), UAI, PMLR 244:394-417.
 """
@@ -17,8 +23,8 @@ from torch import Tensor
 from pyro_mpis._text import broadcast_shape, first_line, quoted
 from pyro_mpis._typing import MomentFunction
 from pyro_mpis.factor_graph.graph import FactorGraph, SiteValue
-from pyro_mpis.marginals import Marginal
-from pyro_mpis.sampling import at_plates
+from pyro_mpis.factor_graph.marginals import Marginal
+from pyro_mpis.factor_graph.selection import at_plates
 
 Weights = Mapping[str, Tensor]  # as source_terms.joint_weights returns them
 
@@ -200,5 +206,5 @@ def _expectation(
     dtype = values.dtype if values.is_floating_point() else graph.dtype
     spread = weight.reshape(weight.shape + (1,) * right)
     values = torch.where(spread > 0, values.double() * spread, 0.0)  # not 0 * inf
-    total = values.sum(tuple(range(num))) if num else values
+    total = values.sum(tuple(range(num))) if num else values  # (24)
     return graph.to_batch(total, plates, _deepest(graph, sites).batch_shape, left=0).to(dtype)

@@ -2,11 +2,11 @@
 r"""
 Weighted particles of one site, or of several jointly, as a distribution.
 
-The marginal weights of a site are (32)-(35) of [1], joint ones (43)-(44). How far to trust them:
-the effective sample size :math:`1 / \sum_k w_k^2` says how many particles carry the answer; Pareto
-k-hat (Vehtari et al., 2024, "Pareto smoothed importance sampling", JMLR 25) says whether the
-weights' tail is too heavy (above 0.7) for any answer, but needs about 50 particles to be a number
-worth reading.
+The marginal weights of a site are (32)-(35) of [1], joint ones (43)-(44); ``source_terms`` computes
+them. How far to trust them: the effective sample size :math:`1 / \sum_k w_k^2` says how many
+particles carry the answer. Pareto k-hat (Vehtari et al., 2024, "Pareto smoothed importance
+sampling", JMLR 25) says whether the weights' tail is too heavy (above 0.7) for any answer, but
+needs about 50 particles to be a number worth reading.
 
 [1] Bowyer, Heap and Aitchison (2024), UAI, PMLR 244:394-417.
 """
@@ -116,12 +116,10 @@ class Marginal(Empirical):
         dim = len(self.batch_shape)
         values, order = self.samples.sort(dim)
         weights = self._expanded_weights().gather(dim, order)
-        cumulative = weights.cumsum(dim).movedim(dim, -1)  # (*batch, *event, K)
+        cumulative = weights.cumsum(dim).movedim(dim, -1).contiguous()  # (*batch, *event, K)
         values = values.movedim(dim, -1).contiguous()
-        wanted = probs.reshape(-1) * (1 - 1e-12)  # the weights' sum is one up to rounding
-        wanted = wanted.expand((*cumulative.shape[:-1], -1)).contiguous()
-        position = torch.searchsorted(cumulative.contiguous(), wanted)
-        position = position.clamp(max=values.shape[-1] - 1)
+        shares = self._rounded_down(probs.reshape(-1)) * cumulative[..., -1:]
+        position = torch.searchsorted(cumulative, shares)
         result = values.gather(-1, position).movedim(-1, 0)
         return result.reshape(probs.shape + result.shape[1:])
 
@@ -140,6 +138,21 @@ class Marginal(Empirical):
             name: part.reshape(part.shape[:-1] + shape)
             for part, (name, shape) in zip(parts, self.event_shapes.items(), strict=True)
         }
+
+    def _rounded_down(self, probs: Tensor) -> Tensor:
+        """
+        Lower probabilities by what weights are rounded, so that a sum of weights reaches its share.
+
+        A weight is the exponential of a rounded logarithm: it is off by ``eps * (1 - log w)`` of
+        itself, and all of them together by no more than ``eps * (1 + log K)``. Adding them up in
+        float64 adds an ``eps`` of its own for each. None is lowered to zero, which particles
+        without weight would reach too, and one stays one, which takes all that have any.
+        """
+        num = self.log_weights.shape[-1]
+        slack = torch.finfo(self.log_weights.dtype).eps * (1 + math.log(num))
+        slack += torch.finfo(probs.dtype).eps * num
+        lowered = (probs * (1 - slack)).clamp(min=torch.finfo(probs.dtype).tiny)
+        return torch.where(probs == 1, probs, lowered)
 
     def _floating(self) -> Tensor:
         samples = self.samples
