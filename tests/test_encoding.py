@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files hold what they were given, cannot run code, and are refused if anything is damaged."""
 
+import dataclasses
 import json
 import pickle
 from pathlib import Path
@@ -14,6 +15,7 @@ from posteriors import COUNTY, OBSERVED, assert_same, guide, model, ran
 from torch import Tensor
 
 from pyro_mpis import MPImportance, MPISWarning
+from pyro_mpis.results import saving
 
 
 class Evil:
@@ -120,6 +122,31 @@ def test_file_of_another_version(tmp_path: Path) -> None:
     (tmp_path / "new").write_bytes(tampered(data, '"layout":"1', '"layout":"2'))
     with pytest.raises(ValueError, match=r"new': written by pyro_mpis \d.*layout.*run again"):
         MPImportance.load(tmp_path / "new", model, guide)
+
+
+@pytest.mark.parametrize("record", saving.FORMAT.records, ids=lambda record: record.__name__)
+def test_the_layout_follows_the_fields(
+    record: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A field more, one fewer or one renamed, and a record renamed: each is another layout."""
+    names, form = [field.name for field in dataclasses.fields(record)], saving.FORMAT
+    changed = [
+        dataclasses.make_dataclass(record.__name__, fields)
+        for fields in ([*names, "more"], names[:-1], [*names[:-1], "other"])
+    ]
+    changed.append(dataclasses.make_dataclass("Other", names))
+    same = dataclasses.make_dataclass(record.__name__, names)
+    layouts = set()
+    for other in (*changed, same):
+        records = tuple(other if known is record else known for known in form.records)
+        layouts.add(dataclasses.replace(form, records=records).layout)
+    assert form.layout in layouts  # of the same fields
+    assert len(layouts) == len(changed) + 1
+    ran("whole").save(tmp_path / "file")
+    records = tuple(changed[0] if known is record else known for known in form.records)
+    monkeypatch.setattr(saving, "FORMAT", dataclasses.replace(form, records=records))
+    with pytest.raises(ValueError, match=r"file': written by pyro_mpis \d.*layout.*run again"):
+        MPImportance.load(tmp_path / "file", model, guide)
 
 
 def test_tensors_that_cannot_be_kept(tmp_path: Path) -> None:
