@@ -82,10 +82,15 @@ class Stored:
     validate: bool
     arguments: Arguments | None  # None if not all are tensors and plain data
 
+    def __post_init__(self) -> None:
+        """Refuse what no result is."""
+        if not self.sums or not self.dtype.is_floating_point:
+            raise ValueError("no particles, or a default dtype that is none")
+
 
 FORMAT = Format(
     kind="pyro_mpis posterior",
-    number=1,
+    number=2,
     records=(
         Arguments,
         ElementMap,
@@ -183,7 +188,7 @@ def _described(structure: Structure, program: Name) -> dict[str, str]:
     sites: Mapping[str, Site] = getattr(structure, program)
     result = {}
     for name, site in sites.items():
-        plates = quoted({structure.plates[symbol].name for symbol in site.plates})
+        plates = quoted({p.name for symbol, p in structure.plates.items() if symbol in site.plates})
         result[name] = (
             f"batch shape {tuple(site.batch_shape)}, {site.event_dim} event dims, "
             f"in plates {plates or 'none'}, reading {quoted(set(site.reads)) or 'nothing'}"
