@@ -245,14 +245,13 @@ class _Encoder:
     def __init__(self, records: Mapping[str, type]) -> None:
         self.records = records
         self.tensors: list[Tensor] = []
-        self._known: dict[tuple[int, torch.dtype, int], int] = {}
+        self._numbers: dict[tuple[int, torch.dtype, int], int] = {}
 
     def encode(self, value: object) -> Json:
         """
         Encode a tree.
 
-        :raises TypeError: if there is something in it that is not plain data: the message is
-            what.
+        :raises TypeError: if something in it is not plain data. The message names its type.
         """
         kind = type(value)
         if value is None or kind in (bool, int, float, str):
@@ -288,10 +287,10 @@ class _Encoder:
             raise TypeError(f"a tensor of {tensor.layout} and {tensor.dtype}")
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         key = (flat.data_ptr(), flat.dtype, flat.numel())
-        if key not in self._known:
-            self._known[key] = len(self.tensors)
+        if key not in self._numbers:
+            self._numbers[key] = len(self.tensors)
             self.tensors.append(flat)
-        return self._known[key]
+        return self._numbers[key]
 
 
 class _Decoder:
