@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Posteriors that several tests of results share."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_mpis import Diagnosis, MPImportance
+from pyro_mpis import Diagnosis, Marginal, MPImportance
 
 # --- to export to ArviZ, and what stands in an export
 
@@ -86,6 +87,14 @@ def wide(scale: float = 10.0) -> None:
     """A prior twenty times as wide as the posterior."""
     a = pyro.sample("a", dist.Normal(0.0, scale))
     pyro.sample("y", dist.Normal(a, scale / 20), obs=torch.tensor(0.3))
+
+
+def weighted(ess: float, number: int) -> Marginal:
+    """A site 'a' of evenly spread particles; the first has the weight that the ESS asks for."""
+    heaviest = (1 + math.sqrt(1 - number * (1 - (number - 1) / ess))) / number
+    weights = torch.full((number,), (1 - heaviest) / (number - 1))
+    weights[0] = heaviest
+    return Marginal(torch.linspace(-1.0, 1.0, number), weights.log(), {"a": torch.Size()})
 
 
 # --- to save

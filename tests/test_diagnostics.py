@@ -9,10 +9,15 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from posteriors import diagnosed, wide
+from posteriors import diagnosed, weighted, wide
 
 from pyro_mpis import MPImportance
-from pyro_mpis.results.site_diagnosis import UNEVEN_ESS
+from pyro_mpis.results.diagnostics import (
+    _heavy_tails,
+    _unsure_evidence,
+    diagnose,
+    evidence_error,
+)
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -104,12 +109,14 @@ def test_a_long_table_shows_the_lowest() -> None:
     def model() -> None:
         for i in range(40):
             z = pyro.sample(f"z_{i}", dist.Normal(0.0, 1.0))
-            pyro.sample(f"y_{i}", dist.Normal(z, 0.1 + i), obs=torch.tensor(0.0))
+            pyro.sample(f"y_{i}", dist.Normal(z, 39.1 - i), obs=torch.tensor(0.0))
 
-    text = str(diagnosed(model))
+    diagnosis = diagnosed(model)
+    text = str(diagnosis)
     shown = [i for i in range(40) if re.search(rf"^z_{i} ", text, re.MULTILINE)]
-    assert len(shown) == 30
-    assert shown[:10] == list(range(10))  # the most informed
+    lowest = sorted(range(40), key=lambda i: diagnosis.sites[i].lowest_ess)[:30]
+    assert shown == sorted(lowest)
+    assert shown[-10:] == list(range(30, 40))  # the most informed
     assert "and 10 sites of higher ESS" in text
 
 
@@ -155,14 +162,47 @@ def test_heavy_tails() -> None:
 
 
 def test_k_hat_counts_only_where_weights_are_uneven() -> None:
+    """Where the effective sample size is below half of the particles."""
     site = replace(
         diagnosed(wide, K=60).sites[0],
-        ess=torch.tensor([55.0, 20.0, 10.0]),
+        ess=torch.tensor([30.1, 29.9, 10.0]),
         pareto_k=torch.tensor([0.9, 0.3, math.nan]),
     )
-    assert site.ess[0] > UNEVEN_ESS * site.num_particles
     assert site.highest_k == pytest.approx(0.3)
     assert math.isnan(replace(site, pareto_k=torch.full((3,), math.nan)).highest_k)
+
+
+# --- where poor begins
+
+
+@pytest.mark.parametrize(("ess", "poor"), [(4.9, True), (5.1, False)])
+def test_an_effective_sample_size_below_five_is_poor(ess: float, poor: bool) -> None:
+    total = MPImportance(wide, num_samples=100).run()._sums[0]
+    diagnosis = diagnose(total, {"a": weighted(ess, 40)}, {"a"}, torch.zeros(1))
+    assert diagnosis.sites[0].lowest_ess == pytest.approx(ess)
+    assert bool(diagnosis.problems) == poor
+
+
+@pytest.mark.parametrize(("k_hat", "poor"), [(0.69, False), (0.71, True)])
+def test_a_k_hat_above_seven_tenths_is_poor(k_hat: float, poor: bool) -> None:
+    site = replace(
+        diagnosed(wide, K=60).sites[0],
+        ess=torch.tensor([30.1, 29.9]),
+        pareto_k=torch.tensor([0.9, k_hat]),
+        plates=("n",),
+    )
+    problems = _heavy_tails((site,))
+    assert bool(problems) == poor
+    if poor:
+        assert problems[0].found.startswith("1 of 2 marginals have a Pareto k-hat above 0.7")
+        assert "(highest: a[n=1], 0.71)" in problems[0].found
+
+
+@pytest.mark.parametrize(("error", "poor"), [(0.49, False), (0.51, True)])
+def test_an_error_above_half_a_nat_is_poor(error: float, poor: bool) -> None:
+    log_evidences = torch.tensor([0.0, 2 * math.atanh(error)])
+    assert evidence_error(log_evidences) == pytest.approx(error)
+    assert bool(_unsure_evidence(log_evidences)) == poor
 
 
 def test_an_unsure_evidence() -> None:

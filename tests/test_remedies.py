@@ -8,11 +8,11 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from posteriors import Program, diagnosed, wide
+from posteriors import Program, diagnosed, weighted, wide
 
 from pyro_mpis import Diagnosis, Marginal, MPImportance, MPISWarning
 from pyro_mpis.particles.memory import largest_factor
-from pyro_mpis.results.diagnostics import LOW_ESS
+from pyro_mpis.results.diagnostics import LOW_ESS, diagnose
 from pyro_mpis.results.remedies import _better_guide, _size, _support_size
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -244,3 +244,74 @@ def test_sites_of_even_weights_to_group() -> None:
         pyro.sample("y", dist.Normal(total, 0.01), obs=torch.tensor(0.0))
 
     assert "Sites that share an index (groups=) lower that power" in helps(diagnosed(uneven, K=4))
+
+
+# --- where a remedy begins
+
+
+@pytest.mark.parametrize(("ess", "uneven"), [(3.9, True), (4.1, False)])
+def test_a_guide_is_advised_where_weights_are_uneven(ess: float, uneven: bool) -> None:
+    """Where the effective sample size is below half of the particles; more are, in any case."""
+    total = MPImportance(wide, num_samples=8).run()._sums[0]
+    diagnosis = diagnose(total, {"a": weighted(ess, 8)}, {"a"}, torch.zeros(1))
+    assert ("drawn from the prior" in helps(diagnosis)) == uneven
+    assert "Raise num_samples" in helps(diagnosis)
+
+
+@pytest.mark.parametrize(("ess", "telling"), [(1.9, False), (2.1, True)])
+def test_fewer_than_two_particles_tell_neither_width_nor_number(ess: float, telling: bool) -> None:
+    total = MPImportance(wide, num_samples=20).run()._sums[0]
+    diagnosis = diagnose(total, {"a": weighted(ess, 20)}, {"a"}, torch.zeros(1))
+    assert ("with most of the weight on one value" in helps(diagnosis)) != telling
+    assert ("may not be enough" in helps(diagnosis)) != telling
+    assert ("would make the lowest about 5" in helps(diagnosis)) == telling
+
+
+def outer(ratio: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Particles this many times as wide as the posterior: thirds at -1, 0 and 1."""
+    share = 2 / 3 / ratio**2  # of the weight, at -1 and 1
+    return torch.tensor([-1.0, 0.0, 1.0]), torch.tensor([share / 2, 1 - share, share / 2])
+
+
+def beside(distance: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Particles whose centre is this many of their sds off: nine at 0, one at 1."""
+    share = 0.1 + 0.3 * distance  # of the weight, at 1
+    weights = torch.full((10,), (1 - share) / 9)
+    weights[9] = share
+    return torch.tensor(9 * [0.0] + [1.0]), weights
+
+
+@pytest.mark.parametrize(
+    ("particles", "text"),
+    [
+        (outer(3.1), "3 times as wide as its posterior"),
+        (outer(2.9), "which covers its posterior (2.9 times as wide)"),
+        (outer(0.91), "which covers its posterior (0.9 times as wide)"),
+        (outer(0.89), "only 0.9 times as wide as its posterior"),
+        (beside(1.6), "whose centre is 1.6 of its sds off"),
+        (beside(1.4), "only 0.6 times as wide as its posterior"),
+    ],
+)
+def test_what_is_said_of_particles(particles: tuple[torch.Tensor, torch.Tensor], text: str) -> None:
+    samples, weights = (tensor.double() for tensor in particles)
+    marginal = Marginal(samples, weights.log(), {"a": torch.Size()})
+    site = replace(diagnosed(wide).sites[0], ess=torch.tensor(4.0), num_particles=20)
+    assert text in _better_guide(site, marginal, 2, 2)
+
+
+@pytest.mark.parametrize("number", [100, 101])
+def test_up_to_a_hundred_values_are_to_be_enumerated(number: int) -> None:
+    def model() -> None:
+        kind = pyro.sample("kind", dist.Categorical(torch.ones(number)))
+        pyro.sample("y", dist.Normal(kind * 8.0, 1.0), obs=torch.tensor(80.0))
+
+    assert (f"'kind' has only {number} values" in helps(diagnosed(model))) == (number == 100)
+
+
+@pytest.mark.parametrize("number", [3, 4])
+def test_sharing_pays_from_four_indices_on(number: int) -> None:
+    def model() -> None:
+        total = sum(pyro.sample(f"z_{i}", dist.Normal(0.0, 50.0)) for i in range(number))
+        pyro.sample("y", dist.Normal(total, 0.01), obs=torch.tensor(0.0))
+
+    assert ("particle indices" in helps(diagnosed(model, K=4))) == (number == 4)

@@ -226,8 +226,8 @@ def test_every_tensor_moves() -> None:
     for case in CASES:
         posterior = ran(case)
         posterior.moments()
-        posterior._sums[0].replicate.environment.params["constraints"]["loc"] = constraints.interval(
-            torch.tensor(-1.0), torch.tensor(1.0)
+        posterior._sums[0].replicate.environment.params["constraints"]["loc"] = (
+            constraints.interval(torch.tensor(-1.0), torch.tensor(1.0))
         )
         before = list(tensors(vars(posterior), set()))
         moved = posterior.to("meta")

@@ -8,9 +8,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from posteriors import single, wide
+from posteriors import single, weighted, wide
 
 from pyro_mpis import MPImportance, MPISWarning
+from pyro_mpis.results.summary import summarise
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -59,6 +60,13 @@ def test_summary_leaves_out_k_hat_of_even_weights() -> None:
     assert row.ess > 50
     assert math.isnan(row.k_hat)
     assert not math.isnan(float(posterior.marginals("a").pareto_k))
+
+
+@pytest.mark.parametrize(("ess", "even"), [(29.9, False), (30.1, True)])
+def test_k_hat_is_shown_below_half_of_the_particles(ess: float, even: bool) -> None:
+    (row,) = summarise({"a": weighted(ess, 60)}, {"a"}, 0.0, None, 60, 0.9).rows
+    assert row.ess == pytest.approx(ess)
+    assert math.isnan(row.k_hat) == even
 
 
 def test_summary_warns_of_heavy_tails() -> None:

@@ -59,25 +59,25 @@ class Names:
         num_batch = len(shape) - site.event_dim
         plates = {num_batch + dim: plate for dim, plate in site.plates.items()}
         dropped = {p for p in range(num_batch) if shape[p] == 1 and p not in plates}
-        kept = [p for p in range(len(shape)) if p not in dropped]
-        free = [p for p in kept if p not in plates]
+        exported = [p for p in range(len(shape)) if p not in dropped]
+        free = [p for p in exported if p not in plates]
         names = plates | {p: f"{name}_dim_{number}" for number, p in enumerate(free)}
         given = self.dims.get(name)
         if given is not None:
-            if isinstance(given, str) or len(given) not in (len(kept), len(free)):
+            if isinstance(given, str) or len(given) not in (len(exported), len(free)):
                 raise ValueError(
-                    f"dims: '{name}' has {len(kept)} dims, {_listed(names[p] for p in kept)}, but "
-                    f"{given!r} names {len(given)}. Name all of them, or the {len(free)} that no "
-                    "plate names."
+                    f"dims: '{name}' has {len(exported)} dims, "
+                    f"{_listed(names[p] for p in exported)}, but {given!r} names {len(given)}. "
+                    f"Name all of them, or the {len(free)} that no plate names."
                 )
-            names |= zip(kept if len(given) == len(kept) else free, given, strict=True)
-        for p in kept:
+            names |= zip(exported if len(given) == len(exported) else free, given, strict=True)
+        for p in exported:
             if names[p] in RESERVED:
                 raise ValueError(
                     f"site '{name}': a dim is named '{names[p]}', as one of ArviZ's own. Rename "
                     f"the plate, or name the site's dims: dims={{'{name}': [...]}}."
                 )
-        return tuple(names[p] if p in kept else None for p in range(len(shape)))
+        return tuple(names[p] if p in exported else None for p in range(len(shape)))
 
     def of_argument(self, name: str, num_dims: int) -> tuple[str, ...]:
         """Return a name for each dim of an argument of the model."""
@@ -114,10 +114,12 @@ def model_groups(
     structure, programs, names = replicate.structure, replicate.programs, wanted.names
     number = wanted.num_samples
     with replicate.environment.entered():
-        found = replay_draws(structure, programs, draws, number, likelihood=wanted.log_likelihood)
-        sites = found.sites
-        values = {"posterior": {**draws, **found.deterministics}}
-        values["log_likelihood"] = dict(found.log_likelihoods)
+        replayed = replay_draws(
+            structure, programs, draws, number, likelihood=wanted.log_likelihood
+        )
+        sites = replayed.sites
+        values = {"posterior": {**draws, **replayed.deterministics}}
+        values["log_likelihood"] = dict(replayed.log_likelihoods)
         if wanted.posterior_predictive:
             predicted = predict(structure, programs, draws, sites, number)
             observed = [name for name in predicted if sites[name].kind == "observed"]
@@ -130,7 +132,7 @@ def model_groups(
         groups: dict[str, Arrays] = {
             group: draw_arrays(arrays, sites, names) for group, arrays in values.items()
         }
-        log_joint = found.log_joint.unsqueeze(0).cpu().numpy()
+        log_joint = replayed.log_joint.unsqueeze(0).cpu().numpy()
         groups["sample_stats"] = {"lp": (RESERVED[:2], log_joint)}
         data = {name: site.value for name, site in sites.items() if site.kind == "observed"}
         groups["observed_data"] = site_arrays(data, sites, names)
@@ -150,10 +152,10 @@ def site_arrays(
     """
     arrays = {}
     for name, value in values.items():
-        own = names.of_site(name, sites[name])[: value.dim() - len(left)]
-        kept = [size for size, dim in zip(value.shape[len(left) :], own, strict=True) if dim]
-        array = value.detach().reshape((*value.shape[: len(left)], *kept)).cpu().numpy()
-        arrays[name] = (*left, *(dim for dim in own if dim)), array
+        dims = names.of_site(name, sites[name])[: value.dim() - len(left)]
+        sizes = [size for size, dim in zip(value.shape[len(left) :], dims, strict=True) if dim]
+        array = value.detach().reshape((*value.shape[: len(left)], *sizes)).cpu().numpy()
+        arrays[name] = (*left, *(dim for dim in dims if dim)), array
     return arrays
 
 
@@ -235,10 +237,10 @@ def build(
     _check_names(groups, names)
     datasets = {name: _dataset(arrays, names) for name, arrays in groups.items() if arrays}
     library = {"inference_library": "pyro_mpis", "inference_library_version": __version__}
-    whole = {**library, **attributes}
+    attributes = {**library, **attributes}
     if "posterior" in datasets:
-        datasets["posterior"].attrs.update(whole)
-    tree = xarray.DataTree.from_dict({"/": xarray.Dataset(attrs=whole), **datasets})
+        datasets["posterior"].attrs.update(attributes)
+    tree = xarray.DataTree.from_dict({"/": xarray.Dataset(attrs=attributes), **datasets})
     try:
         old = version("arviz").startswith("0.")
     except PackageNotFoundError:
@@ -255,8 +257,8 @@ def _dataset(arrays: Arrays, names: Names) -> "Dataset":
 
     sizes = {
         dim: size
-        for own, array in arrays.values()
-        for dim, size in zip(own, array.shape, strict=True)
+        for dims, array in arrays.values()
+        for dim, size in zip(dims, array.shape, strict=True)
     }
     coords = {
         dim: np.asarray(names.coords[dim]) if dim in names.coords else np.arange(size)
@@ -275,9 +277,9 @@ def _check_names(groups: Mapping[str, Arrays], names: Names) -> None:
             )
     sizes: dict[str, int] = {}
     for group, arrays in groups.items():
-        for own, array in arrays.values():
-            sizes |= zip(own, array.shape, strict=True)
-            both = set(own) & set(arrays)
+        for dims, array in arrays.values():
+            sizes |= zip(dims, array.shape, strict=True)
+            both = set(dims) & set(arrays)
             if both:
                 raise ValueError(
                     f"dims: {_listed(both)} is a dim in the group '{group}' and a variable of it. "

@@ -99,19 +99,19 @@ class Diagnosis:
 
 
 def diagnose(
-    total: BlockSum, marginals: Mapping[str, Marginal], sampled: Set[str], log_evidences: Tensor
+    block_sum: BlockSum, marginals: Mapping[str, Marginal], sampled: Set[str], log_evidences: Tensor
 ) -> Diagnosis:
     """
     Judge the weights of every site, and the evidence.
 
-    Draws nothing. Runs the model once, at single values, if something is poor.
+    Draws nothing. Runs the model once, at single values, if the weights of a site are poor.
 
-    :param total: any replicate.
+    :param block_sum: any replicate.
     :param marginals: of every site, over all replicates.
     :param sampled: the sites that have particles, not their whole support or a fixed value.
     :param log_evidences: of every replicate, -inf for an evidence of zero.
     """
-    structure = total.replicate.structure
+    structure = block_sum.replicate.structure
     sites = tuple(
         _site(structure, name, marginals[name])
         for name, origin in structure.origins.items()
@@ -119,7 +119,7 @@ def diagnose(
     )
     problems = [
         *_no_observation(structure),
-        *_low_ess(total, marginals, sites),
+        *_low_ess(block_sum, marginals, sites),
         *_heavy_tails(sites),
         *_unsure_evidence(log_evidences),
     ]
@@ -147,9 +147,9 @@ def evidence_error(log_evidences: Tensor) -> float:
 
 
 def _site(structure: Structure, name: str, marginal: Marginal) -> SiteDiagnosis:
-    own = structure.model[name]
-    dims = {plate.dim: plate.name for plate in map(structure.plates.__getitem__, own.plates)}
-    batch_dims = [d for d in range(-len(own.batch_shape), 0) if d not in own.undeclared]
+    site = structure.model[name]
+    dims = {plate.dim: plate.name for plate in map(structure.plates.__getitem__, site.plates)}
+    batch_dims = [d for d in range(-len(site.batch_shape), 0) if d not in site.undeclared]
     return SiteDiagnosis(
         name=name,
         proposal="prior" if structure.origins[name] == "prior" else "guide",
@@ -176,20 +176,20 @@ def _no_observation(structure: Structure) -> list[Problem]:
 
 
 def _low_ess(
-    total: BlockSum, marginals: Mapping[str, Marginal], sites: tuple[SiteDiagnosis, ...]
+    block_sum: BlockSum, marginals: Mapping[str, Marginal], sites: tuple[SiteDiagnosis, ...]
 ) -> list[Problem]:
     poor = [site for site in sites if site.lowest_ess < LOW_ESS]
     if not poor:
         return []
     worst = min(poor, key=lambda site: site.lowest_ess)
     number = sum(int((site.ess < LOW_ESS).sum()) for site in poor)
-    found = (
+    finding = (
         f"{number} of {sum(site.ess.numel() for site in sites)} marginals have an effective sample "
         f"size below {LOW_ESS:g} (lowest: {worst.worst}, {worst.lowest_ess:.1f} of "
         f"{worst.num_particles} particles): their moments and quantiles rest on a handful of "
         "particles."
     )
-    return [Problem(found, tuple(remedies(total, marginals, sites, LOW_ESS)))]
+    return [Problem(finding, tuple(remedies(block_sum, marginals, sites, LOW_ESS)))]
 
 
 def _heavy_tails(sites: tuple[SiteDiagnosis, ...]) -> list[Problem]:
@@ -199,7 +199,7 @@ def _heavy_tails(sites: tuple[SiteDiagnosis, ...]) -> list[Problem]:
     worst = max(heavy, key=lambda site: site.highest_k)
     highest = worst.pareto_k.masked_fill(~worst.uneven | worst.pareto_k.isnan(), -math.inf)
     number = sum(int(((site.pareto_k > HIGH_K_HAT) & site.uneven).sum()) for site in heavy)
-    found = (
+    finding = (
         f"{number} of {sum(site.ess.numel() for site in sites)} marginals have a Pareto k-hat "
         f"above {HIGH_K_HAT} (highest: {worst.element(int(highest.reshape(-1).argmax()))}, "
         f"{worst.highest_k:.2f}): the tail of their weights is too heavy, and more particles help "
@@ -212,7 +212,7 @@ def _heavy_tails(sites: tuple[SiteDiagnosis, ...]) -> list[Problem]:
         else "The prior has few particles where the posterior is: use a guide for these sites, "
         "rather too wide than too narrow."
     )
-    return [Problem(found, (remedy,))]
+    return [Problem(finding, (remedy,))]
 
 
 def _unsure_evidence(log_evidences: Tensor) -> list[Problem]:

@@ -7,6 +7,10 @@ safetensors: eight bytes that give the length of a header, the header in JSON wi
 and place of each tensor, and the tensors' bytes. All else is plain data and stands as JSON in the
 header's metadata: there, ``{tag: content}`` is what JSON has no notation for, a tuple or a tensor
 for example, or a dataclass from a fixed list.
+
+Two checksums stand in the metadata, so that a file is refused if a single bit of it has changed:
+first that of the header, taken with zeros in its own place, then that of the tensors' bytes. They
+tell of damage. Whoever writes a file with checksums that fit can still write any numbers into it.
 """
 
 import hashlib
@@ -21,9 +25,13 @@ import torch
 from torch import Tensor
 
 from pyro_mpis._version import __version__
+from pyro_mpis.results._typed import check_fields
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 Record = TypeVar("Record")
+
+BEFORE = b'{"__metadata__":{"checksum":"'  # what a header begins with; its checksum follows
+NO_CHECKSUM = b"0" * 64  # in the place of the checksum while that is taken
 
 _DTYPES = {
     "F64": torch.float64,
@@ -80,7 +88,10 @@ def write(path: str | os.PathLike[str], tree: object, form: Format) -> None:
     """Write a file; a tree with anything but tensors and plain data is a TypeError."""
     encoder = _Encoder(form.by_name)
     content = encoder.encode(tree)
+    parts = [tensor.view(torch.uint8).numpy().data for tensor in encoder.tensors]
     metadata = {
+        "checksum": NO_CHECKSUM.decode(),
+        "tensors": _checksum(*parts).decode(),
         "kind": form.kind,
         "layout": form.layout,
         "version": __version__,
@@ -89,20 +100,15 @@ def write(path: str | os.PathLike[str], tree: object, form: Format) -> None:
     header: dict[str, object] = {"__metadata__": metadata}
     start = 0
     for number, tensor in enumerate(encoder.tensors):
-        end = start + tensor.nbytes
-        header[str(number)] = {
-            "dtype": _DTYPE_NAMES[tensor.dtype],
-            "shape": [tensor.numel()],
-            "data_offsets": [start, end],
-        }
-        start = end
+        header[str(number)] = _entry(tensor.dtype, tensor.numel(), start)
+        start += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    text = BEFORE + _checksum(text) + text[len(BEFORE) + len(NO_CHECKSUM) :]
     with open(os.fspath(path), "wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        for tensor in encoder.tensors:
-            file.write(tensor.view(torch.uint8).numpy().data)
+        file.write(len(text).to_bytes(8, "little") + text)
+        for part in parts:
+            file.write(part)
 
 
 def read(
@@ -113,40 +119,36 @@ def read(
 
     :param kind: what the file is to hold.
     :param device: where the tensors are to be.
-    :raises ValueError: if the file is not one of :func:`write`, or of another layout; names it.
+    :raises ValueError: if the file is not one of :func:`write`, is damaged, or is of another
+        layout; names it.
     """
-    with open(os.fspath(path), "rb") as file:
-        with _explained(path):
-            length = int.from_bytes(file.read(8), "little")
-            if length > os.fstat(file.fileno()).st_size:
-                raise ValueError("it has no header")
-            header = json.loads(file.read(length))
-            metadata = header.pop("__metadata__")
-            if metadata["kind"] != form.kind:
-                raise ValueError(f"it is of the kind {metadata['kind']!r}")
-            layout, writer = metadata["layout"], metadata["version"]
-        if layout != form.layout:
-            raise ValueError(
-                f"'{os.fspath(path)}': written by pyro_mpis {writer}, whose layout of files "
-                f"differs from that of {__version__}, which is reading. Load it with pyro_mpis "
-                f"{writer}, or run again."
-            )
-        with _explained(path):
-            tensors = [_read_tensor(file, entry, device) for entry in header.values()]
-            if file.read(1):
-                raise ValueError("it does not end where it should")
-            content = json.loads(metadata["content"])
-            tree = _Decoder(form.by_name, tensors, device).decode(content)
-            if not isinstance(tree, kind):
-                raise ValueError("it holds something else")
+    with open(os.fspath(path), "rb") as file, _explained(path):
+        header, signed = _read_header(file)
+        metadata = _checked_metadata(header.pop("__metadata__"), form)
+        if not signed:
+            raise ValueError("its header has no checksum")
+        tensors = _read_tensors(file, header, metadata["tensors"])
+        tensors = [tensor.to(device) for tensor in tensors]
+        content = json.loads(metadata["content"])
+        tree = _Decoder(form.by_name, tensors, device).decode(content)
+        if not isinstance(tree, kind):
+            raise ValueError("it holds something else")
     return tree
+
+
+class _OtherLayout(Exception):
+    """The file is of another layout than that of its reader."""
 
 
 @contextmanager
 def _explained(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Say which file is at fault: a damaged one may fail in any way."""
+    """Say which file is at fault. A damaged one may fail in any way but for want of memory."""
     try:
         yield
+    except (MemoryError, torch.cuda.OutOfMemoryError):
+        raise
+    except _OtherLayout as error:
+        raise ValueError(f"'{os.fspath(path)}': {error}") from error
     except Exception as error:
         raise ValueError(
             f"'{os.fspath(path)}': not a posterior that MPImportance.save wrote, or damaged: "
@@ -154,17 +156,87 @@ def _explained(path: str | os.PathLike[str]) -> Iterator[None]:
         ) from error
 
 
-def _read_tensor(file: BinaryIO, entry: Mapping[str, object], device: torch.device) -> Tensor:
-    """Read the tensor that comes next."""
-    dtype = _DTYPES[cast(str, entry["dtype"])]
-    start, end = cast(list[int], entry["data_offsets"])
-    data = bytearray(file.read(end - start))  # a negative number reads all: too much, see below
-    (number,) = cast(list[int], entry["shape"])
-    if len(data) != number * dtype.itemsize:
-        raise ValueError("a tensor is cut short")
-    if not number:  # torch.frombuffer wants something in the buffer
-        return torch.empty(0, dtype=dtype, device=device)
-    return torch.frombuffer(data, dtype=dtype).to(device)
+def _checksum(*parts: "bytes | bytearray | memoryview") -> bytes:
+    hasher = hashlib.blake2b(digest_size=len(NO_CHECKSUM) // 2)
+    for part in parts:
+        hasher.update(part)
+    return hasher.hexdigest().encode()
+
+
+def _entry(dtype: torch.dtype, number: int, start: int) -> dict[str, object]:
+    """Say what a tensor of one dim is, and where its bytes are."""
+    end = start + number * dtype.itemsize
+    return {"dtype": _DTYPE_NAMES[dtype], "shape": [number], "data_offsets": [start, end]}
+
+
+def _read_header(file: BinaryIO) -> tuple[dict[str, object], bool]:
+    """
+    Read the header.
+
+    :return: that; and whether it has a checksum, which then is right. Older files have none.
+    """
+    length = int.from_bytes(file.read(8), "little")
+    if length > _bytes_left(file):
+        raise ValueError("it has no header")
+    text = file.read(length)
+    signed, end = text.startswith(BEFORE), len(BEFORE) + len(NO_CHECKSUM)
+    if signed and text[len(BEFORE) : end] != _checksum(BEFORE, NO_CHECKSUM, text[end:]):
+        raise ValueError("its header is not as it was written")
+    header = json.loads(text.decode())
+    if not isinstance(header, dict):
+        raise ValueError("its header is not a table")
+    return header, signed
+
+
+def _checked_metadata(metadata: object, form: Format) -> dict[str, str]:
+    """Check that a file is of the kind and the layout that its reader knows."""
+    texts = cast(dict[str, str], metadata)
+    if not isinstance(metadata, dict) or not all(isinstance(t, str) for t in metadata.values()):
+        raise ValueError("its metadata are not all texts")
+    if texts["kind"] != form.kind:
+        raise ValueError(f"it is of the kind {texts['kind']!r}")
+    if texts["layout"] != form.layout:
+        raise _OtherLayout(
+            f"written by pyro_mpis {texts['version']} in the layout {texts['layout']}, but "
+            f"pyro_mpis {__version__}, which is reading, knows the layout {form.layout} alone. "
+            "Load it with the pyro_mpis that wrote it, or run again."
+        )
+    return texts
+
+
+def _read_tensors(file: BinaryIO, entries: Mapping[str, object], checksum: str) -> list[Tensor]:
+    """Read the tensors, which follow each other without a gap up to the end of the file."""
+    end, size, buffers = 0, _bytes_left(file), []
+    for number, (name, entry) in enumerate(entries.items()):
+        dtype, length = _described(entry)
+        if name != str(number) or entry != _entry(dtype, length, end):
+            raise ValueError(f"tensor {name} is not where it should be")
+        end += length * dtype.itemsize
+        if end > size:
+            raise ValueError(f"tensor {name} is cut short")
+        buffers.append((dtype, bytearray(file.read(length * dtype.itemsize))))
+    if end != size:
+        raise ValueError("it does not end where it should")
+    if _checksum(*(data for _, data in buffers)).decode() != checksum:
+        raise ValueError("its numbers are not as they were written")
+    return [  # torch.frombuffer wants something in the buffer
+        torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        for dtype, data in buffers
+    ]
+
+
+def _described(entry: object) -> tuple[torch.dtype, int]:
+    """Return the dtype of a tensor and the number of its elements."""
+    table = cast(dict[str, object], entry)
+    (length,) = cast(list[int], table["shape"])
+    start, end = cast(list[int], table["data_offsets"])
+    if not all(type(number) is int and number >= 0 for number in (length, start, end)):
+        raise ValueError("a size of a tensor is not a number")
+    return _DTYPES[cast(str, table["dtype"])], length
+
+
+def _bytes_left(file: BinaryIO) -> int:
+    return os.fstat(file.fileno()).st_size - file.tell()
 
 
 class _Encoder:
@@ -173,14 +245,13 @@ class _Encoder:
     def __init__(self, records: Mapping[str, type]) -> None:
         self.records = records
         self.tensors: list[Tensor] = []
-        self._known: dict[tuple[int, torch.dtype, int], int] = {}
+        self._numbers: dict[tuple[int, torch.dtype, int], int] = {}
 
     def encode(self, value: object) -> Json:
         """
         Encode a tree.
 
-        :raises TypeError: if there is something in it that is not plain data: the message is
-            what.
+        :raises TypeError: if something in it is not plain data. The message names its type.
         """
         kind = type(value)
         if value is None or kind in (bool, int, float, str):
@@ -216,10 +287,10 @@ class _Encoder:
             raise TypeError(f"a tensor of {tensor.layout} and {tensor.dtype}")
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         key = (flat.data_ptr(), flat.dtype, flat.numel())
-        if key not in self._known:
-            self._known[key] = len(self.tensors)
+        if key not in self._numbers:
+            self._numbers[key] = len(self.tensors)
             self.tensors.append(flat)
-        return self._known[key]
+        return self._numbers[key]
 
 
 class _Decoder:
@@ -241,7 +312,9 @@ class _Decoder:
         ((tag, content),) = value.items()
         if tag in self.records:
             named = cast(dict[str, Json], content)
-            return self.records[tag](**{name: self.decode(part) for name, part in named.items()})
+            record = self.records[tag](**{n: self.decode(part) for n, part in named.items()})
+            check_fields(record)
+            return record
         if tag == "device":
             return self.device
         if tag == "dtype":
@@ -249,6 +322,8 @@ class _Decoder:
         items = cast(list[object], self.decode(content))
         if tag == "tensor":
             number, *shape = cast(list[int], items)
+            if not all(type(size) is int and size >= 0 for size in (number, *shape)):
+                raise ValueError("a size of a tensor is not a number")
             return self.tensors[number].reshape(shape)
         if tag == "dict":
             return dict(cast(list[tuple[object, object]], items))

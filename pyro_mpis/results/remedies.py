@@ -36,7 +36,7 @@ SMALL_SUPPORT = 100
 
 
 def remedies(
-    total: BlockSum,
+    block_sum: BlockSum,
     marginals: Mapping[str, Marginal],
     sites: Sequence[SiteDiagnosis],
     enough: float,
@@ -52,12 +52,12 @@ def remedies(
     poor = [site for site in sites if site.lowest_ess < enough]
     worst = min(poor, key=lambda site: site.lowest_ess)
     uneven = [site for site in poor if bool(site.uneven.any())]
-    helps = _site_helps(total, marginals, uneven, len(sites)) if uneven else []
-    return [*helps, _more_particles(total, worst, enough), *_grouping(total, sites)]
+    helps = _site_helps(block_sum, marginals, uneven, len(sites)) if uneven else []
+    return [*helps, _more_particles(block_sum, worst, enough), *_grouping(block_sum, sites)]
 
 
 def _site_helps(
-    total: BlockSum,
+    block_sum: BlockSum,
     marginals: Mapping[str, Marginal],
     uneven: list[SiteDiagnosis],
     num_sites: int,
@@ -68,7 +68,7 @@ def _site_helps(
     :param num_sites: of all sites that have particles.
     """
     helps: list[str] = []
-    fns = _distributions(total, marginals)
+    fns = _distributions(block_sum, marginals)
     sizes = {site.name: _support_size(fns[site.name]) for site in uneven}
     small = {name: size for name, size in sizes.items() if size and size <= SMALL_SUPPORT}
     for name, size in small.items():
@@ -87,23 +87,25 @@ def _site_helps(
     others = [site for site in uneven if site.name not in small]
     if others:
         worst = min(others, key=lambda site: site.lowest_ess)
-        indices = [index for index in total.replicate.structure.indices if not index.enumerated]
+        indices = [index for index in block_sum.replicate.structure.indices if not index.enumerated]
         helps.append(_better_guide(worst, marginals[worst.name], len(indices), num_sites))
     return helps
 
 
-def _distributions(total: BlockSum, marginals: Mapping[str, Marginal]) -> dict[str, Distribution]:
+def _distributions(
+    block_sum: BlockSum, marginals: Mapping[str, Marginal]
+) -> dict[str, Distribution]:
     """Return the distribution that the model has at each site, from a run at single values."""
     values = {}
     for name, marginal in marginals.items():
-        site, dim = total.whole.values[name], len(marginal.batch_shape)
+        site, dim = block_sum.whole.values[name], len(marginal.batch_shape)
         heaviest = marginal.log_weights.argmax(-1, keepdim=True)
         heaviest = heaviest.reshape(heaviest.shape + (1,) * len(marginal.event_shape))
         value = torch.take_along_dim(marginal.samples, heaviest, dim).squeeze(dim)
         values[name] = site.ordinary(site.padded(value, left=0), left=0)
-    with total.replicate.environment.entered():
+    with block_sum.replicate.environment.entered():
         with pyro.validation_enabled(False):
-            sites = statements(run_at(total.replicate.programs, "model", values))
+            sites = statements(run_at(block_sum.replicate.programs, "model", values))
     return {name: site["fn"] for name, site in sites.items()}
 
 
@@ -189,9 +191,12 @@ def _mismatch(marginal: Marginal, position: int) -> tuple[float, float, float]:
     return float(ratios.max()), float(ratios.min()), float(distances.nan_to_num(0.0).max())
 
 
-def _more_particles(total: BlockSum, worst: SiteDiagnosis, enough: float) -> str:
+def _more_particles(block_sum: BlockSum, worst: SiteDiagnosis, enough: float) -> str:
     """Say what more particles would cost."""
-    structure, num_samples = total.replicate.structure, total.replicate.particles.num_samples
+    structure, num_samples = (
+        block_sum.replicate.structure,
+        block_sum.replicate.particles.num_samples,
+    )
     telling = worst.lowest_ess >= TELLING_ESS
     factor = max(2.0, enough / worst.lowest_ess) if telling else 2.0
     larger = math.ceil(num_samples * factor)
@@ -209,14 +214,14 @@ def _more_particles(total: BlockSum, worst: SiteDiagnosis, enough: float) -> str
     )
 
 
-def _grouping(total: BlockSum, sites: Sequence[SiteDiagnosis]) -> list[str]:
+def _grouping(block_sum: BlockSum, sites: Sequence[SiteDiagnosis]) -> list[str]:
     """Say which sites could share an index, where one factor reads many."""
-    structure = total.replicate.structure
-    largest, _ = largest_factor(structure, total.replicate.particles.num_samples)
+    structure = block_sum.replicate.structure
+    largest, _ = largest_factor(structure, block_sum.replicate.particles.num_samples)
     symbols = {s for s in structure.indices_read(largest) if not structure.by_symbol[s].enumerated}
     if len(symbols) < MANY_INDICES:
         return []
-    values = total.whole.values
+    values = block_sum.whole.values
     even: dict[str, str] = {}  # index -> a site of it
     for site in sites:
         indices = values[site.name].indices

@@ -58,7 +58,7 @@ class Arguments:
 
 @dataclass(frozen=True)
 class StoredSum:
-    """What a file keeps of a :class:`~pyro_mpis.blocks.BlockSum`, and the weights known of it."""
+    """What a file keeps of a :class:`~pyro_mpis.blocks.BlockSum`, and its weights so far."""
 
     particles: Particles
     pieces: Mapping[str, int]
@@ -91,10 +91,15 @@ class Stored:
     patched: bool  # see Programs
     arguments: Arguments | None  # None if not all are tensors and plain data
 
+    def __post_init__(self) -> None:
+        """Refuse what no result is."""
+        if not self.sums or not self.dtype.is_floating_point:
+            raise ValueError("it has no particles, or its default dtype is not a floating one")
+
 
 FORMAT = Format(
     kind="pyro_mpis posterior",
-    number=1,
+    number=2,
     records=(
         Arguments,
         RaggedPlate,
@@ -120,33 +125,33 @@ def pack(
     """
     Collect what a file is to keep.
 
-    :return: that; and the type of an argument that cannot be kept, empty if all can. The
-        arguments are left out then.
+    :return: the content of the file, and the type of an argument that cannot be kept (empty if all
+        can). If one cannot, the file is without arguments.
     """
     replicate = sums[0].replicate
     arguments = Arguments(replicate.programs.args, replicate.programs.kwargs)
-    unknown = what_cannot_be_kept(arguments, FORMAT)
+    obstacle = what_cannot_be_kept(arguments, FORMAT)
     stored = Stored(
         settings=settings,
         structure=replicate.structure,
         sums=tuple(
             StoredSum(
-                particles=total.replicate.particles,
-                pieces=total.replicate.plan.cut.pieces,
-                reads=total.replicate.reads,
-                blocks=total.blocks,
-                whole=total.whole,
-                log_evidences=total.log_evidences,
-                weights=known,
+                particles=block_sum.replicate.particles,
+                pieces=block_sum.replicate.plan.cut.pieces,
+                reads=block_sum.replicate.reads,
+                blocks=block_sum.blocks,
+                whole=block_sum.whole,
+                log_evidences=block_sum.log_evidences,
+                weights=weights_of_sum,
             )
-            for total, known in zip(sums, weights, strict=True)
+            for block_sum, weights_of_sum in zip(sums, weights, strict=True)
         ),
         dtype=replicate.environment.dtype,
         validate=replicate.environment.validate,
         patched=replicate.programs.patched,
-        arguments=None if unknown else arguments,
+        arguments=None if obstacle else arguments,
     )
-    return stored, unknown
+    return stored, obstacle
 
 
 def write(path: str | os.PathLike[str], stored: Stored) -> None:
@@ -164,7 +169,7 @@ def read(path: str | os.PathLike[str], device: torch.device) -> Stored:
     return encoding.read(path, FORMAT, Stored, device)
 
 
-def check_structure(path: str | os.PathLike[str], stored: Structure, found: Structure) -> None:
+def check_structure(path: str | os.PathLike[str], stored: Structure, structure: Structure) -> None:
     """
     Check that the model and guide given are those of the file.
 
@@ -174,7 +179,7 @@ def check_structure(path: str | os.PathLike[str], stored: Structure, found: Stru
     where = f"'{os.fspath(path)}'"
     programs: tuple[Name, ...] = ("guide", "model")
     for program in programs:
-        old, new = _described(stored, program), _described(found, program)
+        old, new = _described(stored, program), _described(structure, program)
         for name in {**old, **new}:
             if old.get(name) != new.get(name):
                 raise ValueError(
@@ -183,7 +188,7 @@ def check_structure(path: str | os.PathLike[str], stored: Structure, found: Stru
                 )
     # Sites whose elements turned out to be read together are sampled, and were perhaps enumerated.
     same = {name for name in stored.origins if name not in stored.shared}
-    if any(stored.origins[name] != found.origins.get(name) for name in same):
+    if any(stored.origins[name] != structure.origins.get(name) for name in same):
         raise ValueError(
             f"{where}: the same sites as in the run, {quoted(set(stored.origins))}, but not the "
             f"same of them enumerated. {advice}"
@@ -195,7 +200,7 @@ def _described(structure: Structure, program: Name) -> dict[str, str]:
     sites: Mapping[str, Site] = getattr(structure, program)
     result = {}
     for name, site in sites.items():
-        plates = quoted({structure.plates[symbol].name for symbol in site.plates})
+        plates = quoted({p.name for symbol, p in structure.plates.items() if symbol in site.plates})
         result[name] = (
             f"batch shape {tuple(site.batch_shape)}, {site.event_dim} event dims, "
             f"in plates {plates or 'none'}, reading {quoted(set(site.reads)) or 'nothing'}"
@@ -203,21 +208,22 @@ def _described(structure: Structure, program: Name) -> dict[str, str]:
     return result
 
 
-def check_evaluation(path: str | os.PathLike[str], total: BlockSum) -> None:
+def check_evaluation(path: str | os.PathLike[str], block_sum: BlockSum) -> None:
     """
     Check that a sum whose factors are not kept is evaluated as it was.
 
     :raises ValueError: if a block's evidence is another than in the file.
     """
-    if total.whole.factors:
+    if block_sum.whole.factors:
         return
-    block = int(total.log_evidences.argmax())
+    block = int(block_sum.log_evidences.argmax())
+    before = block_sum.log_evidences[block]
     with seeded(0):
-        found = total.job(block, log_evidence)().double()
-    if not torch.allclose(found, total.log_evidences[block], rtol=1e-4, atol=1e-3):
+        now = block_sum.job(block, log_evidence)().double()
+    if not torch.allclose(now, before, rtol=1e-4, atol=1e-3):
         raise ValueError(
             f"'{os.fspath(path)}': particles that were weighed at log evidence "
-            f"{float(total.log_evidences[block]):.4f} in the run are at {float(found):.4f} now. A "
+            f"{float(before):.4f} in the run are at {float(now):.4f} now. A "
             "result of several blocks or replicates, or saved without factors, is evaluated again "
             "by model and guide: give them the parameters that they had (the param store's, a "
             "module's state_dict), and the arguments of that run."
@@ -231,10 +237,10 @@ def resolved(device: torch.device | str) -> torch.device:
 
 def moved(tree: Tree, device: torch.device) -> Tree:
     """
-    Take all tensors of a result to a device; those that are there already are shared.
+    Take all tensors of a result to a device. Tensors that are there already are shared.
 
-    Model and guide are left as they are, and so are objects among their arguments that are neither
-    tensors nor tuples, lists or dictionaries.
+    Model and guide stay as they are. So do their arguments, except tensors, tuples, lists and
+    dictionaries.
     """
 
     def move(tensor: Tensor) -> Tensor:  # a param that is there stays the very same object

@@ -85,14 +85,14 @@ def _rows(name: str, marginal: Marginal, sampled: bool, prob: float) -> list[Row
     batch, shape = marginal.batch_shape, marginal.batch_shape + marginal.event_shape
     tail = (1,) * len(marginal.event_shape)
     quantiles = marginal.quantile([0.5 - prob / 2, 0.5, 0.5 + prob / 2])
-    unknown = torch.full_like(marginal.ess, math.nan)
+    nans = torch.full_like(marginal.ess, math.nan)
     even = marginal.ess >= UNEVEN_ESS * marginal.log_weights.shape[-1]
     columns: list[Tensor] = [
         marginal.mean,
         marginal.variance.sqrt(),
         *quantiles,
-        (marginal.ess if sampled else unknown).reshape(batch + tail).expand(shape),
-        (torch.where(even, unknown, marginal.pareto_k) if sampled else unknown)
+        (marginal.ess if sampled else nans).reshape(batch + tail).expand(shape),
+        (torch.where(even, nans, marginal.pareto_k) if sampled else nans)
         .reshape(batch + tail)
         .expand(shape),
     ]

@@ -42,19 +42,19 @@ def weighted_draws(
     sums: Sequence[BlockSum], log_evidence: Tensor, number: int, workers: Workers
 ) -> Draws:
     """
-    Return the particles themselves if they have but one index, joint draws otherwise.
+    Return the particles themselves if they have one index alone, and joint draws otherwise.
 
     Draws random numbers in the second case only.
 
     :param log_evidence: of all the sums together.
     :param number: of particles, and of draws.
     """
-    whole, indices = sums[0].whole, sums[0].replicate.structure.indices
+    graph, indices = sums[0].whole, sums[0].replicate.structure.indices
     if len(sums) == len(indices) == 1 and not indices[0].plates and not indices[0].enumerated:
         symbol = indices[0].symbol
-        (found,) = joint_weights_of(sums, [symbol], workers)
-        values = sites_at(whole, {symbol: torch.arange(number, device=whole.device)}, number)
-        log_weights = found[symbol].log() + math.log(number) + log_evidence
+        (weights,) = joint_weights_of(sums, [symbol], workers)
+        values = sites_at(graph, {symbol: torch.arange(number, device=graph.device)}, number)
+        log_weights = weights[symbol].log() + math.log(number) + log_evidence
         return Draws(values, log_weights.to(log_evidence.dtype))
     return Draws(sample_of(sums, number, workers), log_evidence.expand(number))
 
