@@ -294,6 +294,9 @@ def _room(tensor: Tensor, dims: str, sizes: Mapping[str, int]) -> Tensor:
 def run_plan(plan: Plan, workers: Workers) -> BlockSum:
     """Draw particles and evaluate them block by block; draws random numbers."""
     with plan.environment.entered(), gc_paused(plan.cut.whole):
+        obstacle = plan.structure.obstacle
+        if obstacle is not None:
+            return _ordinary(plan, NotMappableError(obstacle.what, obstacle.remedy))
         try:
             drawn = draw_particles(plan.structure, plan.programs, plan.num_samples)
             return _evaluated(plan, drawn, workers)

@@ -12,6 +12,7 @@ what a function returns over all levels, read or not.
 """
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -27,6 +28,8 @@ from torch.distributions import Distribution, Transform
 from torch.overrides import TorchFunctionMode
 
 Values = Mapping[str, Tensor]
+
+MAX_LOOP = 10_000  # combinations that are worth a call of a distribution's log_prob each
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,15 @@ def unwrapped(tensor: Tensor) -> Mapped:
     return Mapped(tensor, tuple(level - 1 for level in levels))
 
 
+def _combinations(tensors: Sequence[Tensor]) -> int:
+    """Return the number of combinations that mapped tensors have together; 0 if none is mapped."""
+    sizes: dict[int, int] = {}
+    for tensor in filter(_functorch.is_batchedtensor, tensors):
+        mapped = unwrapped(tensor)
+        sizes |= dict(zip(mapped.levels, mapped.tensor.shape, strict=False))
+    return math.prod(sizes.values()) if sizes else 0
+
+
 class _Looped(torch.autograd.Function):
     """Apply a function of tensors that torch cannot map to one value after the other."""
 
@@ -132,7 +144,7 @@ def log_prob_of(fn: Distribution, value: Tensor) -> Tensor:
     except (RuntimeError, NotImplementedError, ValueError) as error:
         tensors: list[Tensor] = []
         _exchange(fn, lambda tensor: tensors.append(tensor) or tensor)
-        if not any(map(_functorch.is_batchedtensor, (value, *tensors))):
+        if not 0 < _combinations((value, *tensors)) <= MAX_LOOP:
             raise
 
         def alone(value: Tensor, *tensors: Tensor) -> Tensor:
@@ -259,8 +271,41 @@ def _squeeze(tensor: Tensor, *dims: Any, **kwargs: Any) -> Any:
     return tensor if tensor.dim() == 0 else NotImplemented
 
 
+def _truth(tensor: Tensor) -> Any:
+    """Take a branch that all combinations take, as of a check whether arguments are valid."""
+    if not _functorch.is_batchedtensor(tensor) or tensor.numel() != 1:
+        return NotImplemented
+    is_true = unwrapped(tensor).tensor.bool()
+    if bool(is_true.all()):
+        return True
+    return NotImplemented if bool(is_true.any()) else False
+
+
+def _number(tensor: Tensor) -> Any:
+    """Take a number out of a tensor if it is the same for all combinations."""
+    if not _functorch.is_batchedtensor(tensor) or tensor.numel() != 1:
+        return NotImplemented
+    values = unwrapped(tensor).tensor.flatten()
+    return values[0].item() if bool((values == values[0]).all()) else NotImplemented
+
+
+def _as(kind: Callable[[Any], Any]) -> Callable[[Tensor], Any]:
+    """Return a conversion to a Python number of the given kind."""
+
+    def convert(tensor: Tensor) -> Any:
+        number = _number(tensor)
+        return number if number is NotImplemented else kind(number)
+
+    return convert
+
+
 _REWRITTEN: dict[Any, Callable[..., Any]] = {
     Tensor.data.__get__: lambda tensor: tensor.detach(),  # type: ignore[attr-defined]
+    Tensor.__bool__: _truth,
+    Tensor.__float__: _as(float),
+    Tensor.__int__: _as(int),
+    Tensor.__index__: _as(int),
+    Tensor.item: _number,
     Tensor.__setitem__: _set_item,
     Tensor.__getitem__: _get_item,
     Tensor.squeeze: _squeeze,
