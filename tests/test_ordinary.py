@@ -11,6 +11,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from checks import check_exact_mean
+from coins import Coin, Coins, outcomes
 from compare import compare, log_joint
 from pyro.infer import EmpiricalMarginal, Importance
 from torch import Tensor
@@ -27,39 +28,6 @@ ONCE = "the programs run once for each particle, as in pyro.infer.Importance"
 
 
 # Exactly: every outcome of the draws.
-
-
-class Coins:
-    """What the coins of a run show, and how likely that is."""
-
-    def __init__(self) -> None:
-        self.shown: list[bool] = []
-        self.thrown = 0
-        self.probability = 1.0
-
-    def start(self, shown: list[bool]) -> None:
-        self.shown, self.thrown, self.probability = shown, 0, 1.0
-
-
-class NotDecided(Exception):
-    """A coin is thrown beyond those that are decided."""
-
-
-class Coin(dist.Bernoulli):  # type: ignore[misc]
-    """Shows what is decided."""
-
-    def __init__(self, probability: float, coins: Coins) -> None:
-        super().__init__(torch.tensor(probability))
-        self.coins = coins
-
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
-        coins = self.coins
-        if coins.thrown >= len(coins.shown):
-            raise NotDecided
-        head = coins.shown[coins.thrown]
-        coins.thrown += 1
-        coins.probability *= float(self.probs) if head else 1.0 - float(self.probs)
-        return torch.tensor(float(head))
 
 
 def branching(coins: Coins) -> None:
@@ -90,20 +58,6 @@ def throws(coins: Coins) -> None:
 
 BRANCHING = 0.7 * 0.5 + 0.3 * (0.6 * 0.7 + 0.4 * 0.2)
 THROWS = 0.4 * 0.2 + 0.24 * 0.4 + 0.144 * 0.6 + 0.216 * 0.8
-
-
-def outcomes(coins: Coins, run: Callable[[], float]) -> Iterator[tuple[float, float]]:
-    """Yield the probability of every outcome of all throws, and what a run returns there."""
-    pending: list[list[bool]] = [[]]
-    while pending:
-        shown = pending.pop()
-        coins.start(shown)
-        try:
-            result = run()
-        except NotDecided:
-            pending += [[*shown, False], [*shown, True]]
-        else:
-            yield coins.probability, result
 
 
 @pytest.mark.parametrize(
