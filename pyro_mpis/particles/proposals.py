@@ -420,13 +420,14 @@ def _evaluate_at(
         dict.fromkeys(from_guide, collect),
         frozenset(structure.guide) if needs_carried else frozenset(),
     )
-    said_by_guide, said_by_model = evaluate(
-        programs,
-        levels,
-        guide=guide if from_guide or needs_carried else None,
-        model=Wanted(dict.fromkeys(from_model, collect)) if from_model else None,
-        shapes=structure.latent_shapes,
-    )
+    with pyro.validation_enabled(False):  # pairs of particles may be outside of supports
+        said_by_guide, said_by_model = evaluate(
+            programs,
+            levels,
+            guide=guide if from_guide or needs_carried else None,
+            model=Wanted(dict.fromkeys(from_model, collect)) if from_model else None,
+            shapes=structure.latent_shapes,
+        )
     return said_by_guide | said_by_model
 
 
