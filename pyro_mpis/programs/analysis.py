@@ -125,17 +125,19 @@ def analyse(
 
 def with_implicit_plates(structure: Structure) -> Structure:
     """
-    Treat undeclared dims of observations as plates where they read latents of plates.
+    Treat undeclared dims of densities as plates where they read latents of plates.
 
-    Elements of an observation are independent given what they read, as those of a plate. So each
-    may read its own element of a latent, by position or by an index array.
+    A density is a product over its batch dims, declared or not, as over those of a plate. So each
+    element may read its own element of a latent, by position or by an index array. The particle
+    index of a site is still one for all of its undeclared dims.
     """
     plates, model = dict(structure.plates), dict(structure.model)
     symbol_number = len(structure.indices) + len(plates)
     for name, site in structure.model.items():
         inside = (structure.by_symbol[s].plates for s in structure.indices_read(site))
         foreign = frozenset[str]().union(*inside) - site.plates
-        if name in structure.origins or site.silent or site.implicit or not foreign:
+        is_sum = structure.origins.get(name) == "enumerated"
+        if is_sum or site.silent or site.implicit or not foreign:
             continue
         implicit = set()
         for dim in site.undeclared:

@@ -192,7 +192,7 @@ class _Deferred(TorchDistribution):
         self._made_by = cls, args, kwargs
         first = type.__call__(cls, *_exchange(args, _first), **_exchange(kwargs, _first))
         self._support = first.support
-        super().__init__(first.batch_shape, first.event_shape, validate_args=False)  # type: ignore[no-untyped-call]
+        super().__init__(first.batch_shape, first.event_shape, validate_args=False)
 
     @property
     def support(self) -> Any:
