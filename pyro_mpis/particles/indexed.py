@@ -404,6 +404,8 @@ def check_crossing(graph: FactorGraph) -> None:
         tree.setdefault(graph.with_enclosing(factor.plates), []).append((read, factor.name))
     while tree:
         leaf = max(tree, key=len)
+        if not leaf:
+            return
         for read, name in _components(tree.pop(leaf), dims, leaf):
             pending = frozenset(s for s in read if dims[s] != leaf)
             if not pending:

@@ -22,6 +22,7 @@ from pyro_mpis._typing import Distribution, SampleMessage
 from pyro_mpis.programs.agreement import check_guide_matches_model, refuse_subsampling
 from pyro_mpis.programs.densities import is_checked
 from pyro_mpis.programs.indices import clusters_of, index_plates
+from pyro_mpis.programs.mapped import tensors_of
 from pyro_mpis.programs.messages import (
     batch_shape_of,
     event_shape_of,
@@ -232,7 +233,9 @@ def _read(site: SampleMessage, plates: Mapping[str, Plate]) -> Site:
     value = detach_provenance(site["value"])
     reads = get_provenance(site["value"])
     batch_shape = batch_shape_of(fn)
-    if not is_silent(site):
+    if is_latent(site) and isinstance(fn, torch.distributions.Distribution):
+        reads |= _argument_provenance(fn)  # its value is its own: there is nothing to check
+    elif not is_silent(site):
         log_prob, read_by_log_prob = _log_prob(name, fn, value)
         reads |= read_by_log_prob
         factors = (_shape(site[key]) for key in ("mask", "scale"))
@@ -336,12 +339,7 @@ def _remedy(value: Tensor) -> str:
 
 def _argument_provenance(fn: object) -> frozenset[str]:
     """Return the provenance of the tensors that a distribution holds, parts included."""
-    found: frozenset[str] = frozenset()
-    for value in vars(fn).values():
-        found |= get_provenance(value)
-        if isinstance(value, torch.distributions.Distribution):
-            found |= _argument_provenance(value)
-    return found
+    return frozenset[str]().union(*(get_provenance(tensor) for tensor in tensors_of(fn)))
 
 
 def _shape(value: object) -> tuple[int, ...]:
