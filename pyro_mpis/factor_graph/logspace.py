@@ -181,10 +181,18 @@ def _multiplied(a: Tensor, b: Tensor, dtype: torch.dtype) -> _Multiplied:
         return _Multiplied(dtype, a_max, b_max, ea, eb, product, None, None)
     lowest = torch.finfo(dtype).min  # see finite: of rows and columns that are all zero
     lost = small & (a_max > lowest) & (b_max > lowest)
+    if bool(lost.any()) and (bool((a == -math.inf).any()) or bool((b == -math.inf).any())):
+        lost &= _is_possible(a, b)
     num_lost = int(lost.count_nonzero())
     if num_lost > _FEW * lost.numel() and dtype != torch.float64:
         return _multiplied(a, b, torch.float64)
     return _Multiplied(dtype, a_max, b_max, ea, eb, product, small, lost if num_lost else None)
+
+
+def _is_possible(a: Tensor, b: Tensor) -> Tensor:
+    """Return where a row and a column have a term in common that is not zero: (batch, m, n)."""
+    rows, columns = ((x > -math.inf).float() for x in (a, b))
+    return rows @ columns > 0.0
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype, result: Tensor) -> None:
