@@ -248,18 +248,18 @@ def sum_product(terms: Sequence[Tensor], dims: str) -> Tensor:
     uses = Counter(symbol for term in terms for symbol in dims_of(term))
     terms = [_sum_alone(term, "".join(s for s in dims if uses[s] == 1)) for term in terms]
     dims = "".join(symbol for symbol in dims if uses[symbol] > 1)
-    kept = "".join(s for s in union(*(dims_of(term) for term in terms)) if s not in dims)
+    result_dims = "".join(s for s in union(*(dims_of(term) for term in terms)) if s not in dims)
     if len(terms) == 2 and dims:
         a, b = terms
         only_a = "".join(s for s in dims_of(a) if s not in dims_of(b) and s not in dims)
         only_b = "".join(s for s in dims_of(b) if s not in dims_of(a) and s not in dims)
         if only_a and only_b and set(dims) <= set(dims_of(a)) & set(dims_of(b)):
             return _matmul(a, b, only_a, only_b, dims)
-    layout = kept + dims
+    layout = result_dims + dims
     log_product = aligned(terms[0], layout)
     for term in terms[1:]:
         log_product = log_product + aligned(term, layout)
-    return packed(logsumexp(log_product, len(dims)), kept)
+    return packed(logsumexp(log_product, len(dims)), result_dims)
 
 
 def _sum_alone(term: Tensor, dims: str) -> Tensor:
@@ -267,8 +267,8 @@ def _sum_alone(term: Tensor, dims: str) -> Tensor:
     summed = [symbol for symbol in dims if symbol in dims_of(term)]
     if not summed:
         return term
-    kept = "".join(symbol for symbol in dims_of(term) if symbol not in summed)
-    return packed(logsumexp(aligned(term, kept + "".join(summed)), len(summed)), kept)
+    result_dims = "".join(symbol for symbol in dims_of(term) if symbol not in summed)
+    return packed(logsumexp(aligned(term, result_dims + "".join(summed)), len(summed)), result_dims)
 
 
 def _matmul(a: Tensor, b: Tensor, only_a: str, only_b: str, dims: str) -> Tensor:

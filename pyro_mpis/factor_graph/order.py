@@ -99,7 +99,7 @@ def find_steps(
     rounds = _rounds(inputs, sum_dims, sizes, limit, first_result)
     used = {operand for step in rounds for operand in step.operands}
     dims = dict(inputs) | {step.result: step.dims for step in rounds}
-    left = {number: own for number, own in dims.items() if number not in used}
+    left = {number: symbols for number, symbols in dims.items() if number not in used}
     return rounds + _pairs(left, sum_dims, sizes, first_result + len(rounds))
 
 
@@ -183,14 +183,14 @@ def _round(
             )
             terms[step.result] = step.dims
         inside = union(*terms.values())
-        kept = inside.replace(symbol, "")
-        largest = max(_size(own, sizes) for own in terms.values())
-        if _size(inside, sizes) > limit or _size(kept, sizes) > largest:
+        result_dims = inside.replace(symbol, "")
+        largest = max(_size(symbols, sizes) for symbols in terms.values())
+        if _size(inside, sizes) > limit or _size(result_dims, sizes) > largest:
             continue
         taken.update(operands)
         if merged:
             steps.append(step)
-        steps.append(Step(tuple(terms), symbol, first_result + len(steps), kept))
+        steps.append(Step(tuple(terms), symbol, first_result + len(steps), result_dims))
     return steps
 
 

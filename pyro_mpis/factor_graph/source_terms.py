@@ -80,9 +80,9 @@ def _differentiable(graph: FactorGraph) -> FactorGraph:
 
 def _check_total(graph: FactorGraph, symbols: str, weight: Tensor) -> None:
     """Make sure that weights sum to one over their indices: it shows a kernel that is wrong."""
-    total = weight.sum(tuple(range(len(symbols)))) if symbols else weight
-    if bool((total - 1.0).abs().lt(TOLERANCE).all()):
+    sums = weight.sum(tuple(range(len(symbols)))) if symbols else weight
+    if bool((sums - 1.0).abs().lt(TOLERANCE).all()):
         return
     sites = quoted(name for symbol in symbols for name in graph.index_sites[symbol])
-    worst = total.flatten()[(total - 1.0).abs().argmax()]
+    worst = sums.flatten()[(sums - 1.0).abs().argmax()]
     raise AssertionError(f"the weights of {sites} sum to {float(worst):.6g}, not to one")
