@@ -198,7 +198,7 @@ class LogSpaceRing(Ring):
         if term.dtype == torch.float64 or term.numel() == 0:
             return False
         # As in memory, and the outermost dim first: maxima in another order take ten times as long.
-        order_in_memory = sorted(range(term.dim()), key=lambda dim: -term.stride(dim))
+        order_in_memory = sorted(range(term.dim()), key=lambda dim: -term.stride()[dim])
         highest = term.detach().permute(order_in_memory)
         if max(abs(float(end)) for end in highest.aminmax()) <= LARGE:
             return False
