@@ -35,7 +35,6 @@ from pyro_mpis.factor_graph.source_terms import joint_weights
 from pyro_mpis.particles.factors import MAX_LEVELS, MissedReadError, build_graph, reads_found
 from pyro_mpis.particles.indexed import (
     ReadTogether,
-    SiteReads,
     check_crossing,
     check_graph,
     find_reads,
@@ -43,6 +42,7 @@ from pyro_mpis.particles.indexed import (
 )
 from pyro_mpis.particles.memory import gc_paused
 from pyro_mpis.particles.ordinary import run_ordinary
+from pyro_mpis.particles.probes import SiteReads
 from pyro_mpis.particles.proposals import (
     DisagreementError,
     Drawn,

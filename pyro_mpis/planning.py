@@ -24,7 +24,7 @@ from pyro_mpis.programs.analysis import analyse, device_of, with_implicit_plates
 from pyro_mpis.programs.environment import Environment
 from pyro_mpis.programs.messages import statements
 from pyro_mpis.programs.runs import Name, Programs, run_plainly
-from pyro_mpis.programs.structure import Index, Structure
+from pyro_mpis.programs.structure import Index, Obstacle, Structure
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def fitted(
     of those that the largest factor reads, the ones with the fewest values first.
 
     :return: the structure, how its particles are cut, and what the user is to be told.
-    :raises MemoryError: if the user has set a limit, or no more latents can share an index.
+    :raises MemoryError: if the user has set a limit that nothing fits into.
     """
     limit = memory_limit(options, device)
     merged: list[str] = []
@@ -107,11 +107,10 @@ def fitted(
         except memory.TooLargeError as error:
             if options.memory_limit is not None:
                 raise
-            site, problem = error.site, error
+            site = error.site
         pair = _mergeable(structure, site)
-        if pair is None and not merged:
-            raise problem
         if pair is None:
+            structure, cut = _one_by_one(structure, site), memory.Cut({}, {})
             break
         merged += [name for index in pair for name in index.sites if name not in merged]
         structure = structure.merging(*pair)
@@ -123,6 +122,16 @@ def fitted(
         "yourself which do: groups=[(...), ...]; or draw fewer particles."
     )
     return structure, cut, [notice]
+
+
+def _one_by_one(structure: Structure, site: str) -> Structure:
+    """Return a structure that is to be run once for each particle."""
+    obstacle = Obstacle(
+        f"site '{site}' reads too many latents to combine their particles",
+        "draw fewer particles, or split the site into several, each of which reads few latents",
+    )
+    model = {**structure.model, site: replace(structure.model[site], obstacle=obstacle)}
+    return replace(structure, model=model)
 
 
 def _mergeable(structure: Structure, name: str) -> tuple[Index, Index] | None:

@@ -277,6 +277,8 @@ def _ragged(
         elif symbol in alone:
             raise _crossing(graph, factor, frozenset(maps), factor.plates)
     key = frozenset(inner)
+    if key & graph.with_enclosing(frozenset(maps)):  # each would lie in the other
+        raise _crossing(graph, factor, frozenset(maps), key)
     known = graph.ragged.get(key)
     both = [key | k for k, other in graph.ragged.items() if other.outer.keys() & maps.keys()]
     if known is None and not any(p <= f.plates for p in both for f in graph.factors):
@@ -402,6 +404,8 @@ def check_crossing(graph: FactorGraph) -> None:
         tree.setdefault(graph.with_enclosing(factor.plates), []).append((read, factor.name))
     while tree:
         leaf = max(tree, key=len)
+        if not leaf:
+            return
         for read, name in _components(tree.pop(leaf), dims, leaf):
             pending = frozenset(s for s in read if dims[s] != leaf)
             if not pending:

@@ -332,7 +332,7 @@ def _mixtures(
         return {}
     singles = [index for index in pending if len(index.sites) == 1]
     groups = [index for index in pending if len(index.sites) > 1]
-    results = {}
+    results: dict[str, Tensor] = {}
     for indices in (singles, *([group] for group in groups)):
         if not indices:
             continue

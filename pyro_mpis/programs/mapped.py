@@ -83,6 +83,23 @@ def _quiet() -> Iterator[None]:
         yield
 
 
+def is_mapped(tensor: Tensor) -> bool:
+    """Whether a tensor differs between the values of a mapped run."""
+    return bool(_functorch.is_batchedtensor(tensor))
+
+
+def tensors_of(part: object) -> list[Tensor]:
+    """Return the tensors that a distribution holds, those of its parts included."""
+    tensors: list[Tensor] = []
+
+    def noted(tensor: Tensor) -> Tensor:
+        tensors.append(tensor)
+        return tensor
+
+    _exchange(part, noted)
+    return tensors
+
+
 def unwrapped(tensor: Tensor) -> Mapped:
     """Return a tensor of the innermost function with its levels as dims on the left."""
     dims = list(range(-tensor.dim(), 0))  # levels are counted from 1, and dims negative
@@ -109,7 +126,7 @@ class _Looped(torch.autograd.Function):
     """Apply a function of tensors that torch cannot map to one value after the other."""
 
     @staticmethod
-    def forward(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         return function(*tensors)
 
     @staticmethod
@@ -121,7 +138,7 @@ class _Looped(torch.autograd.Function):
         info: Any, in_dims: Sequence[int | None], function: Callable[..., Tensor], *tensors: Tensor
     ) -> tuple[Tensor, int]:
         rows = [
-            _Looped.apply(
+            _looped(
                 function,
                 *(
                     tensor if dim is None else tensor.select(dim, number)
@@ -133,6 +150,11 @@ class _Looped(torch.autograd.Function):
         return torch.stack(rows), 0
 
 
+def _looped(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    result: Tensor = _Looped.apply(function, *tensors)  # type: ignore[no-untyped-call]
+    return result
+
+
 def log_prob_of(fn: Distribution, value: Tensor) -> Tensor:
     """
     Return a site's ``log_prob``, also of a distribution that torch cannot map.
@@ -140,10 +162,9 @@ def log_prob_of(fn: Distribution, value: Tensor) -> Tensor:
     Such a distribution is evaluated at one combination after the other, of those that it reads.
     """
     try:
-        return fn.log_prob(value)  # type: ignore[no-any-return, no-untyped-call]
+        return fn.log_prob(value)
     except (RuntimeError, NotImplementedError, ValueError) as error:
-        tensors: list[Tensor] = []
-        _exchange(fn, lambda tensor: tensors.append(tensor) or tensor)
+        tensors = tensors_of(fn)
         if not 0 < _combinations((value, *tensors)) <= MAX_LOOP:
             raise
 
@@ -152,7 +173,7 @@ def log_prob_of(fn: Distribution, value: Tensor) -> Tensor:
             return _exchange(fn, lambda _: next(parts)).log_prob(value)  # type: ignore[no-any-return]
 
         try:
-            result: Tensor = _Looped.apply(alone, value, *tensors)
+            result = _looped(alone, value, *tensors)
         except Exception:
             raise error from None
         return result
@@ -182,14 +203,14 @@ class _Deferred(TorchDistribution):
         self._made_by = cls, args, kwargs
         first = type.__call__(cls, *_exchange(args, _first), **_exchange(kwargs, _first))
         self._support = first.support
-        super().__init__(first.batch_shape, first.event_shape, validate_args=False)  # type: ignore[no-untyped-call]
+        super().__init__(first.batch_shape, first.event_shape, validate_args=False)
 
     @property
     def support(self) -> Any:
         """The support at the first combination."""
         return self._support
 
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         """Draw for one combination only: raises where arguments are mapped."""
         return self._made().sample(sample_shape)  # type: ignore[no-any-return]
 
@@ -222,11 +243,33 @@ def _made_or_deferred(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 def _rewritten() -> Iterator[None]:
     """Let programs run whose operations or distributions torch cannot map as they stand."""
     COERCIONS.append(_made_or_deferred)
+    apply = vars(torch.autograd.Function)["apply"]
+
+    def applied(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        """Apply a function of autograd; one that torch cannot map by its formula alone."""
+        if cls.setup_context is torch.autograd.Function.setup_context:
+            return cls.forward(_NoContext(), *args, **kwargs)
+        return apply.__func__(cls, *args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(applied)  # type: ignore[method-assign,assignment]
     try:
         with _Rewritten():
             yield
     finally:
+        torch.autograd.Function.apply = apply  # type: ignore[method-assign]
         COERCIONS.remove(_made_or_deferred)
+
+
+class _NoContext:
+    """What a function of autograd may keep for its derivative: nothing is asked for."""
+
+    needs_input_grad = ()
+
+    def save_for_backward(self, *tensors: Tensor) -> None:
+        """Keep nothing."""
+
+    def mark_non_differentiable(self, *tensors: Tensor) -> None:
+        """Mark nothing."""
 
 
 class _Rewritten(TorchFunctionMode):
