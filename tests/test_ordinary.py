@@ -2,7 +2,7 @@
 """Programs that run once for each particle: the numbers of ordinary importance sampling."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -14,6 +14,7 @@ from checks import check_exact_mean
 from coins import Coin, Coins, outcomes
 from compare import compare, log_joint
 from pyro.infer import EmpiricalMarginal, Importance
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_mpis import MPImportance, MPISWarning
@@ -108,12 +109,18 @@ def test_weights_are_those_of_importance(guide: Program | None) -> None:
     pyro.set_rng_seed(1)
     _, _, graph, traces = run_ordinary(plan.structure, plan.programs, 20)
     pyro.set_rng_seed(1)
-    importance = Importance(steps, guide, num_samples=20).run()  # type: ignore[no-untyped-call]
+    importance = Importance(steps, guide, num_samples=20).run()
     for ours, theirs in zip(traces, importance.exec_traces, strict=True):
         assert ours.nodes["a"]["value"] == theirs.nodes["a"]["value"]
         assert ("b" in ours) == ("b" in theirs)
     log_weights = sum(factor.tensor for factor in graph.factors) + math.log(20)
     torch.testing.assert_close(log_weights, torch.stack(importance.log_weights))
+
+
+def value_in(trace: Trace, name: str) -> Tensor:
+    value = trace.nodes[name]["value"]
+    assert isinstance(value, Tensor)
+    return value
 
 
 def test_sites_of_some_runs() -> None:
@@ -129,17 +136,17 @@ def test_sites_of_some_runs() -> None:
     assert 0 < sum("b" in trace for trace in traces) < 50
     log_weights = []
     for trace in traces:
-        values = {n: trace.nodes[n]["value"] for n in ("a", "b") if n in trace}
+        values = {name: value_in(trace, name) for name in ("a", "b") if name in trace}
         log_q = log_joint(steps_guide, values)
         log_weights.append(log_joint(steps, values, -0.5) - log_q)
     expected = torch.stack(log_weights)
     torch.testing.assert_close(torch.stack(posterior.log_weights), expected)
     torch.testing.assert_close(posterior.evidence(), expected.logsumexp(0) - math.log(50))
     marginal = posterior.marginals("a")
-    a = torch.stack([trace.nodes["a"]["value"] for trace in traces])
+    a = torch.stack([value_in(trace, "a") for trace in traces])
     assert torch.equal(marginal.samples, a)
     torch.testing.assert_close(marginal.weights, expected.softmax(0))
-    empirical = EmpiricalMarginal(posterior, "a")  # type: ignore[no-untyped-call]
+    empirical = EmpiricalMarginal(posterior, "a")
     torch.testing.assert_close(empirical.mean, posterior.moments()["a"])
 
 
@@ -184,7 +191,7 @@ def selected(w: Tensor) -> Tensor:
     return w[w > 0].sum()
 
 
-LEAVES = {
+LEAVES: dict[Callable[[Tensor], Tensor], tuple[str, str]] = {
     branches: ("if w.sum() > 0", "choose by torch.where"),
     item_of_sum: ("w.sum().item()", "without .item(), and choose by torch.where"),
     of_numpy: ("np.asarray(w)", "torch operations in place of NumPy's"),
