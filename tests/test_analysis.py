@@ -102,7 +102,7 @@ def test_latent_under_a_mask_that_depends_on_a_latent() -> None:
 def test_groups_that_make_no_sense() -> None:
     with pytest.raises(ValueError, match=r"groups: the model has no latent site 'c'.*'a', 'b'"):
         MPImportance(chain, num_samples=2, groups=[("a", "c")]).run()
-    with pytest.raises(ValueError, match=r"groups: expected a sequence of site names"):
+    with pytest.raises(ValueError, match=r"groups: expected sequences of site names"):
         MPImportance(chain, num_samples=2, groups=["ab"]).run()
     with pytest.raises(ValueError, match=r"groups: site 'a' is in .* merge the two groups"):
         MPImportance(chain, num_samples=2, groups=[("a", "b"), ("a",)]).run()

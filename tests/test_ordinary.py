@@ -2,7 +2,7 @@
 """Programs that run once for each particle: the numbers of ordinary importance sampling."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -11,8 +11,10 @@ import pyro.distributions as dist
 import pytest
 import torch
 from checks import check_exact_mean
+from coins import Coin, Coins, outcomes
 from compare import compare, log_joint
 from pyro.infer import EmpiricalMarginal, Importance
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_mpis import MPImportance, MPISWarning
@@ -27,39 +29,6 @@ ONCE = "the programs run once for each particle, as in pyro.infer.Importance"
 
 
 # Exactly: every outcome of the draws.
-
-
-class Coins:
-    """What the coins of a run show, and how likely that is."""
-
-    def __init__(self) -> None:
-        self.shown: list[bool] = []
-        self.thrown = 0
-        self.probability = 1.0
-
-    def start(self, shown: list[bool]) -> None:
-        self.shown, self.thrown, self.probability = shown, 0, 1.0
-
-
-class NotDecided(Exception):
-    """A coin is thrown beyond those that are decided."""
-
-
-class Coin(dist.Bernoulli):  # type: ignore[misc]
-    """Shows what is decided."""
-
-    def __init__(self, probability: float, coins: Coins) -> None:
-        super().__init__(torch.tensor(probability))
-        self.coins = coins
-
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
-        coins = self.coins
-        if coins.thrown >= len(coins.shown):
-            raise NotDecided
-        head = coins.shown[coins.thrown]
-        coins.thrown += 1
-        coins.probability *= float(self.probs) if head else 1.0 - float(self.probs)
-        return torch.tensor(float(head))
 
 
 def branching(coins: Coins) -> None:
@@ -90,20 +59,6 @@ def throws(coins: Coins) -> None:
 
 BRANCHING = 0.7 * 0.5 + 0.3 * (0.6 * 0.7 + 0.4 * 0.2)
 THROWS = 0.4 * 0.2 + 0.24 * 0.4 + 0.144 * 0.6 + 0.216 * 0.8
-
-
-def outcomes(coins: Coins, run: Callable[[], float]) -> Iterator[tuple[float, float]]:
-    """Yield the probability of every outcome of all throws, and what a run returns there."""
-    pending: list[list[bool]] = [[]]
-    while pending:
-        shown = pending.pop()
-        coins.start(shown)
-        try:
-            result = run()
-        except NotDecided:
-            pending += [[*shown, False], [*shown, True]]
-        else:
-            yield coins.probability, result
 
 
 @pytest.mark.parametrize(
@@ -154,12 +109,18 @@ def test_weights_are_those_of_importance(guide: Program | None) -> None:
     pyro.set_rng_seed(1)
     _, _, graph, traces = run_ordinary(plan.structure, plan.programs, 20)
     pyro.set_rng_seed(1)
-    importance = Importance(steps, guide, num_samples=20).run()  # type: ignore[no-untyped-call]
+    importance = Importance(steps, guide, num_samples=20).run()
     for ours, theirs in zip(traces, importance.exec_traces, strict=True):
         assert ours.nodes["a"]["value"] == theirs.nodes["a"]["value"]
         assert ("b" in ours) == ("b" in theirs)
     log_weights = sum(factor.tensor for factor in graph.factors) + math.log(20)
     torch.testing.assert_close(log_weights, torch.stack(importance.log_weights))
+
+
+def value_in(trace: Trace, name: str) -> Tensor:
+    value = trace.nodes[name]["value"]
+    assert isinstance(value, Tensor)
+    return value
 
 
 def test_sites_of_some_runs() -> None:
@@ -175,17 +136,17 @@ def test_sites_of_some_runs() -> None:
     assert 0 < sum("b" in trace for trace in traces) < 50
     log_weights = []
     for trace in traces:
-        values = {n: trace.nodes[n]["value"] for n in ("a", "b") if n in trace}
+        values = {name: value_in(trace, name) for name in ("a", "b") if name in trace}
         log_q = log_joint(steps_guide, values)
         log_weights.append(log_joint(steps, values, -0.5) - log_q)
     expected = torch.stack(log_weights)
     torch.testing.assert_close(torch.stack(posterior.log_weights), expected)
     torch.testing.assert_close(posterior.evidence(), expected.logsumexp(0) - math.log(50))
     marginal = posterior.marginals("a")
-    a = torch.stack([trace.nodes["a"]["value"] for trace in traces])
+    a = torch.stack([value_in(trace, "a") for trace in traces])
     assert torch.equal(marginal.samples, a)
     torch.testing.assert_close(marginal.weights, expected.softmax(0))
-    empirical = EmpiricalMarginal(posterior, "a")  # type: ignore[no-untyped-call]
+    empirical = EmpiricalMarginal(posterior, "a")
     torch.testing.assert_close(empirical.mean, posterior.moments()["a"])
 
 
@@ -230,7 +191,7 @@ def selected(w: Tensor) -> Tensor:
     return w[w > 0].sum()
 
 
-LEAVES = {
+LEAVES: dict[Callable[[Tensor], Tensor], tuple[str, str]] = {
     branches: ("if w.sum() > 0", "choose by torch.where"),
     item_of_sum: ("w.sum().item()", "without .item(), and choose by torch.where"),
     of_numpy: ("np.asarray(w)", "torch operations in place of NumPy's"),
