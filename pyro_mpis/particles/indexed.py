@@ -104,18 +104,15 @@ def check_graph(
     reads: SiteReads,
     *,
     together: bool,
-    validate: bool,
 ) -> None:
     """
     Hold a graph against densities that mix the elements of plates.
 
     :param graph: of these particles, not regrouped.
-    :param together: see :mod:`~pyro_mpis.particles.checks`, as for ``validate``.
+    :param together: see :mod:`~pyro_mpis.particles.checks`.
     :raises ReadTogether: if a site reads other elements, or other indices, than the graph says.
     """
-    wrong = differing(
-        graph, structure, particles, programs, reads, together=together, validate=validate
-    )
+    wrong = differing(graph, structure, particles, programs, reads, together=together)
     if wrong:
         factor = wrong[0]
         foreign = frozenset[str]().union(*foreign_ordinals(graph, factor))
