@@ -13,18 +13,13 @@ from compare import compare
 from torch import Tensor
 
 from pyro_mpis import MPImportance, MPISWarning, blocks
-from pyro_mpis.factor_graph.evidence import log_evidence
-from pyro_mpis.particles import proposals
-from pyro_mpis.particles.factors import build_graph
-from pyro_mpis.particles.proposals import (
-    DisagreementError,
-    Drawn,
-    Particles,
-    draw_one_by_one,
-    draw_particles,
-    weigh,
-)
+from pyro_mpis.blocks import Workers
+from pyro_mpis.particles import drawing, proposals
+from pyro_mpis.particles.drawing import Drawn, draw_one_by_one, draw_particles
+from pyro_mpis.particles.proposals import DisagreementError, Particles, weigh
 from pyro_mpis.planning import Options, Plan, plan_of, programs_of
+from pyro_mpis.programs.runs import Programs
+from pyro_mpis.programs.structure import Structure
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -68,9 +63,7 @@ def test_expected_evidence_of_draws_one_by_one_is_exact(
 
     def evidence() -> float:
         drawn = draw_one_by_one(structure, programs, 2)
-        particles = weigh(structure, programs, drawn, validate=True)
-        graph = build_graph(structure, particles, programs, validate=True)
-        return float(log_evidence(graph).exp())
+        return float(blocks._evaluated(planned, drawn, Workers()).log_evidence.exp())
 
     found = list(outcomes(coins, evidence))
     assert len(found) == 2**4
@@ -116,11 +109,11 @@ def one_by_one(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Note how many particles are drawn one by one."""
     calls: list[int] = []
 
-    def counted(structure: object, programs: object, num_samples: int) -> Drawn:
+    def counted(structure: Structure, programs: Programs, num_samples: int) -> Drawn:
         calls.append(num_samples)
-        return draw_one_by_one(structure, programs, num_samples)  # type: ignore[arg-type]
+        return draw_one_by_one(structure, programs, num_samples)
 
-    monkeypatch.setattr(proposals, "draw_one_by_one", counted)
+    monkeypatch.setattr(drawing, "draw_one_by_one", counted)
     monkeypatch.setattr(blocks, "draw_one_by_one", counted)
     return calls
 
@@ -140,9 +133,9 @@ def test_densities_at_single_values_show_particles_that_are_mixed() -> None:
     planned = plan(vector_model, mixing, num_samples=5)
     drawn = draw_particles(planned.structure, planned.programs, 5)
     with pytest.raises(DisagreementError, match="b"):
-        weigh(planned.structure, planned.programs, drawn, validate=True)
+        weigh(planned.structure, planned.programs, drawn, validate=True, from_factors=False)
     again = draw_one_by_one(planned.structure, planned.programs, 5)
-    assert weigh(planned.structure, planned.programs, again, validate=True).num_samples == 5
+    weigh(planned.structure, planned.programs, again, validate=True, from_factors=False)
 
 
 def test_guide_that_no_redrawing_helps() -> None:
@@ -169,7 +162,11 @@ def particles_of(
     pyro.set_rng_seed(0)
     planned = plan(model, guide, num_samples=num_samples)
     drawn = draw_particles(planned.structure, planned.programs, num_samples)
-    return planned, drawn, weigh(planned.structure, planned.programs, drawn, validate=True)
+    return (
+        planned,
+        drawn,
+        weigh(planned.structure, planned.programs, drawn, validate=True, from_factors=False),
+    )
 
 
 def test_mixture_over_the_parents() -> None:
