@@ -179,18 +179,28 @@ def log_prob_of(fn: Distribution, value: Tensor) -> Tensor:
         return result
 
 
-def _exchange(part: Any, exchange: Callable[[Tensor], Tensor]) -> Any:
-    """Copy a distribution with other tensors in the place of those that it holds."""
+def _exchange(
+    part: Any, exchange: Callable[[Tensor], Tensor], known: dict[int, Any] | None = None
+) -> Any:
+    """
+    Copy a distribution with other tensors in the place of those that it holds.
+
+    :param known: copies of parts met before: a transform and its inverse hold each other.
+    """
+    known = {} if known is None else known
     if isinstance(part, Tensor):
         return exchange(part)
     if type(part) in (tuple, list):
-        return type(part)(_exchange(item, exchange) for item in part)
+        return type(part)(_exchange(item, exchange, known) for item in part)
     if type(part) is dict:
-        return {key: _exchange(item, exchange) for key, item in part.items()}
+        return {key: _exchange(item, exchange, known) for key, item in part.items()}
     if isinstance(part, Distribution | Transform):
-        result = copy.copy(part)
-        vars(result).update({k: _exchange(item, exchange) for k, item in vars(part).items()})
-        return result
+        if id(part) not in known:
+            known[id(part)] = result = copy.copy(part)
+            vars(result).update(
+                {key: _exchange(item, exchange, known) for key, item in vars(part).items()}
+            )
+        return known[id(part)]
     return part
 
 
