@@ -35,7 +35,6 @@ from pyro_mpis.factor_graph.source_terms import joint_weights
 from pyro_mpis.particles.factors import MAX_LEVELS, MissedReadError, build_graph, reads_found
 from pyro_mpis.particles.indexed import (
     ReadTogether,
-    SiteReads,
     check_crossing,
     check_graph,
     find_reads,
@@ -43,6 +42,7 @@ from pyro_mpis.particles.indexed import (
 )
 from pyro_mpis.particles.memory import gc_paused
 from pyro_mpis.particles.ordinary import run_ordinary
+from pyro_mpis.particles.probes import SiteReads
 from pyro_mpis.particles.proposals import (
     DisagreementError,
     Drawn,
@@ -294,6 +294,9 @@ def _room(tensor: Tensor, dims: str, sizes: Mapping[str, int]) -> Tensor:
 def run_plan(plan: Plan, workers: Workers) -> BlockSum:
     """Draw particles and evaluate them block by block; draws random numbers."""
     with plan.environment.entered(), gc_paused(plan.cut.whole):
+        obstacle = plan.structure.obstacle
+        if obstacle is not None:
+            return _ordinary(plan, NotMappableError(obstacle.what, obstacle.remedy))
         try:
             drawn = draw_particles(plan.structure, plan.programs, plan.num_samples)
             return _evaluated(plan, drawn, workers)

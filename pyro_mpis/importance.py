@@ -518,10 +518,12 @@ class MPImportance(ImportanceTraces):
 
     @property
     def _options(self) -> Options:
-        groups = (group if isinstance(group, str) else tuple(group) for group in self.groups)
+        for group in self.groups:
+            if isinstance(group, str):
+                raise ValueError(f"groups: expected sequences of site names, but found '{group}'.")
         return Options(
             num_samples=self.num_samples,
-            groups=tuple(groups),
+            groups=tuple(tuple(group) for group in self.groups),
             shared_plates=self.shared_plates,
             max_plate_nesting=self.max_plate_nesting,
             memory_limit=self.memory_limit,

@@ -7,6 +7,7 @@ that elements of a plate are read together (:meth:`Plan.sharing`), or that a sit
 was seen.
 """
 
+import itertools
 import math
 import operator
 from collections.abc import Mapping, Sequence
@@ -18,12 +19,12 @@ from pyro.poutine.util import is_validation_enabled
 from pyro_mpis._text import first_line, quoted
 from pyro_mpis._typing import Ordinal, Program
 from pyro_mpis.particles import memory
-from pyro_mpis.programs.agreement import check_same_site
+from pyro_mpis.programs.agreement import check_same_site, unreachable
 from pyro_mpis.programs.analysis import analyse, device_of, with_implicit_plates
 from pyro_mpis.programs.environment import Environment
 from pyro_mpis.programs.messages import statements
 from pyro_mpis.programs.runs import Name, Programs, run_plainly
-from pyro_mpis.programs.structure import Structure
+from pyro_mpis.programs.structure import Index, Obstacle, Structure
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,9 @@ class Plan:
 
     def with_structure(self, structure: Structure, *notices: str) -> "Plan":
         """Return a plan for another structure of the same programs."""
-        limit = memory_limit(self.options, self.device)
-        cut = memory.fit(structure, self.num_samples, limit, self.device)
-        return replace(self, structure=structure, cut=cut, notices=(*self.notices, *notices))
+        structure, cut, more = fitted(structure, self.options, self.device)
+        notices = (*self.notices, *notices, *more)
+        return replace(self, structure=structure, cut=cut, notices=notices)
 
     def sharing(self, symbols: Ordinal, plates: Ordinal, reason: str) -> "Plan":
         """Return a plan in which indices are the same for all elements of some plates."""
@@ -82,6 +83,73 @@ def memory_limit(options: Options, device: str) -> int | None:
     return memory.default_limit(device)
 
 
+def fitted(
+    structure: Structure, options: Options, device: str
+) -> tuple[Structure, memory.Cut, list[str]]:
+    """
+    Find what fits into memory.
+
+    Where nothing does, and the user has set no limit, latents share an index: two after the other
+    of those that the largest factor reads, the ones with the fewest values first.
+
+    :return: the structure, how its particles are cut, and what the user is to be told.
+    :raises MemoryError: if the user has set a limit that nothing fits into.
+    """
+    limit = memory_limit(options, device)
+    merged: list[str] = []
+    while True:
+        try:
+            cut = memory.fit(structure, options.num_samples, limit, device)
+            if not merged or not memory.takes_long(structure, options.num_samples):
+                break
+            largest, _ = memory.largest_factor(structure, options.num_samples)
+            site = largest.name
+        except memory.TooLargeError as error:
+            if options.memory_limit is not None:
+                raise
+            site = error.site
+        pair = _mergeable(structure, site)
+        if pair is None:
+            structure, cut = _one_by_one(structure, site), memory.Cut({}, {})
+            break
+        merged += [name for index in pair for name in index.sites if name not in merged]
+        structure = structure.merging(*pair)
+    if not merged:
+        return structure, cut, []
+    notice = (
+        f"too many latents are read together to combine the particles of each: {quoted(merged)} "
+        "share particle indices, so more particles are needed for the same accuracy. To choose "
+        "yourself which do: groups=[(...), ...]; or draw fewer particles."
+    )
+    return structure, cut, [notice]
+
+
+def _one_by_one(structure: Structure, site: str) -> Structure:
+    """Return a structure that is to be run once for each particle."""
+    obstacle = Obstacle(
+        f"site '{site}' reads too many latents to combine their particles",
+        "draw fewer particles, or split the site into several, each of which reads few latents",
+    )
+    model = {**structure.model, site: replace(structure.model[site], obstacle=obstacle)}
+    return replace(structure, model=model)
+
+
+def _mergeable(structure: Structure, name: str) -> tuple[Index, Index] | None:
+    """Return two indices of a factor that may become one: those with the fewest values."""
+
+    def size(index: Index) -> int:
+        return sum(structure.proposal_site(site).shape.numel() for site in index.sites)
+
+    read = structure.indices_read(structure.model[name])
+    indices = [i for i in structure.indices if i.symbol in read and not i.enumerated]
+    pairs = [
+        (one, other)
+        for one, other in itertools.combinations(sorted(indices, key=size), 2)
+        if one.plates == other.plates and structure.detour((*one.sites, *other.sites)) is None
+    ]
+    return min(pairs, key=lambda pair: size(pair[0]) + size(pair[1]), default=None)
+
+
 def plan_of(programs: Programs, options: Options) -> tuple[Plan, Trace, Trace]:
     """
     Run guide and model once, find their structure and what fits into memory.
@@ -95,8 +163,8 @@ def plan_of(programs: Programs, options: Options) -> tuple[Plan, Trace, Trace]:
     with environment.entered(), memory.gc_paused():
         programs, structure, guide_trace, model_trace = analysed(programs, options)
         device = device_of(model_trace).type
-        cut = memory.fit(structure, options.num_samples, memory_limit(options, device), device)
-        plan = Plan(structure, programs, options, cut, device, environment)
+        structure, cut, notices = fitted(structure, options, device)
+        plan = Plan(structure, programs, options, cut, device, environment, tuple(notices))
     return plan, guide_trace, model_trace
 
 
@@ -183,6 +251,11 @@ def weaknesses(
             "ordinary importance sampling with num_samples draws. A guide with a distribution for "
             "each site (AutoNormal, AutoGuideList of several parts) combines them all."
         )
+    guide_sites, model_sites = statements(guide_trace), statements(model_trace)
+    for name, origin in structure.origins.items():
+        if origin == "guide":
+            cut_off = unreachable(name, guide_sites[name]["fn"], model_sites[name]["fn"])
+            result += [] if cut_off is None else [cut_off]
     return result + _strange_plates(structure) + _flat_priors(structure, guide_trace, model_trace)
 
 

@@ -16,9 +16,12 @@ For the particles :math:`z` of a run, as ``posterior.marginals()`` has them, and
 :math:`Q` comes from a plain run of the guide (of the model, for sites that the guide lacks) with
 every site set to particle :math:`j`, one :math:`j` at a time. Sites that the model marks for
 parallel enumeration take every value of their support, with neither :math:`Q` nor :math:`1/K`.
+A unit that **shares** a plate has one particle for all of the plate's elements: one cell for all of
+them, whose :math:`Q_c` is the density of the elements together.
 
 All choices are laid out in one batch dim left of the plates, where the model's joint density is
-evaluated for all of them at once; a few of them are compared with a plain run of the model.
+evaluated for all of them at once; a few of them are compared with a plain run of the model. A model
+that is written for single values runs once for each choice.
 """
 
 import itertools
@@ -44,8 +47,14 @@ class Unit:
 
     sites: tuple[str, ...]
     batch_shape: Element
+    index_shape: Element  # the batch shape, but one in the dims of plates that share the particle
     num_particles: int
     enumerated: bool
+
+    def all_of(self, element: Element) -> tuple[int | slice, ...]:
+        """The part of a batch shape that is one element of the index shape."""
+        sizes = zip(element, self.batch_shape, self.index_shape, strict=True)
+        return tuple(slice(None) if size != ours else e for e, size, ours in sizes)
 
 
 @dataclass
@@ -57,6 +66,8 @@ class Problem:
     :ivar guide: the proposal; ``None`` for the prior.
     :ivar particles: for every latent site of the model ``batch_shape + (K,) + event_shape``.
     :ivar groups: groups of sites that share one particle index.
+    :ivar shared: by site, the names of the plates whose elements share its particle index.
+    :ivar single_values: whether the model takes single values only, without any batch dim.
     """
 
     model: Program
@@ -64,6 +75,8 @@ class Problem:
     particles: dict[str, Tensor]
     args: tuple[object, ...] = ()
     groups: Sequence[Sequence[str]] = ()
+    shared: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    single_values: bool = False
     plates: dict[str, frozenset[str]] = field(init=False)
     units: list[Unit] = field(init=False)
     cells: list[tuple[Unit, Element]] = field(init=False)
@@ -79,7 +92,7 @@ class Problem:
         }
         self.units = _find_units(self)
         self._runs = {}
-        self.cells = [(unit, e) for unit in self.units for e in elements(unit.batch_shape)]
+        self.cells = [(unit, e) for unit in self.units for e in elements(unit.index_shape)]
         ranges = [range(unit.num_particles) for unit, _ in self.cells]
         rows = list(itertools.product(*ranges))
         self.choices = torch.tensor(rows, dtype=torch.long).reshape(len(rows), len(self.cells))
@@ -104,14 +117,15 @@ class Problem:
         return result
 
     def component(self, unit: Unit, j: int) -> Tensor:
-        """Log proposal density of a unit's particles, all else at ``j``: batch_shape + (K,)."""
+        """Log proposal density of a unit's particles, all else at ``j``: index_shape + (K,)."""
         columns = []
         for k in range(unit.num_particles):
             # A lone site's proposal does not depend on its own value; a member of a group may.
             runs = self._runs_at(j, unit, k if len(unit.sites) > 1 else j)
             values = self.at_particle(j, unit, k)
             log_probs = [_log_proposal(runs, name, values[name]) for name in unit.sites]
-            columns.append(torch.stack(log_probs).sum(0).reshape(unit.batch_shape))
+            log_prob = torch.stack(log_probs).sum(0).reshape(unit.batch_shape)
+            columns.append(log_prob.sum_to_size(unit.index_shape))
         return torch.stack(columns, -1)
 
     def _runs_at(self, j: int, unit: Unit, k: int) -> list[dict[str, dict[str, Any]]]:
@@ -125,9 +139,10 @@ class Problem:
 
     def _lay_out(self, name: str) -> Tensor:
         unit, particles = self.unit(name), self.particles[name]
+        shape = unit.index_shape
         event_shape = particles.shape[len(unit.batch_shape) + 1 :]
         columns = [
-            particles[element][self.choices[:, self.column(unit, element)]]
+            particles[element][self.choices[:, self.column(unit, restrict(element, shape))]]
             for element in elements(unit.batch_shape)
         ]
         return torch.stack(columns, 1).reshape(-1, *unit.batch_shape, *event_shape)
@@ -161,7 +176,8 @@ class BruteForce:
         for element in elements(batch_shape):
             combination = torch.zeros(len(problem.choices), dtype=torch.long)
             for unit in units:
-                column = problem.column(unit, restrict(element, unit.batch_shape))
+                own = restrict(element, unit.batch_shape)
+                column = problem.column(unit, restrict(own, unit.index_shape))
                 combination = combination * unit.num_particles + problem.choices[:, column]
             result[element] = result[element].index_add(0, combination, self.probs)
         return result
@@ -212,8 +228,10 @@ class BruteForce:
             equal = torch.ones(unit.num_particles, unit.num_particles, dtype=torch.bool)
             match = torch.ones(num_samples, unit.num_particles, dtype=torch.bool)
             for name in unit.sites:
-                points = problem.particles[name][element].reshape(unit.num_particles, 1, -1)
-                draws = samples[name].movedim(0, len(element))[element].reshape(num_samples, 1, -1)
+                part = (slice(None), *unit.all_of(element))
+                points = problem.particles[name].movedim(len(element), 0)[part]
+                points = points.reshape(unit.num_particles, 1, -1)
+                draws = samples[name][part].reshape(num_samples, 1, -1)
                 equal &= (points == points.transpose(0, 1)).all(-1)
                 match &= (draws == points.transpose(0, 1)).all(-1)
             assert match.any(-1).all(), f"{unit.sites}{element}: a sample is none of the particles"
@@ -247,6 +265,16 @@ def normalise(problem: Problem, log_ratio: Tensor) -> BruteForce:
 @torch.no_grad()
 def log_joint(problem: Problem, program: Program) -> Tensor:
     """Log of a program's joint density at every choice."""
+    guided = _sites(problem.guide, {}, problem.args) if problem.guide is not None else {}
+    own = problem.values.keys() - guided.keys()
+
+    def alone(row: int) -> Tensor:
+        single = {name: value[row] for name, value in problem.values.items()}
+        log_probs = _log_probs(program, single, problem.args, own)
+        return torch.stack([p.sum() for p in log_probs]).sum()
+
+    if problem.single_values:
+        return torch.stack([alone(row) for row in range(len(problem.choices))])
     sites = _sites(program, {}, problem.args).values()
     num_dims = max(
         [len(site["fn"].batch_shape) for site in sites]
@@ -259,8 +287,6 @@ def log_joint(problem: Problem, program: Program) -> Tensor:
         ones = (1,) * (num_dims - len(problem.unit(name).batch_shape))
         values[name] = value.reshape(num_choices, *ones, *value.shape[1:])
     result = torch.zeros(num_choices)
-    guided = _sites(problem.guide, {}, problem.args) if problem.guide is not None else {}
-    own = problem.values.keys() - guided.keys()
     for log_prob in _log_probs(program, values, problem.args, own):
         if log_prob.dim() > num_dims:
             assert len(log_prob) == num_choices
@@ -268,15 +294,12 @@ def log_joint(problem: Problem, program: Program) -> Tensor:
         else:
             result = result + log_prob.sum()
     for row in {0, num_choices // 3, num_choices - 1}:
-        single = {name: value[row] for name, value in problem.values.items()}
-        log_probs = _log_probs(program, single, problem.args, own)
-        expected = torch.stack([p.sum() for p in log_probs]).sum()
-        torch.testing.assert_close(result[row], expected)
+        torch.testing.assert_close(result[row], alone(row))
     return result
 
 
 def log_mixture(problem: Problem, unit: Unit) -> Tensor:
-    """Log of the mixture proposal density of a unit at its own particles: batch_shape + (K,)."""
+    """Log of the mixture proposal density of a unit at its own particles: index_shape + (K,)."""
     components = [problem.component(unit, j) for j in range(unit.num_particles)]
     return torch.stack(components).logsumexp(0) - math.log(len(components))
 
@@ -311,7 +334,15 @@ def _find_units(problem: Problem) -> list[Unit]:
             values = fn.enumerate_support(expand=True)  # (size, *batch_shape, *event_shape)
             values = values.movedim(0, len(batch_shape))
             torch.testing.assert_close(problem.particles[name], values)
-        units.append(Unit(members, batch_shape, size, enumerated))
+        shared = {
+            frame.dim
+            for member in members
+            for frame in sites[member]["cond_indep_stack"]
+            if frame.name in problem.shared.get(member, ())
+        }
+        dims = range(-len(batch_shape), 0)
+        index_shape = tuple(1 if dim in shared else batch_shape[dim] for dim in dims)
+        units.append(Unit(members, batch_shape, index_shape, size, enumerated))
     return units
 
 

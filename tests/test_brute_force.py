@@ -33,7 +33,7 @@ from wrong_programs import (
     without_proposal_weight,
 )
 
-from pyro_mpis import MPImportance
+from pyro_mpis import MPImportance, MPISWarning
 from pyro_mpis.factor_graph import order
 
 NUM_CASES = 40
@@ -50,6 +50,7 @@ def run(
     *args: object,
     num_samples: int = 3,
     groups: list[tuple[str, ...]] | None = None,
+    shared: dict[str, list[str]] | None = None,
     seed: int = 0,
 ) -> tuple[MPImportance, BruteForce]:
     """Run the package, and the brute force on its particles."""
@@ -57,7 +58,9 @@ def run(
     options: dict[str, Any] = {"groups": groups} if groups else {}
     posterior = MPImportance(model, guide, num_samples=num_samples, **options).run(*args)
     particles = {name: marginal.samples for name, marginal in posterior.marginals().items()}
-    return posterior, brute_force(Problem(model, guide, particles, args, groups or []))
+    return posterior, brute_force(
+        Problem(model, guide, particles, args, groups or [], shared or {})
+    )
 
 
 @cache
@@ -599,12 +602,32 @@ def dependent_elements() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "plate"),
-    [(crossed_indices, "year"), (crossed_plates, "year"), (dependent_elements, "data")],
+    ("model", "site", "plate"),
+    [
+        (crossed_indices, "alpha", "county"),
+        (crossed_plates, "alpha", "county"),
+        (dependent_elements, "z", "data"),
+    ],
 )
-def test_what_no_plated_sum_can_do_is_refused(model: Program, plate: str) -> None:
-    with pytest.raises(NotImplementedError, match=plate):
-        run(model)
+def test_where_a_plated_sum_cannot_be_one_plate_shares(
+    model: Program, site: str, plate: str
+) -> None:
+    """One particle index for all of a plate; asked for by name it is the same, without a word."""
+    message = rf"'{site}' has one particle index for all of plate '{plate}'.*shared_plates=\["
+    with pytest.warns(MPISWarning, match=message):
+        posterior, exact = run(model, shared={site: [plate]})
+    check_all(posterior, exact)
+    pyro.set_rng_seed(0)
+    asked = MPImportance(model, num_samples=3, shared_plates=[plate]).run()
+    assert torch.equal(asked.evidence(), posterior.evidence())
+
+
+def test_indices_for_each_element_are_no_index_for_all() -> None:
+    """The oracle tells one from the other."""
+    with pytest.warns(MPISWarning, match="one particle index"):
+        posterior, exact = run(crossed_plates)
+    with pytest.raises(AssertionError, match="relative error"):
+        check_evidence(posterior.evidence(), exact)
 
 
 def test_no_latent_site() -> None:

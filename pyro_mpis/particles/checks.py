@@ -184,8 +184,8 @@ def _read_by_index(
     elements = elements.masked_fill(elements == NONE, 0)
     own = "".join(sorted(ordinal))
     position = unravel(graph, elements, ordinal)
-    at = tuple(position[symbol] for symbol in own)
-    result = graph.to_plates(chosen, own, left=1)[(slice(None), *at)]
+    at: tuple[slice | Tensor, ...] = (slice(None), *(position[symbol] for symbol in own))
+    result = graph.to_plates(chosen, own, left=1)[at]
     order = [1 + site.inner.index(symbol) for symbol in plates]
     return result.permute((0, *order))
 

@@ -94,7 +94,8 @@ def wanted_of_guide(structure: Structure, *, validate: bool) -> Wanted | None:
     names = [*structure.guide_factors, *structure.carried]
 
     def collect(site: SampleMessage, _: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        density = density_of(site["fn"], site["value"], validate=validate)
+        checked = validate and structure.guide[site["name"]].checked
+        density = density_of(site["fn"], site["value"], validate=checked)
         return {"log_prob": drawn_from(site, density)}
 
     if not names:
@@ -110,11 +111,12 @@ def wanted_of_model(structure: Structure, *, validate: bool) -> Wanted:
         has_density = not structure.model[name].silent
         has_density &= structure.origins.get(name) != "model_delta"
         has_value = name in structure.origins
+        checked = validate and structure.model[name].checked
 
         def collect(site: SampleMessage, _: Mapping[str, Tensor]) -> dict[str, Tensor]:
             result = {"value": site["value"]} if has_value else {}
             if has_density:
-                density = density_of(site["fn"], site["value"], validate=validate)
+                density = density_of(site["fn"], site["value"], validate=checked)
                 log_prob = counted(site, density)
                 result["log_prob"] = summed_over(log_prob, dims)
             return result

@@ -277,6 +277,8 @@ def _ragged(
         elif symbol in alone:
             raise _crossing(graph, factor, frozenset(maps), factor.plates)
     key = frozenset(inner)
+    if key & graph.with_enclosing(frozenset(maps)):  # each would lie in the other
+        raise _crossing(graph, factor, frozenset(maps), key)
     known = graph.ragged.get(key)
     both = [key | k for k, other in graph.ragged.items() if other.outer.keys() & maps.keys()]
     if known is None and not any(p <= f.plates for p in both for f in graph.factors):

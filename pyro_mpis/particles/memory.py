@@ -55,6 +55,18 @@ class Cut:
         return not self.blocks and not self.pieces
 
 
+class TooLargeError(MemoryError):
+    """A factor does not fit into memory, however its particles are cut."""
+
+    def __init__(self, message: str, site: str) -> None:
+        super().__init__(message, site)
+        self.site = site
+
+    def __str__(self) -> str:
+        """Return the message."""
+        return str(self.args[0])
+
+
 @contextmanager
 def gc_paused(pause: bool = True) -> Iterator[None]:
     """
@@ -144,6 +156,11 @@ def largest_factor(structure: Structure, num_samples: int) -> tuple[Site, int]:
     sizes = structure.num_particles(num_samples)
     site = max(structure.model.values(), key=lambda site: _elements(structure, site, sizes))
     return site, _bytes(structure, site, sizes)
+
+
+def takes_long(structure: Structure, num_samples: int) -> bool:
+    """Whether a run evaluates very many densities."""
+    return _work(structure, structure.num_particles(num_samples)) > MUCH_WORK
 
 
 def long_wait(structure: Structure, num_samples: int) -> str | None:
@@ -246,7 +263,7 @@ def _too_large(
     whole: Mapping[str, int],
     memory_limit: float,
     needs: Callable[[Structure, Site, Mapping[str, int]], int],
-) -> MemoryError:
+) -> TooLargeError:
     indices = [structure.by_symbol[symbol] for symbol in sorted(structure.indices_read(site))]
     parts = [f"{' and '.join(i.sites)}: {whole[i.symbol]}" for i in indices[:NAMED]]
     if len(indices) > NAMED:
@@ -255,11 +272,12 @@ def _too_large(
     parts += [f"plate {plate.name}: {plate.size}" for plate in plates]
     needed = needs(structure, site, whole) / 2**30
     smallest = needs(structure, site, sizes) / 2**30
-    return MemoryError(
+    return TooLargeError(
         f"site '{site.name}': its log_prob has one element for each combination of "
         f"{', '.join(parts)}: {needed:.3g} GiB, {smallest:.3g} GiB in up to {MAX_BLOCKS} blocks "
         f"of particles, where the limit is {memory_limit / 2**30:.3g} GiB (memory_limit). Draw "
         "fewer particles, let some of these latents share one particle index "
         "(groups=[(...), ...]), enumerate a discrete one, or split the site into several, each of "
-        "which reads few of them."
+        "which reads few of them.",
+        site.name,
     )

@@ -112,7 +112,7 @@ def _log_prob(site: SampleMessage) -> Tensor:
 
 
 def _sum(log_prob: Tensor) -> Tensor:
-    return log_prob.sum(dtype=torch.double)
+    return torch.as_tensor(log_prob).sum(dtype=torch.double)
 
 
 def _log_factors(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -133,7 +133,10 @@ def _in_every_run(structure: Structure, values: list[dict[str, Tensor]]) -> list
     return [
         name
         for name in structure.origins
-        if all(name in row and row[name].shape == structure.model[name].shape for row in values)
+        if all(
+            isinstance(row.get(name), Tensor) and row[name].shape == structure.model[name].shape
+            for row in values
+        )
     ]
 
 

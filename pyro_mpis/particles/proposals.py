@@ -332,7 +332,7 @@ def _mixtures(
         return {}
     singles = [index for index in pending if len(index.sites) == 1]
     groups = [index for index in pending if len(index.sites) > 1]
-    results = {}
+    results: dict[str, Tensor] = {}
     for indices in (singles, *([group] for group in groups)):
         if not indices:
             continue
@@ -411,7 +411,8 @@ def _evaluate_at(
 
     def collect(site: SampleMessage, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         value = values[prefix + site["name"]]
-        density = density_of(site["fn"], value, validate=validate)
+        checked = validate and structure.proposal_site(site["name"]).checked
+        density = density_of(site["fn"], value, validate=checked)
         return {"log_prob": drawn_from(site, density)}
 
     needs_carried = bool(from_model and structure.carried)
@@ -419,13 +420,14 @@ def _evaluate_at(
         dict.fromkeys(from_guide, collect),
         frozenset(structure.guide) if needs_carried else frozenset(),
     )
-    said_by_guide, said_by_model = evaluate(
-        programs,
-        levels,
-        guide=guide if from_guide or needs_carried else None,
-        model=Wanted(dict.fromkeys(from_model, collect)) if from_model else None,
-        shapes=structure.latent_shapes,
-    )
+    with pyro.validation_enabled(False):  # pairs of particles may be outside of supports
+        said_by_guide, said_by_model = evaluate(
+            programs,
+            levels,
+            guide=guide if from_guide or needs_carried else None,
+            model=Wanted(dict.fromkeys(from_model, collect)) if from_model else None,
+            shapes=structure.latent_shapes,
+        )
     return said_by_guide | said_by_model
 
 
@@ -443,21 +445,14 @@ def _check_agreement(name: str, pairs: Tensor, known: Tensor, start: int) -> Non
 
 def _check_no_detour(structure: Structure, index: Index) -> None:
     """Refuse a group whose members depend on each other through a site outside of it."""
-    reads = {name for member in index.sites for name in structure.proposal_site(member).reads}
-    pending, seen = list(reads - set(index.sites)), set[str]()
-    while pending:
-        name = pending.pop()
-        if name in seen:
-            continue
-        seen.add(name)
-        through = structure.proposal_site(name).reads
-        if through & set(index.sites):
-            raise ValueError(
-                f"groups: {index.sites} share one particle index, but one of them is proposed "
-                f"given '{name}', which is itself proposed given {quoted(through)}. Add '{name}' "
-                "to the group."
-            )
-        pending += through
+    detour = structure.detour(index.sites)
+    if detour is not None:
+        through = structure.proposal_site(detour).reads
+        raise ValueError(
+            f"groups: {index.sites} share one particle index, but one of them is proposed given "
+            f"'{detour}', which is itself proposed given {quoted(through)}. Add '{detour}' to the "
+            "group."
+        )
 
 
 def _joint(

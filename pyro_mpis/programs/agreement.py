@@ -88,27 +88,53 @@ def _squeezed(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _check_supports(name: str, guide: Distribution, model: Distribution) -> None:
-    """Refuse a guide that draws outside the model's support, or cannot reach all of it."""
-    if is_delta(guide) or is_delta(model):
-        return
-    if getattr(guide, "support", None) is getattr(model, "support", None):
-        return
+    """Refuse a guide of another kind of values than the model's."""
     ours, theirs = _interval(guide), _interval(model)
-    if ours is None or theirs is None:
+    if is_delta(guide) or is_delta(model) or ours is None or theirs is None:
         return
-    same = ours[0] == theirs[0] and all(
-        torch.allclose(torch.as_tensor(a).double(), torch.as_tensor(b).double())
-        if _shape(a) == _shape(b) or not _shape(a) or not _shape(b)
-        else True
-        for a, b in zip(ours[1:], theirs[1:], strict=True)
-    )
-    if not same:
+    if ours[0] != theirs[0]:
         raise ValueError(
             f"site '{name}': the guide's {type(guide).__name__} has support "
             f"{_describe(ours)}, the model's {type(model).__name__} {_describe(theirs)}. Use a "
             "guide with the model's support, for example a Normal pushed through "
             "torch.distributions.biject_to(support)."
         )
+
+
+def unreachable(name: str, guide: Distribution, model: Distribution) -> str | None:
+    """
+    Say what part of the model's support a guide cannot reach.
+
+    A guide may reach beyond: there its particles weigh nothing.
+
+    :return: None if it reaches all of it, or there is no saying.
+    """
+    ours, theirs = _interval(guide), _interval(model)
+    if is_delta(guide) or is_delta(model) or ours is None or theirs is None:
+        return None
+    if ours[0] != theirs[0] or ours[0] not in ("integer", "real"):
+        return None
+    (low, high), (lowest, highest) = (
+        [torch.as_tensor(bound).double() for bound in interval[1:]] for interval in (ours, theirs)
+    )
+    try:
+        reached = bool(
+            (low <= lowest + _slack(lowest)).all() & (high >= highest - _slack(highest)).all()
+        )
+    except RuntimeError:  # bounds of other shapes
+        return None
+    if reached:
+        return None
+    return (
+        f"'{name}': the guide's {type(guide).__name__} reaches {_describe(ours)} only, of the "
+        f"model's {_describe(theirs)}. evidence() is that of the part it reaches, and so is the "
+        "posterior. That is right if the rest is cut off on purpose; else use a wider guide."
+    )
+
+
+def _slack(bound: Tensor) -> Tensor:
+    """Return what rounding may change of a bound."""
+    return 1e-6 * bound.abs().nan_to_num(0.0, posinf=0.0, neginf=0.0)
 
 
 Interval = tuple[str, object, object]  # kind, lower, upper

@@ -9,7 +9,6 @@ outside of torch; what the mapped runs read corrects them later.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import cast
 
 import torch
 from opt_einsum import get_symbol
@@ -21,6 +20,7 @@ from torch import Tensor
 from pyro_mpis._text import broadcast_shape, first_line, quoted
 from pyro_mpis._typing import Distribution, SampleMessage
 from pyro_mpis.programs.agreement import check_guide_matches_model, refuse_subsampling
+from pyro_mpis.programs.densities import is_checked
 from pyro_mpis.programs.indices import clusters_of, index_plates
 from pyro_mpis.programs.messages import (
     batch_shape_of,
@@ -31,7 +31,7 @@ from pyro_mpis.programs.messages import (
     is_silent,
     statements,
 )
-from pyro_mpis.programs.structure import Index, Origin, Plate, Site, Structure
+from pyro_mpis.programs.structure import Index, Obstacle, Origin, Plate, Site, Structure
 
 
 def find_max_plate_nesting(traces: Iterable[Trace]) -> int:
@@ -238,12 +238,6 @@ def _read(site: SampleMessage, plates: Mapping[str, Plate]) -> Site:
     if is_latent(site):  # the value is the guide's, and may have more dims of size one
         batch_shape = batch_shape[len(batch_shape) - len(batch_shape_of(fn)) :]
     reads |= get_provenance(site["mask"]) | get_provenance(site["scale"])
-    if is_latent(site) and get_provenance(site["mask"]):
-        raise NotImplementedError(
-            f"site '{name}': a latent site under a mask computed from {quoted(reads - {name})}. "
-            "Where it is masked it has neither a prior nor a proposal to weigh. Mask what reads "
-            "the site instead, choose its value with torch.where, or leave it out of the guide."
-        )
     event_shape = event_shape_of(fn, value)
     frames = site["cond_indep_stack"]
     declared = {
@@ -267,7 +261,27 @@ def _read(site: SampleMessage, plates: Mapping[str, Plate]) -> Site:
         silent=is_silent(site),
         event_size=event_shape.numel(),
         undeclared=undeclared,
+        checked=is_checked(fn),
+        obstacle=_obstacle(site, reads - {name}),
     )
+
+
+def _obstacle(site: SampleMessage, reads: frozenset[str]) -> Obstacle | None:
+    """Say what keeps a latent site from having an index of its own."""
+    if not is_latent(site):
+        return None
+    if not isinstance(site["value"], Tensor):
+        return Obstacle(
+            f"the value of site '{site['name']}' is no tensor, but {type(site['value']).__name__}",
+            "draw numbers, as tensors, and look objects up by them afterwards",
+        )
+    if get_provenance(site["mask"]):
+        return Obstacle(
+            f"latent site '{site['name']}' is under a mask computed from {quoted(reads)}",
+            "mask what reads the site instead, choose its value with torch.where, or leave it out "
+            "of the guide",
+        )
+    return None
 
 
 def _without_undeclared(site: Site) -> Site:
@@ -334,5 +348,6 @@ def _shape(value: object) -> tuple[int, ...]:
 
 def device_of(trace: Trace) -> torch.device:
     """Return the device that a program computes on."""
-    devices = [cast(Tensor, site["value"]).device for site in statements(trace).values()]
+    values = [site["value"] for site in statements(trace).values()]
+    devices = [value.device for value in values if isinstance(value, Tensor)]
     return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))

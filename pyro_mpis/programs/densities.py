@@ -39,8 +39,23 @@ def density_of(fn: Distribution, value: Tensor, *, validate: bool) -> Tensor:
     if inside is not None:
         log_prob = torch.where(inside, log_prob, -torch.inf)
     for valid in _valid_arguments(fn):
+        if not _fits(valid.shape, log_prob.shape):
+            valid = valid.all()  # dims of an argument that the batch shape does not have
         log_prob = torch.where(valid, log_prob, torch.nan)
     return log_prob
+
+
+def _fits(shape: torch.Size, batch_shape: torch.Size) -> bool:
+    """Whether a tensor broadcasts to a batch shape."""
+    pairs = zip(reversed(shape), reversed(batch_shape), strict=False)
+    return len(shape) <= len(batch_shape) and all(size in (1, batch) for size, batch in pairs)
+
+
+def is_checked(fn: object) -> bool:
+    """Whether a distribution checks values, as it does unless made with ``validate_args=False``."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return bool(getattr(fn, "_validate_args", False))
 
 
 def _inside(fn: Distribution, value: Tensor) -> Tensor | None:

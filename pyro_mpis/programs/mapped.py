@@ -12,6 +12,7 @@ what a function returns over all levels, read or not.
 """
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -27,6 +28,8 @@ from torch.distributions import Distribution, Transform
 from torch.overrides import TorchFunctionMode
 
 Values = Mapping[str, Tensor]
+
+MAX_LOOP = 10_000  # combinations that are worth a call of a distribution's log_prob each
 
 
 @dataclass(frozen=True)
@@ -93,11 +96,20 @@ def unwrapped(tensor: Tensor) -> Mapped:
     return Mapped(tensor, tuple(level - 1 for level in levels))
 
 
+def _combinations(tensors: Sequence[Tensor]) -> int:
+    """Return the number of combinations that mapped tensors have together; 0 if none is mapped."""
+    sizes: dict[int, int] = {}
+    for tensor in filter(_functorch.is_batchedtensor, tensors):
+        mapped = unwrapped(tensor)
+        sizes |= dict(zip(mapped.levels, mapped.tensor.shape, strict=False))
+    return math.prod(sizes.values()) if sizes else 0
+
+
 class _Looped(torch.autograd.Function):
     """Apply a function of tensors that torch cannot map to one value after the other."""
 
     @staticmethod
-    def forward(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         return function(*tensors)
 
     @staticmethod
@@ -109,7 +121,7 @@ class _Looped(torch.autograd.Function):
         info: Any, in_dims: Sequence[int | None], function: Callable[..., Tensor], *tensors: Tensor
     ) -> tuple[Tensor, int]:
         rows = [
-            _Looped.apply(
+            _looped(
                 function,
                 *(
                     tensor if dim is None else tensor.select(dim, number)
@@ -121,6 +133,11 @@ class _Looped(torch.autograd.Function):
         return torch.stack(rows), 0
 
 
+def _looped(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    result: Tensor = _Looped.apply(function, *tensors)  # type: ignore[no-untyped-call]
+    return result
+
+
 def log_prob_of(fn: Distribution, value: Tensor) -> Tensor:
     """
     Return a site's ``log_prob``, also of a distribution that torch cannot map.
@@ -128,11 +145,16 @@ def log_prob_of(fn: Distribution, value: Tensor) -> Tensor:
     Such a distribution is evaluated at one combination after the other, of those that it reads.
     """
     try:
-        return fn.log_prob(value)  # type: ignore[no-any-return, no-untyped-call]
+        return fn.log_prob(value)
     except (RuntimeError, NotImplementedError, ValueError) as error:
         tensors: list[Tensor] = []
-        _exchange(fn, lambda tensor: tensors.append(tensor) or tensor)
-        if not any(map(_functorch.is_batchedtensor, (value, *tensors))):
+
+        def noted(tensor: Tensor) -> Tensor:
+            tensors.append(tensor)
+            return tensor
+
+        _exchange(fn, noted)
+        if not 0 < _combinations((value, *tensors)) <= MAX_LOOP:
             raise
 
         def alone(value: Tensor, *tensors: Tensor) -> Tensor:
@@ -140,7 +162,7 @@ def log_prob_of(fn: Distribution, value: Tensor) -> Tensor:
             return _exchange(fn, lambda _: next(parts)).log_prob(value)  # type: ignore[no-any-return]
 
         try:
-            result: Tensor = _Looped.apply(alone, value, *tensors)
+            result = _looped(alone, value, *tensors)
         except Exception:
             raise error from None
         return result
@@ -177,7 +199,7 @@ class _Deferred(TorchDistribution):
         """The support at the first combination."""
         return self._support
 
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         """Draw for one combination only: raises where arguments are mapped."""
         return self._made().sample(sample_shape)  # type: ignore[no-any-return]
 
@@ -210,11 +232,33 @@ def _made_or_deferred(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 def _rewritten() -> Iterator[None]:
     """Let programs run whose operations or distributions torch cannot map as they stand."""
     COERCIONS.append(_made_or_deferred)
+    apply = vars(torch.autograd.Function)["apply"]
+
+    def applied(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        """Apply a function of autograd; one that torch cannot map by its formula alone."""
+        if cls.setup_context is torch.autograd.Function.setup_context:
+            return cls.forward(_NoContext(), *args, **kwargs)
+        return apply.__func__(cls, *args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(applied)  # type: ignore[method-assign,assignment]
     try:
         with _Rewritten():
             yield
     finally:
+        torch.autograd.Function.apply = apply  # type: ignore[method-assign]
         COERCIONS.remove(_made_or_deferred)
+
+
+class _NoContext:
+    """What a function of autograd may keep for its derivative: nothing is asked for."""
+
+    needs_input_grad = ()
+
+    def save_for_backward(self, *tensors: Tensor) -> None:
+        """Keep nothing."""
+
+    def mark_non_differentiable(self, *tensors: Tensor) -> None:
+        """Mark nothing."""
 
 
 class _Rewritten(TorchFunctionMode):
@@ -259,8 +303,41 @@ def _squeeze(tensor: Tensor, *dims: Any, **kwargs: Any) -> Any:
     return tensor if tensor.dim() == 0 else NotImplemented
 
 
+def _truth(tensor: Tensor) -> Any:
+    """Take a branch that all combinations take, as of a check whether arguments are valid."""
+    if not _functorch.is_batchedtensor(tensor) or tensor.numel() != 1:
+        return NotImplemented
+    is_true = unwrapped(tensor).tensor.bool()
+    if bool(is_true.all()):
+        return True
+    return NotImplemented if bool(is_true.any()) else False
+
+
+def _number(tensor: Tensor) -> Any:
+    """Take a number out of a tensor if it is the same for all combinations."""
+    if not _functorch.is_batchedtensor(tensor) or tensor.numel() != 1:
+        return NotImplemented
+    values = unwrapped(tensor).tensor.flatten()
+    return values[0].item() if bool((values == values[0]).all()) else NotImplemented
+
+
+def _as(kind: Callable[[Any], Any]) -> Callable[[Tensor], Any]:
+    """Return a conversion to a Python number of the given kind."""
+
+    def convert(tensor: Tensor) -> Any:
+        number = _number(tensor)
+        return number if number is NotImplemented else kind(number)
+
+    return convert
+
+
 _REWRITTEN: dict[Any, Callable[..., Any]] = {
     Tensor.data.__get__: lambda tensor: tensor.detach(),  # type: ignore[attr-defined]
+    Tensor.__bool__: _truth,
+    Tensor.__float__: _as(float),
+    Tensor.__int__: _as(int),
+    Tensor.__index__: _as(int),
+    Tensor.item: _number,
     Tensor.__setitem__: _set_item,
     Tensor.__getitem__: _get_item,
     Tensor.squeeze: _squeeze,

@@ -15,7 +15,7 @@ Words used throughout the package:
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, TypeAlias
@@ -38,6 +38,14 @@ class Plate:
 
 
 @dataclass(frozen=True)
+class Obstacle:
+    """Why a site can only be evaluated by a run for each particle."""
+
+    what: str
+    remedy: str
+
+
+@dataclass(frozen=True)
 class Site:
     """What a plain run says of one sample site of guide or model."""
 
@@ -50,6 +58,8 @@ class Site:
     silent: bool  # adds nothing to the density, as pyro.deterministic
     event_size: int = 1  # number of elements of an event
     undeclared: tuple[int, ...] = ()  # batch dims without a plate, from the left
+    checked: bool = True  # whether values outside of the support count as impossible
+    obstacle: Obstacle | None = None
     implicit: Ordinal = frozenset()  # those of them that are treated as plates
 
     @property
@@ -115,6 +125,12 @@ class Structure:
     def random(self) -> dict[str, Site]:
         """The statement that each random site with an index is drawn from."""
         return {name: self.proposal_site(name) for name in self.index_of}
+
+    @cached_property
+    def obstacle(self) -> Obstacle | None:
+        """Why the programs can only be run once for each particle; None if they need not be."""
+        sites = (*self.guide.values(), *self.model.values())
+        return next((site.obstacle for site in sites if site.obstacle is not None), None)
 
     @cached_property
     def latent_shapes(self) -> dict[str, torch.Size]:
@@ -185,6 +201,33 @@ class Structure:
                 index = replace(index, plates=index.plates - plates, support=None)
             indices.append(index)
         return replace(self, indices=tuple(indices), origins=origins, shared=shared)
+
+    def detour(self, sites: Iterable[str]) -> str | None:
+        """
+        Return a site outside of a group through which its members depend on each other.
+
+        Such a group cannot share a particle index: its members would be proposed given a site that
+        is itself mixed over.
+        """
+        group = set(sites)
+        reads = {name for member in group for name in self.proposal_site(member).reads}
+        pending, seen = sorted(reads - group), set[str]()
+        while pending:
+            name = pending.pop()
+            if name in seen or name not in {**self.guide, **self.model}:
+                continue
+            seen.add(name)
+            through = self.proposal_site(name).reads
+            if through & group:
+                return name
+            pending += through
+        return None
+
+    def merging(self, one: Index, other: Index) -> "Structure":
+        """Let two indices of the same plates be one."""
+        merged = replace(one, sites=(*one.sites, *other.sites))
+        indices = [merged if index is one else index for index in self.indices if index != other]
+        return replace(self, indices=tuple(indices))
 
 
 def levels_of(structure: Structure, sizes: Mapping[str, int]) -> list[list[str]]:

@@ -28,7 +28,7 @@ from pyro_mpis.particles.proposals import Particles
 from pyro_mpis.planning import Options, Plan
 from pyro_mpis.programs.environment import Environment, seeded
 from pyro_mpis.programs.runs import Name, Programs
-from pyro_mpis.programs.structure import Index, Plate, Site, Structure
+from pyro_mpis.programs.structure import Index, Obstacle, Plate, Site, Structure
 from pyro_mpis.results import encoding
 from pyro_mpis.results.encoding import Format, parts_of, what_cannot_be_kept
 
@@ -107,6 +107,7 @@ FORMAT = Format(
         FactorGraph,
         Index,
         LogFactor,
+        Obstacle,
         Particles,
         Plate,
         Settings,

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Densities at single values: zero outside of supports, refused where an argument is invalid."""
+
+import math
+from collections.abc import Callable
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from failing import fails
+from torch import Tensor
+from torch.distributions import Distribution
+
+from pyro_mpis import MPImportance
+from pyro_mpis.programs.densities import density_of
+
+
+def test_nan_log_prob() -> None:
+    def model() -> None:
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        pyro.factor("f", a.sign().clamp(max=0.0).sqrt())
+
+    pyro.set_rng_seed(0)
+    fails(ValueError, r"site 'f': log_prob is nan at \d of 20 combinations", model, K=20)
+
+
+def test_infinite_density() -> None:
+    def model() -> None:
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        pyro.factor("f", 1.0 / (a * 0.0).abs())
+
+    fails(ValueError, r"site 'f': log_prob is \+inf", model)
+
+
+OUTSIDE: dict[str, tuple[Callable[[], Distribution], Tensor]] = {
+    "LogNormal": (lambda: dist.LogNormal(0.0, 1.0), torch.tensor(-1.0)),
+    "Exponential": (lambda: dist.Exponential(2.0), torch.tensor(-1.0)),
+    "Uniform": (lambda: dist.Uniform(0.0, 1.0), torch.tensor(1.5)),
+    "Poisson": (lambda: dist.Poisson(3.0), torch.tensor(0.5)),
+    "Dirichlet": (lambda: dist.Dirichlet(torch.ones(3)), torch.tensor([0.5, 0.6, 0.2])),
+    "expanded": (lambda: dist.Exponential(2.0).expand([2]), torch.tensor([-1.0, -2.0])),
+    "masked": (lambda: dist.Exponential(2.0).mask(torch.tensor(True)), torch.tensor(-1.0)),
+    "independent": (
+        lambda: dist.Exponential(2.0).expand([2]).to_event(1),
+        torch.tensor([1.0, -2.0]),
+    ),
+    "affine of a positive number": (
+        lambda: dist.TransformedDistribution(
+            dist.Exponential(1.0), [dist.transforms.AffineTransform(2.0, 3.0)]
+        ),
+        torch.tensor(1.0),
+    ),
+    "independent and transformed": (
+        lambda: dist.TransformedDistribution(
+            dist.Exponential(torch.ones(2)), [dist.transforms.AffineTransform(2.0, 3.0)]
+        ).to_event(1),
+        torch.tensor([5.0, 1.0]),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_density_outside_of_a_support_is_zero(name: str) -> None:
+    """With validation on, torch refuses such values; without, its formulas may give numbers."""
+    make, value = OUTSIDE[name]
+    with pyro.validation_enabled(False):
+        fn = make()
+        density = density_of(fn, value, validate=True)
+        unchecked = density_of(fn, value, validate=False)
+        formula = fn.log_prob(value)  # type: ignore[no-untyped-call]
+        inside = density_of(fn, fn.sample(), validate=True)  # type: ignore[no-untyped-call]
+    assert density.shape == fn.batch_shape
+    assert bool((density == -torch.inf).all())
+    assert bool(inside.isfinite().all())
+    torch.testing.assert_close(unchecked, formula, equal_nan=True)
+
+
+def test_each_element_lies_inside_or_outside_by_itself() -> None:
+    with pyro.validation_enabled(False):
+        fn = dist.Exponential(torch.tensor([1.0, 2.0, 3.0]))
+        density = density_of(fn, torch.tensor([0.5, -0.5, 0.0]), validate=True)
+    expected = torch.tensor([-0.5, -math.inf, math.log(3.0)])
+    torch.testing.assert_close(density, expected)
+
+
+INVALID: dict[str, Callable[[Tensor], Distribution]] = {
+    "scale": lambda x: dist.Normal(0.0, x),
+    "concentration": lambda x: dist.Gamma(x, 1.0),
+    "probability": lambda x: dist.Bernoulli(probs=x),
+    "independent": lambda x: dist.Normal(0.0, torch.stack([x, torch.ones(())])).to_event(1),
+    "transformed": lambda x: dist.LogNormal(0.0, x),
+    "masked and expanded": lambda x: dist.Normal(0.0, x).expand([2]).mask(torch.tensor(True)),
+    "of a mixture": lambda x: dist.MixtureSameFamily(
+        dist.Categorical(torch.ones(2)), dist.Normal(0.0, torch.stack([x, torch.ones(())]))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", INVALID)
+def test_density_at_an_invalid_argument_is_nan(name: str) -> None:
+    with pyro.validation_enabled(False):
+        for argument, wrong in ((0.5, False), (-0.5, True)):
+            fn = INVALID[name](torch.tensor(argument))
+            value = INVALID[name](torch.tensor(0.5)).sample()  # type: ignore[no-untyped-call]
+            density = density_of(fn, value, validate=True)
+            assert density.shape == fn.batch_shape
+            assert bool(density.isnan().all()) == wrong
+
+
+def test_arguments_invalid_at_some_particles() -> None:
+    """At combinations that the plain run did not meet, and where nothing else rules them out."""
+
+    def model() -> None:
+        a = pyro.sample("a", dist.Normal(0.5, 0.5))
+        pyro.sample("y", dist.Bernoulli(a.clamp(max=0.9)), obs=torch.tensor(1.0))
+
+    pyro.set_rng_seed(0)
+    fails(ValueError, r"site 'y': log_prob is nan at \d+ of 50 combinations", model, K=50)
+
+
+def test_guide_outside_of_the_support() -> None:
+    """Particles that the prior does not allow count as impossible, not as an error."""
+
+    def model() -> None:
+        s = pyro.sample("s", dist.Exponential(1.0))
+        pyro.sample("y", dist.Normal(s, 1.0), obs=torch.tensor(1.0))
+
+    def guide() -> None:
+        affine = dist.transforms.AffineTransform(0.5, 1.0)
+        pyro.sample("s", dist.TransformedDistribution(dist.Normal(0.0, 1.0), [affine]))
+
+    pyro.set_rng_seed(0)
+    posterior = MPImportance(model, guide, num_samples=50).run()
+    s = posterior.marginals("s").samples
+    assert 5 < int((s < 0).sum()) < 45
+    log_ratio = dist.Normal(s, 1.0).log_prob(torch.tensor(1.0)) - s
+    log_ratio = log_ratio - dist.Normal(0.5, 1.0).log_prob(s)
+    expected = torch.where(s < 0, 0.0, log_ratio.exp()).mean().log()
+    torch.testing.assert_close(posterior.evidence(), expected)
+    assert bool((posterior.marginals("s").weights[s < 0] == 0).all())
+
+
+@pytest.mark.usefixtures("float64")
+def test_nan_counts_only_where_no_other_factor_rules_it_out() -> None:
+    """More deaths than there were animals: the second count has no density then."""
+
+    def model() -> None:
+        first = pyro.sample("first", dist.Binomial(4, torch.tensor(0.6)))
+        second = pyro.sample("second", dist.Binomial(4 - first, torch.tensor(0.5)))
+        rest = 4 - first - second
+        pyro.sample("y", dist.Binomial(rest, torch.tensor(0.5)), obs=torch.tensor(0.0))
+
+    pyro.set_rng_seed(0)
+    posterior = MPImportance(model, num_samples=8).run()
+    first = posterior.marginals("first").samples
+    second = posterior.marginals("second").samples
+    assert bool((first.max() + second.max()) > 4)
+
+    def given(number: Tensor, parent: Tensor) -> Tensor:
+        """Probability of the second count given the first."""
+        if number + parent > 4:
+            return torch.zeros(())
+        return dist.Binomial(4 - parent, torch.tensor(0.5)).log_prob(number).exp()
+
+    total = torch.zeros(())
+    for b in second:
+        proposal = torch.stack([given(b, a) for a in first]).mean()
+        for a in first:
+            total = total + given(b, a) / proposal * 0.5 ** (4 - a - b) / 64
+    torch.testing.assert_close(posterior.evidence(), total.log())
