@@ -31,8 +31,9 @@ from pyro_mpis.programs.runs import Programs, evaluate
 from pyro_mpis.programs.structure import Structure, levels_of
 
 ROWS = 3  # random choices of a particle for each element
-ROWS_OF_DISCRETE = 16  # where two particles may have the same value
-ELEMENTS = 2**22  # of the largest tensor, rows aside: above it fewer rows are taken
+MANY_ROWS = 16  # where two particles may have the same value, and where tensors are small
+SMALL = 2**16  # elements of all rows of the largest tensor, of which many cost nothing
+ELEMENTS = 2**22  # of the largest tensor, rows and particles aside: above it fewer are taken
 # The power of the machine epsilon, relative to one plus the entry, above which an entry differs:
 # rounding explains no more.
 TOLERANCE = 0.4
@@ -110,11 +111,13 @@ def _mixture(
     discrete = any(not particles.values[name].is_floating_point() for name in plated) or any(
         structure.index_of[name].enumerated for name in plated
     )
-    largest = max(
-        math.prod(graph.sizes[s] for s in site.factor_plates) * site.event_size
-        for site in structure.model.values()
-    )
-    rows = min(ROWS_OF_DISCRETE if discrete else ROWS, max(2, ELEMENTS // largest))
+    largest = combined = 1
+    for site in structure.model.values():
+        elements = math.prod(graph.sizes[s] for s in site.factor_plates) * site.event_size
+        read = math.prod(particles.sizes[s] for s in structure.indices_read(site) & apart)
+        largest, combined = max(largest, elements), max(combined, elements * read)
+    rows = min(MANY_ROWS if discrete else ROWS, max(2, ELEMENTS // largest))
+    rows = max(rows, min(MANY_ROWS, SMALL // combined))
     chosen = {}
     for index in structure.indices:
         if index.symbol not in apart:
@@ -122,8 +125,31 @@ def _mixture(
             for symbol in index.plates:
                 shape[structure.plates[symbol].dim] = structure.plates[symbol].size
             size = particles.sizes[index.symbol]
-            chosen[index.symbol] = torch.randint(size, (rows, *shape), generator=generator)
+            numbers = _telling_apart(math.prod(shape), size, rows, generator)
+            chosen[index.symbol] = numbers.reshape((rows, *shape))
     return Mixture([level for level in levels if level], chosen, rows)
+
+
+def _telling_apart(elements: int, size: int, rows: int, generator: torch.Generator) -> Tensor:
+    """
+    Choose particles such that any two elements have different ones in some row.
+
+    The particles of an element are the digits of its number, one digit a row. When the digits are
+    used up, elements are numbered anew; with too few rows, most pairs of elements are told apart.
+
+    :param size: number of particles.
+    :return: ``(rows, elements)``.
+    """
+    result: list[Tensor] = []
+    while len(result) < rows:
+        numbers = torch.randperm(elements, generator=generator)
+        while len(result) < rows:
+            renamed = torch.randperm(size, generator=generator)
+            result.append(renamed[numbers % size])
+            numbers = numbers // size
+            if size == 1 or not bool(numbers.any()):
+                break
+    return torch.stack(result)
 
 
 def _mixed_values(
