@@ -150,6 +150,32 @@ def test_program(name: str, num_samples: int) -> None:
         assert set(posterior._sums[0].replicate.structure.shared) == shared
 
 
+@pytest.mark.parametrize(
+    ("parent", "child", "shares"),
+    [
+        ([0, 1], [0, 1], False),  # one child each
+        ([1, 0], [1, 0], False),
+        ([1, 0], [0, 1], True),  # the other's child
+        ([0, 1, 1], [0, 2], False),
+        ([0, 1, 1], [1, 2], True),
+    ],
+)
+def test_plates_that_read_each_other(parent: list[int], child: list[int], shares: bool) -> None:
+    """A plate lies in another only if what reads it from there agrees."""
+
+    def model() -> None:
+        outer, inner = pyro.plate("outer", 2), pyro.plate("inner", len(parent))
+        with outer:
+            a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        with inner:
+            b = pyro.sample("b", dist.Normal(a[parent], 1.0))
+        with outer:
+            pyro.sample("y", dist.Normal(a.tanh() + b[child], 1.0), obs=Y[:2])
+
+    posterior = compare(model, None, 2, draws=True)
+    assert bool(posterior._sums[0].replicate.structure.shared) == shares
+
+
 def rejected(name: str, wrong: Callable[[Singles], Exact] = exact) -> None:
     """The comparison accepts the program, and rejects it with the mistake."""
     model, guide, _ = PROGRAMS[name]

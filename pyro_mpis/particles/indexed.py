@@ -201,13 +201,18 @@ def _resolve(
             if not _agree(before, element):
                 raise _crossing(graph, factor, plates, deepest)
             maps[symbol] = torch.where(before == NONE, element, before)
+    enclosing = graph.with_enclosing(deepest)
+    for symbol in _local_plates(graph, factor) & enclosing - maps.keys():
+        maps[symbol] = graph.to_plates(flat_elements(graph, frozenset(symbol)), reads.inner, left=0)
     _check_nested_maps(graph, factor, maps, deepest)
-    outer = graph.tensor_plates(graph.with_enclosing(deepest))
+    outer = graph.tensor_plates(enclosing)
     maps = {s: maps[s] for s in outer if s not in factor.plates}
     held = {p for symbol in _indices(graph, factor) for p in graph.index_plates[symbol]}
     alone = factor.plates - held
-    if not _local_plates(graph, factor) <= graph.with_enclosing(deepest):
+    if not _local_plates(graph, factor) <= enclosing:
         return _ragged(graph, over_plates(factor, alone), reads.inner, maps, alone)
+    # plates around the ragged one that is read: its tensors have no dims of them
+    alone |= factor.plates & enclosing - set(outer)
     tensor = packed(factor.tensor, factor.dims)
     tensor = regroup(tensor, alone, _element_map(reads.inner, maps), maps, graph.sizes)
     dims: str = tensor._pyro_dims  # type: ignore[attr-defined]
