@@ -49,7 +49,7 @@ class GuideWriter:
         elif latent.values:
             text = f"Categorical(logits={writer.tensor(latent.values)})"
         elif latent.positive:
-            if auxiliary < 0.3:
+            if auxiliary < 0.5:
                 return self.carried(latent, f"Normal({loc}, 0.8)", "{0}.exp()", "-{0}")
             text = f"LogNormal(0.5 * torch.tanh({loc} + torch.zeros(())), 0.8)"
         elif latent.event:
@@ -64,9 +64,9 @@ class GuideWriter:
         else:
             real = [latent for latent in writer.latents if latent.plates == plates]
             real = [v for v in real if not v.values and not v.event and not v.positive]
-            if auxiliary < 0.1:
+            if auxiliary < 0.2:
                 return self.carried(latent, f"Normal({loc}, 1.2)", "(2.0 * {0} - 0.3)", f"{zeros}")
-            if auxiliary < 0.2 and real:
+            if auxiliary < 0.4 and real:
                 source = self.rng.choice(real).name
                 value = f"(1.3 * {source} + 0.2)"
                 delta = f"dist.Delta({value}, log_density=0.1 * {source})"

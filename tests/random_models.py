@@ -282,7 +282,7 @@ class Writer:
             if parents and self.chance(0.7):
                 parent = self.rng.choice(parents)
                 rows = self.tensor(parent.values, values)
-                text = f"Categorical(logits={rows}[{parent.name}{'.long()'}])"
+                text = f"Categorical(logits={rows}[{parent.name}])"
         else:
             assert event is not None
             text = self.rng.choice(
@@ -330,16 +330,18 @@ class Writer:
         elif style == "vec":
             plates, data = (), self.tensor(3)
             vector = self.vector(3)
+            self.may_share |= any(latent.plates for latent in self.latents)
             text = self.rng.choice(
                 [
                     f"Normal({vector}, 1.0).to_event(1)",
-                    f"MultivariateNormal({vector}, torch.eye(3) + 0.4)",
+                    f"MultivariateNormal({vector}, torch.eye(3))",
                 ]
             )
         elif style == "ord":
             plates, data = (), "torch.tensor(1)"
             text = f"OrderedLogistic({self.real(())} + torch.zeros(()), torch.tensor([-0.5, 0.8]))"
         elif style == "mix":
+            self.may_share |= any(latent.plates for latent in self.latents)
             plates, data = (), self.number() and f"torch.tensor({self.number()})"
             text = (
                 f"MixtureSameFamily(dist.Categorical(logits={self.tensor(2)}), "
@@ -392,7 +394,7 @@ class Writer:
         scalars = [v for v in self.latents if not v.plates and v.event is None and not v.values]
         if self.chance(0.15):
             lines.append(f"    pyro.deterministic('d', {self.real(())} + torch.zeros(()))")
-        if scalars and self.chance(0.06):
+        if scalars and self.chance(0.1):
             self.branches = True
             name = self.rng.choice(scalars).name
             lines.append(f"    branch = {name} if {name} > 0.1 else 0.3 * {name}")

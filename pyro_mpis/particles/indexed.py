@@ -231,6 +231,10 @@ def _with_nested(graph: FactorGraph, reads: ElementReads, foreign: list[Ordinal]
         related = graph.with_enclosing(inner) | graph.with_enclosing(outer)
         if more or others or len(related) > 2 or any(inner <= key for key in graph.ragged):
             continue
+        if inner <= graph.with_enclosing(outer):  # the other lies in it already
+            continue
+        if _in_both(graph, inner, outer):
+            continue
         read, position = reads.elements[outer], reads.elements[inner]
         if bool(((read < 0) | (position < 0)).any()):
             continue
@@ -240,6 +244,11 @@ def _with_nested(graph: FactorGraph, reads: ElementReads, foreign: list[Ordinal]
             element_map = RaggedPlate(inside, {around: element})
             return replace(graph, ragged={**graph.ragged, inner: element_map})
     return graph
+
+
+def _in_both(graph: FactorGraph, inner: Ordinal, outer: Ordinal) -> bool:
+    """Whether a site has all elements of some plates at each element of another plate."""
+    return any(inner <= factor.plates and outer & factor.plates for factor in graph.factors)
 
 
 def _element_map(inner: str, maps: Mapping[str, Tensor]) -> RaggedPlate:
@@ -282,7 +291,8 @@ def _ragged(
         elif symbol in alone:
             raise _crossing(graph, factor, frozenset(maps), factor.plates)
     key = frozenset(inner)
-    if key & graph.with_enclosing(frozenset(maps)):  # each would lie in the other
+    outer = graph.with_enclosing(frozenset(maps))
+    if key & outer or _in_both(graph, key, outer):  # each would lie in the other, or they cross
         raise _crossing(graph, factor, frozenset(maps), key)
     known = graph.ragged.get(key)
     both = [key | k for k, other in graph.ragged.items() if other.outer.keys() & maps.keys()]
