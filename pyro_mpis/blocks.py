@@ -32,7 +32,15 @@ from pyro_mpis.factor_graph.evidence import log_evidence, reduced
 from pyro_mpis.factor_graph.graph import FactorGraph, SiteValue
 from pyro_mpis.factor_graph.sampling import sample_sites
 from pyro_mpis.factor_graph.source_terms import joint_weights
-from pyro_mpis.particles.factors import MAX_LEVELS, MissedReadError, build_graph, reads_found
+from pyro_mpis.particles.drawing import Drawn, draw_one_by_one, draw_particles
+from pyro_mpis.particles.evaluation import (
+    MAX_LEVELS,
+    Evaluated,
+    MissedReadError,
+    evaluate_programs,
+    reads_found,
+)
+from pyro_mpis.particles.factors import build_graph
 from pyro_mpis.particles.indexed import (
     ReadTogether,
     check_crossing,
@@ -45,11 +53,9 @@ from pyro_mpis.particles.ordinary import run_ordinary
 from pyro_mpis.particles.probes import SiteReads
 from pyro_mpis.particles.proposals import (
     DisagreementError,
-    Drawn,
     Particles,
-    draw_one_by_one,
-    draw_particles,
     weigh,
+    weigh_from_factors,
 )
 from pyro_mpis.planning import Plan
 from pyro_mpis.programs.analysis import with_implicit_plates
@@ -99,7 +105,7 @@ class Replicate:
         graphs = self.evaluated(block, parts, check=check)
         return _put_together(map(reduced, graphs), parts, block.sizes)
 
-    def evaluate_first(self, ranges: Ranges) -> "tuple[Replicate, FactorGraph]":
+    def evaluate_first(self, ranges: Ranges, drawn: Drawn) -> "tuple[Replicate, FactorGraph]":
         """
         Evaluate the first block, and find what holds for all.
 
@@ -108,7 +114,11 @@ class Replicate:
         structure, programs, validate = self.structure, self.programs, self.environment.validate
         block, parts = self.cut(ranges)
         first = block.block(structure, parts[0])
-        graph = build_graph(structure, first, programs, validate=validate)
+        evaluated = self._evaluate(first)
+        if self.plan.cut.whole:
+            first = weigh_from_factors(structure, drawn, first, evaluated)
+            self = replace(self, particles=first)
+        graph = build_graph(structure, first, evaluated)
         # All particles, not this block's: a few may all decide alike which element is read.
         reads = find_reads(graph, structure, self.particles, programs)
         check = partial(self._check, reads)
@@ -125,6 +135,15 @@ class Replicate:
         graphs = itertools.chain([graph], others)
         return replicate, _put_together(map(reduced, graphs), parts, block.sizes)
 
+    def _evaluate(self, particles: Particles) -> Evaluated:
+        return evaluate_programs(
+            self.structure,
+            particles.values,
+            particles.sizes,
+            self.programs,
+            validate=self.environment.validate,
+        )
+
     def _check(
         self, reads: SiteReads, graph: FactorGraph, particles: Particles, *, together: bool
     ) -> None:
@@ -135,7 +154,6 @@ class Replicate:
             self.programs,
             reads,
             together=together,
-            validate=self.environment.validate,
         )
 
     def cut(self, ranges: Ranges) -> tuple[Particles, tuple[Ranges, ...]]:
@@ -150,8 +168,7 @@ class Replicate:
         assert self.reads is not None
         for part in parts:
             particles = block.block(self.structure, part)
-            validate = self.environment.validate
-            graph = build_graph(self.structure, particles, self.programs, validate=validate)
+            graph = build_graph(self.structure, particles, self._evaluate(particles))
             if check and self.reads:
                 self._check(self.reads, graph, particles, together=False)
             yield regroup_indexed(graph, self.reads)
@@ -314,10 +331,14 @@ def _evaluated(plan: Plan, drawn: Drawn, workers: Workers) -> BlockSum:
     while True:
         try:
             particles = weigh(
-                plan.structure, plan.programs, drawn, validate=plan.environment.validate
+                plan.structure,
+                plan.programs,
+                drawn,
+                validate=plan.environment.validate,
+                from_factors=plan.cut.whole,
             )
             blocks = split(particles.sizes, plan.cut.blocks)
-            return evaluate(Replicate(plan, particles), blocks, workers)
+            return evaluate(Replicate(plan, particles), blocks, drawn, workers)
         except ReadTogether as found:
             if found.differs and not followed and _may_have_missed(plan.structure):
                 followed = True
@@ -351,7 +372,8 @@ def _may_have_missed(structure: Structure) -> bool:
 
 def _followed(plan: Plan, drawn: Drawn) -> Plan:
     """Return a plan for what the sites are found to read by a level for each index."""
-    structure = reads_found(plan.structure, drawn, plan.programs)
+    values = {name: draw.value for name, draw in drawn.draws.items()}
+    structure = reads_found(plan.structure, values, plan.programs)
     return plan.with_structure(with_implicit_plates(structure))
 
 
@@ -391,9 +413,11 @@ def _replicate(plan: Plan, seed: int) -> BlockSum:
     return replace(total, whole=replace(total.whole, factors=()))
 
 
-def evaluate(replicate: Replicate, blocks: Sequence[Ranges], workers: Workers) -> BlockSum:
+def evaluate(
+    replicate: Replicate, blocks: Sequence[Ranges], drawn: Drawn, workers: Workers
+) -> BlockSum:
     """Evaluate every block once: evidences, and the values of the sites at all particles."""
-    replicate, graph = replicate.evaluate_first(blocks[0])
+    replicate, graph = replicate.evaluate_first(blocks[0], drawn)
     if len(blocks) == 1:
         return BlockSum(replicate, tuple(blocks), graph, log_evidence(graph).double().unsqueeze(0))
     results = [_first_pass(graph)]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pyro_mpis import MPImportance, blocks
 from pyro_mpis.particles import ordinary
-from pyro_mpis.particles.proposals import Drawn
+from pyro_mpis.particles.drawing import Drawn
 from pyro_mpis.programs.runs import Programs
 
 ABSOLUTE_ERROR = 1e-9
@@ -33,9 +33,9 @@ def run_recorded(
     weigh: Any = vars(blocks)["weigh"]
     one_run = ordinary._one_run
 
-    def noting(structure: Any, programs: Any, drawn: Drawn, *, validate: bool) -> Any:
+    def noting(structure: Any, programs: Any, drawn: Drawn, **options: Any) -> Any:
         noted.append(drawn)
-        return weigh(structure, programs, drawn, validate=validate)
+        return weigh(structure, programs, drawn, **options)
 
     def tracing(programs: Programs) -> Any:
         """Run once, and note what guide and model draw."""

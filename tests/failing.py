@@ -22,13 +22,18 @@ def chain(y: float = 0.5) -> None:
 
 
 def fails(
-    error: type[Exception], match: str, model: Program, guide: Program | None = None, K: int = 3
+    error: type[Exception],
+    match: str,
+    model: Program,
+    guide: Program | None = None,
+    K: int = 3,
+    memory_limit: int | None = None,
 ) -> None:
     """Check the error, and that it leaves the handlers' stack and the param store as they were."""
     pyro.get_param_store().clear()
     pyro.param("kept", torch.tensor(1.0))
     with pytest.raises(error, match=match):
-        MPImportance(model, guide, num_samples=K).run()
+        MPImportance(model, guide, num_samples=K, memory_limit=memory_limit).run()
     assert _PYRO_STACK == []
     assert list(pyro.get_param_store().keys()) == ["kept"]
     assert torch.is_grad_enabled()

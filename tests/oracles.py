@@ -326,8 +326,9 @@ def _find_units(problem: Problem) -> list[Unit]:
         if name != members[0]:
             continue
         fn = sites[name]["fn"]
-        batch_shape = tuple(fn.batch_shape)
-        assert all(tuple(sites[member]["fn"].batch_shape) == batch_shape for member in members)
+        batch_shape = tuple(getattr(fn, "batch_shape", ()))
+        shapes = [getattr(sites[member]["fn"], "batch_shape", ()) for member in members]
+        assert all(tuple(shape) == batch_shape for shape in shapes)
         enumerated = sites[name]["infer"].get("enumerate") == "parallel" and name not in guided
         size = problem.particles[name].shape[len(batch_shape)]
         if enumerated:

@@ -2,7 +2,7 @@
 """Densities at single values: zero outside of supports, refused where an argument is invalid."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pyro
 import pyro.distributions as dist
@@ -14,6 +14,7 @@ from torch.distributions import Distribution
 
 from pyro_mpis import MPImportance
 from pyro_mpis.programs.densities import density_of
+from pyro_mpis.programs.mapped import run_mapped, unwrapped
 
 
 def test_nan_log_prob() -> None:
@@ -60,27 +61,50 @@ OUTSIDE: dict[str, tuple[Callable[[], Distribution], Tensor]] = {
 }
 
 
+def densities(
+    make: Callable[[Tensor], Distribution],
+    value: Callable[[Tensor], Tensor],
+    numbers: Tensor,
+    *,
+    validate: bool = True,
+) -> Tensor:
+    """Return the densities of a mapped run: ``(number, *batch shape)``."""
+    results: list[Tensor] = []
+
+    def run(values: Mapping[str, Tensor]) -> None:
+        x = values["x"]
+        mapped = unwrapped(density_of(make(x), value(x), validate=validate))
+        assert mapped.levels == (0,)
+        results.append(mapped.tensor)
+
+    with pyro.validation_enabled(False):
+        run_mapped(run, [{"x": numbers}], patched=False)
+    return results[0]
+
+
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_density_outside_of_a_support_is_zero(name: str) -> None:
     """With validation on, torch refuses such values; without, its formulas may give numbers."""
-    make, value = OUTSIDE[name]
+    make, outside = OUTSIDE[name]
     with pyro.validation_enabled(False):
         fn = make()
-        density = density_of(fn, value, validate=True)
-        unchecked = density_of(fn, value, validate=False)
-        formula = fn.log_prob(value)  # type: ignore[no-untyped-call]
-        inside = density_of(fn, fn.sample(), validate=True)  # type: ignore[no-untyped-call]
-    assert density.shape == fn.batch_shape
-    assert bool((density == -torch.inf).all())
-    assert bool(inside.isfinite().all())
-    torch.testing.assert_close(unchecked, formula, equal_nan=True)
+        inside = fn.sample()
+        formula = fn.log_prob(outside)
+    values = torch.stack([outside, inside])
+    density = densities(lambda _: make(), lambda x: x, values)
+    assert density.shape == (2, *fn.batch_shape)
+    assert bool((density[0] == -torch.inf).all())
+    torch.testing.assert_close(density[1], make().log_prob(inside))
+    unchecked = densities(lambda _: make(), lambda x: x, values, validate=False)
+    torch.testing.assert_close(unchecked[0], formula, equal_nan=True)
 
 
 def test_each_element_lies_inside_or_outside_by_itself() -> None:
-    with pyro.validation_enabled(False):
-        fn = dist.Exponential(torch.tensor([1.0, 2.0, 3.0]))
-        density = density_of(fn, torch.tensor([0.5, -0.5, 0.0]), validate=True)
-    expected = torch.tensor([-0.5, -math.inf, math.log(3.0)])
+    values = torch.tensor([[0.5, -0.5, 0.0], [-1.0, 0.0, 1.0]])
+    rates = torch.tensor([1.0, 2.0, 3.0])
+    density = densities(lambda _: dist.Exponential(rates), lambda x: x, values)
+    inf = math.inf
+    expected = torch.tensor([[-0.5, -inf, math.log(3.0)], [-inf, math.log(2.0), math.log(3.0) - 3]])
     torch.testing.assert_close(density, expected)
 
 
@@ -99,13 +123,12 @@ INVALID: dict[str, Callable[[Tensor], Distribution]] = {
 
 @pytest.mark.parametrize("name", INVALID)
 def test_density_at_an_invalid_argument_is_nan(name: str) -> None:
-    with pyro.validation_enabled(False):
-        for argument, wrong in ((0.5, False), (-0.5, True)):
-            fn = INVALID[name](torch.tensor(argument))
-            value = INVALID[name](torch.tensor(0.5)).sample()  # type: ignore[no-untyped-call]
-            density = density_of(fn, value, validate=True)
-            assert density.shape == fn.batch_shape
-            assert bool(density.isnan().all()) == wrong
+    """Also where torch's formula has a number."""
+    value = INVALID[name](torch.tensor(0.5)).sample()
+    density = densities(INVALID[name], lambda x: value, torch.tensor([0.5, -0.5]))
+    assert bool(density[0].isfinite().all())
+    assert bool(density[1].isnan().all())
+    torch.testing.assert_close(density[0], INVALID[name](torch.tensor(0.5)).log_prob(value))
 
 
 def test_arguments_invalid_at_some_particles() -> None:
@@ -161,7 +184,8 @@ def test_nan_counts_only_where_no_other_factor_rules_it_out() -> None:
         """Probability of the second count given the first."""
         if number + parent > 4:
             return torch.zeros(())
-        return dist.Binomial(4 - parent, torch.tensor(0.5)).log_prob(number).exp()
+        log_prob: Tensor = dist.Binomial(4 - parent, torch.tensor(0.5)).log_prob(number)
+        return log_prob.exp()
 
     total = torch.zeros(())
     for b in second:

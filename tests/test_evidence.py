@@ -9,6 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from checks import check_frequencies
 from graphs import graph_of, noise
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,6 +18,8 @@ from pyro_mpis import MPImportance
 from pyro_mpis.factor_graph.evidence import log_evidence, reduced, sum_product
 from pyro_mpis.factor_graph.graph import RaggedPlate
 from pyro_mpis.factor_graph.packed import dims_of, packed
+from pyro_mpis.factor_graph.sampling import sample_indices
+from pyro_mpis.factor_graph.source_terms import joint_weights
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -162,3 +165,57 @@ def test_products_over_ragged_plates_are_in_double_precision() -> None:
     graph = graph_of([("kp", table), ("kg", torch.zeros(3, 2))], {"k": "g"}, {"p": plate})
     sums = torch.stack([table.double()[:, elements == g].sum(1) for g in (0, 1)], 1)
     torch.testing.assert_close(log_evidence(graph), sums.logsumexp(0).sum(), rtol=0, atol=1e-7)
+
+
+def peaked(name: str) -> list[tuple[str, Tensor]]:
+    """Terms in single precision of which one is so large that others would be lost beside it."""
+    best = torch.tensor([-4e7, -1e8, -2e7, -9e7])
+    small = [("m", noise(3, seed=1)), ("tp", noise(4, 2, seed=2)), ("mtp", noise(3, 4, 2, seed=3))]
+    large = {
+        "of one index": ("tp", best.unsqueeze(1).expand(4, 2)),
+        "at one plate element": ("tp", torch.stack([best, torch.zeros(4)], 1)),
+        "a number": ("", torch.tensor(-3e7)),
+        "the same at all": ("mtp", torch.full((3, 4, 2), -3e7)),
+        "of either sign": ("tp", -best.unsqueeze(1).expand(4, 2)),
+        "none": ("tp", torch.zeros(4, 2)),
+    }[name]
+    opposite = [("tp", best.unsqueeze(1).expand(4, 2))] if name == "of either sign" else []
+    return [(dims, table.float()) for dims, table in (*small, large, *opposite)]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "of one index",
+        "at one plate element",
+        "a number",
+        "the same at all",
+        "of either sign",
+        "none",
+    ],
+)
+def test_nothing_is_lost_beside_a_large_term(name: str) -> None:
+    """Evidence, weights and samples are those of the same numbers in double precision."""
+    index_plates = {"m": "", "t": "p"}
+    single = graph_of(peaked(name), index_plates)
+    double = graph_of([(dims, x.double()) for dims, x in peaked(name)], index_plates)
+    expected_p, expected = joint_weights(double, ["m", "t", "mt"])
+    log_p, weights = joint_weights(single, ["m", "t", "mt"])
+    torch.testing.assert_close(log_p.double(), expected_p, rtol=1e-6, atol=1e-4)
+    for symbols, weight in weights.items():
+        torch.testing.assert_close(weight, expected[symbols], rtol=0, atol=1e-5)
+    torch.manual_seed(0)
+    draws = sample_indices(single, 20_000)[1]
+    check_frequencies(draws["m"].bincount(minlength=3), expected["m"])
+
+
+def test_particles_without_weight_do_not_make_it_double() -> None:
+    """Only the largest entries at each plate element count; the flagship models have such."""
+    table = noise(3, 4, 5).float()
+    table[1:, :, 2] = -1e9
+    table[:, 0] = -math.inf
+    graph = graph_of(
+        [("abc", table), ("b", torch.tensor([0.0, 0.0, -1e9, 1.0]).float())],
+        index_plates={"a": "", "b": "", "c": ""},
+    )
+    assert log_evidence(graph).dtype == torch.float32

@@ -2,12 +2,14 @@
 """Marginals, moments, samples and the summary, as a user meets them."""
 
 import math
+import pickle
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from hierarchy import hierarchy, run_hierarchy
+from torch import Tensor
 
 from pyro_mpis import MPImportance, MPISWarning
 

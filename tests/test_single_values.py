@@ -64,7 +64,7 @@ class Regression(PyroModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.linear = PyroModule[torch.nn.Linear](2, 1)
+        self.linear = PyroModule[torch.nn.Linear](2, 1)  # type: ignore[call-arg, arg-type]
         self.linear.weight = PyroSample(dist.Normal(torch.zeros(1, 2), 1.0).to_event(2))
         self.linear.bias = PyroSample(dist.Normal(torch.zeros(1), 1.0).to_event(1))
 

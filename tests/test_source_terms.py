@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_mpis import MPImportance
 from pyro_mpis.factor_graph import logspace
+from pyro_mpis.factor_graph.graph import RaggedPlate
 from pyro_mpis.factor_graph.source_terms import joint_weights
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -112,3 +113,36 @@ def test_weights_of_a_posterior_sum_to_one(posterior: MPImportance) -> None:
     for symbols, weight in joint_weights(graph, [*singles, "".join(singles)])[1].items():
         total = weight.sum(tuple(range(len(symbols))))
         torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("made_in_it", [False, True])
+@pytest.mark.parametrize("asked_in_it", [False, True])
+def test_inference_mode(made_in_it: bool, asked_in_it: bool) -> None:
+    """Weights are derivatives where autograd is off, too, and of tensors made there."""
+    pupils = RaggedPlate("p", {"s": torch.tensor([0, 1, 1])})
+    tables = [("ks", noise(4, 2)), ("kp", noise(4, 3)), ("jkp", noise(2, 4, 3))]
+    plates = {"k": "s", "j": "p"}
+    expected = joint_weights(graph_of(tables, plates, {"p": pupils}), ["k", "j", "kj"])[1]
+    with torch.inference_mode(made_in_it):
+        elements = {"s": torch.tensor([0, 1, 1])}
+        copies = [(dims, table.clone()) for dims, table in tables]
+        graph = graph_of(copies, plates, {"p": RaggedPlate("p", elements)})
+    with torch.inference_mode(asked_in_it):
+        weights = joint_weights(graph, ["k", "j", "kj"])[1]
+    for symbols, weight in weights.items():
+        torch.testing.assert_close(weight, expected[symbols])
+        assert not weight.is_inference()
+
+
+@pytest.mark.parametrize("run_in_it", [False, True])
+def test_queries_in_inference_mode(posterior: MPImportance, run_in_it: bool) -> None:
+    with torch.inference_mode(run_in_it):
+        again = run_hierarchy()
+    with torch.inference_mode():
+        inside = again.moments()
+        marginal = again.marginals("mu", "x")
+        assert again.sample(3)["x"].shape == (3, 2, 3)
+    for name, mean in posterior.moments().items():
+        torch.testing.assert_close(inside[name], mean)
+        torch.testing.assert_close(again.moments()[name], mean)
+    torch.testing.assert_close(marginal.weights, posterior.marginals("mu", "x").weights)

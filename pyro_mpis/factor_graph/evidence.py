@@ -11,7 +11,8 @@ the indices of the innermost plates, multiplies over the plate and goes outwards
 ours is :class:`LogSpaceRing`, which takes its order from :mod:`~pyro_mpis.factor_graph.order`, its
 sums from :mod:`~pyro_mpis.factor_graph.logspace` and its products over plates from
 :mod:`~pyro_mpis.factor_graph.ragged`. Products over plates, and messages after them, are in
-float64.
+float64, as is a step whose result is so large that single precision would lose small terms
+beside it.
 
 [1] Bowyer, Heap and Aitchison (2024), UAI, PMLR 244:394-417.
 """
@@ -33,6 +34,8 @@ from pyro_mpis.factor_graph.order import Step
 from pyro_mpis.factor_graph.packed import aligned, dims_of, packed, renaming, union
 from pyro_mpis.factor_graph.ragged import product_over
 
+# In nats. Above, numbers of single precision are 1/2048 and more apart: a term is lost beside them.
+LARGE = 2.0**12
 STACK_ELEMENTS = 2**16  # of a term, above which stacking copies more than it saves
 STACK = "\0"  # the dim of stacked terms: no symbol of an index or a plate
 
@@ -125,6 +128,10 @@ class LogSpaceRing(Ring):
             first_result=2 * len(terms),
         )
         tensors = dict(enumerate(terms))
+        for step in absorbed:
+            for number in step.operands[:-1]:
+                if self._is_large(tensors[number]):
+                    tensors[number] = _in_double(tensors[number])
         for wave in order.in_waves(steps):
             for group in _alike(wave, tensors):
                 operands = [[tensors.pop(number) for number in step.operands] for step in group]
@@ -148,12 +155,12 @@ class LogSpaceRing(Ring):
             }
         first = steps[0]
         if len(steps) == 1:
-            return {first.result: sum_product(terms[0], first.summed)}
+            return {first.result: self._sum_product(terms[0], first.summed)}
         stacked = [
             packed(torch.stack(operands), STACK + dims_of(operands[0]))
             for operands in zip(*terms, strict=True)
         ]
-        result = sum_product(stacked, first.summed)
+        result = self._sum_product(stacked, first.summed)
         layout = dims_of(result).replace(STACK, "")
         result = aligned(result, STACK + layout)
         canonical = renaming([dims_of(term) for term in terms[0]])
@@ -171,8 +178,34 @@ class LogSpaceRing(Ring):
             involved = [term for term in pending if symbol in dims_of(term)]
             pending = [term for term in pending if symbol not in dims_of(term)]
             self._record.append(Elimination(tuple(involved), symbol))
-            pending.append(sum_product(involved, symbol))
-        return sum_product(pending, "")
+            pending.append(self._sum_product(involved, symbol))
+        return self._sum_product(pending, "")
+
+    def _sum_product(self, terms: Sequence[Tensor], dims: str) -> Tensor:
+        """Multiply and sum, in float64 if the result is large."""
+        result = sum_product(terms, dims)
+        if self._is_large(result):
+            result = sum_product([_in_double(term) for term in terms], dims)
+        return result
+
+    def _is_large(self, term: Tensor) -> bool:
+        """
+        Whether single precision is too coarse to add something to a term.
+
+        What counts are its largest entries at each plate element. The others are those of particles
+        without weight.
+        """
+        if term.dtype == torch.float64 or term.numel() == 0:
+            return False
+        # As in memory, and the outermost dim first: maxima in another order take ten times as long.
+        order_in_memory = sorted(range(term.dim()), key=lambda dim: -term.stride()[dim])
+        highest = term.detach().permute(order_in_memory)
+        if max(abs(float(end)) for end in highest.aminmax()) <= LARGE:
+            return False
+        for place, dim in enumerate(order_in_memory):
+            if dims_of(term)[dim] in self._graph.index_plates:
+                highest = highest.amax(place, keepdim=True)
+        return bool((highest.abs() > LARGE).any())
 
     def product(self, term: Tensor, ordinal: Ordinal) -> Tensor:
         """Multiply a packed tensor over the plates of ``ordinal``."""
@@ -181,6 +214,10 @@ class LogSpaceRing(Ring):
     def inv(self, term: Tensor) -> Tensor:
         """Refuse: nothing is divided here."""
         raise NotImplementedError
+
+
+def _in_double(term: Tensor) -> Tensor:
+    return packed(term.double(), dims_of(term))
 
 
 def _alike(steps: Sequence[Step], tensors: Mapping[int, Tensor]) -> list[list[Step]]:
@@ -211,18 +248,18 @@ def sum_product(terms: Sequence[Tensor], dims: str) -> Tensor:
     uses = Counter(symbol for term in terms for symbol in dims_of(term))
     terms = [_sum_alone(term, "".join(s for s in dims if uses[s] == 1)) for term in terms]
     dims = "".join(symbol for symbol in dims if uses[symbol] > 1)
-    kept = "".join(s for s in union(*(dims_of(term) for term in terms)) if s not in dims)
+    result_dims = "".join(s for s in union(*(dims_of(term) for term in terms)) if s not in dims)
     if len(terms) == 2 and dims:
         a, b = terms
         only_a = "".join(s for s in dims_of(a) if s not in dims_of(b) and s not in dims)
         only_b = "".join(s for s in dims_of(b) if s not in dims_of(a) and s not in dims)
         if only_a and only_b and set(dims) <= set(dims_of(a)) & set(dims_of(b)):
             return _matmul(a, b, only_a, only_b, dims)
-    layout = kept + dims
+    layout = result_dims + dims
     log_product = aligned(terms[0], layout)
     for term in terms[1:]:
         log_product = log_product + aligned(term, layout)
-    return packed(logsumexp(log_product, len(dims)), kept)
+    return packed(logsumexp(log_product, len(dims)), result_dims)
 
 
 def _sum_alone(term: Tensor, dims: str) -> Tensor:
@@ -230,8 +267,8 @@ def _sum_alone(term: Tensor, dims: str) -> Tensor:
     summed = [symbol for symbol in dims if symbol in dims_of(term)]
     if not summed:
         return term
-    kept = "".join(symbol for symbol in dims_of(term) if symbol not in summed)
-    return packed(logsumexp(aligned(term, kept + "".join(summed)), len(summed)), kept)
+    result_dims = "".join(symbol for symbol in dims_of(term) if symbol not in summed)
+    return packed(logsumexp(aligned(term, result_dims + "".join(summed)), len(summed)), result_dims)
 
 
 def _matmul(a: Tensor, b: Tensor, only_a: str, only_b: str, dims: str) -> Tensor:

@@ -81,10 +81,10 @@ class _LogSumExp(torch.autograd.Function):
         ctx.save_for_backward(x)
         result = x.new_empty(x.shape[:-1])
         for part in _parts(x, range(x.dim() - 1)):
-            own = _summed_first(x[part])
-            highest = own.amax(0)
-            total = exp_(own - finite(highest)).sum(0)
-            torch.add(total.log_(), highest, out=result[part[:-1]])
+            rows = _summed_first(x[part])
+            highest = rows.amax(0)
+            sums = exp_(rows - finite(highest)).sum(0)
+            torch.add(sums.log_(), highest, out=result[part[:-1]])
         return result
 
     @staticmethod
@@ -105,16 +105,16 @@ class _SumInDouble(torch.autograd.Function):
         order = sorted(range(x.dim()), key=lambda dim: -x.stride()[dim])
         x = x.permute(order)  # as in memory: sums over dims in another order are slow
         summed = [place for place, dim in enumerate(order) if dim in dims]
-        kept = [place for place, dim in enumerate(order) if dim not in dims]
+        remaining = [place for place, dim in enumerate(order) if dim not in dims]
         if x.dtype == torch.float64:
             result = x.sum(summed)
         else:
-            result = x.new_zeros([x.shape[place] for place in kept], dtype=torch.float64)
-            for part in cuts(x.shape, (*kept, *summed), _part(x)):
-                into = result[tuple(part[place] for place in kept)]
+            result = x.new_zeros([x.shape[place] for place in remaining], dtype=torch.float64)
+            for part in cuts(x.shape, (*remaining, *summed), _part(x)):
+                into = result[tuple(part[place] for place in remaining)]
                 into += x[part].double().sum(summed)
-        kept_dims = [order[place] for place in kept]
-        return result.permute([kept_dims.index(dim) for dim in sorted(kept_dims)])
+        remaining_dims = [order[place] for place in remaining]
+        return result.permute([remaining_dims.index(dim) for dim in sorted(remaining_dims)])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -141,12 +141,13 @@ class _LogMatmul(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         a, b = ctx.saved_tensors
-        wanted_a, wanted_b = ctx.needs_input_grad
-        grad_a = torch.empty_like(a) if wanted_a else None
-        grad_b = torch.zeros_like(b) if wanted_b else None
+        needs_a, needs_b = ctx.needs_input_grad
+        grad_a = torch.empty_like(a) if needs_a else None
+        grad_b = torch.zeros_like(b) if needs_b else None
         for batch, rows in _blocks(a, b):
-            own_a, own_b, own_grad = _matrices(a[rows]), _matrices(b[batch]), _matrices(grad[rows])
-            of_a, of_b = _product_grads(own_a, own_b, ctx.dtype, own_grad, ctx.needs_input_grad)
+            parts = _matrices(a[rows]), _matrices(b[batch])
+            part_grad = _matrices(grad[rows])
+            of_a, of_b = _product_grads(*parts, ctx.dtype, part_grad, ctx.needs_input_grad)
             if grad_a is not None and of_a is not None:
                 grad_a[rows] = of_a.view(a[rows].shape)
             if grad_b is not None and of_b is not None:
@@ -181,10 +182,18 @@ def _multiplied(a: Tensor, b: Tensor, dtype: torch.dtype) -> _Multiplied:
         return _Multiplied(dtype, a_max, b_max, ea, eb, product, None, None)
     lowest = torch.finfo(dtype).min  # see finite: of rows and columns that are all zero
     lost = small & (a_max > lowest) & (b_max > lowest)
+    if bool(lost.any()) and (bool((a == -math.inf).any()) or bool((b == -math.inf).any())):
+        lost &= _is_possible(a, b)
     num_lost = int(lost.count_nonzero())
     if num_lost > _FEW * lost.numel() and dtype != torch.float64:
         return _multiplied(a, b, torch.float64)
     return _Multiplied(dtype, a_max, b_max, ea, eb, product, small, lost if num_lost else None)
+
+
+def _is_possible(a: Tensor, b: Tensor) -> Tensor:
+    """Return where a row and a column have a term in common that is not zero: (batch, m, n)."""
+    rows, columns = ((x > -math.inf).float() for x in (a, b))
+    return rows @ columns > 0.0
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype, result: Tensor) -> None:
@@ -197,7 +206,7 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype, result: Tensor) -> None:
 
 
 def _product_grads(
-    a: Tensor, b: Tensor, dtype: torch.dtype, grad: Tensor, wanted: tuple[bool, bool]
+    a: Tensor, b: Tensor, dtype: torch.dtype, grad: Tensor, needed: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """
     Return the derivatives of a product, given those in its entries.
@@ -205,14 +214,14 @@ def _product_grads(
     Shares are found from the shifted terms themselves: the result is rounded, and in single
     precision its error grows with its size.
 
-    :param wanted: which of the two derivatives are wanted; None stands for the other.
+    :param needed: which of the two derivatives are needed; None stands for the other.
     """
     made = _multiplied(a, b, dtype)
     scaled = torch.div(grad, made.product, out=made.product)
     if made.small is not None:
         scaled.masked_fill_(made.small, 0.0)
-    grad_a = (scaled @ made.eb.mT).mul_(made.ea) if wanted[0] else None
-    grad_b = (made.ea.mT @ scaled).mul_(made.eb) if wanted[1] else None
+    grad_a = (scaled @ made.eb.mT).mul_(made.ea) if needed[0] else None
+    grad_b = (made.ea.mT @ scaled).mul_(made.eb) if needed[1] else None
     if made.lost is not None:
         for batch, m, n, terms in _terms(a, b, made.dtype, made.lost):
             share = grad[batch, m, n].unsqueeze(1) * _shares(terms)
@@ -234,13 +243,17 @@ def _terms(
 
 
 def _shifted(a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the maxima of rows and of columns, and the exponentials of what is above none."""
-    own_a, own_b = _summed_first(a, dtype), _summed_first(b.mT, dtype)
-    a_max, b_max = finite(own_a.amax(0)).unsqueeze(-1), finite(own_b.amax(0)).unsqueeze(-2)
+    """
+    Return the maxima of ``a``'s rows and ``b``'s columns, and exponentials of what is left.
+
+    These are the exponentials of ``a`` and ``b`` less their maxima: all are at most one.
+    """
+    rows, columns = _summed_first(a, dtype), _summed_first(b.mT, dtype)
+    a_max, b_max = finite(rows.amax(0)).unsqueeze(-1), finite(columns.amax(0)).unsqueeze(-2)
     # contiguous: a batched product copies each matrix of other tensors by itself
     ea, eb = (torch.empty(x.shape, dtype=dtype, device=x.device) for x in (a, b))
-    torch.sub(own_a.movedim(0, -1), a_max, out=ea)
-    torch.sub(own_b.movedim(0, -2), b_max, out=eb)
+    torch.sub(rows.movedim(0, -1), a_max, out=ea)
+    torch.sub(columns.movedim(0, -2), b_max, out=eb)
     return a_max, b_max, exp_(ea), exp_(eb)
 
 
@@ -302,7 +315,7 @@ def cuts(shape: Sequence[int], order: Iterable[int], room: int) -> Iterator[tupl
         rest = math.prod(sizes) // max(1, sizes[dim])
         sizes[dim] = max(1, min(sizes[dim], room // max(1, rest)))
     slices = [
-        [slice(start, start + size) for start in range(0, whole, size)] if whole else [slice(0)]
-        for whole, size in zip(shape, sizes, strict=True)
+        [slice(start, start + size) for start in range(0, length, size)] if length else [slice(0)]
+        for length, size in zip(shape, sizes, strict=True)
     ]
     return itertools.product(*slices)

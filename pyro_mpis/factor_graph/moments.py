@@ -42,8 +42,8 @@ def joint_indices(graph: FactorGraph, sites: Sequence[str]) -> str:
                 "Give several names one by one, as in .marginals('a', 'b')."
             )
         if name not in graph.values:
-            known = quoted(graph.values)
-            raise ValueError(f"site '{name}': the model has no such latent site, only {known}.")
+            names = quoted(graph.values)
+            raise ValueError(f"site '{name}': the model has no such latent site, only {names}.")
     for one in sites:
         for other in sites:
             plates = [graph.with_enclosing(graph.values[name].plates) for name in (one, other)]
@@ -77,10 +77,10 @@ def expectation(
     joint = joint_indices(graph, sites)
     squeezed = [
         value.reshape(
-            [size for size, s in zip(value.shape, joint, strict=False) if s in own.indices]
+            [size for size, s in zip(value.shape, joint, strict=False) if s in site.indices]
             + list(value.shape[len(joint) :])
         )
-        for value, own in zip(values, (graph.values[name] for name in sites), strict=True)
+        for value, site in zip(values, (graph.values[name] for name in sites), strict=True)
     ]
 
     def checked(*values: Tensor) -> Tensor:
@@ -168,11 +168,13 @@ def _aligned(
     values = []
     for name in sites:
         site = graph.values[name]
-        own = graph.tensor_plates(graph.with_enclosing(site.plates))
-        value = graph.to_plates(site.tensor, own, left=len(site.indices), right=site.event_dim)
+        site_plates = graph.tensor_plates(graph.with_enclosing(site.plates))
+        value = graph.to_plates(
+            site.tensor, site_plates, left=len(site.indices), right=site.event_dim
+        )
         lead = value.shape[: len(site.indices)]
         value = at_plates(
-            graph, value.flatten(0, len(lead) - 1) if lead else value[None], own, plates
+            graph, value.flatten(0, len(lead) - 1) if lead else value[None], site_plates, plates
         )
         shape = list(value.shape[1:])
         shape[: len(plates)] = [graph.sizes[symbol] for symbol in plates]
@@ -206,5 +208,5 @@ def _expectation(
     dtype = values.dtype if values.is_floating_point() else graph.dtype
     spread = weight.reshape(weight.shape + (1,) * right)
     values = torch.where(spread > 0, values.double() * spread, 0.0)  # not 0 * inf
-    total = values.sum(tuple(range(num))) if num else values  # (24)
-    return graph.to_batch(total, plates, _deepest(graph, sites).batch_shape, left=0).to(dtype)
+    sums = values.sum(tuple(range(num))) if num else values  # (24)
+    return graph.to_batch(sums, plates, _deepest(graph, sites).batch_shape, left=0).to(dtype)

@@ -39,37 +39,43 @@ def absorb(terms: Sequence[Tensor]) -> list[Step]:
     """
     Add each packed tensor to the smallest other one that has all its dims.
 
-    What is left is what an order of eliminations has to be found for.
+    What is left is what an order of eliminations has to be found for. Tensors of the same dims, of
+    which there may be very many, are looked at as one: the time is linear in their number.
 
     :return: a step for each tensor that is left: it comes last among the operands. A step of a
         single operand is that operand.
     """
-    holders: dict[str, set[int]] = {}
+    groups: dict[frozenset[str], list[int]] = {}
     for number, term in enumerate(terms):
-        for symbol in dims_of(term):
-            holders.setdefault(symbol, set()).add(number)
-    parts = {number: [number] for number in range(len(terms))}
-    order = sorted(parts, key=lambda number: terms[number].numel())
-    for position, number in enumerate(order):
-        dims = dims_of(terms[number])
+        groups.setdefault(frozenset(dims_of(term)), []).append(number)
+    holders: dict[str, set[frozenset[str]]] = {}
+    for dims in groups:
+        for symbol in dims:
+            holders.setdefault(symbol, set()).add(dims)
+
+    def size(dims: frozenset[str]) -> tuple[int, int]:
+        return terms[groups[dims][0]].numel(), groups[dims][0]
+
+    by_size = sorted(groups, key=size)
+    ranks = {dims: rank for rank, dims in enumerate(by_size)}
+    for dims, after in zip(by_size, [*by_size[1:], None], strict=True):
         if dims:
             rarest = min((holders[symbol] for symbol in dims), key=len)
-            larger = [n for n in rarest if n != number and set(dims) <= set(dims_of(terms[n]))]
+            target = min((d for d in rarest if dims < d), key=ranks.__getitem__, default=None)
         else:  # a scalar fits into any term: the next larger one takes it
-            larger = order[position + 1 : position + 2]
-        if larger:
-            target = min(larger, key=lambda n: (terms[n].numel(), n))
-            parts[target] = parts.pop(number) + parts[target]
+            target = after
+        if target is not None:
+            groups[target] = groups.pop(dims) + groups[target]
             for symbol in dims:
-                holders[symbol].remove(number)
+                holders[symbol].remove(dims)
     return [
         Step(
             tuple(group),
             "",
-            len(terms) + number if len(group) > 1 else number,
-            dims_of(terms[number]),
+            len(terms) + group[-1] if len(group) > 1 else group[-1],
+            dims_of(terms[group[-1]]),
         )
-        for number, group in parts.items()
+        for group in sorted(groups.values(), key=lambda group: group[-1])
     ]
 
 
@@ -93,7 +99,7 @@ def find_steps(
     rounds = _rounds(inputs, sum_dims, sizes, limit, first_result)
     used = {operand for step in rounds for operand in step.operands}
     dims = dict(inputs) | {step.result: step.dims for step in rounds}
-    left = {number: own for number, own in dims.items() if number not in used}
+    left = {number: symbols for number, symbols in dims.items() if number not in used}
     return rounds + _pairs(left, sum_dims, sizes, first_result + len(rounds))
 
 
@@ -177,14 +183,14 @@ def _round(
             )
             terms[step.result] = step.dims
         inside = union(*terms.values())
-        kept = inside.replace(symbol, "")
-        largest = max(_size(own, sizes) for own in terms.values())
-        if _size(inside, sizes) > limit or _size(kept, sizes) > largest:
+        result_dims = inside.replace(symbol, "")
+        largest = max(_size(symbols, sizes) for symbols in terms.values())
+        if _size(inside, sizes) > limit or _size(result_dims, sizes) > largest:
             continue
         taken.update(operands)
         if merged:
             steps.append(step)
-        steps.append(Step(tuple(terms), symbol, first_result + len(steps), kept))
+        steps.append(Step(tuple(terms), symbol, first_result + len(steps), result_dims))
     return steps
 
 

@@ -29,8 +29,8 @@ def product_over(graph: FactorGraph, term: Tensor, ordinal: Ordinal) -> Tensor:
     positions = [place for place, symbol in enumerate(dims_of(term)) if symbol in ordinal]
     if not positions:
         return term
-    kept = "".join(symbol for symbol in dims_of(term) if symbol not in ordinal)
-    return packed(sum_in_double(term, positions), kept)
+    result_dims = "".join(symbol for symbol in dims_of(term) if symbol not in ordinal)
+    return packed(sum_in_double(term, positions), result_dims)
 
 
 def regroup(

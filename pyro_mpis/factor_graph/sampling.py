@@ -77,7 +77,8 @@ def _draw_step(graph: FactorGraph, step: Elimination, drawn: Drawn, num_draws: i
     positions = {s: positions_in(graph, s, plates).unsqueeze(0) for s in plates}
     tables = [_Table(graph, term, symbol, plates, num_draws) for term in step.terms]
     chosen = torch.empty((num_draws, *shape), dtype=torch.long, device=graph.device)
-    order = (*range(1, chosen.dim()), 0)  # all draws of some plate elements: their rows are few
+    # Cut along plates first: the draws of one element look up few rows, which stay in the cache.
+    order = (*range(1, chosen.dim()), 0)
     for part in cuts(chosen.shape, order, DRAW_ELEMENTS // graph.sizes[symbol]):
         at = {s: _cut(index, part) for s, index in (indices | positions).items()}
         chosen[part] = _draw(tables, at, chosen[part].shape)
@@ -109,10 +110,10 @@ def _draw(tables: Sequence["_Table"], at: Mapping[str, Tensor], shape: torch.Siz
 
 def _log_product(terms: Sequence[Tensor], layout: str) -> Tensor:
     """Multiply packed terms, in double precision."""
-    total = aligned(terms[0], layout).double()
+    log_product = aligned(terms[0], layout).double()
     for term in terms[1:]:
-        total = total + aligned(term, layout)
-    return total
+        log_product = log_product + aligned(term, layout)
+    return log_product
 
 
 def _cut(index: Tensor, part: Sequence[slice]) -> Tensor:
@@ -133,12 +134,14 @@ class _Table:
         self, graph: FactorGraph, term: Tensor, symbol: str, plates: str, num_draws: int
     ) -> None:
         self.sizes = graph.sizes
-        own = dims_of(term)
-        self.dims = "".join(sorted(own.replace(symbol, ""), key=lambda s: s not in plates))
+        dims = dims_of(term)
+        self.dims = "".join(sorted(dims.replace(symbol, ""), key=lambda s: s not in plates))
         self.term = aligned(term, symbol + self.dims)
         looked_up = num_draws * math.prod(graph.sizes[s] for s in (symbol, *plates))
-        whole = looked_up > term.numel()  # then each row is worth an exponential
-        self.all_shares = _relative(self.term).reshape(len(self.term), -1) if whole else None
+        exponentiated = looked_up > term.numel()  # then each row is worth its exponentials
+        self.all_shares = (
+            _relative(self.term).reshape(len(self.term), -1) if exponentiated else None
+        )
 
     def shares(self, at: Mapping[str, Tensor]) -> Tensor:
         """Return rows divided by their largest entries: (the dim to draw, N, *plates), float32."""

@@ -29,18 +29,23 @@ def index_at(graph: FactorGraph, drawn: Drawn, symbol: str, plates: str) -> Tens
 
     :param plates: the dims of the tensors of the deeper ordinal.
     """
-    own = graph.tensor_plates(graph.with_enclosing(graph.index_plates[symbol]))
-    return at_plates(graph, drawn[symbol], own, plates)
+    present = graph.tensor_plates(graph.with_enclosing(graph.index_plates[symbol]))
+    return at_plates(graph, drawn[symbol], present, plates)
 
 
-def at_plates(graph: FactorGraph, tensor: Tensor, own: str, plates: str) -> Tensor:
-    """Bring ``(N, *own, *right)`` to ``(N, *plates, *right)``, gathering through ragged plates."""
-    while not set(own) <= set(plates):
-        tensor, own = _step_inwards(graph, tensor, own, plates)
-    order = [1 + own.index(symbol) for symbol in plates if symbol in own]
-    tensor = tensor.permute((0, *order, *range(1 + len(own), tensor.dim())))
+def at_plates(graph: FactorGraph, tensor: Tensor, present: str, plates: str) -> Tensor:
+    """
+    Bring ``(N, *present, *right)`` to ``(N, *plates, *right)``, gathering through ragged plates.
+
+    :param present: the plates that the tensor has dims for.
+    :param plates: those that the result has, of size one where it is the same for all elements.
+    """
+    while not set(present) <= set(plates):
+        tensor, present = _step_inwards(graph, tensor, present, plates)
+    order = [1 + present.index(symbol) for symbol in plates if symbol in present]
+    tensor = tensor.permute((0, *order, *range(1 + len(present), tensor.dim())))
     for position, symbol in enumerate(plates):
-        if symbol not in own:
+        if symbol not in present:
             tensor = tensor.unsqueeze(1 + position)
     return tensor
 
@@ -65,21 +70,23 @@ def _select(graph: FactorGraph, site: SiteValue, drawn: Drawn, num_draws: int) -
     return site.ordinary(graph.to_batch(value, plates, site.batch_shape, left=1), left=1)
 
 
-def _step_inwards(graph: FactorGraph, tensor: Tensor, own: str, plates: str) -> tuple[Tensor, str]:
+def _step_inwards(
+    graph: FactorGraph, tensor: Tensor, present: str, plates: str
+) -> tuple[Tensor, str]:
     """Replace the plates around one ragged plate by the ragged plate."""
     deep = graph.with_enclosing(frozenset(plates))
     for inner, plate in graph.ragged.items():
-        around = [symbol for symbol in own if symbol in plate.outer]
-        if not inner <= deep or not around or inner <= set(own):
+        around = [symbol for symbol in present if symbol in plate.outer]
+        if not inner <= deep or not around or inner <= set(present):
             continue
-        rest = [symbol for symbol in own if symbol not in plate.outer]
+        rest = [symbol for symbol in present if symbol not in plate.outer]
         layout = "".join([*rest, *(s for s in plate.inner if s not in rest)])
         index = [
             aligned(packed(plate.outer[symbol].clone(), plate.inner), layout)
             if symbol in plate.outer
             else positions_in(graph, symbol, layout)
-            for symbol in own
+            for symbol in present
         ]
         everything: tuple[slice | Tensor, ...] = (slice(None), *index)
         return tensor[everything], layout
-    raise AssertionError(f"no way from plates {own} to {plates}")
+    raise AssertionError(f"no way from plates {present} to {plates}")

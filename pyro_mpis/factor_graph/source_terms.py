@@ -16,6 +16,7 @@ pass.
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -37,8 +38,9 @@ def joint_weights(graph: FactorGraph, tuples: Iterable[str]) -> tuple[Tensor, di
         :meth:`FactorGraph.tensor_plates` lists them. They sum to one over the indices for every
         plate element.
     """
-    sources = {symbols: _source(graph, symbols) for symbols in dict.fromkeys(tuples)}
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
+        graph = _differentiable(graph)
+        sources = {symbols: _source(graph, symbols) for symbols in dict.fromkeys(tuples)}
         log_p = log_evidence(graph, [*graph.factors, *sources.values()])
         # (32)-(35) and (43)-(44), all tuples together
         grads = torch.autograd.grad(log_p, [source.tensor for source in sources.values()])
@@ -60,11 +62,27 @@ def _source(graph: FactorGraph, symbols: str) -> LogFactor:
     return LogFactor("source", tensor, dims, plates)
 
 
+def _differentiable(graph: FactorGraph) -> FactorGraph:
+    """Copy what was made under ``torch.inference_mode``, which autograd cannot record."""
+
+    def copy(tensor: Tensor) -> Tensor:
+        return tensor.clone() if tensor.is_inference() else tensor
+
+    return replace(
+        graph,
+        factors=tuple(replace(factor, tensor=copy(factor.tensor)) for factor in graph.factors),
+        ragged={
+            inner: replace(plate, outer={s: copy(element) for s, element in plate.outer.items()})
+            for inner, plate in graph.ragged.items()
+        },
+    )
+
+
 def _check_total(graph: FactorGraph, symbols: str, weight: Tensor) -> None:
     """Make sure that weights sum to one over their indices: it shows a kernel that is wrong."""
-    total = weight.sum(tuple(range(len(symbols)))) if symbols else weight
-    if bool((total - 1.0).abs().lt(TOLERANCE).all()):
+    sums = weight.sum(tuple(range(len(symbols)))) if symbols else weight
+    if bool((sums - 1.0).abs().lt(TOLERANCE).all()):
         return
     sites = quoted(name for symbol in symbols for name in graph.index_sites[symbol])
-    worst = total.flatten()[(total - 1.0).abs().argmax()]
+    worst = sums.flatten()[(sums - 1.0).abs().argmax()]
     raise AssertionError(f"the weights of {sites} sum to {float(worst):.6g}, not to one")

@@ -14,7 +14,7 @@ of them is found. That is for factors that read by an index array.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pyro
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pyro_mpis._typing import Ordinal
 from pyro_mpis.factor_graph.graph import FactorGraph, LogFactor
-from pyro_mpis.particles.factors import wanted_of_guide, wanted_of_model
+from pyro_mpis.particles.evaluation import wanted_of_guide, wanted_of_model
 from pyro_mpis.particles.probes import NONE, SiteReads, unravel
 from pyro_mpis.particles.proposals import Particles
 from pyro_mpis.programs.mapped import Mapped
@@ -32,8 +32,9 @@ from pyro_mpis.programs.structure import Structure, levels_of
 
 ROWS = 3  # random choices of a particle for each element
 MANY_ROWS = 16  # where two particles may have the same value, and where tensors are small
-SMALL = 2**16  # elements of all rows of the largest tensor, of which many cost nothing
+CHEAP = 2**16  # elements of all rows of the largest tensor, of which many cost nothing
 ELEMENTS = 2**22  # of the largest tensor, rows and particles aside: above it fewer are taken
+SMALL = 2**10  # entries of factors that are compared in one tensor
 # The power of the machine epsilon, relative to one plus the entry, above which an entry differs:
 # rounding explains no more.
 TOLERANCE = 0.4
@@ -56,7 +57,6 @@ def differing(
     reads: SiteReads,
     *,
     together: bool,
-    validate: bool,
 ) -> list[LogFactor]:
     """
     Return the factors that are not the densities of the programs, one of each site.
@@ -64,7 +64,6 @@ def differing(
     :param graph: of these particles, not regrouped.
     :param reads: which elements are read by index arrays.
     :param together: whether indices outside of plates take random particles too.
-    :param validate: whether the graph was made with supports and arguments looked at.
     :raises NotMappableError: if torch cannot map the programs.
     """
     mixture = _mixture(graph, structure, particles, together=together)
@@ -77,21 +76,35 @@ def differing(
         said_by_guide, said_by_model = evaluate(
             programs,
             [*levels, mixed] if mixed else levels,
-            guide=wanted_of_guide(structure, validate=validate),
-            model=wanted_of_model(structure, validate=validate),
+            guide=wanted_of_guide(structure, validate=False),
+            model=wanted_of_model(structure, validate=False),
             shapes=structure.latent_shapes,
         )
     found = {name: said["log_prob"] for name, said in said_by_model.items() if "log_prob" in said}
     found |= {
         f"{name} (guide)": _negative(said["log_prob"]) for name, said in said_by_guide.items()
     }
+    factors = [factor for factor in graph.factors if factor.name in found]
+    expected = [_at_mixture(graph, factor, reads, mixture) for factor in factors]
+    actual = [_aligned(graph, factor, found[factor.name], mixture) for factor in factors]
+    return _different(factors, actual, expected)
+
+
+def _different(
+    factors: Sequence[LogFactor], actual: Sequence[Tensor], expected: Sequence[Tensor]
+) -> list[LogFactor]:
+    """Return the factors whose entries differ; compares small ones together."""
+    small: dict[torch.dtype, list[int]] = {}
     wrong = []
-    for factor in graph.factors:
-        if factor.name in found:
-            expected = _at_mixture(graph, structure, factor, reads, mixture)
-            actual = _aligned(graph, factor, found[factor.name], mixture)
-            if not _same(actual, expected):
-                wrong.append(factor)
+    for number, (x, y) in enumerate(zip(actual, expected, strict=True)):
+        if x.shape == y.shape and x.numel() < SMALL and x.dtype == y.dtype:
+            small.setdefault(x.dtype, []).append(number)
+        elif not _same(x, y):
+            wrong.append(factors[number])
+    for numbers in small.values():
+        flat = [torch.cat([side[n].reshape(-1) for n in numbers]) for side in (actual, expected)]
+        if not _same(*flat):
+            wrong += [factors[n] for n in numbers if not _same(actual[n], expected[n])]
     return wrong
 
 
@@ -117,7 +130,7 @@ def _mixture(
         read = math.prod(particles.sizes[s] for s in structure.indices_read(site) & apart)
         largest, combined = max(largest, elements), max(combined, elements * read)
     rows = min(MANY_ROWS if discrete else ROWS, max(2, ELEMENTS // largest))
-    rows = max(rows, min(MANY_ROWS, SMALL // combined))
+    rows = max(rows, min(MANY_ROWS, CHEAP // combined))
     chosen = {}
     for index in structure.indices:
         if index.symbol not in apart:
@@ -169,12 +182,13 @@ def _mixed_values(
 
 def _at_mixture(
     graph: FactorGraph,
-    structure: Structure,
     factor: LogFactor,
     reads: SiteReads,
     mixture: Mixture,
 ) -> Tensor:
     """Look a factor up at the chosen particles: ``(*levels, rows, *plates)``."""
+    if set(factor.dims) <= set(mixture.chosen):  # no plates, and nothing apart
+        return factor.tensor[tuple(mixture.chosen[symbol].reshape(-1) for symbol in factor.dims)]
     plates = "".join(symbol for symbol in factor.dims if symbol not in graph.index_plates)
     apart = [s for s in factor.dims if s in graph.index_plates and s not in mixture.chosen]
     dims = [*apart, "", *plates]  # "" is that of the rows
@@ -218,6 +232,8 @@ def _read_by_index(
 
 def _aligned(graph: FactorGraph, factor: LogFactor, log_prob: Mapped, mixture: Mixture) -> Tensor:
     """Bring a density of the mapped run to ``(*levels, rows, *plates)``."""
+    if set(factor.dims) <= set(mixture.chosen) and log_prob.tensor.numel() == mixture.rows:
+        return log_prob.tensor.reshape(-1) if factor.dims else log_prob.tensor.reshape(-1)[0]
     plates = "".join(symbol for symbol in factor.dims if symbol not in graph.index_plates)
     apart = [s for s in factor.dims if s in graph.index_plates and s not in mixture.chosen]
     tensor, levels = log_prob.tensor, list(log_prob.levels)
@@ -241,7 +257,11 @@ def _aligned(graph: FactorGraph, factor: LogFactor, log_prob: Mapped, mixture: M
 
 
 def _same(actual: Tensor, expected: Tensor) -> bool:
-    """Whether two tensors agree entry by entry; nan agrees with what a factor was ruled out for."""
+    """
+    Whether two tensors agree entry by entry.
+
+    Supports and arguments have not been looked at again: what they rule out agrees with anything.
+    """
     tolerance = torch.finfo(actual.dtype).eps ** TOLERANCE * (1.0 + expected.abs())
     close = (actual == expected) | ((actual - expected).abs() <= tolerance)
-    return bool((close | (actual.isnan() & ~expected.isfinite())).all())
+    return bool((close | (expected == -torch.inf)).all())

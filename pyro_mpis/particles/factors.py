@@ -6,9 +6,8 @@ A latent site's factor is :math:`\log f_i - \log K` of (20)-(22) of [1]: the mod
 in the dims of the indices that it reads, and the proposal's density, in the dim of its own index.
 An observed site has its ``log_prob`` alone. ``-log K`` of each index enters here and nowhere else.
 
-The programs run once, mapped over the particles of every index
-(:func:`pyro_mpis.programs.runs.evaluate`), so that a ``log_prob`` has dims of exactly those
-indices that it was computed from.
+The densities come from one mapped run (:mod:`~pyro_mpis.particles.evaluation`), so that each has
+dims of exactly those indices that it was computed from.
 
 [1] Bowyer, Heap and Aitchison (2024), UAI, PMLR 244:394-417.
 """
@@ -17,57 +16,29 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import pyro
 import torch
 from torch import Tensor
 
-from pyro_mpis._typing import Ordinal, SampleMessage
+from pyro_mpis._typing import Ordinal
 from pyro_mpis.factor_graph.graph import FactorGraph, LogFactor, SiteValue, exchange_dims
-from pyro_mpis.particles.proposals import Drawn, Particles
-from pyro_mpis.programs.densities import density_of
+from pyro_mpis.particles.evaluation import Evaluated
+from pyro_mpis.particles.proposals import Particles
 from pyro_mpis.programs.mapped import Mapped
-from pyro_mpis.programs.messages import counted, drawn_from
-from pyro_mpis.programs.runs import Collect, Programs, Said, Wanted, evaluate
-from pyro_mpis.programs.structure import Index, Site, Structure, levels_of
+from pyro_mpis.programs.structure import Index, Site, Structure
 
-MAX_LEVELS = 60  # of a mapped run: a torch tensor has 64 dims
 PRECISE = torch.float32.itemsize  # numbers of fewer bytes are too coarse to add up log_probs
 
 
-class MissedReadError(Exception):
-    """A site reads indices that the plain run did not see it read."""
-
-
-def build_graph(
-    structure: Structure, particles: Particles, programs: Programs, *, validate: bool
-) -> FactorGraph:
+def build_graph(structure: Structure, particles: Particles, evaluated: Evaluated) -> FactorGraph:
     """
-    Evaluate model and guide with every index in a dim of its own, and pack their log factors.
+    Pack what model and guide said at all particles into log factors.
 
-    :param validate: whether to look at supports and arguments.
     :raises ValueError: if a log_prob is nan at a combination that no other factor rules out, or
         infinite.
-    :raises NotMappableError: if torch cannot map the programs.
     :raises MissedReadError: if a site reads more than the structure says.
     """
-    levels = levels_of(structure, particles.sizes)
-    with pyro.validation_enabled(False):
-        said_by_guide, said_by_model = evaluate(
-            programs,
-            [
-                {
-                    name: particles.values[name]
-                    for s in level
-                    for name in structure.by_symbol[s].sites
-                }
-                for level in levels
-            ],
-            guide=wanted_of_guide(structure, validate=validate),
-            model=wanted_of_model(structure, validate=validate),
-            shapes=structure.latent_shapes,
-        )
-    packer = _Packer(structure, particles.sizes, levels)
-    factors = _factors(structure, particles, said_by_guide, said_by_model, packer)
+    packer = _Packer(structure, particles.sizes, evaluated)
+    factors = _factors(structure, particles, evaluated, packer)
     factors = without_ruled_out(factors, structure)
     anything = factors[0].tensor if factors else torch.zeros(())
     return FactorGraph(
@@ -78,7 +49,7 @@ def build_graph(
         plate_dims={symbol: plate.dim for symbol, plate in structure.plates.items()},
         max_plate_nesting=structure.max_plate_nesting,
         values={
-            name: packer.value(structure.model[name], said_by_model[name]["value"])
+            name: packer.value(structure.model[name], evaluated.model[name]["value"])
             for name in structure.origins
             if _has_value(structure, name)
         },
@@ -89,67 +60,20 @@ def build_graph(
     )
 
 
-def wanted_of_guide(structure: Structure, *, validate: bool) -> Wanted | None:
-    """Return what the guide is to say: the densities of sites that it computes from others."""
-    names = [*structure.guide_factors, *structure.carried]
-
-    def collect(site: SampleMessage, _: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        checked = validate and structure.guide[site["name"]].checked
-        density = density_of(site["fn"], site["value"], validate=checked)
-        return {"log_prob": drawn_from(site, density)}
-
-    if not names:
-        return None
-    return Wanted(dict.fromkeys(names, collect), frozenset(structure.guide))
-
-
-def wanted_of_model(structure: Structure, *, validate: bool) -> Wanted:
-    """Return what the model is to say: the densities of its sites, the values of its latents."""
-
-    def collecting(name: str) -> Collect:
-        dims = structure.summed_dims(structure.model[name])
-        has_density = not structure.model[name].silent
-        has_density &= structure.origins.get(name) != "model_delta"
-        has_value = name in structure.origins
-        checked = validate and structure.model[name].checked
-
-        def collect(site: SampleMessage, _: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            result = {"value": site["value"]} if has_value else {}
-            if has_density:
-                density = density_of(site["fn"], site["value"], validate=checked)
-                log_prob = counted(site, density)
-                result["log_prob"] = summed_over(log_prob, dims)
-            return result
-
-        return collect
-
-    collect = {name: collecting(name) for name in structure.model}
-    return Wanted(collect, frozenset(structure.model))
-
-
-def summed_over(log_prob: Tensor, dims: Sequence[int]) -> Tensor:
-    """Sum a site's ``log_prob`` over batch dims that no plate declares, and keep them as ones."""
-    for dim in dims:
-        if -dim <= log_prob.dim():
-            log_prob = log_prob.sum(dim, keepdim=True, dtype=torch.double).to(log_prob.dtype)
-    return log_prob
-
-
 def _factors(
     structure: Structure,
     particles: Particles,
-    said_by_guide: Said,
-    said_by_model: Said,
+    evaluated: Evaluated,
     packer: "_Packer",
 ) -> list[LogFactor]:
     """Pack the densities of all sites."""
     factors = _proposal_factors(structure, particles, packer)
-    for name, said in said_by_guide.items():
+    for name, said in evaluated.guide.items():
         site = structure.guide[name]
         log_prob = said["log_prob"]
         density = Mapped(-log_prob.tensor, log_prob.levels)
         factors.append(packer.pack(f"{name} (guide)", density, site))
-    for name, said in said_by_model.items():
+    for name, said in evaluated.model.items():
         if structure.origins.get(name) == "enumerated":
             index = structure.index_of.get(name)
             if index is not None and index.enumerated:
@@ -193,11 +117,11 @@ class _Packer:
 
     structure: Structure
     sizes: Mapping[str, int]
-    levels: Sequence[Sequence[str]]  # symbols of the indices on each level
+    evaluated: Evaluated
 
     def pack(self, name: str, log_prob: Mapped, site: Site) -> LogFactor:
         """Pack the log_prob of a site, summed over its undeclared dims."""
-        lead = self.symbols(name, log_prob, self.structure.indices_read(site))
+        lead = self.evaluated.symbols(name, log_prob, self.structure.indices_read(site))
         batch = log_prob.tensor.shape[len(lead) :]
         tensor = log_prob.tensor
         for dim in self.structure.summed_dims(site):  # of the guide's sites
@@ -214,21 +138,6 @@ class _Packer:
         dims = "".join(s for s in (index.symbol, *sorted(index.plates)) if self.size(s) > 1)
         tensor = torch.zeros([self.size(symbol) for symbol in dims], device=device)
         return LogFactor(f"{index.sites[0]} (support)", tensor, dims, index.plates)
-
-    def symbols(self, name: str, mapped: Mapped, expected: Ordinal) -> str:
-        """
-        Return the indices of a result's levels.
-
-        :raises MissedReadError: if it reads a level of which none was expected.
-        """
-        result = ""
-        for number in mapped.levels:
-            level = self.levels[number]
-            read = level if len(level) == 1 else [s for s in level if s in expected]
-            if len(read) != 1 or read[0] not in expected:
-                raise MissedReadError(name)
-            result += read[0]
-        return result
 
     def _pack(self, name: str, tensor: Tensor, lead: str, plates: Ordinal) -> LogFactor:
         """Name the dims of ``(*lead, *batch dims)``, drop those of size one, expand to plates."""
@@ -261,7 +170,7 @@ class _Packer:
         expected = structure.indices_read(site)
         if structure.origins[site.name] == "guide_delta":
             expected |= structure.indices_read(structure.guide[site.name])
-        lead = self.symbols(site.name, value, expected)
+        lead = self.evaluated.symbols(site.name, value, expected)
         tensor = value.tensor.detach()  # a guide's Delta may be a parameter itself
         return site_value(structure, site, tensor, lead)
 
@@ -356,46 +265,3 @@ def _refuse(name: str, tensor: Tensor, wrong: Tensor) -> None:
             f"site '{name}': log_prob is +inf, an infinite density, for some particle. Check "
             "scales of zero, and values at the edge of a distribution's support."
         )
-
-
-def reads_found(structure: Structure, drawn: Drawn, programs: Programs) -> Structure:
-    """
-    Find what every site reads by a mapped run with a level for each index, of two particles.
-
-    For structures whose plain run lost track of what was computed from what.
-
-    :raises NotImplementedError: if there are more indices than levels.
-    """
-    symbols = [index.symbol for index in structure.indices]
-    if len(symbols) > MAX_LEVELS:
-        raise NotImplementedError(
-            f"of {len(symbols)} latent sites, what each other site reads could not be followed. "
-            "Compute with torch operations, without TorchScript and without writing in place."
-        )
-    with pyro.validation_enabled(False):
-        said_by_guide, said_by_model = evaluate(
-            programs,
-            [
-                {name: drawn.draws[name].value[:2] for name in structure.by_symbol[symbol].sites}
-                for symbol in symbols
-            ],
-            guide=wanted_of_guide(structure, validate=False),
-            model=wanted_of_model(structure, validate=False),
-            shapes=structure.latent_shapes,
-        )
-
-    def reading(sites: Mapping[str, Site], said: Said) -> dict[str, Site]:
-        result = dict(sites)
-        for name, parts in said.items():
-            levels = {level for mapped in parts.values() for level in mapped.levels}
-            names = {site for n in levels for site in structure.by_symbol[symbols[n]].sites}
-            if not names <= sites[name].reads | {name}:
-                reads = sites[name].reads | (names - {name})
-                result[name] = replace(sites[name], reads=reads)
-        return result
-
-    return replace(
-        structure,
-        guide=reading(structure.guide, said_by_guide),
-        model=reading(structure.model, said_by_model),
-    )

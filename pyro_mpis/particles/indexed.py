@@ -104,18 +104,15 @@ def check_graph(
     reads: SiteReads,
     *,
     together: bool,
-    validate: bool,
 ) -> None:
     """
     Hold a graph against densities that mix the elements of plates.
 
     :param graph: of these particles, not regrouped.
-    :param together: see :mod:`~pyro_mpis.particles.checks`, as for ``validate``.
+    :param together: see :mod:`~pyro_mpis.particles.checks`.
     :raises ReadTogether: if a site reads other elements, or other indices, than the graph says.
     """
-    wrong = differing(
-        graph, structure, particles, programs, reads, together=together, validate=validate
-    )
+    wrong = differing(graph, structure, particles, programs, reads, together=together)
     if wrong:
         factor = wrong[0]
         foreign = frozenset[str]().union(*foreign_ordinals(graph, factor))
@@ -419,6 +416,8 @@ def check_crossing(graph: FactorGraph) -> None:
         tree.setdefault(graph.with_enclosing(factor.plates), []).append((read, factor.name))
     while tree:
         leaf = max(tree, key=len)
+        if not leaf:
+            return
         for read, name in _components(tree.pop(leaf), dims, leaf):
             pending = frozenset(s for s in read if dims[s] != leaf)
             if not pending:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from pyro_mpis._typing import Ordinal, SampleMessage
 from pyro_mpis.factor_graph.graph import FactorGraph
-from pyro_mpis.particles.factors import summed_over
+from pyro_mpis.particles.evaluation import summed_over
 from pyro_mpis.particles.proposals import Particles
 from pyro_mpis.programs.mapped import log_prob_of
 from pyro_mpis.programs.messages import counted

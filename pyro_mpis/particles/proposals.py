@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""
-Draw the particles and weigh each with its deterministic-mixture density.
+Weigh the particles, each with its deterministic-mixture density.
 
 A site drawn from a proposal that reads other sites, :math:`z_i^k \sim q(\cdot\mid z_{pa}^k)`, is
 weighted by the mixture over its parents' particles, (14) of [1],
@@ -14,65 +14,31 @@ particles of :math:`h(z_i^k) / Q_i(z_i^k)` has the expectation :math:`K \int h`,
 
 The members of a group share :math:`k`; their joint density is mixed over parents outside the group.
 
-Particles are drawn by one run of a program with all of them in a batch dim. Where the program is
-not written for that, K ordinary runs draw them. The densities come from mapped runs, which see
-single values, and are held against those that the particles were drawn with.
-
 [1] Bowyer, Heap and Aitchison (2024), UAI, PMLR 244:394-417.
 """
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import pyro
 import torch
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_mpis._text import quoted
 from pyro_mpis._typing import Ordinal, SampleMessage
+from pyro_mpis.particles.drawing import Draw, Drawn
+from pyro_mpis.particles.evaluation import Evaluated, summed_over
 from pyro_mpis.programs.densities import density_of
 from pyro_mpis.programs.mapped import Mapped
-from pyro_mpis.programs.messages import (
-    drawn_from,
-    event_shape_of,
-    is_latent,
-    statements,
-)
-from pyro_mpis.programs.runs import (
-    Name,
-    OtherSitesError,
-    Programs,
-    Wanted,
-    evaluate,
-    run_at,
-    run_in_plate,
-)
+from pyro_mpis.programs.messages import drawn_from
+from pyro_mpis.programs.runs import Programs, Wanted, evaluate
 from pyro_mpis.programs.structure import Index, Site, Structure
 
 MIXTURE_ELEMENTS = 2**24  # densities of pairs of particles that are held at once
 # The power of the machine epsilon, relative to one plus the largest, above which the density that a
 # particle was drawn with is another one than that of single values: rounding explains no more.
 REFUSED = 1 / 3
-
-
-@dataclass(frozen=True)
-class Draw:
-    """The particles of one random site."""
-
-    value: Tensor  # (K, *shape), the shape of an ordinary run
-    log_prob: Tensor  # (K, *batch shape): the density that each was drawn with
-    reads_particles: bool  # whether the proposal was seen to differ between particles
-    support: Tensor | None = None  # (values, *shape), of a site that is to be summed over it
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """K particles of every random site, before they are weighed."""
-
-    num_samples: int
-    draws: Mapping[str, Draw]
 
 
 @dataclass(frozen=True)
@@ -101,166 +67,15 @@ class Particles:
         return replace(self, sizes=sizes, values=values, log_proposals=log_proposals)
 
 
-def draw_particles(structure: Structure, programs: Programs, num_samples: int) -> Drawn:
-    """
-    Draw K particles of every random site; draws random numbers.
-
-    One run of the guide and, if the guide lacks some latent, one of the model; both vectorised
-    over the shared dim, or K plain runs of both.
-    """
-    try:
-        return Drawn(num_samples, _drawn_together(structure, programs, num_samples))
-    except Exception:  # also for want of memory: shapes may grow where code is not vectorised
-        return draw_one_by_one(structure, programs, num_samples)
-
-
-def _from_guide(structure: Structure) -> list[str]:
-    """Return the random sites that the guide draws, those without an index of their own too."""
-    return [
-        name
-        for name in structure.guide
-        if name not in structure.guide_factors
-        and name not in structure.carried
-        and (name in structure.origins or name not in structure.model)
-    ]
-
-
-def _from_prior(structure: Structure, from_guide: Collection[str]) -> list[str]:
-    return [
-        name
-        for name, origin in structure.origins.items()
-        if origin == "prior" or (origin == "enumerated" and name not in from_guide)
-    ]
-
-
-def _drawn_together(structure: Structure, programs: Programs, num_samples: int) -> dict[str, Draw]:
-    """Draw in one run of each program, with the particles in a shared dim left of the plates."""
-
-    def run(name: Name, given: Mapping[str, Tensor]) -> tuple[Trace, Mapping[str, torch.Size]]:
-        return run_in_plate(
-            programs,
-            name,
-            num_samples=num_samples,
-            dim=structure.shared_dim,
-            given=given,
-            shapes=structure.shapes_of(name),
-        )
-
-    trace, shapes = run("guide", {})
-    sites = statements(trace)
-    names = _from_guide(structure)
-    draws = {name: _draw(structure.guide[name], sites, shapes, num_samples) for name in names}
-    from_prior = _from_prior(structure, names)
-    if "prior" in structure.origins.values() or any(
-        name not in draws and origin == "enumerated" for name, origin in structure.origins.items()
-    ):
-        given = {
-            name: _padded(structure, name, sites[name]["value"], num_samples)
-            for name in structure.origins
-            if name in sites and is_latent(sites[name])
-        }
-        trace, shapes = run("model", given)
-        sites = statements(trace)
-        draws |= {
-            name: _draw(structure.model[name], sites, shapes, num_samples) for name in from_prior
-        }
-    return draws
-
-
-def _padded(structure: Structure, name: str, value: Tensor, num_samples: int) -> Tensor:
-    """Bring a value of the guide's to the shape of the model's site, particles left of all dims."""
-    site = structure.model[name]
-    if value.numel() == site.shape.numel() and num_samples > 1:  # the same for all particles
-        return value.reshape(site.shape)
-    nesting = structure.max_plate_nesting - len(site.batch_shape)
-    return value.reshape((num_samples, *(1,) * nesting, *site.shape))
-
-
-def _draw(
-    site: Site,
-    sites: Mapping[str, SampleMessage],
-    batch_shapes: Mapping[str, torch.Size],
-    num_samples: int,
-) -> Draw:
-    """Take a site's particles out of a run with a shared dim; raises if they do not fit."""
-    message = sites[site.name]
-    fn, value = message["fn"], message["value"]
-    if event_shape_of(fn, value) != site.shape[len(site.batch_shape) :]:
-        raise ValueError(f"site '{site.name}': its event shape differs between runs")
-    shared = value.dim() - len(site.shape)
-    if shared < 1 or value.shape[0] != num_samples or value.shape[shared:] != site.shape:
-        raise ValueError(f"site '{site.name}': its shape with particles is another")
-    log_prob = drawn_from(message, fn.log_prob(value))
-    batch = batch_shapes[site.name]
-    return Draw(
-        value=value.reshape((num_samples, *site.shape)),
-        log_prob=log_prob.expand(value.shape[: value.dim() - site.event_dim]).reshape(
-            (num_samples, *site.batch_shape)
-        ),
-        reads_particles=len(batch) == len(site.batch_shape) + shared and batch[0] > 1,
-        support=_support(site, message),
-    )
-
-
-def _support(site: Site, message: SampleMessage) -> Tensor | None:
-    """Return all values that a site can take, one of each for all plate elements."""
-    fn = message["fn"]
-    if not getattr(fn, "has_enumerate_support", False):
-        return None
-    try:
-        support = fn.enumerate_support(expand=False)
-    except NotImplementedError:  # as of a Binomial of several totals
-        return None
-    ones = (1,) * len(site.batch_shape)
-    event = site.shape[len(ones) :]
-    return support.reshape((len(support), *ones, *event)).expand((len(support), *site.shape))
-
-
-def draw_one_by_one(structure: Structure, programs: Programs, num_samples: int) -> Drawn:
-    """Draw the particles by ordinary runs, one for each; draws random numbers."""
-    rows: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    supports: dict[str, Tensor | None] = {}
-    from_guide = _from_guide(structure)
-    from_prior = _from_prior(structure, from_guide)
-
-    def take(program: Name, trace: Trace, names: Iterable[str]) -> None:
-        sites = statements(trace)
-        of_program = structure.guide if program == "guide" else structure.model
-        for name in names:
-            site = of_program[name]
-            if name not in sites or sites[name]["value"].shape != site.shape:
-                raise OtherSitesError(
-                    f"site '{name}' of the {program} is missing, or of another shape, in some runs"
-                )
-            value = sites[name]["value"]
-            log_prob = drawn_from(sites[name], sites[name]["fn"].log_prob(value))
-            rows.setdefault(name, []).append((value, log_prob.expand(site.batch_shape)))
-            if name not in supports:
-                supports[name] = _support(site, sites[name])
-
-    with pyro.validation_enabled(False):
-        for _ in range(num_samples):
-            trace = run_at(programs, "guide", {})
-            take("guide", trace, from_guide)
-            if from_prior:
-                given = {
-                    name: site["value"].reshape(structure.model[name].shape)
-                    for name, site in statements(trace).items()
-                    if is_latent(site) and name in structure.origins
-                }
-                take("model", run_at(programs, "model", given), from_prior)
-    draws = {}
-    for name, row in rows.items():
-        values, log_probs = (torch.stack(parts) for parts in zip(*row, strict=True))
-        draws[name] = Draw(values, log_probs, True, supports[name])
-    return Drawn(num_samples, draws)
-
-
-def weigh(structure: Structure, programs: Programs, drawn: Drawn, *, validate: bool) -> Particles:
+def weigh(
+    structure: Structure, programs: Programs, drawn: Drawn, *, validate: bool, from_factors: bool
+) -> Particles:
     """
     Evaluate the density that each particle was drawn from, (14); draws nothing.
 
     :param validate: whether to look at supports and arguments.
+    :param from_factors: whether to leave out sites drawn from the prior whose proposal is an entry
+        of their own factor: :func:`weigh_from_factors` reads it off.
     :raises DisagreementError: if particles that were drawn together have other densities at single
         values: the program is not written for particles in a batch dim.
     """
@@ -276,6 +91,8 @@ def weigh(structure: Structure, programs: Programs, drawn: Drawn, *, validate: b
         )
         if len(members) > 1:
             _check_no_detour(structure, index)
+        if reads and from_factors and _is_own_factor(structure, index):
+            continue
         if reads:
             pending.append(index)
         else:
@@ -292,6 +109,65 @@ def weigh(structure: Structure, programs: Programs, drawn: Drawn, *, validate: b
         for index in structure.indices
     }
     return Particles(drawn.num_samples, sizes, values, log_proposals)
+
+
+def _is_own_factor(structure: Structure, index: Index) -> bool:
+    """Whether the proposals of an index are the model's own densities, at drawn particles."""
+    reads = {name for site in index.sites for name in structure.proposal_site(site).reads}
+    inside = (structure.index_of.get(name) for name in reads)
+    return all(structure.origins.get(site) == "prior" for site in index.sites) and all(
+        parent is not None and not parent.enumerated for parent in inside
+    )
+
+
+def weigh_from_factors(
+    structure: Structure, drawn: Drawn, particles: Particles, evaluated: Evaluated
+) -> Particles:
+    """
+    Weigh the sites drawn from the prior that :func:`weigh` left out.
+
+    Their density given all parents at particle j is the diagonal of their own factor.
+
+    :param evaluated: what the programs say at all of the particles.
+    :raises DisagreementError: as :func:`weigh`.
+    """
+    log_proposals = dict(particles.log_proposals)
+    for index in structure.indices:
+        if index.enumerated or index.symbol in log_proposals:
+            continue
+        pairs = {}
+        for name in index.sites:
+            said, site = evaluated.model[name], structure.model[name]
+            log_prob = said.get("drawn_from", said["log_prob"])
+            symbols = evaluated.symbols(name, log_prob, structure.indices_read(site))
+            pairs[name] = _diagonal(log_prob, symbols, index.symbol, site)
+            known = summed_over(drawn.draws[name].log_prob, structure.summed_dims(site))
+            _check_agreement(name, pairs[name], known, 0)
+        joint = _joint(structure, index, pairs, particle_dims=2)
+        log_proposals[index.symbol] = joint.logsumexp(1) - math.log(joint.shape[1])
+    _check_proposals(structure, log_proposals)
+    return replace(particles, log_proposals=log_proposals)
+
+
+def _diagonal(log_prob: Mapped, symbols: str, symbol: str, site: Site) -> Tensor:
+    """
+    Return a density at particle k of its own index and particle j of all others.
+
+    :return: ``(K, K or 1, *batch shape)``.
+    """
+    tensor = log_prob.tensor
+    own = symbols.find(symbol)
+    tensor = tensor.unsqueeze(0) if own < 0 else tensor.movedim(own, 0)
+    others = len(symbols) - (own >= 0)
+    if others == 0:
+        tensor = tensor.unsqueeze(1)
+    for _ in range(others - 1):
+        tensor = tensor.diagonal(dim1=1, dim2=2).movedim(-1, 1)
+    batch = tensor.shape[2:]
+    tensor = tensor.reshape(
+        (*tensor.shape[:2], *(1,) * (len(site.batch_shape) - len(batch)), *batch)
+    )
+    return tensor
 
 
 def _check_proposals(structure: Structure, log_proposals: Mapping[str, Tensor]) -> None:

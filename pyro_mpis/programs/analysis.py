@@ -22,6 +22,7 @@ from pyro_mpis._typing import Distribution, SampleMessage
 from pyro_mpis.programs.agreement import check_guide_matches_model, refuse_subsampling
 from pyro_mpis.programs.densities import is_checked
 from pyro_mpis.programs.indices import clusters_of, index_plates
+from pyro_mpis.programs.mapped import tensors_of
 from pyro_mpis.programs.messages import (
     batch_shape_of,
     event_shape_of,
@@ -125,17 +126,19 @@ def analyse(
 
 def with_implicit_plates(structure: Structure) -> Structure:
     """
-    Treat undeclared dims of observations as plates where they read latents of plates.
+    Treat undeclared dims of densities as plates where they read latents of plates.
 
-    Elements of an observation are independent given what they read, as those of a plate. So each
-    may read its own element of a latent, by position or by an index array.
+    A density is a product over its batch dims, declared or not, as over those of a plate. So each
+    element may read its own element of a latent, by position or by an index array. The particle
+    index of a site is still one for all of its undeclared dims.
     """
     plates, model = dict(structure.plates), dict(structure.model)
     symbol_number = len(structure.indices) + len(plates)
     for name, site in structure.model.items():
         inside = (structure.by_symbol[s].plates for s in structure.indices_read(site))
         foreign = frozenset[str]().union(*inside) - site.plates
-        if name in structure.origins or site.silent or site.implicit or not foreign:
+        is_sum = structure.origins.get(name) == "enumerated"
+        if is_sum or site.silent or site.implicit or not foreign:
             continue
         implicit = set()
         for dim in site.undeclared:
@@ -230,7 +233,9 @@ def _read(site: SampleMessage, plates: Mapping[str, Plate]) -> Site:
     value = detach_provenance(site["value"])
     reads = get_provenance(site["value"])
     batch_shape = batch_shape_of(fn)
-    if not is_silent(site):
+    if is_latent(site) and isinstance(fn, torch.distributions.Distribution):
+        reads |= _argument_provenance(fn)  # its value is its own: there is nothing to check
+    elif not is_silent(site):
         log_prob, read_by_log_prob = _log_prob(name, fn, value)
         reads |= read_by_log_prob
         factors = (_shape(site[key]) for key in ("mask", "scale"))
@@ -334,12 +339,7 @@ def _remedy(value: Tensor) -> str:
 
 def _argument_provenance(fn: object) -> frozenset[str]:
     """Return the provenance of the tensors that a distribution holds, parts included."""
-    found: frozenset[str] = frozenset()
-    for value in vars(fn).values():
-        found |= get_provenance(value)
-        if isinstance(value, torch.distributions.Distribution):
-            found |= _argument_provenance(value)
-    return found
+    return frozenset[str]().union(*(get_provenance(tensor) for tensor in tensors_of(fn)))
 
 
 def _shape(value: object) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from torch.distributions import (
     constraints,
 )
 
-from pyro_mpis.programs.mapped import log_prob_of
+from pyro_mpis.programs.mapped import is_mapped, log_prob_of
 
 UNBOUNDED = (constraints.real, constraints.real_vector, constraints.dependent)
 
@@ -30,13 +30,14 @@ def density_of(fn: Distribution, value: Tensor, *, validate: bool) -> Tensor:
     """
     Return a site's log density: ``(*batch shape)``.
 
-    :param validate: whether to look at the support and the arguments.
+    :param validate: whether to look at the support and the arguments, where they depend on the
+        values of a mapped run.
     """
     log_prob = log_prob_of(fn, value)
     if not validate or not isinstance(fn, Distribution):
         return log_prob
     inside = _inside(fn, value)
-    if inside is not None:
+    if inside is not None and is_mapped(inside):  # else the plain run has looked at it
         log_prob = torch.where(inside, log_prob, -torch.inf)
     for valid in _valid_arguments(fn):
         if not _fits(valid.shape, log_prob.shape):
@@ -125,8 +126,8 @@ def _valid_arguments(fn: Distribution, dims: int = 0) -> Iterator[Tensor]:
         if constraints.is_dependent(constraint) or constraint is constraints.real:
             continue
         argument = fn.__dict__.get(name)  # others are computed from these when asked for
-        if not isinstance(argument, Tensor):
-            continue
+        if not isinstance(argument, Tensor) or not is_mapped(argument):
+            continue  # the plain run has looked at what does not depend on particles
         try:
             valid = constraint.check(argument)
         except (RuntimeError, NotImplementedError):

@@ -83,6 +83,23 @@ def _quiet() -> Iterator[None]:
         yield
 
 
+def is_mapped(tensor: Tensor) -> bool:
+    """Whether a tensor differs between the values of a mapped run."""
+    return bool(_functorch.is_batchedtensor(tensor))
+
+
+def tensors_of(part: object) -> list[Tensor]:
+    """Return the tensors that a distribution holds, those of its parts included."""
+    tensors: list[Tensor] = []
+
+    def noted(tensor: Tensor) -> Tensor:
+        tensors.append(tensor)
+        return tensor
+
+    _exchange(part, noted)
+    return tensors
+
+
 def unwrapped(tensor: Tensor) -> Mapped:
     """Return a tensor of the innermost function with its levels as dims on the left."""
     dims = list(range(-tensor.dim(), 0))  # levels are counted from 1, and dims negative
@@ -147,13 +164,7 @@ def log_prob_of(fn: Distribution, value: Tensor) -> Tensor:
     try:
         return fn.log_prob(value)
     except (RuntimeError, NotImplementedError, ValueError) as error:
-        tensors: list[Tensor] = []
-
-        def noted(tensor: Tensor) -> Tensor:
-            tensors.append(tensor)
-            return tensor
-
-        _exchange(fn, noted)
+        tensors = tensors_of(fn)
         if not 0 < _combinations((value, *tensors)) <= MAX_LOOP:
             raise
 
@@ -192,7 +203,7 @@ class _Deferred(TorchDistribution):
         self._made_by = cls, args, kwargs
         first = type.__call__(cls, *_exchange(args, _first), **_exchange(kwargs, _first))
         self._support = first.support
-        super().__init__(first.batch_shape, first.event_shape, validate_args=False)  # type: ignore[no-untyped-call]
+        super().__init__(first.batch_shape, first.event_shape, validate_args=False)
 
     @property
     def support(self) -> Any:

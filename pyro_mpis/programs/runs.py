@@ -82,6 +82,13 @@ class NotMappableError(Exception):
 class OtherSitesError(NotMappableError):
     """The sites of a program differ from run to run."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(
+            message,
+            "give a program the same sites in every run: replace branches by torch.where, by "
+            "poutine.mask or by a fixed number of steps",
+        )
+
 
 def run_plainly(
     programs: Programs,
@@ -297,6 +304,7 @@ REMEDIES = {
     "inplace": "collect the values in a list, and torch.stack it, or choose by torch.where",
     "in-place": "collect the values in a list, and torch.stack it, or choose by torch.where",
     "numpy": "compute with torch operations in place of NumPy's",
+    "data pointer": "compute with torch operations in place of NumPy's",
     "nonzero": "choose by torch.where or by a mask, in place of a boolean index",
     "dynamic shape": "choose by torch.where or by a mask, in place of a boolean index",
 }
@@ -325,9 +333,4 @@ def check_same_sites(name: Name, expected: Set[str], found: Set[str]) -> None:
     different = expected ^ found
     if different:
         site = min(different)
-        where = "in some runs only"
-        raise OtherSitesError(
-            f"site '{site}' of the {name} is met {where}",
-            "give a program the same sites in every run: replace branches by torch.where, by "
-            "poutine.mask or by a fixed number of steps",
-        )
+        raise OtherSitesError(f"site '{site}' of the {name} is met in some runs only")

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+What the programs say at all particles: one mapped run, with indices on levels.
+
+The densities and values come out in the dims of the levels that they were computed from
+(:func:`pyro_mpis.programs.runs.evaluate`), so that each says by itself what it reads.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import pyro
+import torch
+from torch import Tensor
+
+from pyro_mpis._typing import Ordinal, SampleMessage
+from pyro_mpis.programs.densities import density_of
+from pyro_mpis.programs.mapped import Mapped
+from pyro_mpis.programs.messages import counted, drawn_from
+from pyro_mpis.programs.runs import Collect, Programs, Said, Wanted, evaluate
+from pyro_mpis.programs.structure import Site, Structure, levels_of
+
+MAX_LEVELS = 60  # of a mapped run: a torch tensor has 64 dims
+
+
+class MissedReadError(Exception):
+    """A site reads indices that the plain run did not see it read."""
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What guide and model said of their sites, and which indices were on which level."""
+
+    guide: Said
+    model: Said
+    levels: Sequence[Sequence[str]]  # symbols of the indices on each level
+
+    def symbols(self, name: str, mapped: Mapped, expected: Ordinal) -> str:
+        """
+        Return the indices of a result's levels.
+
+        :raises MissedReadError: if it reads a level of which none was expected.
+        """
+        result = ""
+        for number in mapped.levels:
+            level = self.levels[number]
+            read = level if len(level) == 1 else [s for s in level if s in expected]
+            if len(read) != 1 or read[0] not in expected:
+                raise MissedReadError(name)
+            result += read[0]
+        return result
+
+
+def evaluate_programs(
+    structure: Structure,
+    values: Mapping[str, Tensor],
+    sizes: Mapping[str, int],
+    programs: Programs,
+    *,
+    validate: bool,
+) -> Evaluated:
+    """
+    Run guide and model once, with every index on a level.
+
+    :param values: of the sites of all indices: ``(size, *shape)``.
+    :param sizes: of the indices, by symbol.
+    :param validate: whether to look at supports and arguments.
+    :raises NotMappableError: if torch cannot map the programs.
+    """
+    levels = levels_of(structure, sizes)
+    by_level = [
+        {name: values[name] for s in level for name in structure.by_symbol[s].sites}
+        for level in levels
+    ]
+    with pyro.validation_enabled(False):
+        said_by_guide, said_by_model = evaluate(
+            programs,
+            by_level,
+            guide=wanted_of_guide(structure, validate=validate),
+            model=wanted_of_model(structure, validate=validate),
+            shapes=structure.latent_shapes,
+        )
+    return Evaluated(said_by_guide, said_by_model, levels)
+
+
+def wanted_of_guide(structure: Structure, *, validate: bool) -> Wanted | None:
+    """Return what the guide is to say: the densities of sites that it computes from others."""
+    names = [*structure.guide_factors, *structure.carried]
+
+    def collect(site: SampleMessage, _: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        checked = validate and structure.guide[site["name"]].checked
+        density = density_of(site["fn"], site["value"], validate=checked)
+        return {"log_prob": drawn_from(site, density)}
+
+    if not names:
+        return None
+    return Wanted(dict.fromkeys(names, collect), frozenset(structure.guide))
+
+
+def wanted_of_model(structure: Structure, *, validate: bool) -> Wanted:
+    """Return what the model is to say: the densities of its sites, the values of its latents."""
+
+    def collecting(name: str) -> Collect:
+        dims = structure.summed_dims(structure.model[name])
+        has_density = not structure.model[name].silent
+        has_density &= structure.origins.get(name) != "model_delta"
+        has_value = name in structure.origins
+        is_prior = structure.origins.get(name) == "prior"
+        checked = validate and structure.model[name].checked
+
+        def collect(site: SampleMessage, _: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            result = {"value": site["value"]} if has_value else {}
+            if has_density:
+                density = density_of(site["fn"], site["value"], validate=checked)
+                log_prob = counted(site, density)
+                result["log_prob"] = summed_over(log_prob, dims)
+                if is_prior and not (isinstance(site["scale"], float) and site["scale"] == 1.0):
+                    result["drawn_from"] = summed_over(drawn_from(site, density), dims)
+            return result
+
+        return collect
+
+    collect = {name: collecting(name) for name in structure.model}
+    return Wanted(collect, frozenset(structure.model))
+
+
+def summed_over(log_prob: Tensor, dims: Sequence[int]) -> Tensor:
+    """Sum a site's ``log_prob`` over batch dims that no plate declares, and keep them as ones."""
+    for dim in dims:
+        if -dim <= log_prob.dim():
+            log_prob = log_prob.sum(dim, keepdim=True, dtype=torch.double).to(log_prob.dtype)
+    return log_prob
+
+
+def reads_found(
+    structure: Structure, values: Mapping[str, Tensor], programs: Programs
+) -> Structure:
+    """
+    Find what every site reads by a mapped run with a level for each index, of two particles.
+
+    For structures whose plain run lost track of what was computed from what.
+
+    :param values: particles of every random site: ``(K, *shape)``.
+
+    :raises NotImplementedError: if there are more indices than levels.
+    """
+    symbols = [index.symbol for index in structure.indices]
+    if len(symbols) > MAX_LEVELS:
+        raise NotImplementedError(
+            f"of {len(symbols)} latent sites, what each other site reads could not be followed. "
+            "Compute with torch operations, without TorchScript and without writing in place."
+        )
+    with pyro.validation_enabled(False):
+        said_by_guide, said_by_model = evaluate(
+            programs,
+            [
+                {name: values[name][:2] for name in structure.by_symbol[symbol].sites}
+                for symbol in symbols
+            ],
+            guide=wanted_of_guide(structure, validate=False),
+            model=wanted_of_model(structure, validate=False),
+            shapes=structure.latent_shapes,
+        )
+
+    def reading(sites: Mapping[str, Site], said: Said) -> dict[str, Site]:
+        result = dict(sites)
+        for name, parts in said.items():
+            levels = {level for mapped in parts.values() for level in mapped.levels}
+            names = {site for n in levels for site in structure.by_symbol[symbols[n]].sites}
+            if not names <= sites[name].reads | {name}:
+                reads = sites[name].reads | (names - {name})
+                result[name] = replace(sites[name], reads=reads)
+        return result
+
+    return replace(
+        structure,
+        guide=reading(structure.guide, said_by_guide),
+        model=reading(structure.model, said_by_model),
+    )

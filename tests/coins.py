@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every outcome of the draws of programs that draw one number after the other."""
+
+from collections.abc import Callable, Iterator
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+
+class Coins:
+    """What the coins of a run show, and how likely that is."""
+
+    def __init__(self) -> None:
+        self.shown: list[bool] = []
+        self.thrown = 0
+        self.probability = 1.0
+
+    def start(self, shown: list[bool]) -> None:
+        self.shown, self.thrown, self.probability = shown, 0, 1.0
+
+
+class NotDecided(Exception):
+    """A coin is thrown beyond those that are decided."""
+
+
+class Coin(dist.Bernoulli):  # type: ignore[misc]
+    """Shows what is decided."""
+
+    def __init__(self, probability: float | Tensor, coins: Coins) -> None:
+        super().__init__(torch.as_tensor(probability))
+        self.coins = coins
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        coins = self.coins
+        if coins.thrown >= len(coins.shown):
+            raise NotDecided
+        head = coins.shown[coins.thrown]
+        coins.thrown += 1
+        coins.probability *= float(self.probs) if head else 1.0 - float(self.probs)
+        return torch.tensor(float(head))
+
+
+def outcomes(coins: Coins, run: Callable[[], float]) -> Iterator[tuple[float, float]]:
+    """Yield the probability of every outcome of all throws, and what a run returns there."""
+    pending: list[list[bool]] = [[]]
+    while pending:
+        shown = pending.pop()
+        coins.start(shown)
+        try:
+            result = run()
+        except NotDecided:
+            pending += [[*shown, False], [*shown, True]]
+        else:
+            yield coins.probability, result

@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Functions of single values at many values at once, against plain loops over all of them."""
+
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from compare import compare
+from torch import Tensor
+
+from pyro_mpis.programs.mapped import MAX_LOOP, Mapped, log_prob_of, run_mapped, unwrapped
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+Function = Callable[[Mapping[str, Tensor]], Tensor]
+
+
+def mapped(function: Function, levels: list[dict[str, Tensor]], *, patched: bool = False) -> Mapped:
+    """Return the result of a function at all combinations of values."""
+    results: list[Mapped] = []
+    run_mapped(lambda values: results.append(unwrapped(function(values))), levels, patched=patched)
+    (result,) = results
+    return result
+
+
+def looped(function: Function, levels: list[dict[str, Tensor]], read: tuple[int, ...]) -> Tensor:
+    """Return the same by a plain loop over the levels that are read; first values of all others."""
+    sizes = [len(next(iter(level.values()))) for level in levels]
+    rows = []
+    for numbers in itertools.product(*(range(sizes[level]) for level in read)):
+        at = dict(zip(read, numbers, strict=True))
+        values = {
+            name: value[at.get(n, 0)]
+            for n, level in enumerate(levels)
+            for name, value in level.items()
+        }
+        rows.append(function(values))
+    return torch.stack(rows).reshape([sizes[level] for level in read] + list(rows[0].shape))
+
+
+def check(
+    function: Function,
+    levels: list[dict[str, Tensor]],
+    read: tuple[int, ...],
+    *,
+    patched: bool = False,
+) -> None:
+    """The result has a dim for each level that was read, in order, and the right numbers."""
+    levels = [{name: value.double() for name, value in level.items()} for level in levels]
+    result = mapped(function, levels, patched=patched)
+    assert result.levels == read
+    expected = looped(function, levels, read)
+    assert result.shape == expected.shape[len(read) :]
+    torch.testing.assert_close(result.tensor, expected)
+
+
+LEVELS = [
+    {"a": torch.linspace(0.5, 1.5, 2), "m": torch.arange(8.0).reshape(2, 2, 2)},
+    {"b": torch.linspace(-1.0, 1.0, 9).reshape(3, 3)},
+    {"c": torch.linspace(2.0, 3.0, 4)},
+]
+
+
+@pytest.mark.parametrize(
+    ("function", "read"),
+    [
+        (lambda v: v["a"] * v["b"].sum() - v["c"], (0, 1, 2)),
+        (lambda v: v["c"] - v["b"][0], (1, 2)),
+        (lambda v: v["c"] + v["a"], (0, 2)),
+        (lambda v: (v["c"] * v["b"]).unsqueeze(-1) * v["m"].transpose(0, 1)[0], (0, 1, 2)),
+        (lambda v: v["m"] @ v["m"].flip(0), (0,)),
+        (lambda v: torch.outer(v["b"], v["m"][:, 0]).movedim(0, -1), (0, 1)),
+        (lambda v: torch.stack([v["c"], v["b"][1], v["c"]]), (1, 2)),
+        (lambda v: torch.ones(2, 3), ()),
+        (lambda v: v["b"].detach() * 0.0 + 1.0, (1,)),
+    ],
+)
+def test_levels_that_were_read_and_no_others(function: Function, read: tuple[int, ...]) -> None:
+    check(function, LEVELS, read)
+
+
+def test_level_of_one_value_and_no_level() -> None:
+    check(lambda v: v["a"] + 1.0, [{"a": torch.ones(1)}], (0,))
+    check(lambda v: torch.ones(2), [], ())
+
+
+def test_place_of_a_level() -> None:
+    result = mapped(lambda v: v["c"] - v["b"], LEVELS)
+    assert [result.at(level) for level in range(3)] == [None, 0, 1]
+    assert result.shape == (3,)
+
+
+def test_results_need_no_memory_for_levels_that_they_do_not_read() -> None:
+    """Ten levels of a hundred: expanded over all of them, an index would overflow."""
+    levels = [{f"x{n}": torch.linspace(0.0, 1.0, 100)} for n in range(10)]
+    result = mapped(lambda v: v["x0"] * v["x9"], levels)
+    assert result.tensor.shape == (100, 100)
+    assert result.levels == (0, 9)
+
+
+PATCHED: dict[str, tuple[Function, tuple[int, ...]]] = {
+    "index by a number": (lambda v: torch.arange(5.0)[v["a"].round().long()] + v["c"], (0, 2)),
+    "write by a mask": (lambda v: _written(v["b"] * 1.0, v["b"] > 0.0), (1,)),
+    "squeeze of a number": (lambda v: v["c"].squeeze(-1) + torch.squeeze(v["a"]), (0, 2)),
+    "data": (lambda v: v["b"].data * 2.0, (1,)),
+    "a branch that all take": (lambda v: v["b"] if v["c"] > 0 else v["a"], (1,)),
+    "a number that all have": (lambda v: v["b"] * (v["c"] * 0.0).item(), (1,)),
+}
+
+
+def _written(x: Tensor, mask: Tensor) -> Tensor:
+    x[mask] = 7.0
+    return x
+
+
+@pytest.mark.parametrize("name", PATCHED)
+def test_operations_that_are_written_in_another_way(name: str) -> None:
+    function, read = PATCHED[name]
+    check(function, LEVELS, read, patched=True)
+
+
+def test_branches_and_numbers_that_differ_are_not_taken() -> None:
+    """Whichever was taken would be wrong for some."""
+    for function in (
+        lambda v: v["b"] if v["c"] > 2.5 else -v["b"],
+        lambda v: v["b"] * v["c"].item(),
+        lambda v: v["b"] * float(v["c"]),
+        lambda v: v["b"][int(v["c"] - 2.0)],
+    ):
+        with pytest.raises(RuntimeError, match="vmap"):
+            mapped(function, LEVELS, patched=True)
+
+
+# Distributions.
+
+
+class Triangle:
+    """A user's own distribution: a density and draws, nothing else."""
+
+    def __init__(self, width: Tensor) -> None:
+        self.width = width
+
+    def __call__(self) -> Tensor:
+        return self.width * (torch.rand(()) + torch.rand(()) - 1.0)
+
+    sample = rsample = __call__
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return ((1.0 - value.abs() / self.width).clamp(min=0.0) / self.width).log()
+
+
+class Plain(dist.TorchDistribution):
+    """A distribution of Pyro's kind that torch cannot map, with a plain tuple of a shape."""
+
+    arg_constraints = {}  # noqa: RUF012
+    event_shape = (2,)  # type: ignore[assignment]
+    batch_shape = ()  # type: ignore[assignment]
+
+    def __init__(self, rate: Tensor) -> None:
+        self.rate = rate
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if bool(self.rate > 0.7):
+            return -self.rate * value.abs().sum()
+        return -(value**2).sum()
+
+
+def gaussian_hmm(v: Mapping[str, Tensor]) -> Any:
+    normal = dist.MultivariateNormal(torch.zeros(2), torch.eye(2))
+    matrix = v["a"] * torch.ones(2, 2)
+    return dist.GaussianHMM(normal, 0.3 * v["m"], normal, matrix, normal, duration=3)
+
+
+DISTRIBUTIONS: dict[str, tuple[Callable[[Mapping[str, Tensor]], Any], Tensor]] = {
+    "Normal": (lambda v: dist.Normal(v["a"], 1.0), torch.tensor([0.3, -1.0, 2.0])),
+    "Multinomial": (
+        lambda v: dist.Multinomial(4, torch.stack([v["a"], v["a"] * 0 + 1.0])),
+        torch.tensor([[1.0, 3.0], [4.0, 0.0], [2.0, 2.0]]),
+    ),
+    "DirichletMultinomial": (
+        lambda v: dist.DirichletMultinomial(torch.stack([v["a"], v["a"] + 1.0]), 4),
+        torch.tensor([[1.0, 3.0], [4.0, 0.0], [2.0, 2.0]]),
+    ),
+    "MultivariateNormal": (
+        lambda v: dist.MultivariateNormal(v["m"][0], v["a"] * torch.eye(2)),
+        torch.arange(6.0).reshape(3, 2),
+    ),
+    "LKJCholesky": (
+        lambda v: dist.LKJCholesky(3, v["a"]),
+        torch.stack([torch.eye(3)] * 3),
+    ),
+    "MixtureSameFamily": (
+        lambda v: dist.MixtureSameFamily(
+            dist.Categorical(torch.stack([v["a"], v["a"] ** 2])), dist.Normal(v["m"][0], 1.0)
+        ),
+        torch.tensor([0.3, -1.0, 2.0]),
+    ),
+    "GaussianHMM": (gaussian_hmm, torch.arange(18.0).reshape(3, 3, 2)),
+    "DiscreteHMM": (
+        lambda v: dist.DiscreteHMM(
+            torch.zeros(2), v["m"], dist.Normal(v["a"] * torch.arange(2.0), 1.0), duration=3
+        ),
+        torch.arange(9.0).reshape(3, 3) / 4,
+    ),
+    "Stable": (lambda v: dist.Stable(1.2 + 0.3 * v["a"], 0.1), torch.tensor([0.3, -1.0, 2.0])),
+    "of the user's own": (lambda v: Triangle(v["a"] + 2.0), torch.tensor([0.3, -1.0, 2.0])),
+    "with a plain tuple of a shape": (lambda v: Plain(v["a"]), torch.arange(6.0).reshape(3, 2)),
+}
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_log_prob(name: str) -> None:
+    """Also of distributions that torch cannot map."""
+    make, values = DISTRIBUTIONS[name]
+    levels = [LEVELS[0], {"unread": torch.zeros(5)}, {"x": values}]
+    with pyro.validation_enabled(False):
+        check(lambda v: log_prob_of(make(v), v["x"]), levels, (0, 2), patched=True)
+
+
+@pytest.mark.parametrize("name", ["Multinomial", "Stable", "with a plain tuple of a shape"])
+def test_log_prob_of_arguments_that_are_not_mapped(name: str) -> None:
+    make, values = DISTRIBUTIONS[name]
+    levels = [{"x": values}]
+    one = {name: value[0] for name, value in LEVELS[0].items()}
+    with pyro.validation_enabled(False):
+        check(lambda v: log_prob_of(make(one), v["x"]), levels, (0,), patched=True)
+
+
+def test_distribution_that_cannot_be_made_of_mapped_arguments() -> None:
+    """It is made for each combination: its cut points are checked when it is made."""
+
+    def ordered(v: Mapping[str, Tensor]) -> Tensor:
+        cuts = torch.stack([v["a"] - 1.0, v["a"], v["a"] + 1.0])
+        return log_prob_of(dist.OrderedLogistic(v["b"][0], cuts), torch.tensor(1.0))
+
+    check(ordered, LEVELS, (0, 1), patched=True)
+
+
+def test_loops_over_very_many_combinations_are_not_begun() -> None:
+    number = int(MAX_LOOP**0.5) + 1
+    levels = [{"a": torch.linspace(0.1, 2.0, number)}, {"x": torch.ones(number, 2)}]
+    with pytest.raises(RuntimeError, match="data-dependent control flow"):
+        mapped(lambda v: log_prob_of(Plain(v["a"]), v["x"]), levels)
+
+
+def test_programs_with_distributions_that_torch_cannot_map() -> None:
+    def counts() -> None:
+        p = pyro.sample("p", dist.Dirichlet(torch.ones(3)))
+        s = pyro.sample("s", dist.LogNormal(0.0, 0.3))
+        counts = torch.tensor([2.0, 1.0, 1.0])
+        pyro.sample("y", dist.Multinomial(4, p**s / (p**s).sum()), obs=counts)
+
+    def ordered() -> None:
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        gap = pyro.sample("gap", dist.LogNormal(0.0, 0.3))
+        cuts = torch.stack([-gap, gap])
+        with pyro.plate("data", 3):
+            data = torch.tensor([0.0, 1.0, 2.0])
+            pyro.sample("y", dist.OrderedLogistic(loc.expand(3), cuts), obs=data)
+
+    def own() -> None:
+        width = pyro.sample("width", dist.LogNormal(1.0, 0.3))
+        x: Tensor = pyro.sample("x", Triangle(width))  # type: ignore[arg-type]
+        pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(0.5))
+
+    def states() -> None:
+        a = pyro.sample("a", dist.Beta(2.0, 2.0))
+        loc = pyro.sample("loc", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        table = torch.stack([torch.stack([a, 1 - a]), torch.stack([1 - a, a])]).log()
+        fn = dist.DiscreteHMM(torch.zeros(2), table, dist.Normal(loc, 1.0))
+        pyro.sample("y", fn, obs=torch.tensor([0.3, -0.5, 1.0]))
+
+    for model in (counts, ordered, states, own):
+        compare(model, num_samples=4)

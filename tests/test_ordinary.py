@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Programs that run once for each particle: the numbers of ordinary importance sampling."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from checks import check_exact_mean
+from coins import Coin, Coins, outcomes
+from compare import compare, log_joint
+from pyro.infer import EmpiricalMarginal, Importance
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from pyro_mpis import MPImportance, MPISWarning
+from pyro_mpis.factor_graph.evidence import log_evidence
+from pyro_mpis.particles.ordinary import run_ordinary
+from pyro_mpis.planning import Options, plan_of, programs_of
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+Program = Callable[..., object]
+ONCE = "the programs run once for each particle, as in pyro.infer.Importance"
+
+
+# Exactly: every outcome of the draws.
+
+
+def branching(coins: Coins) -> None:
+    """Whether the second coin is thrown depends on the first."""
+    p = 0.5
+    if pyro.sample("a", Coin(0.3, coins)) > 0:
+        p = 0.2 + 0.5 * float(pyro.sample("b", Coin(0.6, coins)))
+    pyro.sample("y", dist.Bernoulli(p), obs=torch.tensor(1.0))
+
+
+def branching_guide(coins: Coins) -> None:
+    if pyro.sample("a", Coin(0.5, coins)) > 0:
+        pyro.sample("b", Coin(0.4, coins))
+
+
+def guide_of_one(coins: Coins) -> None:
+    """The other one is thrown by the model."""
+    pyro.sample("a", Coin(0.5, coins))
+
+
+def throws(coins: Coins) -> None:
+    """Up to three throws until a head; the number of them decides on the data."""
+    number = 0
+    while number < 3 and pyro.sample(f"throw_{number}", Coin(0.4, coins)) == 0:
+        number += 1
+    pyro.sample("y", dist.Bernoulli((1.0 + number) / 5.0), obs=torch.tensor(1.0))
+
+
+BRANCHING = 0.7 * 0.5 + 0.3 * (0.6 * 0.7 + 0.4 * 0.2)
+THROWS = 0.4 * 0.2 + 0.24 * 0.4 + 0.144 * 0.6 + 0.216 * 0.8
+
+
+@pytest.mark.parametrize(
+    ("model", "guide", "truth"),
+    [
+        (branching, None, BRANCHING),
+        (branching, branching_guide, BRANCHING),
+        (branching, guide_of_one, BRANCHING),
+        (throws, None, THROWS),
+    ],
+)
+def test_expected_evidence_is_exact(
+    model: Callable[[Coins], None], guide: Callable[[Coins], None] | None, truth: float
+) -> None:
+    coins = Coins()
+    coins.start([False] * 10)
+    programs = programs_of(model, guide, (coins,), {})
+    plan, _, _ = plan_of(programs, Options(num_samples=2))
+
+    def evidence() -> float:
+        _, _, graph, _ = run_ordinary(plan.structure, plan.programs, 2)
+        return float(log_evidence(graph).exp())
+
+    found = list(outcomes(coins, evidence))
+    check_exact_mean(sum(p for p, _ in found), 1.0)
+    check_exact_mean(sum(p * evidence for p, evidence in found), truth)
+
+
+# Against Importance, draw by draw.
+
+
+def steps(y: float = 0.5) -> None:
+    """A walk whose number of steps is random; the last latent is in some runs only."""
+    a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    b = pyro.sample("b", dist.Normal(a, 1.0)) if a > 0 else a
+    pyro.sample("y", dist.Normal(b, 1.0), obs=torch.tensor(y))
+
+
+def steps_guide(y: float = 0.5) -> None:
+    a = pyro.sample("a", dist.Normal(0.3, 1.2))
+    if a > 0:
+        pyro.sample("b", dist.Normal(0.5 * a, 1.1))
+
+
+@pytest.mark.parametrize("guide", [None, steps_guide])
+def test_weights_are_those_of_importance(guide: Program | None) -> None:
+    plan, _, _ = plan_of(programs_of(steps, guide, (), {}), Options(num_samples=20))
+    pyro.set_rng_seed(1)
+    _, _, graph, traces = run_ordinary(plan.structure, plan.programs, 20)
+    pyro.set_rng_seed(1)
+    importance = Importance(steps, guide, num_samples=20).run()
+    for ours, theirs in zip(traces, importance.exec_traces, strict=True):
+        assert ours.nodes["a"]["value"] == theirs.nodes["a"]["value"]
+        assert ("b" in ours) == ("b" in theirs)
+    log_weights = sum(factor.tensor for factor in graph.factors) + math.log(20)
+    torch.testing.assert_close(log_weights, torch.stack(importance.log_weights))
+
+
+def value_in(trace: Trace, name: str) -> Tensor:
+    value = trace.nodes[name]["value"]
+    assert isinstance(value, Tensor)
+    return value
+
+
+def test_sites_of_some_runs() -> None:
+    """Sites that every run has can be asked for; traces have all of them."""
+    pyro.set_rng_seed(0)
+    message = (
+        rf"{ONCE}.*site 'b' of the guide is missing.*combine particles: give a program the same"
+    )
+    with pytest.warns(MPISWarning, match=message):
+        posterior = MPImportance(steps, steps_guide, num_samples=50).run(y=-0.5)
+    assert set(posterior.marginals()) == {"a"}
+    traces = posterior.exec_traces
+    assert 0 < sum("b" in trace for trace in traces) < 50
+    log_weights = []
+    for trace in traces:
+        values = {name: value_in(trace, name) for name in ("a", "b") if name in trace}
+        log_q = log_joint(steps_guide, values)
+        log_weights.append(log_joint(steps, values, -0.5) - log_q)
+    expected = torch.stack(log_weights)
+    torch.testing.assert_close(torch.stack(posterior.log_weights), expected)
+    torch.testing.assert_close(posterior.evidence(), expected.logsumexp(0) - math.log(50))
+    marginal = posterior.marginals("a")
+    a = torch.stack([value_in(trace, "a") for trace in traces])
+    assert torch.equal(marginal.samples, a)
+    torch.testing.assert_close(marginal.weights, expected.softmax(0))
+    empirical = EmpiricalMarginal(posterior, "a")
+    torch.testing.assert_close(empirical.mean, posterior.moments()["a"])
+
+
+def test_sites_that_differ_from_run_to_run() -> None:
+    """Also where torch could map each run."""
+    runs = iter(range(100))
+
+    def model() -> None:
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        pyro.sample(f"y_{min(next(runs), 1)}", dist.Normal(a, 1.0), obs=torch.tensor(0.5))
+
+    message = rf"{ONCE}.*site 'y_0' of the model is met in some runs only.*the same sites in every"
+    with pytest.warns(MPISWarning, match=message):
+        posterior = MPImportance(model, num_samples=5).run()
+    a = posterior.marginals("a").samples
+    log_prob = dist.Normal(a, 1.0).log_prob(torch.tensor(0.5))
+    torch.testing.assert_close(posterior.evidence(), log_prob.exp().mean().log())
+
+
+# What leaves torch.
+
+
+def branches(w: Tensor) -> Tensor:
+    return torch.tensor(2.0 if w.sum() > 0 else 0.0)
+
+
+def item_of_sum(w: Tensor) -> Tensor:
+    return torch.tensor(1.0 if w.sum().item() > 0 else -1.0)
+
+
+def of_numpy(w: Tensor) -> Tensor:
+    return torch.tensor(float(np.sign(np.asarray(w).sum())))
+
+
+def written(w: Tensor) -> Tensor:
+    whole = torch.zeros(4)
+    whole[:3] = w
+    return whole.sum()
+
+
+def selected(w: Tensor) -> Tensor:
+    return w[w > 0].sum()
+
+
+LEAVES: dict[Callable[[Tensor], Tensor], tuple[str, str]] = {
+    branches: ("if w.sum() > 0", "choose by torch.where"),
+    item_of_sum: ("w.sum().item()", "without .item(), and choose by torch.where"),
+    of_numpy: ("np.asarray(w)", "torch operations in place of NumPy's"),
+    written: ("whole[:3] = w", "a list, and torch.stack it"),
+    selected: ("w[w > 0]", "by a mask, in place of a boolean index"),
+}
+
+
+@pytest.mark.parametrize("function", LEAVES)
+def test_values_that_leave_torch(function: Callable[[Tensor], Tensor]) -> None:
+    """All latents share an index; the line and what to write in its place are told."""
+
+    def model() -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        s = pyro.sample("s", dist.LogNormal(0.0, 0.5))
+        pyro.sample("y", dist.Normal(function(w), s), obs=torch.tensor(1.5))
+
+    pyro.set_rng_seed(0)
+    with pytest.warns(MPISWarning, match=ONCE) as warned:
+        posterior = MPImportance(model, num_samples=6).run()
+    text = str(warned[0].message)
+    line, remedy = LEAVES[function]
+    assert "after site 's', in test_ordinary.py:" in text
+    assert line in text
+    assert remedy in text.partition("To combine particles:")[2]
+    compare(model, num_samples=6, groups=[("w", "s")], warning=ONCE)
+    assert len(posterior.exec_traces) == 6
+
+
+def test_branches_that_all_particles_take_are_taken() -> None:
+    """A check of values does not keep latents from indices of their own."""
+
+    def model() -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        s = pyro.sample("s", dist.LogNormal(0.0, 0.5))
+        assert not bool(w.isnan().any())
+        if (s > 0).all():
+            s = s + 0.1
+        pyro.sample("y", dist.Normal(w.sum(), s), obs=torch.tensor(2.0))
+
+    posterior, _ = compare(model, num_samples=4)
+    assert len(posterior._sums[0].replicate.structure.indices) == 2
+
+
+def test_values_written_among_data() -> None:
+    """Writing by a mask is once for each particle; a choice by ``torch.where`` is not."""
+    missing = torch.tensor([False, True, True])
+    place = torch.tensor([0, 0, 1])
+    covariate = torch.tensor([0.3, 0.0, 0.0])
+
+    def imputed(written: bool) -> None:
+        with pyro.plate("missing", 2):
+            x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        if written:
+            whole = covariate.clone()
+            whole[missing] = x
+        else:
+            whole = torch.where(missing, x[place], covariate)
+        with pyro.plate("data", 3):
+            pyro.sample("y", dist.Normal(whole, 1.0), obs=torch.ones(3))
+
+    compare(partial(imputed, False), num_samples=3)
+    compare(
+        partial(imputed, True),
+        num_samples=3,
+        shared={"x": ["missing"]},
+        warning=rf"{ONCE}.*whole\[missing\] = x",
+    )

@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Particles drawn together or one by one, and the densities that they were drawn from."""
+
+from collections.abc import Callable
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from checks import check_exact_mean
+from coins import Coin, Coins, outcomes
+from compare import compare
+from torch import Tensor
+
+from pyro_mpis import MPImportance, MPISWarning, blocks
+from pyro_mpis.factor_graph.evidence import log_evidence
+from pyro_mpis.particles import proposals
+from pyro_mpis.particles.factors import build_graph
+from pyro_mpis.particles.proposals import (
+    DisagreementError,
+    Drawn,
+    Particles,
+    draw_one_by_one,
+    draw_particles,
+    weigh,
+)
+from pyro_mpis.planning import Options, Plan, plan_of, programs_of
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+Program = Callable[..., object]
+
+
+def plan(model: Program, guide: Program | None = None, *args: object, num_samples: int = 3) -> Plan:
+    return plan_of(programs_of(model, guide, args, {}), Options(num_samples=num_samples))[0]
+
+
+# Exactly: every outcome of draws one by one.
+
+
+def coin_model(coins: Coins) -> None:
+    a = pyro.sample("a", Coin(0.3, coins))
+    b = pyro.sample("b", Coin(0.2 + 0.5 * a, coins))
+    pyro.sample("y", dist.Bernoulli(0.1 + 0.3 * a + 0.5 * b), obs=torch.tensor(1.0))
+
+
+def coin_guide(coins: Coins) -> None:
+    """Not written for a batch dim of particles."""
+    a = pyro.sample("a", Coin(0.6, coins)).reshape(())
+    pyro.sample("b", Coin(0.4 + 0.3 * a, coins))
+
+
+def guide_of_a(coins: Coins) -> None:
+    pyro.sample("a", Coin(0.6, coins))
+
+
+TRUTH = 0.7 * (0.8 * 0.1 + 0.2 * 0.6) + 0.3 * (0.3 * 0.4 + 0.7 * 0.9)
+
+
+@pytest.mark.parametrize("guide", [None, coin_guide, guide_of_a])
+def test_expected_evidence_of_draws_one_by_one_is_exact(
+    guide: Callable[[Coins], None] | None,
+) -> None:
+    coins = Coins()
+    coins.start([False] * 10)
+    planned = plan(coin_model, guide, coins, num_samples=2)
+    structure, programs = planned.structure, planned.programs
+
+    def evidence() -> float:
+        drawn = draw_one_by_one(structure, programs, 2)
+        particles = weigh(structure, programs, drawn, validate=True)
+        graph = build_graph(structure, particles, programs, validate=True)
+        return float(log_evidence(graph).exp())
+
+    found = list(outcomes(coins, evidence))
+    assert len(found) == 2**4
+    check_exact_mean(sum(p for p, _ in found), 1.0)
+    check_exact_mean(sum(p * evidence for p, evidence in found), TRUTH)
+
+
+# Which of the two ways is taken.
+
+
+def vector_model() -> None:
+    a = pyro.sample("a", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    b = pyro.sample("b", dist.Normal(a.sum(-1), 1.0))
+    pyro.sample("y", dist.Normal(b, 1.0), obs=torch.tensor(0.5))
+
+
+def vectorised() -> None:
+    a = pyro.sample("a", dist.Normal(torch.zeros(2), 1.2).to_event(1))
+    pyro.sample("b", dist.Normal(0.5 * a.sum(-1), 1.2))
+
+
+def of_single_values() -> None:
+    """Fails with a batch dim of particles."""
+    a = pyro.sample("a", dist.Normal(torch.zeros(2), 1.2).to_event(1))
+    assert a.shape == (2,)
+    pyro.sample("b", dist.Normal(0.5 * a.sum(), 1.2))
+
+
+def of_another_shape() -> None:
+    """Grows with a batch dim of particles."""
+    a = pyro.sample("a", dist.Normal(torch.zeros(2), 1.2).to_event(1))
+    pyro.sample("b", dist.Normal(0.5 * torch.stack([a[0], a[-1]]).sum(0), 1.2))
+
+
+def mixing() -> None:
+    """Right shapes, but each particle reads all of the others."""
+    a = pyro.sample("a", dist.Normal(torch.zeros(2), 1.2).to_event(1))
+    pyro.sample("b", dist.Normal(0.5 * a.sum(-1) + a.mean(), 1.2))
+
+
+@pytest.fixture
+def one_by_one(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Note how many particles are drawn one by one."""
+    calls: list[int] = []
+
+    def counted(structure: object, programs: object, num_samples: int) -> Drawn:
+        calls.append(num_samples)
+        return draw_one_by_one(structure, programs, num_samples)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(proposals, "draw_one_by_one", counted)
+    monkeypatch.setattr(blocks, "draw_one_by_one", counted)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("guide", "expected"),
+    [(None, []), (vectorised, []), (of_single_values, [5]), (of_another_shape, [5]), (mixing, [5])],
+)
+def test_particles_are_drawn_one_by_one_where_they_must(
+    guide: Program | None, expected: list[int], one_by_one: list[int]
+) -> None:
+    compare(vector_model, guide, num_samples=5)
+    assert one_by_one == expected
+
+
+def test_densities_at_single_values_show_particles_that_are_mixed() -> None:
+    planned = plan(vector_model, mixing, num_samples=5)
+    drawn = draw_particles(planned.structure, planned.programs, 5)
+    with pytest.raises(DisagreementError, match="b"):
+        weigh(planned.structure, planned.programs, drawn, validate=True)
+    again = draw_one_by_one(planned.structure, planned.programs, 5)
+    assert weigh(planned.structure, planned.programs, again, validate=True).num_samples == 5
+
+
+def test_guide_that_no_redrawing_helps() -> None:
+    """Its density changes from run to run: no mixture of it can be computed."""
+    noise = iter(torch.linspace(0.0, 1.0, 500))
+
+    def guide() -> None:
+        a = pyro.sample("a", dist.Normal(torch.zeros(2), 1.2).to_event(1))
+        pyro.sample("b", dist.Normal(0.5 * a.sum(-1) + next(noise), 1.2))
+
+    message = r"site 'b' has another density when it runs among others"
+    with pytest.warns(MPISWarning, match=message):
+        posterior = MPImportance(vector_model, guide, num_samples=5).run()
+    assert [index.sites for index in posterior._sums[0].replicate.structure.indices] == [("a", "b")]
+    assert bool(posterior.evidence().isfinite())
+
+
+# Densities.
+
+
+def particles_of(
+    model: Program, guide: Program | None, num_samples: int = 4
+) -> tuple[Plan, Drawn, Particles]:
+    pyro.set_rng_seed(0)
+    planned = plan(model, guide, num_samples=num_samples)
+    drawn = draw_particles(planned.structure, planned.programs, num_samples)
+    return planned, drawn, weigh(planned.structure, planned.programs, drawn, validate=True)
+
+
+def test_mixture_over_the_parents() -> None:
+    """(14), written out."""
+    planned, _, particles = particles_of(vector_model, vectorised)
+    a, b = particles.values["a"], particles.values["b"]
+    symbol = planned.structure.index_of["b"].symbol
+    loc = 0.5 * a.sum(-1)
+    log_q = dist.Normal(loc, 1.2).log_prob(b.unsqueeze(-1))  # (k, j)
+    expected = log_q.exp().mean(1).log()
+    torch.testing.assert_close(particles.log_proposals[symbol], expected)
+    root = particles.log_proposals[planned.structure.index_of["a"].symbol]
+    torch.testing.assert_close(root, dist.Normal(0.0, 1.2).log_prob(a).sum(-1))
+
+
+def test_mixture_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many particles, some at a time."""
+    _, _, whole = particles_of(vector_model, vectorised, 7)
+    monkeypatch.setattr(proposals, "MIXTURE_ELEMENTS", 15)
+    _, _, parts = particles_of(vector_model, vectorised, 7)
+    for symbol, log_proposal in whole.log_proposals.items():
+        torch.testing.assert_close(parts.log_proposals[symbol], log_proposal)
+
+
+def test_pairs_of_particles_outside_of_a_support() -> None:
+    """A child's particle may be impossible given another parent."""
+
+    def model() -> None:
+        first = pyro.sample("first", dist.Binomial(4, torch.tensor(0.6)))
+        second = pyro.sample("second", dist.Binomial(4 - first, torch.tensor(0.5)))
+        pyro.sample("y", dist.Normal(second, 1.0), obs=torch.tensor(0.5))
+
+    compare(model, num_samples=5)
+
+
+def test_group_with_a_detour() -> None:
+    def model() -> None:
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        b = pyro.sample("b", dist.Normal(a, 1.0))
+        c = pyro.sample("c", dist.Normal(b, 1.0))
+        pyro.sample("y", dist.Normal(c, 1.0), obs=torch.tensor(0.5))
+
+    with pytest.raises(ValueError, match=r"groups: \('a', 'c'\).*given 'b'.*Add 'b' to the group"):
+        MPImportance(model, num_samples=3, groups=[("a", "c")]).run()
+    compare(model, num_samples=3, groups=[("a", "b", "c")])
+
+
+def hidden(a: Tensor) -> Tensor:
+    """The same value, by a way on which its origin is lost."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return a + 0.0
+
+
+def test_group_whose_parent_is_read_out_of_sight() -> None:
+    """The mixture over the parent is found from a mapped run, whatever the origin says."""
+
+    def guide(sight: bool) -> None:
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        b = pyro.sample("b", dist.Normal(0.8 * (a if sight else hidden(a)), 0.7))
+        pyro.sample("c", dist.Normal(b, 0.7))
+
+    def model(sight: bool) -> None:
+        sites = [pyro.sample(name, dist.Normal(0.0, 1.0)) for name in "abc"]
+        pyro.sample("y", dist.Normal(sum(sites), 1.0), obs=torch.tensor(2.0))
+
+    for sight in (True, False):
+        compare(model, guide, args=(sight,), num_samples=4, groups=[("b", "c")])
+
+
+class Ramp:
+    """A user's distribution, whose density says nothing of its support: nan beyond it."""
+
+    def __init__(self, width: Tensor) -> None:
+        self.width = width
+
+    def __call__(self) -> Tensor:
+        return self.width * (1.0 - torch.rand(self.width.shape).sqrt())
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return (2.0 * (self.width - value) / self.width**2).log()
+
+
+def test_density_of_a_proposal_that_is_nan() -> None:
+    def model() -> None:
+        width = pyro.sample("width", dist.LogNormal(0.0, 1.0))
+        x = pyro.sample("x", Ramp(width))  # type: ignore[arg-type]
+        pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(0.5))
+
+    pyro.set_rng_seed(0)
+    message = r"site 'x': the density of its proposal is nan for \d+ of 50 particles"
+    with pytest.raises(ValueError, match=message):
+        MPImportance(model, num_samples=50).run()
