@@ -50,3 +50,17 @@ def test_permuted_elements_share(num_samples: int, order: list[int]) -> None:
 
     posterior = compare(model, None, num_samples)
     assert posterior._sums[0].replicate.structure.shared == {"z": ("p",)}
+
+
+@pytest.mark.parametrize("num_samples", [2, 3])
+def test_whole_plate_read_outside_of_it(num_samples: int) -> None:
+    """A factor without plates, of an index that has some."""
+
+    def model() -> None:
+        with pyro.plate("p", 3):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=Y)
+        pyro.sample("x", dist.Normal(z.norm(), 1.0), obs=Y[0])
+
+    posterior = compare(model, None, num_samples)
+    assert posterior._sums[0].replicate.structure.shared == {"z": ("p",)}

@@ -180,6 +180,11 @@ def _mixed_values(
     return values
 
 
+def _in_rows_alone(graph: FactorGraph, factor: LogFactor, mixture: Mixture) -> bool:
+    """Whether a factor has no plates, reads none, and has all its indices in the rows."""
+    return all(s in mixture.chosen and not graph.index_plates[s] for s in factor.dims)
+
+
 def _at_mixture(
     graph: FactorGraph,
     factor: LogFactor,
@@ -187,7 +192,7 @@ def _at_mixture(
     mixture: Mixture,
 ) -> Tensor:
     """Look a factor up at the chosen particles: ``(*levels, rows, *plates)``."""
-    if set(factor.dims) <= set(mixture.chosen):  # no plates, and nothing apart
+    if _in_rows_alone(graph, factor, mixture):
         return factor.tensor[tuple(mixture.chosen[symbol].reshape(-1) for symbol in factor.dims)]
     plates = "".join(symbol for symbol in factor.dims if symbol not in graph.index_plates)
     apart = [s for s in factor.dims if s in graph.index_plates and s not in mixture.chosen]
@@ -232,7 +237,7 @@ def _read_by_index(
 
 def _aligned(graph: FactorGraph, factor: LogFactor, log_prob: Mapped, mixture: Mixture) -> Tensor:
     """Bring a density of the mapped run to ``(*levels, rows, *plates)``."""
-    if set(factor.dims) <= set(mixture.chosen) and log_prob.tensor.numel() == mixture.rows:
+    if _in_rows_alone(graph, factor, mixture) and log_prob.tensor.numel() == mixture.rows:
         return log_prob.tensor.reshape(-1) if factor.dims else log_prob.tensor.reshape(-1)[0]
     plates = "".join(symbol for symbol in factor.dims if symbol not in graph.index_plates)
     apart = [s for s in factor.dims if s in graph.index_plates and s not in mixture.chosen]
