@@ -31,8 +31,9 @@ from pyro_mpis.programs.runs import Programs, evaluate
 from pyro_mpis.programs.structure import Structure, levels_of
 
 ROWS = 3  # random choices of a particle for each element
-ROWS_OF_DISCRETE = 16  # where two particles may have the same value
-ELEMENTS = 2**22  # of the largest tensor, rows aside: above it fewer rows are taken
+MANY_ROWS = 16  # where two particles may have the same value, and where tensors are small
+CHEAP = 2**16  # elements of all rows of the largest tensor, of which many cost nothing
+ELEMENTS = 2**22  # of the largest tensor, rows and particles aside: above it fewer are taken
 SMALL = 2**10  # entries of factors that are compared in one tensor
 # The power of the machine epsilon, relative to one plus the entry, above which an entry differs:
 # rounding explains no more.
@@ -123,11 +124,13 @@ def _mixture(
     discrete = any(not particles.values[name].is_floating_point() for name in plated) or any(
         structure.index_of[name].enumerated for name in plated
     )
-    largest = max(
-        math.prod(graph.sizes[s] for s in site.factor_plates) * site.event_size
-        for site in structure.model.values()
-    )
-    rows = min(ROWS_OF_DISCRETE if discrete else ROWS, max(2, ELEMENTS // largest))
+    largest = combined = 1
+    for site in structure.model.values():
+        elements = math.prod(graph.sizes[s] for s in site.factor_plates) * site.event_size
+        read = math.prod(particles.sizes[s] for s in structure.indices_read(site) & apart)
+        largest, combined = max(largest, elements), max(combined, elements * read)
+    rows = min(MANY_ROWS if discrete else ROWS, max(2, ELEMENTS // largest))
+    rows = max(rows, min(MANY_ROWS, CHEAP // combined))
     chosen = {}
     for index in structure.indices:
         if index.symbol not in apart:
@@ -135,8 +138,31 @@ def _mixture(
             for symbol in index.plates:
                 shape[structure.plates[symbol].dim] = structure.plates[symbol].size
             size = particles.sizes[index.symbol]
-            chosen[index.symbol] = torch.randint(size, (rows, *shape), generator=generator)
+            numbers = _telling_apart(math.prod(shape), size, rows, generator)
+            chosen[index.symbol] = numbers.reshape((rows, *shape))
     return Mixture([level for level in levels if level], chosen, rows)
+
+
+def _telling_apart(elements: int, size: int, rows: int, generator: torch.Generator) -> Tensor:
+    """
+    Choose particles such that any two elements have different ones in some row.
+
+    The particles of an element are the digits of its number, one digit a row. When the digits are
+    used up, elements are numbered anew; with too few rows, most pairs of elements are told apart.
+
+    :param size: number of particles.
+    :return: ``(rows, elements)``.
+    """
+    result: list[Tensor] = []
+    while len(result) < rows:
+        numbers = torch.randperm(elements, generator=generator)
+        while len(result) < rows:
+            renamed = torch.randperm(size, generator=generator)
+            result.append(renamed[numbers % size])
+            numbers = numbers // size
+            if size == 1 or not bool(numbers.any()):
+                break
+    return torch.stack(result)
 
 
 def _mixed_values(
@@ -154,6 +180,11 @@ def _mixed_values(
     return values
 
 
+def _in_rows_alone(graph: FactorGraph, factor: LogFactor, mixture: Mixture) -> bool:
+    """Whether a factor has no plates, reads none, and has all its indices in the rows."""
+    return all(s in mixture.chosen and not graph.index_plates[s] for s in factor.dims)
+
+
 def _at_mixture(
     graph: FactorGraph,
     factor: LogFactor,
@@ -161,7 +192,7 @@ def _at_mixture(
     mixture: Mixture,
 ) -> Tensor:
     """Look a factor up at the chosen particles: ``(*levels, rows, *plates)``."""
-    if set(factor.dims) <= set(mixture.chosen):  # no plates, and nothing apart
+    if _in_rows_alone(graph, factor, mixture):
         return factor.tensor[tuple(mixture.chosen[symbol].reshape(-1) for symbol in factor.dims)]
     plates = "".join(symbol for symbol in factor.dims if symbol not in graph.index_plates)
     apart = [s for s in factor.dims if s in graph.index_plates and s not in mixture.chosen]
@@ -206,7 +237,7 @@ def _read_by_index(
 
 def _aligned(graph: FactorGraph, factor: LogFactor, log_prob: Mapped, mixture: Mixture) -> Tensor:
     """Bring a density of the mapped run to ``(*levels, rows, *plates)``."""
-    if set(factor.dims) <= set(mixture.chosen) and log_prob.tensor.numel() == mixture.rows:
+    if _in_rows_alone(graph, factor, mixture) and log_prob.tensor.numel() == mixture.rows:
         return log_prob.tensor.reshape(-1) if factor.dims else log_prob.tensor.reshape(-1)[0]
     plates = "".join(symbol for symbol in factor.dims if symbol not in graph.index_plates)
     apart = [s for s in factor.dims if s in graph.index_plates and s not in mixture.chosen]

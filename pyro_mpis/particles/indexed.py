@@ -198,13 +198,18 @@ def _resolve(
             if not _agree(before, element):
                 raise _crossing(graph, factor, plates, deepest)
             maps[symbol] = torch.where(before == NONE, element, before)
+    enclosing = graph.with_enclosing(deepest)
+    for symbol in _local_plates(graph, factor) & enclosing - maps.keys():
+        maps[symbol] = graph.to_plates(flat_elements(graph, frozenset(symbol)), reads.inner, left=0)
     _check_nested_maps(graph, factor, maps, deepest)
-    outer = graph.tensor_plates(graph.with_enclosing(deepest))
+    outer = graph.tensor_plates(enclosing)
     maps = {s: maps[s] for s in outer if s not in factor.plates}
     held = {p for symbol in _indices(graph, factor) for p in graph.index_plates[symbol]}
     alone = factor.plates - held
-    if not _local_plates(graph, factor) <= graph.with_enclosing(deepest):
+    if not _local_plates(graph, factor) <= enclosing:
         return _ragged(graph, over_plates(factor, alone), reads.inner, maps, alone)
+    # plates around the ragged one that is read: its tensors have no dims of them
+    alone |= factor.plates & enclosing - set(outer)
     tensor = packed(factor.tensor, factor.dims)
     tensor = regroup(tensor, alone, _element_map(reads.inner, maps), maps, graph.sizes)
     dims: str = tensor._pyro_dims  # type: ignore[attr-defined]
@@ -223,6 +228,10 @@ def _with_nested(graph: FactorGraph, reads: ElementReads, foreign: list[Ordinal]
         related = graph.with_enclosing(inner) | graph.with_enclosing(outer)
         if more or others or len(related) > 2 or any(inner <= key for key in graph.ragged):
             continue
+        if inner <= graph.with_enclosing(outer):  # the other lies in it already
+            continue
+        if _in_both(graph, inner, outer):
+            continue
         read, position = reads.elements[outer], reads.elements[inner]
         if bool(((read < 0) | (position < 0)).any()):
             continue
@@ -232,6 +241,11 @@ def _with_nested(graph: FactorGraph, reads: ElementReads, foreign: list[Ordinal]
             element_map = RaggedPlate(inside, {around: element})
             return replace(graph, ragged={**graph.ragged, inner: element_map})
     return graph
+
+
+def _in_both(graph: FactorGraph, inner: Ordinal, outer: Ordinal) -> bool:
+    """Whether a site has all elements of some plates at each element of another plate."""
+    return any(inner <= factor.plates and outer & factor.plates for factor in graph.factors)
 
 
 def _element_map(inner: str, maps: Mapping[str, Tensor]) -> RaggedPlate:
@@ -274,7 +288,8 @@ def _ragged(
         elif symbol in alone:
             raise _crossing(graph, factor, frozenset(maps), factor.plates)
     key = frozenset(inner)
-    if key & graph.with_enclosing(frozenset(maps)):  # each would lie in the other
+    outer = graph.with_enclosing(frozenset(maps))
+    if key & outer or _in_both(graph, key, outer):  # each would lie in the other, or they cross
         raise _crossing(graph, factor, frozenset(maps), key)
     known = graph.ragged.get(key)
     both = [key | k for k, other in graph.ragged.items() if other.outer.keys() & maps.keys()]

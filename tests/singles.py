@@ -1,0 +1,362 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""
+Massively parallel importance sampling by brute force, for programs that see single values.
+
+As :mod:`oracles`, whose notation this has, but nothing is vectorised: model and guide run once for
+each combination, with one value of each site, so a program may be written in any way that runs in
+plain Pyro. Nothing here is shared with the package.
+
+An **index** belongs to a random site, or to all of a group; a **cell** is an index at one element
+of the index's plates; a **combination** is one particle number for each cell. The plates of an
+index are those that model and guide have in common for its sites, without those that its elements
+share. :math:`Q` of a cell is the mixture over the particles :math:`j` of all other sites, the same
+:math:`j` of each. Sites that the guide gives a ``Delta`` are computed by the guide at each
+combination, and their ``log_density`` counts as the proposal's.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+Program = Callable[..., object]
+Values = dict[str, Tensor]
+Sites = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class OneIndex:
+    """A particle index: its sites, and the plates with a number for each element: dim -> size."""
+
+    sites: tuple[str, ...]
+    plates: Mapping[int, int]
+    size: int
+    enumerated: bool
+
+    @property
+    def elements(self) -> list[tuple[int, ...]]:
+        return list(itertools.product(*(range(size) for size in self.plates.values())))
+
+    def numbers(self, chosen: Sequence[int], batch_shape: Sequence[int]) -> Tensor:
+        """Lay the numbers of all cells out over a batch shape."""
+        dims = max([len(batch_shape), *(-dim for dim in self.plates)])
+        shape = [self.plates.get(dim, 1) for dim in range(-dims, 0)]
+        order = sorted(self.plates)
+        grid = torch.tensor(chosen).reshape([self.plates[dim] for dim in self.plates])
+        grid = grid.permute([list(self.plates).index(dim) for dim in order]).reshape(shape)
+        grid = grid.reshape(shape[dims - len(batch_shape) :])
+        return grid.expand(tuple(batch_shape))
+
+
+@dataclass
+class Singles:
+    """
+    A model, a guide, and the particles of one run.
+
+    :ivar drawn: for every random site its K particles, ``(K, *shape)``.
+    :ivar supports: for every site that is summed over its support its values, likewise.
+    :ivar shared: plates, by name, that the elements of a site share an index in.
+    """
+
+    model: Program
+    guide: Program | None
+    drawn: Values
+    supports: Values = field(default_factory=dict)
+    shared: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    groups: Sequence[Sequence[str]] = ()
+    args: tuple[object, ...] = ()
+
+    def __post_init__(self) -> None:
+        first = {name: value[0] for name, value in self.drawn.items()}
+        self.guide_sites = self.run_guide(first)
+        self.model_sites = self.run_model(first, self.guide_sites)
+        self.latents = [name for name, site in self.model_sites.items() if is_latent(site)]
+        self.carried = [
+            name for name in self.latents if name in self.guide_sites and self._is_delta(name)
+        ]
+        self.num_particles = len(next(iter(self.drawn.values()))) if self.drawn else 1
+        self.indices = self._indices(first)
+        self.index_of = {name: index for index in self.indices for name in index.sites}
+
+    # Plain runs.
+
+    def run_guide(self, values: Values) -> Sites:
+        return sites_at(self.guide, values, self.args) if self.guide is not None else {}
+
+    def run_model(self, values: Values, guide_sites: Sites) -> Sites:
+        """Run the model, with the values that the guide gives to its Delta sites."""
+        given = dict(values)
+        for name, site in guide_sites.items():
+            if is_latent(site) and is_delta(site["fn"]):
+                given[name] = site["value"]
+        shapes = getattr(self, "model_sites", {})
+        for name, value in given.items():  # the guide's may have more dims of size one
+            if name in shapes and value.shape != shapes[name]["value"].shape:
+                given[name] = value.reshape(shapes[name]["value"].shape)
+        return sites_at(self.model, given, self.args)
+
+    # Structure.
+
+    def _is_delta(self, name: str) -> bool:
+        return is_delta(self.guide_sites[name]["fn"])
+
+    def _random(self) -> list[str]:
+        in_guide = [
+            name
+            for name, site in self.guide_sites.items()
+            if is_latent(site) and not self._is_delta(name)
+        ]
+        in_model = [
+            name
+            for name in self.latents
+            if name not in self.guide_sites and not is_delta(self.model_sites[name]["fn"])
+        ]
+        return in_guide + in_model
+
+    def proposal_site(self, name: str) -> dict[str, Any]:
+        return self.guide_sites[name] if name in self.guide_sites else self.model_sites[name]
+
+    def _carriers(self, first: Values) -> dict[str, set[str]]:
+        """Find, by changing one random site after the other, what each Delta is computed from."""
+        result: dict[str, set[str]] = {name: set() for name in self.carried}
+        for source in self._random():
+            if source not in self.guide_sites or self.num_particles < 2:
+                continue
+            other = self.run_guide({**first, source: self.drawn[source][1]})
+            for name in self.carried:
+                before, after = self.guide_sites[name], other[name]
+                same = torch.equal(before["value"], after["value"])
+                densities = [log_prob_of(site) for site in (before, after)]
+                if not same or not torch.equal(*densities):
+                    result[name].add(source)
+        return result
+
+    def _plates(self, name: str, carriers: Mapping[str, set[str]]) -> set[tuple[str, int, int]]:
+        """Return name, dim and size of the plates that a site has in guide and model."""
+        sites = [p[name] for p in (self.guide_sites, self.model_sites) if name in p]
+        for carried, sources in carriers.items():
+            if name in sources:
+                sites += [self.guide_sites[carried], self.model_sites[carried]]
+        frames = [
+            {(f.name, f.dim, f.size) for f in site["cond_indep_stack"] if f.vectorized}
+            for site in sites
+        ]
+        return {
+            (plate, dim, size)
+            for plate, dim, size in set.intersection(*frames)
+            if plate not in self.shared.get(name, ()) and size > 1
+        }
+
+    def _indices(self, first: Values) -> list[OneIndex]:
+        carriers = self._carriers(first)
+        needed = set(self.latents).union(*carriers.values()) if carriers else set(self.latents)
+        names = [name for name in self._random() if name in needed]
+        groups = [
+            {source for name in group for source in carriers.get(name, {name})}
+            for group in self.groups
+        ]
+        indices: list[OneIndex] = []
+        done: set[str] = set()
+        for name in names:
+            if name in done:
+                continue
+            group = next((group for group in groups if name in group), {name})
+            sites = tuple(member for member in names if member in group)
+            done |= set(sites)
+            common = set.intersection(*(self._plates(site, carriers) for site in sites))
+            plates = {dim: size for _, dim, size in sorted(common, key=lambda plate: plate[1])}
+            enumerated = name in self.supports
+            size = len(self.supports[name]) if enumerated else self.num_particles
+            indices.append(OneIndex(sites, plates, size, enumerated))
+        return indices
+
+    # Proposals.
+
+    def log_mixtures(self, index: OneIndex) -> Tensor:
+        """Log Q of an index at its own particles: (K, cell)."""
+        rows = []
+        for k in range(self.num_particles):
+            columns = []
+            for j in range(self.num_particles):
+                values = {name: value[j] for name, value in self.drawn.items()}
+                if len(index.sites) > 1:
+                    values |= {name: self.drawn[name][k] for name in index.sites}
+                guide_sites = self.run_guide(values)
+                model_sites = self.run_model(values, guide_sites)
+                total = torch.zeros(len(index.elements))
+                for name in index.sites:
+                    value = self.drawn[name][k]
+                    if name in guide_sites:
+                        site = guide_sites[name]
+                        log_prob = scale_and_mask(site["fn"].log_prob(value), mask=site["mask"])
+                    else:
+                        log_prob = unmasked(model_sites[name]["fn"], value)
+                    total = total + self._by_cell(index, name, log_prob)
+                columns.append(total)
+            rows.append(torch.stack(columns).logsumexp(0) - math.log(self.num_particles))
+        return torch.stack(rows)
+
+    def _by_cell(self, index: OneIndex, name: str, log_prob: Tensor) -> Tensor:
+        """Sum a site's log_prob over all elements of each cell of an index."""
+        batch_shape = self.proposal_site(name)["fn"].batch_shape
+        cells = index.numbers(range(len(index.elements)), batch_shape)
+        log_prob = log_prob.expand(batch_shape)
+        zeros = log_prob.new_zeros(len(index.elements))
+        return zeros.index_add(0, cells.reshape(-1), log_prob.reshape(-1))
+
+    # Combinations.
+
+    def combinations(self) -> list[tuple[int, ...]]:
+        ranges = [range(index.size) for index in self.indices for _ in index.elements]
+        return list(itertools.product(*ranges))
+
+    def split(self, combination: Sequence[int]) -> list[Sequence[int]]:
+        """Split a combination into the numbers of each index."""
+        result, start = [], 0
+        for index in self.indices:
+            end = start + len(index.elements)
+            result.append(combination[start:end])
+            start = end
+        return result
+
+    def values_at(self, combination: Sequence[int]) -> Values:
+        values = {}
+        for index, chosen in zip(self.indices, self.split(combination), strict=True):
+            for name in index.sites:
+                particles = self.supports[name] if index.enumerated else self.drawn[name]
+                batch = self.proposal_site(name)["fn"].batch_shape
+                numbers = index.numbers(chosen, batch)
+                event_dim = particles.dim() - 1 - len(batch)
+                numbers = numbers.reshape((1, *numbers.shape, *(1,) * event_dim))
+                values[name] = torch.take_along_dim(particles, numbers, 0)[0]
+        return values
+
+    def log_ratio(self, values: Values) -> tuple[Tensor, Values]:
+        """Return the joint density over the Deltas' ones, and the values of all latents."""
+        for name in self.drawn:
+            values.setdefault(name, self.drawn[name][0])  # has no index: nothing reads it
+        guide_sites = self.run_guide(values)
+        sites = self.run_model(values, guide_sites)
+        total = torch.zeros(())
+        for name, site in sites.items():
+            own = name in self.latents and name not in self.guide_sites
+            total = total + (log_prob_of(site, lifted=own) if not self._is_silent(site) else 0.0)
+        for name in self.carried:
+            site = guide_sites[name]
+            density = scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"])
+            total = total - density.sum()
+        return total, {name: sites[name]["value"] for name in self.latents}
+
+    @staticmethod
+    def _is_silent(site: dict[str, Any]) -> bool:
+        return is_latent(site) and is_delta(site["fn"])
+
+
+@dataclass
+class Exact:
+    """The sum over all combinations: (18) and (25)."""
+
+    problem: Singles
+    log_evidence: Tensor
+    probs: Tensor  # (combination,)
+    choices: Tensor  # (combination, cell)
+    values: Values  # of all latents, carried ones too: (combination, *shape)
+
+    def weights(self, name: str) -> Tensor:
+        """Weights of a site's particles: (cell of its index, size)."""
+        problem = self.problem
+        position = problem.indices.index(problem.index_of[name])
+        start = sum(len(index.elements) for index in problem.indices[:position])
+        index = problem.indices[position]
+        columns = self.choices[:, start : start + len(index.elements)]
+        rows = [
+            self.probs.new_zeros(index.size).index_add(0, column, self.probs)
+            for column in columns.unbind(1)
+        ]
+        return torch.stack(rows)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Posterior mean of values at each combination."""
+        flat = values.reshape(len(values), -1).to(self.probs.dtype)
+        return (self.probs @ flat).reshape(values.shape[1:])
+
+
+@torch.no_grad()
+def exact(problem: Singles) -> Exact:
+    """Run the programs at every combination and add up."""
+    with pyro.validation_enabled(False):
+        log_mixtures = {
+            number: problem.log_mixtures(index)
+            for number, index in enumerate(problem.indices)
+            if not index.enumerated
+        }
+        combinations = problem.combinations()
+        log_ratios, rows = [], []
+        for combination in combinations:
+            log_ratio, values = problem.log_ratio(problem.values_at(combination))
+            for number, chosen in enumerate(problem.split(combination)):
+                if number in log_mixtures:
+                    for cell, k in enumerate(chosen):
+                        log_ratio = log_ratio - log_mixtures[number][k, cell]
+            log_ratios.append(log_ratio)
+            rows.append(values)
+    log_ratio = torch.stack(log_ratios)
+    log_total = log_ratio.logsumexp(0)
+    cells = sum(len(index.elements) for index in problem.indices if not index.enumerated)
+    values = {name: torch.stack([row[name] for row in rows]) for name in problem.latents}
+    return Exact(
+        problem,
+        log_total - cells * math.log(problem.num_particles),
+        (log_ratio - log_total).exp(),
+        torch.tensor(combinations).reshape(len(combinations), -1),
+        values,
+    )
+
+
+def is_latent(site: dict[str, Any]) -> bool:
+    return not site["is_observed"]
+
+
+def is_delta(fn: Any) -> bool:
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return isinstance(fn, dist.Delta)
+
+
+def unmasked(fn: Any, value: Tensor) -> Tensor:
+    """Log density without the masks of ``.mask()``, at the top or under ``.to_event()``."""
+    event_dims = 0
+    while isinstance(fn, dist.MaskedDistribution | dist.Independent):
+        event_dims += getattr(fn, "reinterpreted_batch_ndims", 0)
+        fn = fn.base_dist
+    log_prob: Tensor = fn.log_prob(value)
+    return log_prob.sum(tuple(range(-event_dims, 0))) if event_dims else log_prob
+
+
+def log_prob_of(site: dict[str, Any], *, lifted: bool = False) -> Tensor:
+    """Log density of a site as its program counts it; one that the model draws is not masked."""
+    if lifted:
+        return torch.as_tensor(
+            scale_and_mask(unmasked(site["fn"], site["value"]), site["scale"]).sum()
+        )
+    log_prob = site["fn"].log_prob(site["value"])
+    return torch.as_tensor(scale_and_mask(log_prob, site["scale"], site["mask"]).sum())
+
+
+def sites_at(program: Program, values: Mapping[str, Tensor], args: tuple[object, ...]) -> Sites:
+    """Run a program plainly at values of its latent sites; the record of each sample site."""
+    trace = poutine.trace(poutine.condition(program, data=dict(values))).get_trace(*args)
+    return {
+        name: dict(node, is_observed=node["is_observed"] and name not in values)
+        for name, node in trace.nodes.items()
+        if node["type"] == "sample" and not site_is_subsample(node)
+    }

@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The expected evidence of programs for single values is p(x), to rounding.
+
+All draws of small binary programs are enumerated: the evidence of each outcome, times its
+probability, summed. Each plain run draws one particle; particles that are drawn together come in
+one piece.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from checks import check_exact_mean
+from compared import problem_of, run_recorded
+from singles import Exact, Program, Singles, exact, sites_at
+from torch import Tensor
+
+K = 2  # particles
+Draws = dict[str, Tensor]  # site -> (K, *shape)
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+class Script:
+    """What comes next: at a vectorised run all particles, at plain runs one after the other."""
+
+    def __init__(self) -> None:
+        self.draws: Draws = {}
+        self.plain_runs: dict[str, int] = {}
+
+    def start(self, draws: Draws) -> None:
+        self.draws = draws
+        self.plain_runs = {}
+
+    def next_draw(self, name: str, shape: torch.Size) -> Tensor | None:
+        draws = self.draws.get(name)
+        if draws is None:
+            return None
+        if draws.numel() == shape.numel():
+            return draws.reshape(shape)
+        assert draws[0].numel() == shape.numel()
+        number = self.plain_runs.get(name, 0)
+        self.plain_runs[name] = number + 1
+        return draws[(number - 1) % K].reshape(shape)  # the first run only tells the structure
+
+
+class Scripted(dist.Bernoulli):  # type: ignore[misc]
+    """Draws what the script says."""
+
+    def __init__(self, script: Script, name: str, probs: Tensor | float) -> None:
+        super().__init__(torch.as_tensor(probs))
+        self.name, self.script = name, script
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "Scripted":
+        return Scripted(self.script, self.name, self.probs.expand(batch_shape))
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+        shape = torch.Size(sample_shape) + self.batch_shape
+        draws = self.script.next_draw(self.name, shape)
+        if draws is None:
+            result = super().sample(sample_shape)
+            assert isinstance(result, Tensor)
+            return result
+        return draws
+
+
+Shapes = dict[str, tuple[int, ...]]
+Case = tuple[Program, Program | None, Shapes]
+
+
+def draw(script: Script, name: str, probs: Tensor | float) -> Tensor:
+    result: Tensor = pyro.sample(name, Scripted(script, name, probs))
+    return result
+
+
+def not_vectorised(script: Script) -> Case:
+    """Three copies of a value in a vector: no batch dim can stand left of it."""
+
+    def guide() -> None:
+        a = draw(script, "a", 0.45)
+        b = draw(script, "b", torch.stack([a, a, 1 - a]) @ torch.tensor([0.2, 0.1, 0.5]) + 0.1)
+        draw(script, "c", torch.stack([b, a, a]) @ torch.tensor([0.4, 0.1, 0.1]) + 0.2)
+
+    def model() -> None:
+        a = pyro.sample("a", dist.Bernoulli(0.3))
+        b = pyro.sample("b", dist.Bernoulli(0.2 + 0.5 * a))
+        c = pyro.sample("c", dist.Bernoulli(0.1 + 0.8 * b))
+        pyro.sample("x", dist.Bernoulli(0.1 + 0.3 * a + 0.5 * c), obs=torch.tensor(1.0))
+
+    return model, guide, {"a": (), "b": (), "c": ()}
+
+
+def read_together(script: Script) -> Case:
+    """The elements of a plate are added up along it: they share an index."""
+
+    def model() -> None:
+        a = draw(script, "a", 0.3)
+        with pyro.plate("time", 2):
+            b = draw(script, "b", 0.3 + 0.4 * a)
+            probs = 0.1 + 0.35 * b.cumsum(0)
+            pyro.sample("x", dist.Bernoulli(probs), obs=torch.tensor([1.0, 0.0]))
+
+    return model, None, {"a": (), "b": (2,)}
+
+
+def component(script: Script) -> Case:
+    """One latent says which element of a plate is read."""
+
+    def model() -> None:
+        with pyro.plate("component", 2):
+            a = draw(script, "a", torch.tensor([0.3, 0.6]))
+        z = draw(script, "z", 0.4)
+        pyro.sample("x", dist.Bernoulli(0.2 + 0.6 * a[z.long()]), obs=torch.tensor(1.0))
+        pyro.sample("y", dist.Bernoulli(0.3 + 0.4 * z), obs=torch.tensor(0.0))
+
+    return model, None, {"a": (2,), "z": ()}
+
+
+def crossed(script: Script) -> Case:
+    """A latent in each of two plates that cross."""
+
+    def model() -> None:
+        person, item = pyro.plate("person", 2, dim=-2), pyro.plate("item", 2, dim=-1)
+        with person:
+            a = draw(script, "a", torch.tensor([[0.3], [0.6]]))
+        with item:
+            b = draw(script, "b", torch.tensor([0.5, 0.2]))
+        with person, item:
+            x = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+            pyro.sample("x", dist.Bernoulli(0.2 + 0.4 * a + 0.3 * b), obs=x)
+
+    return model, None, {"a": (2, 1), "b": (2,)}
+
+
+def branch(script: Script) -> Case:
+    """A branch on a latent: ordinary importance sampling."""
+
+    def model() -> None:
+        a = pyro.sample("a", dist.Bernoulli(0.3))
+        b = draw(script, "b", 0.7 if a > 0 else 0.2)
+        probs = 0.1 + 0.5 * b if a > 0 else 0.8 - 0.3 * b
+        pyro.sample("x", dist.Bernoulli(probs), obs=torch.tensor(1.0))
+
+    def guide() -> None:
+        draw(script, "a", 0.45)
+
+    return model, guide, {"a": (), "b": ()}
+
+
+def branch_below(script: Script) -> Case:
+    """A branch on a latent that reads another."""
+
+    def model() -> None:
+        b = draw(script, "b", 0.4)
+        a = draw(script, "a", 0.2 + 0.6 * b)
+        probs = 0.1 + 0.5 * b if a > 0 else 0.8 - 0.3 * b
+        pyro.sample("x", dist.Bernoulli(probs), obs=torch.tensor(1.0))
+
+    return model, None, {"b": (), "a": ()}
+
+
+CASES: dict[str, tuple[Callable[[Script], Case], list[tuple[str, str]]]] = {
+    "not vectorised": (not_vectorised, []),
+    "not vectorised, grouped": (not_vectorised, [("a", "b")]),
+    "read together": (read_together, []),
+    "read together, grouped": (read_together, [("a", "b")]),
+    "component": (component, []),
+    "component, grouped": (component, [("a", "z")]),
+    "branch": (branch, []),
+    "branch below": (branch_below, []),
+    "crossed": (crossed, []),
+}
+SLOW = ("crossed",)
+# Which estimator is taken depends on the draws, so that two unbiased ones make a biased one.
+BIASED = {
+    "read together": "elements that particles do not tell apart are not seen to be read together",
+    "branch below": "a branch that all particles take is no branch",
+}
+
+
+def outcomes(shapes: Shapes, copies: int) -> Iterator[Draws]:
+    """Every value of some copies of binary sites: ``(copies, *shape)`` each."""
+    numels = [copies * math.prod(shape) for shape in shapes.values()]
+    for bits in itertools.product([0.0, 1.0], repeat=sum(numels)):
+        parts = torch.tensor(bits).split(numels)
+        yield {
+            name: part.reshape((copies, *shape))
+            for (name, shape), part in zip(shapes.items(), parts, strict=True)
+        }
+
+
+def joint(model: Program, values: Draws) -> float:
+    sites = sites_at(model, values, ())
+    return math.exp(sum(float(s["fn"].log_prob(s["value"]).sum()) for s in sites.values()))
+
+
+def probability(model: Program, guide: Program | None, draws: Draws) -> float:
+    """Probability that plain runs draw these particles."""
+    log_prob = 0.0
+    for k in range(K):
+        values = {name: draw[k] for name, draw in draws.items()}
+        sites = sites_at(model, values, ())
+        if guide is not None:
+            sites |= sites_at(guide, values, ())
+        log_prob += sum(float(sites[n]["fn"].log_prob(v).sum()) for n, v in values.items())
+    return math.exp(log_prob)
+
+
+Estimate = Callable[[Program, Program | None, Sequence[Sequence[str]], Draws], float]
+
+
+def expected(
+    make: Callable[[Script], Case], groups: Any, estimate: Estimate
+) -> tuple[float, float]:
+    """Return the expected estimate and the evidence."""
+    script = Script()
+    model, guide, shapes = make(script)
+    truth = sum(
+        joint(model, {name: v[0] for name, v in values.items()}) for values in outcomes(shapes, 1)
+    )
+    mean = total = 0.0
+    for draws in outcomes(shapes, K):
+        weight = probability(model, guide, draws)
+        script.start(draws)
+        mean += weight * estimate(model, guide, groups, draws)
+        script.start({})
+        total += weight
+    check_exact_mean(total, 1.0)
+    return mean, truth
+
+
+def by_package(
+    model: Program, guide: Program | None, groups: Sequence[Sequence[str]], draws: Draws
+) -> float:
+    posterior, drawn = run_recorded(model, guide, num_samples=K, groups=groups)
+    for name, value in draws.items():
+        torch.testing.assert_close(drawn[name], value)  # it did draw what the script says
+    return float(posterior.evidence(log_scale=False))
+
+
+def marks(name: str) -> list[pytest.MarkDecorator]:
+    slow = [pytest.mark.slow] if name in SLOW else []
+    return slow + ([pytest.mark.xfail(reason=BIASED[name])] if name in BIASED else [])
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name)) for name in CASES])
+def test_expected_evidence_is_exact(name: str) -> None:
+    make, groups = CASES[name]
+    check_exact_mean(*expected(make, groups, by_package))
+
+
+def with_mistake(mistake: Callable[[Singles], Exact]) -> Estimate:
+    def estimate(
+        model: Program, guide: Program | None, groups: Sequence[Sequence[str]], draws: Draws
+    ) -> float:
+        posterior, drawn = run_recorded(model, guide, num_samples=K, groups=groups)
+        return float(mistake(problem_of(posterior, drawn, model, guide, groups)).log_evidence.exp())
+
+    return estimate
+
+
+class GivenOneParticle(Singles):
+    """Weighs by the density given the parents' first particle."""
+
+    def log_mixtures(self, index: Any) -> Tensor:
+        values = {name: value[0] for name, value in self.drawn.items()}
+        sites = self.run_model(values, {}) | self.run_guide(values)
+        rows = []
+        for k in range(K):
+            parts = [
+                self._by_cell(index, name, sites[name]["fn"].log_prob(self.drawn[name][k]))
+                for name in index.sites
+            ]
+            rows.append(torch.stack(parts).sum(0))
+        return torch.stack(rows)
+
+
+def given_one_particle(problem: Singles) -> Exact:
+    return exact(
+        GivenOneParticle(
+            problem.model,
+            problem.guide,
+            problem.drawn,
+            problem.supports,
+            problem.shared,
+            problem.groups,
+        )
+    )
+
+
+def test_expected_sum_is_exact() -> None:
+    check_exact_mean(*expected(not_vectorised, [], with_mistake(exact)))
+
+
+def test_density_given_one_particle_is_rejected() -> None:
+    mean, truth = expected(not_vectorised, [], with_mistake(given_one_particle))
+    with pytest.raises(AssertionError):
+        check_exact_mean(mean, truth)
