@@ -3,7 +3,6 @@
 
 from collections.abc import Callable, Iterator
 
-import pyro.distributions as dist
 import torch
 from torch import Tensor
 
@@ -20,18 +19,21 @@ class Coins:
         self.shown, self.thrown, self.probability = shown, 0, 1.0
 
 
-class NotDecided(Exception):
+class NotDecided(BaseException):  # which is not taken for an error of a program's
     """A coin is thrown beyond those that are decided."""
 
 
-class Coin(dist.Bernoulli):  # type: ignore[misc]
-    """Shows what is decided."""
+class Coin:
+    """A distribution with draws and a density alone, which shows what is decided."""
 
     def __init__(self, probability: float | Tensor, coins: Coins) -> None:
-        super().__init__(torch.as_tensor(probability))
+        self.probs = torch.as_tensor(probability)
         self.coins = coins
 
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+    def log_prob(self, value: Tensor) -> Tensor:
+        return torch.where(value > 0, self.probs, 1.0 - self.probs).log()
+
+    def __call__(self) -> Tensor:
         coins = self.coins
         if coins.thrown >= len(coins.shown):
             raise NotDecided

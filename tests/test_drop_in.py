@@ -262,10 +262,11 @@ def test_sites_that_depend_on_a_latent() -> None:
     assert set(posterior.moments()) == {"number"}
     totals = []
     for trace in posterior.exec_traces:
-        number = int(trace.nodes["number"]["value"])  # type: ignore[arg-type]
+        number: Any = trace.nodes["number"]["value"]
         names = [name for name in trace.nodes if name.startswith("x_")]
-        assert len(names) == number
-        totals.append(sum(float(trace.nodes[name]["value"]) for name in names))  # type: ignore[arg-type]
+        assert len(names) == int(number)
+        values: list[Any] = [trace.nodes[name]["value"] for name in names]
+        totals.append(sum(float(value) for value in values))
     log_prob = dist.Normal(torch.tensor(totals), 1.0).log_prob(torch.tensor(0.5))
     torch.testing.assert_close(torch.stack(posterior.log_weights), log_prob)
 

@@ -126,9 +126,7 @@ def value_in(trace: Trace, name: str) -> Tensor:
 def test_sites_of_some_runs() -> None:
     """Sites that every run has can be asked for; traces have all of them."""
     pyro.set_rng_seed(0)
-    message = (
-        rf"{ONCE}.*site 'b' of the guide is missing.*combine particles: give a program the same"
-    )
+    message = rf"{ONCE}.*the guide at or after site 'a', .*`if a > 0:`.*torch\.where"
     with pytest.warns(MPISWarning, match=message):
         posterior = MPImportance(steps, steps_guide, num_samples=50).run(y=-0.5)
     assert set(posterior.marginals()) == {"a"}
@@ -221,19 +219,21 @@ def test_values_that_leave_torch(function: Callable[[Tensor], Tensor]) -> None:
     assert len(posterior.exec_traces) == 6
 
 
-def test_branches_that_all_particles_take_are_taken() -> None:
-    """A check of values does not keep latents from indices of their own."""
+def test_assertions_that_hold_for_all_particles() -> None:
+    """They do not keep latents from indices of their own; branches do, whoever takes them."""
 
-    def model() -> None:
+    def model(branch: bool) -> None:
         w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
         s = pyro.sample("s", dist.LogNormal(0.0, 0.5))
         assert not bool(w.isnan().any())
-        if (s > 0).all():
+        assert (s > 0).all()
+        if branch and (s > 0).all():
             s = s + 0.1
         pyro.sample("y", dist.Normal(w.sum(), s), obs=torch.tensor(2.0))
 
-    posterior, _ = compare(model, num_samples=4)
-    assert len(posterior._sums[0].replicate.structure.indices) == 2
+    compare(model, args=(False,), num_samples=4)
+    warning = rf"{ONCE}.*`if branch and \(s > 0\)\.all\(\):`"
+    compare(model, args=(True,), num_samples=4, together=[("w", "s")], warning=warning)
 
 
 def test_values_written_among_data() -> None:
