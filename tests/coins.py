@@ -2,7 +2,9 @@
 """Every outcome of the draws of programs that draw one number after the other."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
+import pyro
 import torch
 from torch import Tensor
 
@@ -41,6 +43,13 @@ class Coin:
         coins.thrown += 1
         coins.probability *= float(self.probs) if head else 1.0 - float(self.probs)
         return torch.tensor(float(head))
+
+
+def throw(name: str, probability: float | Tensor, coins: Coins) -> Tensor:
+    """Sample a coin at a site."""
+    fn: Any = Coin(probability, coins)
+    result: Tensor = pyro.sample(name, fn)
+    return result
 
 
 def outcomes(coins: Coins, run: Callable[[], float]) -> Iterator[tuple[float, float]]:

@@ -48,7 +48,7 @@ class Recursive(dist.TorchDistribution):
         self.loc = loc
         super().__init__(torch.Size(), loc.shape, validate_args=False)
 
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         value = torch.full(self.loc.shape, -10.0)
         while bool((value < self.loc).any()):
             value = torch.minimum(value + torch.rand(()), self.loc)

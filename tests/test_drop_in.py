@@ -242,7 +242,7 @@ def test_program_that_branches_on_a_latent() -> None:
     times = batched_sliding_time(friction)
     assert bool((times == 1e5).any())
     log_prob = dist.Normal(times, 0.1).log_prob(torch.tensor(1.1))
-    torch.testing.assert_close(posterior.get_normalized_weights(), log_prob.softmax(0))
+    torch.testing.assert_close(posterior.get_normalized_weights(), log_prob.softmax(0))  # type: ignore[no-untyped-call]
     torch.testing.assert_close(posterior.evidence(), log_prob.logsumexp(0) - math.log(50))
     mean = (log_prob.softmax(0) * times).sum()
     torch.testing.assert_close(EmpiricalMarginal(posterior).mean, mean)

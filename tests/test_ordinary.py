@@ -11,7 +11,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from checks import check_exact_mean
-from coins import Coin, Coins, outcomes
+from coins import Coins, outcomes, throw
 from compare import compare, log_joint
 from pyro.infer import EmpiricalMarginal, Importance
 from pyro.poutine.trace_struct import Trace
@@ -34,25 +34,25 @@ ONCE = "the programs run once for each particle, as in pyro.infer.Importance"
 def branching(coins: Coins) -> None:
     """Whether the second coin is thrown depends on the first."""
     p = 0.5
-    if pyro.sample("a", Coin(0.3, coins)) > 0:
-        p = 0.2 + 0.5 * float(pyro.sample("b", Coin(0.6, coins)))
+    if throw("a", 0.3, coins) > 0:
+        p = 0.2 + 0.5 * float(throw("b", 0.6, coins))
     pyro.sample("y", dist.Bernoulli(p), obs=torch.tensor(1.0))
 
 
 def branching_guide(coins: Coins) -> None:
-    if pyro.sample("a", Coin(0.5, coins)) > 0:
-        pyro.sample("b", Coin(0.4, coins))
+    if throw("a", 0.5, coins) > 0:
+        throw("b", 0.4, coins)
 
 
 def guide_of_one(coins: Coins) -> None:
     """The other one is thrown by the model."""
-    pyro.sample("a", Coin(0.5, coins))
+    throw("a", 0.5, coins)
 
 
 def throws(coins: Coins) -> None:
     """Up to three throws until a head; the number of them decides on the data."""
     number = 0
-    while number < 3 and pyro.sample(f"throw_{number}", Coin(0.4, coins)) == 0:
+    while number < 3 and throw(f"throw_{number}", 0.4, coins) == 0:
         number += 1
     pyro.sample("y", dist.Bernoulli((1.0 + number) / 5.0), obs=torch.tensor(1.0))
 

@@ -8,7 +8,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from checks import check_exact_mean
-from coins import Coin, Coins, outcomes
+from coins import Coins, outcomes, throw
 from compare import compare
 from torch import Tensor
 
@@ -32,19 +32,19 @@ def plan(model: Program, guide: Program | None = None, *args: object, num_sample
 
 
 def coin_model(coins: Coins) -> None:
-    a = pyro.sample("a", Coin(0.3, coins))
-    b = pyro.sample("b", Coin(0.2 + 0.5 * a, coins))
+    a = throw("a", 0.3, coins)
+    b = throw("b", 0.2 + 0.5 * a, coins)
     pyro.sample("y", dist.Bernoulli(0.1 + 0.3 * a + 0.5 * b), obs=torch.tensor(1.0))
 
 
 def coin_guide(coins: Coins) -> None:
     """Written for single values."""
-    a = pyro.sample("a", Coin(0.6, coins)).reshape(())
-    pyro.sample("b", Coin(0.4 + 0.3 * a, coins))
+    a = throw("a", 0.6, coins).reshape(())
+    throw("b", 0.4 + 0.3 * a, coins)
 
 
 def guide_of_a(coins: Coins) -> None:
-    pyro.sample("a", Coin(0.6, coins))
+    throw("a", 0.6, coins)
 
 
 TRUTH = 0.7 * (0.8 * 0.1 + 0.2 * 0.6) + 0.3 * (0.3 * 0.4 + 0.7 * 0.9)
