@@ -171,14 +171,12 @@ def compare(
     seed: int = 0,
     wrong: Callable[[Singles], Exact] = exact,
     draws: bool = False,
-    shared_plates: Sequence[str] = (),
+    **options: Any,
 ) -> MPImportance:
     """Run a program and compare; ``wrong`` puts another oracle in the place of the right one."""
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
-    posterior, drawn = run_recorded(
-        model, guide, num_samples=num_samples, groups=groups, shared_plates=shared_plates
-    )
+    posterior, drawn = run_recorded(model, guide, num_samples=num_samples, groups=groups, **options)
     problem = problem_of(posterior, drawn, model, guide, groups)
     truth = wrong(problem)
     check_posterior(posterior, truth)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random programs with their guides; :mod:`random_models` writes the models."""
 
-from random_models import AUXILIARY, PARALLEL, Generated, Latent, Writer
+from random_models import AUXILIARY, PARALLEL, Writer
+from random_parts import Generated, Latent
 
 
 class GuideWriter:

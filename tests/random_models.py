@@ -8,14 +8,11 @@ shows, to be shortened by hand.
 """
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import pyro
 import torch
-from pyro import distributions as dist
-from pyro import poutine
+from random_parts import Latent
 
 AUXILIARY = "infer={'is_auxiliary': True}"
 PARALLEL = ", infer={'enumerate': 'parallel'}"
@@ -24,39 +21,6 @@ POSITIVE = (
     "LogNormal(0.4 * torch.tanh({loc} + torch.zeros(())), 0.5)",
     "Gamma(3.0, {scale} + 1.0)",
 )
-
-
-@dataclass(frozen=True)
-class Latent:
-    """A latent that later statements may read."""
-
-    name: str
-    plates: tuple[str, ...]
-    event: int | None = None  # length of its event, a vector
-    values: int = 0  # of a categorical one
-    positive: bool = False
-
-
-@dataclass
-class Generated:
-    """A program's text, and what is to be expected of it."""
-
-    seed: int
-    num_particles: int
-    model: str
-    guide: str
-    groups: list[tuple[str, ...]]
-    may_share: bool  # whether elements of a plate may have to share an index
-    branches: bool  # whether it runs once for each particle
-
-    @property
-    def source(self) -> str:
-        return f"{self.model}\n{self.guide}\n# K={self.num_particles}, groups={self.groups}"
-
-    def programs(self) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
-        names: dict[str, Any] = {"pyro": pyro, "torch": torch, "dist": dist, "poutine": poutine}
-        exec(self.model + "\n" + self.guide, names)
-        return names["model"], names.get("guide")
 
 
 LAYOUTS: list[dict[str, tuple[int, int, tuple[str, ...]]]] = [  # plate -> size, dim, plates around
@@ -69,6 +33,8 @@ LAYOUTS: list[dict[str, tuple[int, int, tuple[str, ...]]]] = [  # plate -> size,
     {"p": (2, -1, ()), "q": (2, -1, ())},
     {"p": (2, -2, ()), "q": (2, -1, ())},  # they cross
     {"p": (2, -2, ()), "q": (3, -1, ())},
+    {"p": (2, -1, ()), "q": (2, -1, ()), "r": (2, -1, ())},  # chains of index arrays
+    {"p": (2, -1, ()), "q": (2, -1, ()), "r": (2, -2, ("q",))},
 ]
 
 
@@ -388,8 +354,7 @@ class Writer:
             lines.append(
                 f"    {plate} = pyro.plate('{plate}', {self.size(plate)}, dim={self.dim(plate)})"
             )
-        number = self.rng.randint(1, 5)
-        for i in range(number):
+        for i in range(self.rng.randint(1, 5 if self.layout else 8)):
             lines += self.latent(i)
         scalars = [v for v in self.latents if not v.plates and v.event is None and not v.values]
         if self.chance(0.15):

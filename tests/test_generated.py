@@ -17,7 +17,7 @@ import pytest
 import torch
 from compared import check_draws, check_posterior, compare, problem_of, run_recorded
 from generated import generate
-from random_models import Generated
+from random_parts import Generated
 from singles import Exact, Singles, exact
 
 from pyro_mpis import MPImportance, blocks
