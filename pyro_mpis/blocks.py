@@ -32,7 +32,7 @@ from pyro_mpis.factor_graph.evidence import log_evidence, reduced
 from pyro_mpis.factor_graph.graph import FactorGraph, SiteValue
 from pyro_mpis.factor_graph.sampling import sample_sites
 from pyro_mpis.factor_graph.source_terms import joint_weights
-from pyro_mpis.particles.drawing import Drawn, draw_one_by_one, draw_particles
+from pyro_mpis.particles.drawing import Drawn, draw_particles
 from pyro_mpis.particles.evaluation import (
     MAX_LEVELS,
     Evaluated,
@@ -52,8 +52,8 @@ from pyro_mpis.particles.memory import gc_paused
 from pyro_mpis.particles.ordinary import run_ordinary
 from pyro_mpis.particles.probes import SiteReads
 from pyro_mpis.particles.proposals import (
-    DisagreementError,
     Particles,
+    at_supports,
     weigh,
     weigh_from_factors,
 )
@@ -111,29 +111,41 @@ class Replicate:
 
         :raises ReadTogether: if elements of a plate cannot have an index each.
         """
-        structure, programs, validate = self.structure, self.programs, self.environment.validate
+        structure, validate = self.structure, self.environment.validate
         block, parts = self.cut(ranges)
         first = block.block(structure, parts[0])
         evaluated = self._evaluate(first)
         if self.plan.cut.whole:
-            first = weigh_from_factors(structure, drawn, first, evaluated)
+            first = weigh_from_factors(structure, first, evaluated)
             self = replace(self, particles=first)
         graph = build_graph(structure, first, evaluated)
-        # All particles, not this block's: a few may all decide alike which element is read.
-        reads = find_reads(graph, structure, self.particles, programs)
-        check = partial(self._check, reads)
-        shares_levels = len(structure.indices) > UNIQUE_LEVELS
-        plated = any(graph.index_plates.values())
-        if shares_levels or (validate and plated and not reads):
-            check(graph, first, together=True)
+        reads = self._find_reads(graph, first, drawn)
         if validate and reads:
-            check(graph, first, together=False)
+            self._check(reads, graph, first, together=False)
         graph = regroup_indexed(graph, reads)
         check_crossing(graph)
         replicate = replace(self, reads=reads)
         others = replicate.evaluated(block, parts[1:], check=validate)
         graphs = itertools.chain([graph], others)
         return replicate, _put_together(map(reduced, graphs), parts, block.sizes)
+
+    def _find_reads(self, graph: FactorGraph, first: Particles, drawn: Drawn) -> SiteReads:
+        """
+        Find which elements sites read, and hold the graph against the programs.
+
+        :param first: the particles of the graph.
+        """
+        structure, programs = self.structure, self.programs
+        fixed = at_supports(structure, self.particles, drawn)
+        if fixed is not None:
+            graph, first = build_graph(structure, fixed, self._evaluate(fixed)), fixed
+        # All particles, not this block's: a few may all decide alike which element is read.
+        reads = find_reads(graph, structure, fixed or self.particles, programs)
+        shares_levels = len(structure.indices) > UNIQUE_LEVELS
+        plated = any(graph.index_plates.values())
+        if shares_levels or (self.environment.validate and plated and not reads):
+            self._check(reads, graph, first, together=True)
+        return reads
 
     def _evaluate(self, particles: Particles) -> Evaluated:
         return evaluate_programs(
@@ -314,11 +326,15 @@ def run_plan(plan: Plan, workers: Workers) -> BlockSum:
         obstacle = plan.structure.obstacle
         if obstacle is not None:
             return _ordinary(plan, NotMappableError(obstacle.what, obstacle.remedy))
-        try:
-            drawn = draw_particles(plan.structure, plan.programs, plan.num_samples)
-            return _evaluated(plan, drawn, workers)
-        except NotMappableError as error:
-            return _ordinary(plan, error)
+        for patched in (False, True):
+            plan = replace(plan, programs=replace(plan.programs, patched=patched))
+            try:
+                drawn = draw_particles(plan.structure, plan.programs, plan.num_samples)
+                return _evaluated(plan, drawn, workers)
+            except NotMappableError as error:
+                if patched:
+                    return _ordinary(plan, error)
+        raise AssertionError
 
 
 def _evaluated(plan: Plan, drawn: Drawn, workers: Workers) -> BlockSum:
@@ -327,7 +343,7 @@ def _evaluated(plan: Plan, drawn: Drawn, workers: Workers) -> BlockSum:
 
     Each change is made once, or takes an index away, so that this ends.
     """
-    redrawn = followed = False
+    followed = False
     while True:
         try:
             particles = weigh(
@@ -347,22 +363,11 @@ def _evaluated(plan: Plan, drawn: Drawn, workers: Workers) -> BlockSum:
                 raise NotMappableError(f"{found.reason}, which cannot be followed") from None
             else:
                 plan = plan.sharing(found.symbols, found.plates, found.reason)
-        except DisagreementError as error:
-            if redrawn:
-                raise NotMappableError(
-                    f"site '{error}' has another density when it runs among others"
-                ) from None
-            redrawn = True
-            drawn = draw_one_by_one(plan.structure, plan.programs, plan.num_samples)
         except MissedReadError as error:
             if followed:
                 raise NotMappableError(f"what site '{error}' reads cannot be followed") from None
             followed = True
             plan = _followed(plan, drawn)
-        except NotMappableError:
-            if plan.programs.patched:
-                raise
-            plan = replace(plan, programs=replace(plan.programs, patched=True))
 
 
 def _may_have_missed(structure: Structure) -> bool:

@@ -23,6 +23,7 @@ def compare(
     args: tuple[object, ...] = (),
     num_samples: int = 3,
     groups: Sequence[Sequence[str]] = (),
+    together: Sequence[Sequence[str]] = (),
     shared: Mapping[str, Sequence[str]] | None = None,
     shared_plates: Sequence[str] = (),
     single_values: bool = True,
@@ -32,6 +33,7 @@ def compare(
     """
     Check evidence, marginals and joint samples of a run against brute force.
 
+    :param together: sites that are to share a particle index though no group was asked for.
     :param shared: by site, the plates whose elements are to share its particle index.
     :param single_values: whether the model takes single values only.
     :param warning: what the run is to warn of, a regular expression.
@@ -44,7 +46,9 @@ def compare(
         posterior.run(*args)
     marginals = posterior.marginals()
     particles = {name: marginal.samples for name, marginal in marginals.items()}
-    problem = Problem(model, guide, particles, args, groups, shared or {}, single_values)
+    problem = Problem(
+        model, guide, particles, args, groups or together, shared or {}, single_values
+    )
     exact = brute_force(problem)
     check_evidence(posterior.evidence(), exact)
     for name, marginal in marginals.items():

@@ -1,66 +1,227 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Densities at combinations that mix the elements of plates find code that mixes elements."""
+"""Graphs held against programs: elements that are mixed, reads that were missed, rare switches."""
 
-import itertools
+import math
+import warnings
+from collections.abc import Callable
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from compared import compare
+from compare import compare
+from counties import Y, check_sharing
+from torch import Tensor
 
-from pyro_mpis.particles.checks import _telling_apart
+from pyro_mpis import MPImportance, MPISWarning
+from pyro_mpis.particles import checks, probes
 
 pytestmark = pytest.mark.usefixtures("float64")
 
-Y = torch.tensor([-0.2, -1.1, 0.4])
+OTHER = "site 'y' reads other elements of plate 'county' than its own"
+
+
+def mixed(function: Callable[[Tensor], Tensor]) -> Callable[[], None]:
+    """Return a model in which an element reads others of its plate."""
+
+    def model() -> None:
+        with pyro.plate("county", 3):
+            alpha = pyro.sample("alpha", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(function(alpha), 1.0), obs=Y[:3])
+
+    return model
 
 
 @pytest.mark.parametrize(
-    ("elements", "size", "rows"), [(3, 3, 1), (8, 2, 3), (9, 3, 2), (50, 7, 4)]
+    "function",
+    [
+        lambda x: x.cumsum(-1),
+        lambda x: x[..., [1, 2, 0]],
+        lambda x: x.roll(1, -1),
+        lambda x: x.sort(-1)[0],
+        lambda x: x - x.mean(-1, keepdim=True),
+        lambda x: x.softmax(-1),
+        lambda x: torch.stack([x[0], x[0] + x[1], x[2]]),
+        lambda x: torch.stack([x[0], x[1], x[1]]),
+    ],
 )
-def test_rows_tell_any_two_elements_apart(elements: int, size: int, rows: int) -> None:
-    for seed in range(20):
-        chosen = _telling_apart(elements, size, rows, torch.Generator().manual_seed(seed))
-        assert chosen.shape == (rows, elements)
-        assert 0 <= int(chosen.min()) <= int(chosen.max()) < size
-        for one, other in itertools.combinations(chosen.unbind(1), 2):
-            assert bool((one != other).any())
+def test_elements_that_are_mixed(function: Callable[[Tensor], Tensor]) -> None:
+    check_sharing(mixed(function), "alpha", "county", OTHER, num_samples=4)
 
 
-def test_more_rows_are_numbered_anew() -> None:
-    """A pair is told apart in about one in two rows, in place of one row of eight."""
-    chosen = _telling_apart(200, 2, 64, torch.Generator().manual_seed(0))
-    differ = (chosen[:, 0] != chosen[:, 1]).sum()
-    assert 8 < int(differ) < 56  # false alarm 1e-9 for coins
-    assert bool((_telling_apart(5, 1, 4, torch.Generator()) == 0).all())
+def test_sum_over_a_plate_outside_of_it() -> None:
+    def outside() -> None:
+        with pyro.plate("county", 3):
+            alpha = pyro.sample("alpha", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(alpha.sum(-1, keepdim=True), 1.0), obs=Y[:1])
+
+    reason = "site 'y' reads several elements of plate 'county' together"
+    check_sharing(outside, "alpha", "county", reason)
 
 
-@pytest.mark.parametrize("num_samples", [2, 3, 4])
-@pytest.mark.parametrize("order", [[0, 2, 1], [2, 1, 0], [1, 0, 2], [1, 2, 0]])
-def test_permuted_elements_share(num_samples: int, order: list[int]) -> None:
-    """Every exchange of two elements is found, whichever particles the check happens to take."""
+def test_elements_that_are_exchanged_where_a_latent_says_so() -> None:
+    def flips() -> None:
+        s = pyro.sample("s", dist.Normal(0.0, 1.0))
+        with pyro.plate("county", 2):
+            x = pyro.sample("alpha", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(torch.where(s > 0, x, x.flip(-1)), 1.0), obs=Y[:2])
+
+    check_sharing(flips, "alpha", "county", OTHER, num_samples=4)
+
+
+def test_elements_that_are_mixed_where_nan_would_stop_the_model() -> None:
+    def cholesky() -> None:
+        with pyro.plate("county", 2):
+            s = pyro.sample("alpha", dist.LogNormal(0.0, 0.5))
+            cov = torch.diag_embed(torch.stack([s, s.flip(-1)], -1))
+            pyro.sample("y", dist.MultivariateNormal(torch.zeros(2), cov), obs=torch.ones(2, 2))
+
+    check_sharing(cholesky, "alpha", "county", OTHER, num_samples=4)
+
+
+def test_discrete_elements_that_are_mixed() -> None:
+    def swapped() -> None:
+        with pyro.plate("county", 2):
+            kind = pyro.sample("alpha", dist.Categorical(torch.tensor([0.2, 0.3, 0.5])))
+            pyro.sample("y", dist.Normal(kind[..., [1, 0]].double(), 1.0), obs=Y[:2])
+
+    check_sharing(swapped, "alpha", "county", OTHER, num_samples=4)
+
+
+@pytest.mark.parametrize("function", [lambda x: x.roll(1, -1), lambda x: x.cumsum(-1)])
+def test_mixed_elements_of_a_large_plate(
+    function: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where few rows are looked at."""
+    monkeypatch.setattr(checks, "ELEMENTS", 2**10)
+    size = 2**12
+
+    def large() -> None:
+        with pyro.plate("county", size):
+            alpha = pyro.sample("alpha", dist.Normal(0.0, 0.1))
+            pyro.sample("y", dist.Normal(function(alpha), 1.0), obs=torch.zeros(size))
+
+    pyro.set_rng_seed(0)
+    with pytest.warns(MPISWarning, match=OTHER):
+        posterior = MPImportance(large, num_samples=2).run()
+    alpha = posterior.marginals("alpha").samples.movedim(-1, 0)  # (K, size)
+    log_prob = torch.stack([dist.Normal(function(a), 1.0).log_prob(torch.zeros(())) for a in alpha])
+    expected = log_prob.sum(-1).logsumexp(0) - math.log(2)
+    torch.testing.assert_close(posterior.evidence(), expected)
+
+
+SHARE = 0.02  # of the particles, at which another element is read
+BEFORE, AFTER = torch.tensor([0, 1, 2, 2]), torch.tensor([0, 1, 2, 0])
+
+
+def switched() -> None:
+    s = pyro.sample("s", dist.Uniform(0.0, 1.0))
+    with pyro.plate("county", 3):
+        alpha = pyro.sample("alpha", dist.Normal(0.0, 1.0))
+    with pyro.plate("house", 4):
+        index = torch.where(s < SHARE, AFTER, BEFORE)
+        pyro.sample("y", dist.Normal(alpha[index], 1.0), obs=Y[:4])
+
+
+def test_index_array_that_is_another_at_rare_particles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which the probe's few rows miss: its factor is held against the programs at all particles."""
+    monkeypatch.setattr(probes, "PROBE_ELEMENTS", 1)
+    message = "'alpha' has one particle index for all of plate 'county'"
+    found = []
+    for seed in range(6):
+        pyro.set_rng_seed(seed)
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            posterior = MPImportance(switched, num_samples=40).run()
+        s = posterior.marginals("s").samples
+        alpha = posterior.marginals("alpha").samples.movedim(-1, 0)  # (K, 3)
+        log_prob = torch.stack(
+            [dist.Normal(alpha[:, index], 1.0).log_prob(Y[:4]) for index in (BEFORE, AFTER)]
+        )  # (2, K, 4)
+        switches = s < SHARE
+        found.append(bool(switches.any()))
+        if found[-1]:
+            assert message in str(warned[0].message)
+            log_prob = log_prob.sum(-1)[switches.long()]  # (K, K)
+            expected = log_prob.exp().mean().log()
+        else:
+            assert not warned
+            counties = torch.zeros(3, 40).index_add(0, BEFORE, log_prob[0].T)
+            expected = counties.exp().mean(-1).log().sum()
+        torch.testing.assert_close(posterior.evidence(), expected)
+    assert 0 < sum(found) < 6, "each is met"
+
+
+# More latents than have a level each.
+
+
+def hidden(x: Tensor) -> Tensor:
+    """The same value, by a way on which its origin is lost."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return x + 0.0
+
+
+def in_place(x: Tensor, y: Tensor) -> Tensor:
+    """Where both are on one level, torch maps this."""
+    total = 0.5 * x
+    total[...] = total + y
+    return total
+
+
+def out_of_sight(x: Tensor, y: Tensor) -> Tensor:
+    return 0.5 * x + hidden(y)
+
+
+def in_sight(x: Tensor, y: Tensor) -> Tensor:
+    return 0.5 * x + y
+
+
+def chain(function: Callable[[Tensor, Tensor], Tensor], length: int) -> None:
+    """A chain, the data of which read two states each that no transition reads together."""
+    x: list[Tensor] = []
+    for i in range(length):
+        loc = x[-1] if x else torch.tensor(0.0)
+        x.append(pyro.sample(f"x_{i}", dist.Normal(loc, 1.0)))
+    for i in range(length - 2):
+        mean = function(x[i], x[i + 2])
+        pyro.sample(f"y_{i}", dist.Normal(mean, 1.0), obs=torch.tensor(0.3 * i))
+
+
+@pytest.mark.parametrize("length", [3, 4, 5, 7])
+@pytest.mark.parametrize("function", [in_sight, out_of_sight])
+def test_reads_that_the_plain_run_missed(
+    function: Callable[[Tensor, Tensor], Tensor], length: int
+) -> None:
+    """On a level that two latents share, a missed read would put both on a diagonal."""
+    compare(partial(chain, function, length), num_samples=2)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated:DeprecationWarning")
+def test_reads_through_torchscript() -> None:
+    scripted = torch.jit.script(in_sight)
+    compare(partial(chain, scripted, 6), num_samples=2)
+
+
+def test_writes_in_place_on_a_shared_level() -> None:
+    """Once they are followed, torch cannot map them: all latents share an index."""
+    names = [f"x_{i}" for i in range(6)]
+    warning = r"once for each particle.*in test_checks\.py:\d+, `total\[\.\.\.\] = total \+ y`"
+    compare(partial(chain, in_place, 6), num_samples=4, together=[names], warning=warning)
+
+
+def test_missed_reads_of_plates() -> None:
+    """On a shared level, in a plate, and by index."""
 
     def model() -> None:
-        with pyro.plate("p", 3):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("y", dist.Normal(z[order], 1.0), obs=Y)
-        with pyro.plate("q", 3):
-            pyro.sample("x", dist.Normal(z[torch.tensor([0, 2, 2])], 1.0), obs=Y)
+        globals_ = [pyro.sample(f"g_{i}", dist.Normal(0.0, 1.0)) for i in range(4)]
+        with pyro.plate("county", 2):
+            a = pyro.sample("a", dist.Normal(globals_[0], 1.0))
+            b = pyro.sample("b", dist.Normal(hidden(globals_[1]), 1.0))
+            pyro.sample("y", dist.Normal(a + hidden(b), 1.0), obs=Y[:2])
+        with pyro.plate("house", 3):
+            loc = b[..., [1, 0, 0]] + hidden(globals_[2])
+            pyro.sample("z", dist.Normal(loc, 1.0), obs=Y[:3])
+        pyro.sample("w", dist.Normal(globals_[3] + hidden(globals_[0]), 1.0), obs=Y[0])
 
-    posterior = compare(model, None, num_samples)
-    assert posterior._sums[0].replicate.structure.shared == {"z": ("p",)}
-
-
-@pytest.mark.parametrize("num_samples", [2, 3])
-def test_whole_plate_read_outside_of_it(num_samples: int) -> None:
-    """A factor without plates, of an index that has some."""
-
-    def model() -> None:
-        with pyro.plate("p", 3):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("y", dist.Normal(z, 1.0), obs=Y)
-        pyro.sample("x", dist.Normal(z.norm(), 1.0), obs=Y[0])
-
-    posterior = compare(model, None, num_samples)
-    assert posterior._sums[0].replicate.structure.shared == {"z": ("p",)}
+    compare(model, num_samples=2)

@@ -1,22 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""
-Draw the particles: K of every random site.
+"""Draw the particles: K of every random site, by one mapped run of guide and model."""
 
-One run of a program draws them all, in a batch dim left of its plates. Where the program is not
-written for that, K ordinary runs draw them.
-"""
-
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import pyro
 import torch
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_mpis._typing import SampleMessage
-from pyro_mpis.programs.messages import drawn_from, event_shape_of, is_latent, statements
-from pyro_mpis.programs.runs import Name, OtherSitesError, Programs, run_at, run_in_plate
+from pyro_mpis.programs.mapped import Mapped, is_mapped, log_prob_of, tensors_of
+from pyro_mpis.programs.messages import drawn_from
+from pyro_mpis.programs.runs import Collect, OtherSitesError, Programs, Wanted, draw
 from pyro_mpis.programs.structure import Site, Structure
 
 
@@ -26,7 +21,7 @@ class Draw:
 
     value: Tensor  # (K, *shape), the shape of an ordinary run
     log_prob: Tensor  # (K, *batch shape): the density that each was drawn with
-    reads_particles: bool  # whether the proposal was seen to differ between particles
+    reads_particles: bool  # whether the proposal differs between particles
     support: Tensor | None = None  # (values, *shape), of a site that is to be summed over it
 
 
@@ -42,13 +37,37 @@ def draw_particles(structure: Structure, programs: Programs, num_samples: int) -
     """
     Draw K particles of every random site; draws random numbers.
 
-    One run of the guide and, if the guide lacks some latent, one of the model; both vectorised
-    over the shared dim, or K plain runs of both.
+    :raises NotMappableError: if torch cannot map the programs.
     """
-    try:
-        return Drawn(num_samples, _drawn_together(structure, programs, num_samples))
-    except Exception:  # also for want of memory: shapes may grow where code is not vectorised
-        return draw_one_by_one(structure, programs, num_samples)
+    from_guide = _from_guide(structure)
+    supports: dict[str, Tensor | None] = {}
+    with pyro.validation_enabled(False):
+        said_by_guide, said_by_model = draw(
+            programs,
+            num_samples,
+            guide=Wanted(
+                {name: _collecting(structure.guide[name], supports) for name in from_guide},
+                frozenset(structure.guide),
+            ),
+            model=Wanted(
+                {
+                    name: _collecting(structure.model[name], supports)
+                    for name, origin in structure.origins.items()
+                    if origin == "prior" or (origin == "enumerated" and name not in from_guide)
+                }
+            ),
+            shapes=structure.latent_shapes,
+        )
+    draws = {}
+    for name, said in (said_by_guide | said_by_model).items():
+        site = structure.guide[name] if name in said_by_guide else structure.model[name]
+        draws[name] = Draw(
+            value=_of_particles(said["value"], site.shape, num_samples),
+            log_prob=_of_particles(said["log_prob"], site.batch_shape, num_samples),
+            reads_particles="reads" in said,
+            support=supports[name],
+        )
+    return Drawn(num_samples, draws)
 
 
 def _from_guide(structure: Structure) -> list[str]:
@@ -62,81 +81,33 @@ def _from_guide(structure: Structure) -> list[str]:
     ]
 
 
-def _from_prior(structure: Structure, from_guide: Collection[str]) -> list[str]:
-    return [
-        name
-        for name, origin in structure.origins.items()
-        if origin == "prior" or (origin == "enumerated" and name not in from_guide)
-    ]
+def _collecting(site: Site, supports: dict[str, Tensor | None]) -> Collect:
+    """Return what to keep of a site: value and density; ``reads`` if its proposal reads others."""
+
+    def collect(message: SampleMessage, _: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        fn, value = message["fn"], message["value"]
+        if value.shape != site.shape:
+            raise OtherSitesError(
+                f"site '{site.name}' has shape {tuple(value.shape)}, and {tuple(site.shape)} in "
+                "another run"
+            )
+        supports[site.name] = _support(site, message)
+        result = {"value": value, "log_prob": drawn_from(message, log_prob_of(fn, value))}
+        if not isinstance(fn, torch.distributions.Distribution) or any(
+            map(is_mapped, tensors_of(fn))
+        ):
+            result["reads"] = value.new_zeros(())
+        return result
+
+    return collect
 
 
-def _drawn_together(structure: Structure, programs: Programs, num_samples: int) -> dict[str, Draw]:
-    """Draw in one run of each program, with the particles in a shared dim left of the plates."""
-
-    def run(name: Name, given: Mapping[str, Tensor]) -> tuple[Trace, Mapping[str, torch.Size]]:
-        return run_in_plate(
-            programs,
-            name,
-            num_samples=num_samples,
-            dim=structure.shared_dim,
-            given=given,
-            shapes=structure.shapes_of(name),
-        )
-
-    trace, shapes = run("guide", {})
-    sites = statements(trace)
-    names = _from_guide(structure)
-    draws = {name: _draw(structure.guide[name], sites, shapes, num_samples) for name in names}
-    from_prior = _from_prior(structure, names)
-    if "prior" in structure.origins.values() or any(
-        name not in draws and origin == "enumerated" for name, origin in structure.origins.items()
-    ):
-        given = {
-            name: _padded(structure, name, sites[name]["value"], num_samples)
-            for name in structure.origins
-            if name in sites and is_latent(sites[name])
-        }
-        trace, shapes = run("model", given)
-        sites = statements(trace)
-        draws |= {
-            name: _draw(structure.model[name], sites, shapes, num_samples) for name in from_prior
-        }
-    return draws
-
-
-def _padded(structure: Structure, name: str, value: Tensor, num_samples: int) -> Tensor:
-    """Bring a value of the guide's to the shape of the model's site, particles left of all dims."""
-    site = structure.model[name]
-    if value.numel() == site.shape.numel() and num_samples > 1:  # the same for all particles
-        return value.reshape(site.shape)
-    nesting = structure.max_plate_nesting - len(site.batch_shape)
-    return value.reshape((num_samples, *(1,) * nesting, *site.shape))
-
-
-def _draw(
-    site: Site,
-    sites: Mapping[str, SampleMessage],
-    batch_shapes: Mapping[str, torch.Size],
-    num_samples: int,
-) -> Draw:
-    """Take a site's particles out of a run with a shared dim; raises if they do not fit."""
-    message = sites[site.name]
-    fn, value = message["fn"], message["value"]
-    if event_shape_of(fn, value) != site.shape[len(site.batch_shape) :]:
-        raise ValueError(f"site '{site.name}': its event shape differs between runs")
-    shared = value.dim() - len(site.shape)
-    if shared < 1 or value.shape[0] != num_samples or value.shape[shared:] != site.shape:
-        raise ValueError(f"site '{site.name}': its shape with particles is another")
-    log_prob = drawn_from(message, fn.log_prob(value))
-    batch = batch_shapes[site.name]
-    return Draw(
-        value=value.reshape((num_samples, *site.shape)),
-        log_prob=log_prob.expand(value.shape[: value.dim() - site.event_dim]).reshape(
-            (num_samples, *site.batch_shape)
-        ),
-        reads_particles=len(batch) == len(site.batch_shape) + shared and batch[0] > 1,
-        support=_support(site, message),
-    )
+def _of_particles(mapped: Mapped, shape: torch.Size, num_samples: int) -> Tensor:
+    """Return ``(K, *shape)``."""
+    tensor = mapped.tensor if mapped.levels else mapped.tensor.unsqueeze(0)
+    missing = len(shape) - (tensor.dim() - 1)
+    tensor = tensor.reshape((len(tensor), *(1,) * missing, *tensor.shape[1:]))
+    return tensor.expand((num_samples, *shape))
 
 
 def _support(site: Site, message: SampleMessage) -> Tensor | None:
@@ -146,48 +117,10 @@ def _support(site: Site, message: SampleMessage) -> Tensor | None:
         return None
     try:
         support = fn.enumerate_support(expand=False)
-    except NotImplementedError:  # as of a Binomial of several totals
+    except (NotImplementedError, RuntimeError):  # as of a Binomial of several totals
+        return None
+    if is_mapped(support):
         return None
     ones = (1,) * len(site.batch_shape)
     event = site.shape[len(ones) :]
     return support.reshape((len(support), *ones, *event)).expand((len(support), *site.shape))
-
-
-def draw_one_by_one(structure: Structure, programs: Programs, num_samples: int) -> Drawn:
-    """Draw the particles by ordinary runs, one for each; draws random numbers."""
-    rows: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    supports: dict[str, Tensor | None] = {}
-    from_guide = _from_guide(structure)
-    from_prior = _from_prior(structure, from_guide)
-
-    def take(program: Name, trace: Trace, names: Iterable[str]) -> None:
-        sites = statements(trace)
-        of_program = structure.guide if program == "guide" else structure.model
-        for name in names:
-            site = of_program[name]
-            if name not in sites or sites[name]["value"].shape != site.shape:
-                raise OtherSitesError(
-                    f"site '{name}' of the {program} is missing, or of another shape, in some runs"
-                )
-            value = sites[name]["value"]
-            log_prob = drawn_from(sites[name], sites[name]["fn"].log_prob(value))
-            rows.setdefault(name, []).append((value, log_prob.expand(site.batch_shape)))
-            if name not in supports:
-                supports[name] = _support(site, sites[name])
-
-    with pyro.validation_enabled(False):
-        for _ in range(num_samples):
-            trace = run_at(programs, "guide", {})
-            take("guide", trace, from_guide)
-            if from_prior:
-                given = {
-                    name: site["value"].reshape(structure.model[name].shape)
-                    for name, site in statements(trace).items()
-                    if is_latent(site) and name in structure.origins
-                }
-                take("model", run_at(programs, "model", given), from_prior)
-    draws = {}
-    for name, row in rows.items():
-        values, log_probs = (torch.stack(parts) for parts in zip(*row, strict=True))
-        draws[name] = Draw(values, log_probs, True, supports[name])
-    return Drawn(num_samples, draws)

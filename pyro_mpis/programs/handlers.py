@@ -12,6 +12,7 @@ from pyro.poutine.runtime import _DIM_ALLOCATOR
 from torch import Tensor
 
 from pyro_mpis._typing import SampleMessage
+from pyro_mpis.programs.draws import draw_of
 from pyro_mpis.programs.messages import is_latent, is_subsample, unmasked
 from pyro_mpis.programs.provenance import tracked
 
@@ -92,45 +93,35 @@ class Substitute(Messenger):
         super().__init__()
         self.values = values
         self.last_site: str | None = None
-        self.batch_shapes: dict[str, torch.Size] = {}
 
     def _pyro_sample(self, msg: SampleMessage) -> None:
         if is_subsample(msg):
             return
         self.last_site = msg["name"]
-        # before a plate of particles expands it
-        self.batch_shapes[msg["name"]] = torch.Size(getattr(msg["fn"], "batch_shape", ()))
         if not msg["is_observed"] and msg["name"] in self.values:
             msg["value"] = self.values[msg["name"]]
             msg["done"] = True
 
 
-class Watch(Messenger):
+class DrawMapped(Messenger):
     """
-    End a vectorised run at the first site whose shape shows that the program is not vectorised.
+    Draw latent sites within a mapped run, a value for each particle.
 
-    Code that takes the particles' dim for another may make tensors larger from step to step.
-
-    :param shapes: batch and event shape of each site in an ordinary run.
-    :param dim: the dim of the particles, left of all others.
+    :param names: the sites to draw.
+    :param number: the particle's number, mapped at the level of the particles.
+    :param num_samples: how many there are.
     """
 
-    def __init__(self, shapes: Mapping[str, tuple[torch.Size, torch.Size]], dim: int) -> None:
+    def __init__(self, names: Collection[str], number: Tensor, num_samples: int) -> None:
         super().__init__()
-        self.shapes = shapes
-        self.dim = dim
+        self.names = names
+        self.number = number
+        self.num_samples = num_samples
 
     def _pyro_sample(self, msg: SampleMessage) -> None:
-        if msg["name"] not in self.shapes or not hasattr(msg["fn"], "batch_shape"):
-            return
-        batch, event = self.shapes[msg["name"]]
-        found = torch.Size(msg["fn"].batch_shape)
-        ordinary = (*(1,) * (-1 - self.dim - len(batch)), *batch)
-        fits = len(found) <= -self.dim and torch.Size(msg["fn"].event_shape) == event
-        for size, expected in zip(reversed(found), reversed(ordinary), strict=False):
-            fits &= size in (1, expected)
-        if not fits:
-            raise ValueError(f"site '{msg['name']}': its shape with particles is another")
+        if is_latent(msg) and msg["name"] in self.names and not msg["done"]:
+            msg["value"] = draw_of(msg["fn"], self.number, self.num_samples)
+            msg["done"] = True
 
 
 class Stop(Messenger):

@@ -11,14 +11,20 @@ Results are taken out from within the innermost function (:func:`unwrapped`), si
 what a function returns over all levels, read or not.
 """
 
+import contextlib
 import copy
+import linecache
 import math
+import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
+import pyro
 import torch
 from pyro.distributions.distribution import COERCIONS
 from pyro.distributions.torch_distribution import TorchDistribution
@@ -29,6 +35,11 @@ from torch.overrides import TorchFunctionMode
 
 Values = Mapping[str, Tensor]
 
+# Where code lies that is not the user's.
+LIBRARIES = tuple(
+    os.path.dirname(str(file)) + os.sep
+    for file in (torch.__file__, pyro.__file__, os.path.dirname(__file__), contextlib.__file__)
+)
 MAX_LOOP = 10_000  # combinations that are worth a call of a distribution's log_prob each
 
 
@@ -71,7 +82,7 @@ def run_mapped(
         torch.func.vmap(inner, randomness="same")(*levels[depth].values())
         return ()
 
-    with _quiet(), _rewritten() if patched else nullcontext():
+    with _quiet(), _by_formula(), _rewritten() if patched else nullcontext():
         enter(0, {})
 
 
@@ -96,7 +107,7 @@ def tensors_of(part: object) -> list[Tensor]:
         tensors.append(tensor)
         return tensor
 
-    _exchange(part, noted)
+    exchange(part, noted)
     return tensors
 
 
@@ -170,7 +181,7 @@ def log_prob_of(fn: Distribution, value: Tensor) -> Tensor:
 
         def alone(value: Tensor, *tensors: Tensor) -> Tensor:
             parts = iter(tensors)
-            return _exchange(fn, lambda _: next(parts)).log_prob(value)  # type: ignore[no-any-return]
+            return exchange(fn, lambda _: next(parts)).log_prob(value)  # type: ignore[no-any-return]
 
         try:
             result = _looped(alone, value, *tensors)
@@ -179,18 +190,28 @@ def log_prob_of(fn: Distribution, value: Tensor) -> Tensor:
         return result
 
 
-def _exchange(part: Any, exchange: Callable[[Tensor], Tensor]) -> Any:
-    """Copy a distribution with other tensors in the place of those that it holds."""
+def exchange(
+    part: Any, change: Callable[[Tensor], Tensor], known: dict[int, Any] | None = None
+) -> Any:
+    """
+    Copy a distribution with other tensors in the place of those that it holds.
+
+    :param known: copies of parts met before: a transform and its inverse hold each other.
+    """
+    known = {} if known is None else known
     if isinstance(part, Tensor):
-        return exchange(part)
+        return change(part)
     if type(part) in (tuple, list):
-        return type(part)(_exchange(item, exchange) for item in part)
+        return type(part)(exchange(item, change, known) for item in part)
     if type(part) is dict:
-        return {key: _exchange(item, exchange) for key, item in part.items()}
+        return {key: exchange(item, change, known) for key, item in part.items()}
     if isinstance(part, Distribution | Transform):
-        result = copy.copy(part)
-        vars(result).update({k: _exchange(item, exchange) for k, item in vars(part).items()})
-        return result
+        if id(part) not in known:
+            known[id(part)] = result = copy.copy(part)
+            vars(result).update(
+                {key: exchange(item, change, known) for key, item in vars(part).items()}
+            )
+        return known[id(part)]
     return part
 
 
@@ -201,7 +222,7 @@ class _Deferred(TorchDistribution):
 
     def __init__(self, cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._made_by = cls, args, kwargs
-        first = type.__call__(cls, *_exchange(args, _first), **_exchange(kwargs, _first))
+        first = type.__call__(cls, *exchange(args, _first), **exchange(kwargs, _first))
         self._support = first.support
         super().__init__(first.batch_shape, first.event_shape, validate_args=False)
 
@@ -243,21 +264,28 @@ def _made_or_deferred(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 def _rewritten() -> Iterator[None]:
     """Let programs run whose operations or distributions torch cannot map as they stand."""
     COERCIONS.append(_made_or_deferred)
+    try:
+        with _Rewritten():
+            yield
+    finally:
+        COERCIONS.remove(_made_or_deferred)
+
+
+@contextmanager
+def _by_formula() -> Iterator[None]:
+    """Apply functions of autograd that torch cannot map by their formula, without a derivative."""
     apply = vars(torch.autograd.Function)["apply"]
 
     def applied(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        """Apply a function of autograd; one that torch cannot map by its formula alone."""
         if cls.setup_context is torch.autograd.Function.setup_context:
             return cls.forward(_NoContext(), *args, **kwargs)
         return apply.__func__(cls, *args, **kwargs)
 
     torch.autograd.Function.apply = classmethod(applied)  # type: ignore[method-assign,assignment]
     try:
-        with _Rewritten():
-            yield
+        yield
     finally:
         torch.autograd.Function.apply = apply  # type: ignore[method-assign]
-        COERCIONS.remove(_made_or_deferred)
 
 
 class _NoContext:
@@ -315,8 +343,14 @@ def _squeeze(tensor: Tensor, *dims: Any, **kwargs: Any) -> Any:
 
 
 def _truth(tensor: Tensor) -> Any:
-    """Take a branch that all combinations take, as of a check whether arguments are valid."""
-    if not _functorch.is_batchedtensor(tensor) or tensor.numel() != 1:
+    """
+    Take a branch that all combinations take, where it is a check.
+
+    Checks are branches within torch and Pyro, and assertions of the user's. Whether another branch
+    is taken depends on the particles, and to combine them in one case and not in the other would
+    be biased: such a program runs once for each particle, whatever they are.
+    """
+    if not is_mapped(tensor) or tensor.numel() != 1 or not _is_check():
         return NotImplemented
     is_true = unwrapped(tensor).tensor.bool()
     if bool(is_true.all()):
@@ -324,9 +358,22 @@ def _truth(tensor: Tensor) -> Any:
     return NotImplemented if bool(is_true.any()) else False
 
 
+def _is_check() -> bool:
+    """Whether the line of a program that looks at a value is within a library, or an assertion."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename == __file__:
+        frame = frame.f_back
+    while frame is not None and frame.f_code.co_name in ("handle_torch_function", "wrapped"):
+        frame = frame.f_back
+    if frame is None or frame.f_code.co_filename.startswith(LIBRARIES):
+        return True
+    line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+    return line.lstrip().startswith("assert ")
+
+
 def _number(tensor: Tensor) -> Any:
     """Take a number out of a tensor if it is the same for all combinations."""
-    if not _functorch.is_batchedtensor(tensor) or tensor.numel() != 1:
+    if not is_mapped(tensor) or tensor.numel() != 1 or not _is_check():
         return NotImplemented
     values = unwrapped(tensor).tensor.flatten()
     return values[0].item() if bool((values == values[0]).all()) else NotImplemented

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""
-Run a model and its guide: plainly, with K particles at once, at values of their latent sites.
+Run a model and its guide: plainly, at values of their latent sites, to draw particles.
 
 * :func:`run_plainly`: one ordinary run of guide and model, to learn the structure. The values
   carry their provenance, so that a site's ``log_prob`` tells which sites it read.
-* :func:`run_in_plate`: a program with K particles of every site in **one shared dim**, just left
-  of the plates, to draw them. Particle ``k`` of a child reads particle ``k`` of its parents.
 * :func:`run_at`: one ordinary run at given values.
 * :func:`evaluate`: guide and model at many values, those of each level in combination with those
   of all others, by :mod:`~pyro_mpis.programs.mapped`. Programs see single values.
+* :func:`draw`: guide and model K times at once, to draw their latent sites.
 """
 
 import contextlib
@@ -29,26 +28,19 @@ from pyro_mpis._typing import Program, SampleMessage
 from pyro_mpis.programs.handlers import (
     AllMet,
     Compare,
+    DrawMapped,
     LiftMasks,
     Stop,
     Substitute,
     Track,
-    Watch,
 )
-from pyro_mpis.programs.mapped import Mapped, Values, run_mapped, unwrapped
+from pyro_mpis.programs.mapped import LIBRARIES, Mapped, Values, run_mapped, unwrapped
 from pyro_mpis.programs.messages import is_delta, is_enumerated, is_latent, statements
 
 Name: TypeAlias = Literal["model", "guide"]
 # What to keep of a site: named tensors computed from its message and all values given, single ones.
 Collect: TypeAlias = Callable[[SampleMessage, Mapping[str, Tensor]], Mapping[str, Tensor]]
 Said: TypeAlias = dict[str, dict[str, Mapped]]  # site -> what was kept of it
-
-PARTICLES = "_mpis_particles"  # name of the plate that draws K particles at once
-# Where code lies that is not the user's.
-LIBRARIES = tuple(
-    os.path.dirname(str(file)) + os.sep
-    for file in (torch.__file__, pyro.__file__, os.path.dirname(__file__), contextlib.__file__)
-)
 
 
 @dataclass(frozen=True)
@@ -144,31 +136,6 @@ def _run_both(
     return programs, guide_trace, model_trace
 
 
-def run_in_plate(
-    programs: Programs,
-    name: Name,
-    *,
-    num_samples: int,
-    dim: int,
-    given: Mapping[str, Tensor],
-    shapes: Mapping[str, tuple[torch.Size, torch.Size]],
-) -> tuple[Trace, Mapping[str, torch.Size]]:
-    """
-    Run a program with a shared dim of particles; draws random numbers.
-
-    :param dim: the shared dim, a batch dim left of all plates.
-    :param given: values, with the shared dim, of the sites that are not to be drawn.
-    :param shapes: batch and event shapes of all sites in an ordinary run.
-    :return: the trace; and each distribution's batch shape before the particles' plate expands it.
-    :raises Exception: whatever the program raises, if it is not vectorised.
-    """
-    handler = Substitute(given)
-    plate = pyro.plate(PARTICLES, num_samples, dim=dim)
-    with pyro.validation_enabled(False), plate, Watch(shapes, dim):
-        trace = _traced(programs, name, handler, ())
-    return trace, handler.batch_shapes
-
-
 def run_at(programs: Programs, name: Name, values: Mapping[str, Tensor]) -> Trace:
     """Run a program once, with values of some of its latent sites; others are drawn."""
     with Substitute(values):
@@ -254,6 +221,63 @@ def evaluate(
 
     run_mapped(at_single_values, levels, patched=programs.patched)
     return from_guide, from_model
+
+
+def draw(
+    programs: Programs,
+    num_samples: int,
+    *,
+    guide: Wanted,
+    model: Wanted,
+    shapes: Mapping[str, torch.Size],
+) -> tuple[Said, Said]:
+    """
+    Draw particles of latent sites: one mapped run of guide and model; draws random numbers.
+
+    Particle k of a site is drawn given particle k of all sites that it reads.
+
+    :param guide: which of the guide's sites to draw, and what to keep of them.
+    :param model: likewise of the model's; a site that the guide has takes its value from there.
+    :param shapes: as for :func:`evaluate`.
+    :raises NotMappableError: if torch cannot map a program; it names the line.
+    """
+    from_guide: Said = {}
+    from_model: Said = {}
+
+    def at_single_values(values: dict[str, Tensor]) -> None:
+        number = values.pop(PARTICLE)
+        trace = _drawn(programs, "guide", {}, guide, number, num_samples, from_guide)
+        if not model.collect:
+            return
+        given = {
+            name: site["value"].reshape(shapes[name])
+            for name, site in statements(trace).items()
+            if is_latent(site) and name in shapes
+        }
+        _drawn(programs, "model", given, model, number, num_samples, from_model)
+
+    run_mapped(at_single_values, [{PARTICLE: torch.arange(num_samples)}], patched=programs.patched)
+    return from_guide, from_model
+
+
+PARTICLE = "number of the particle"
+
+
+def _drawn(
+    programs: Programs,
+    name: Name,
+    given: Mapping[str, Tensor],
+    wanted: Wanted,
+    number: Tensor,
+    num_samples: int,
+    said: Said,
+) -> Trace:
+    """Run a program within a mapped run, and draw some of its sites."""
+    until = () if name == "guide" else wanted.collect
+    with DrawMapped(wanted.collect, number, num_samples):
+        trace = _at(programs, name, given, until, wanted.all_sites)
+    _keep(trace, wanted, {}, said)
+    return trace
 
 
 def _at(

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Draw from a distribution within a mapped run: one value for each particle.
+
+Torch cannot draw from most distributions under vmap. So the distribution is taken out of the mapped
+run: a copy of it holds all particles' arguments, in a batch dim left of all others. Where its
+arguments do not have all batch dims, so that a dim on the left would meet another, particles are
+drawn one after the other.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from pyro.distributions import MaskedDistribution
+from torch import Tensor
+from torch._C import _functorch
+from torch.distributions import Distribution, Independent, Transform, TransformedDistribution
+
+from pyro_mpis.programs.mapped import exchange, is_mapped, tensors_of, unwrapped
+
+
+def draw_of(fn: Any, number: Tensor, num_samples: int) -> Tensor:
+    """
+    Draw a value for each particle; draws random numbers.
+
+    :param number: the particle's number, mapped at the level of the particles.
+    :return: the value, mapped at that level: ``(*batch shape, *event shape)``.
+    """
+    values = _together(fn, num_samples)
+    if values is None:
+        values = torch.stack([_alone(fn, k) for k in range(num_samples)])
+    level = _functorch.maybe_get_level(number)
+    mapped: Tensor = _functorch._add_batch_dim(values, 0, level)
+    return mapped
+
+
+def _together(fn: Any, num_samples: int) -> Tensor | None:
+    """Draw all particles at once: ``(K, *shape)``; None if that is not possible."""
+    if not isinstance(fn, Distribution):
+        return None
+    shape = torch.Size((num_samples, *fn.batch_shape, *fn.event_shape))
+    if not any(map(is_mapped, tensors_of(fn))):
+        try:
+            values = fn.expand(torch.Size((num_samples, *fn.batch_shape)))()
+        except NotImplementedError:
+            return None
+    elif _has_all_dims(fn):
+        values = _lifted(fn, num_samples)()
+    else:
+        return None
+    return values if values.shape == shape else None
+
+
+def _alone(fn: Any, particle: int) -> Tensor:
+    """Draw one particle."""
+
+    def at(tensor: Tensor) -> Tensor:
+        mapped = unwrapped(tensor)
+        return mapped.tensor[particle] if mapped.levels else tensor
+
+    value: Tensor = exchange(fn, at)()
+    return value
+
+
+def _has_all_dims(fn: Distribution) -> bool:
+    """Whether all tensors of a distribution, and of its parts, have all of its batch dims."""
+    if isinstance(fn, Independent | MaskedDistribution):
+        return _has_all_dims(fn.base_dist)
+    batch = tuple(fn.batch_shape)
+    if isinstance(fn, TransformedDistribution):
+        shape = (*batch, *fn.event_shape)
+        tensors = tensors_of(fn.transforms)
+        same = all(tuple(tensor.shape) == shape for tensor in tensors)
+        return same and tuple(fn.base_dist.batch_shape) == batch and _has_all_dims(fn.base_dist)
+    for name, part in vars(fn).items():
+        if isinstance(part, Tensor):
+            if batch and name.startswith("_unbroadcasted"):
+                return False
+            if tuple(part.shape[: len(batch)]) != batch:
+                return False
+        elif isinstance(part, Distribution) and not _has_all_dims(part):
+            return False
+        elif isinstance(part, Transform | list | tuple | dict) and tensors_of(part):
+            return False
+    return True
+
+
+def _lifted(fn: Any, num_samples: int) -> Any:
+    """Copy a distribution with all particles' arguments, in a batch dim on the left."""
+    if isinstance(fn, Tensor):
+        mapped = unwrapped(fn)
+        return mapped.tensor if mapped.levels else fn.expand((num_samples, *fn.shape))
+    if isinstance(fn, list):
+        return [_lifted(part, num_samples) for part in fn]
+    if not isinstance(fn, Distribution | Transform):
+        return fn
+    result = copy.copy(fn)
+    vars(result).update({name: _lifted(part, num_samples) for name, part in vars(fn).items()})
+    if isinstance(result, Distribution):
+        result._batch_shape = torch.Size((num_samples, *result._batch_shape))
+    return result
