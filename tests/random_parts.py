@@ -20,6 +20,7 @@ class Latent:
     event: int | None = None  # length of its event, a vector
     values: int = 0  # of a categorical one
     positive: bool = False
+    simplex: bool = False  # its event is one of probabilities
 
 
 @dataclass
