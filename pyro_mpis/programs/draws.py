@@ -60,6 +60,8 @@ def _alone(fn: Any, particle: int) -> Tensor:
         return mapped.tensor[particle] if mapped.levels else tensor
 
     value: Tensor = exchange(fn, at)()
+    if is_mapped(value):
+        raise RuntimeError(f"{type(fn).__name__} holds values of latents out of reach")
     return value
 
 

@@ -205,7 +205,7 @@ def exchange(
         return type(part)(exchange(item, change, known) for item in part)
     if type(part) is dict:
         return {key: exchange(item, change, known) for key, item in part.items()}
-    if isinstance(part, Distribution | Transform):
+    if isinstance(part, Distribution | Transform) or hasattr(part, "log_prob"):
         if id(part) not in known:
             known[id(part)] = result = copy.copy(part)
             vars(result).update(
