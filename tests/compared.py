@@ -119,10 +119,9 @@ def _check_pair(posterior: MPImportance, truth: Exact, one: str, other: str) -> 
     ]
     if not (plates[0] <= plates[1] or plates[1] <= plates[0]):
         return
-    inside = [
-        set(truth.problem.index_of[n].plates) for n in (one, other) if n in truth.problem.index_of
-    ]
-    crossing = len(inside) == 2 and not (inside[0] <= inside[1] or inside[1] <= inside[0])
+    index_of = truth.problem.index_of
+    held = [set(index_of[name].plates) for name in (one, other) if name in index_of]
+    crossing = len(held) == 2 and not (held[0] <= held[1] or held[1] <= held[0])
     try:
         found = posterior.moments(
             lambda x, y: x.to(truth.probs.dtype).sum() * y.to(truth.probs.dtype).sum(), one, other
