@@ -11,11 +11,13 @@ from _cases import Case
 from _measure import GIB
 from pyro.infer import TraceTMC_ELBO, config_enumerate
 
-from pyro_mpis import MPImportance, factors, memory
+from pyro_mpis import MPImportance
 from pyro_mpis import blocks as package_blocks
-from pyro_mpis._typing import SampleMessage
-from pyro_mpis.blocks import BlockSum, Builder, Ranges, Workers
-from pyro_mpis.handlers import Programs, replay
+from pyro_mpis.blocks import BlockSum, Ranges, Replicate, Workers
+from pyro_mpis.particles import evaluation, memory
+from pyro_mpis.particles.drawing import Drawn
+from pyro_mpis.programs.mapped import Values
+from pyro_mpis.programs.runs import Programs, Said
 
 Function = Callable[[], float | None]
 MEMORY_LIMIT = 3 * GIB // 2  # of runs in blocks
@@ -67,30 +69,31 @@ def samples(case: Case, num_samples: int) -> Function:
 
 def floor(case: Case, num_samples: int) -> Function:
     """
-    Return a function that evaluates every log_prob of the model once, in its dedicated dims.
+    Return a function that evaluates every log_prob of the model once, at all combinations.
 
     It gives the number of entries of the largest.
     """
-    calls: list[Callable[[], dict[str, SampleMessage]]] = []
+    calls: list[Callable[[], tuple[Said, Said]]] = []
+    evaluate = evaluation.evaluate
 
-    def recorded(programs: Programs, name: str, **kwargs: object) -> dict[str, SampleMessage]:
-        if name == "model":
-            calls.append(functools.partial(replay, programs, name, **kwargs))
-        return replay(programs, name, **kwargs)
+    def recorded(programs: Programs, levels: list[Values], **kwargs: object) -> tuple[Said, Said]:
+        calls.append(functools.partial(evaluate, programs, levels, **kwargs))
+        return evaluate(programs, levels, **kwargs)
 
     piece = memory.PIECE_BYTES
-    factors.replay, memory.PIECE_BYTES = recorded, 2**62  # all at once, not in pieces
+    evaluation.evaluate, memory.PIECE_BYTES = recorded, 2**62  # all at once, not in pieces
     try:
         inference(case, num_samples)
     finally:
-        factors.replay, memory.PIECE_BYTES = replay, piece
+        evaluation.evaluate, memory.PIECE_BYTES = evaluate, piece
 
-    def evaluate() -> float:
+    def evaluated() -> float:
         with torch.no_grad(), pyro.validation_enabled(False):
-            sites = calls[0]().values()
-            return float(max(site["fn"].log_prob(site["value"]).numel() for site in sites))
+            _, said = calls[0]()
+            log_probs = [parts["log_prob"].tensor for parts in said.values() if "log_prob" in parts]
+            return float(max(log_prob.numel() for log_prob in log_probs))
 
-    return evaluate
+    return evaluated
 
 
 def one_block(case: Case, num_samples: int) -> tuple[float, int]:
@@ -98,9 +101,11 @@ def one_block(case: Case, num_samples: int) -> tuple[float, int]:
     evaluate = package_blocks.evaluate
     counts: list[int] = []
 
-    def first(builder: Builder, blocks: Sequence[Ranges], workers: Workers) -> BlockSum:
+    def first(
+        replicate: Replicate, blocks: Sequence[Ranges], drawn: Drawn, workers: Workers
+    ) -> BlockSum:
         counts.append(len(blocks))
-        return evaluate(builder, blocks[:1], workers)
+        return evaluate(replicate, blocks[:1], drawn, workers)
 
     package_blocks.evaluate = first
     try:

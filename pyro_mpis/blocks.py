@@ -102,7 +102,7 @@ class Replicate:
         :raises ReadTogether: if they are not right.
         """
         block, parts = self.cut(ranges)
-        graphs = self.evaluated(block, parts, check=check)
+        graphs = self.evaluated(block, ranges, parts, check=check)
         return _put_together(map(reduced, graphs), parts, block.sizes)
 
     def evaluate_first(self, ranges: Ranges, drawn: Drawn) -> "tuple[Replicate, FactorGraph]":
@@ -120,12 +120,13 @@ class Replicate:
             self = replace(self, particles=first)
         graph = build_graph(structure, first, evaluated)
         reads = self._find_reads(graph, first, drawn)
+        of_first = _reads_at(_reads_at(reads, ranges), parts[0])
         if validate and reads:
-            self._check(reads, graph, first, together=False)
-        graph = regroup_indexed(graph, reads)
+            self._check(of_first, graph, first, together=False)
+        graph = regroup_indexed(graph, of_first)
         check_crossing(graph)
         replicate = replace(self, reads=reads)
-        others = replicate.evaluated(block, parts[1:], check=validate)
+        others = replicate.evaluated(block, ranges, parts[1:], check=validate)
         graphs = itertools.chain([graph], others)
         return replicate, _put_together(map(reduced, graphs), parts, block.sizes)
 
@@ -140,7 +141,7 @@ class Replicate:
         if fixed is not None:
             graph, first = build_graph(structure, fixed, self._evaluate(fixed)), fixed
         # All particles, not this block's: a few may all decide alike which element is read.
-        reads = find_reads(graph, structure, fixed or self.particles, programs)
+        reads = find_reads(graph, structure, fixed or self.particles, programs, self.plan.switched)
         shares_levels = len(structure.indices) > UNIQUE_LEVELS
         plated = any(graph.index_plates.values())
         if shares_levels or (self.environment.validate and plated and not reads):
@@ -174,16 +175,33 @@ class Replicate:
         return block, split(block.sizes, self.plan.cut.pieces, smallest=2)
 
     def evaluated(
-        self, block: Particles, parts: Iterable[Ranges], *, check: bool = False
+        self,
+        block: Particles,
+        ranges: Ranges,
+        parts: Iterable[Ranges],
+        *,
+        check: bool = False,
     ) -> Iterator[FactorGraph]:
-        """Evaluate pieces of a block one after the other."""
+        """
+        Evaluate pieces of a block one after the other.
+
+        :param ranges: the particles of the block, of all of them.
+        :param parts: those of each piece, of the block's.
+        """
         assert self.reads is not None
+        of_block = _reads_at(self.reads, ranges)
         for part in parts:
             particles = block.block(self.structure, part)
             graph = build_graph(self.structure, particles, self._evaluate(particles))
-            if check and self.reads:
-                self._check(self.reads, graph, particles, together=False)
-            yield regroup_indexed(graph, self.reads)
+            reads = _reads_at(of_block, part)
+            if check and reads:
+                self._check(reads, graph, particles, together=False)
+            yield regroup_indexed(graph, reads)
+
+
+def _reads_at(reads: SiteReads, ranges: Ranges) -> SiteReads:
+    """Return what is read at a part of the particles."""
+    return {name: site.at(ranges) for name, site in reads.items()}
 
 
 @dataclass(frozen=True)
@@ -313,7 +331,7 @@ def _graphs(total: BlockSum) -> Iterable[FactorGraph]:
     if total.traces:
         return [total.whole]
     block, parts = total.replicate.cut(total.blocks[0])
-    return total.replicate.evaluated(block, parts)
+    return total.replicate.evaluated(block, total.blocks[0], parts)
 
 
 def _room(tensor: Tensor, dims: str, sizes: Mapping[str, int]) -> Tensor:
@@ -356,6 +374,9 @@ def _evaluated(plan: Plan, drawn: Drawn, workers: Workers) -> BlockSum:
             blocks = split(particles.sizes, plan.cut.blocks)
             return evaluate(Replicate(plan, particles), blocks, drawn, workers)
         except ReadTogether as found:
+            if found.by_index and found.by_index not in plan.switched:
+                plan = replace(plan, switched=(*plan.switched, found.by_index))
+                continue
             if found.differs and not followed and _may_have_missed(plan.structure):
                 followed = True
                 plan = _followed(plan, drawn)

@@ -49,6 +49,9 @@ class Plan:
     device: str = "cpu"
     environment: Environment = field(default_factory=Environment)
     notices: tuple[str, ...] = ()  # what the user is to be told
+    switched: tuple[
+        str, ...
+    ] = ()  # sites that read other elements at some particles than at others
 
     @property
     def num_samples(self) -> int:

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random programs with their guides; :mod:`random_models` writes the models."""
 
-from random_models import AUXILIARY, PARALLEL, Generated, Latent, Writer
+from random_expressions import AUXILIARY, PARALLEL
+from random_models import Writer
+from random_parts import Generated, Latent
 
 
 class GuideWriter:
@@ -52,6 +54,8 @@ class GuideWriter:
             if auxiliary < 0.5:
                 return self.carried(latent, f"Normal({loc}, 0.8)", "{0}.exp()", "-{0}")
             text = f"LogNormal(0.5 * torch.tanh({loc} + torch.zeros(())), 0.8)"
+        elif latent.simplex:
+            text = f"Dirichlet(torch.ones({latent.event}) + {self.rng.choice([0.2, 1.0])})"
         elif latent.event:
             event = latent.event
             text = f"Normal({writer.tensor(event)}, 1.2)"
@@ -72,6 +76,11 @@ class GuideWriter:
                 delta = f"dist.Delta({value}, log_density=0.1 * {source})"
                 return writer.inside(plates, f"{name} = pyro.sample('{name}', {delta})")
             text = f"Normal({loc}, 1.2)"
+            if len(writer.shape(plates)) == 1 and self.rng.random() < 0.1:  # one vector for a plate
+                text, plates = (
+                    f"Normal({writer.tensor(writer.size(plates[0]))}, 1.2).to_event(1)",
+                    (),
+                )
         mark = PARALLEL if PARALLEL in statement and self.rng.random() < 0.5 else ""
         return writer.inside(plates, f"{name} = pyro.sample('{name}', dist.{text}{mark})") + long
 

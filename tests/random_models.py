@@ -1,247 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Random Pyro programs, written for single values, as source text.
+Random models, written for single values, as source text.
 
 A seed gives a program of few cells: latents in plates that nest, follow each other or cross, read
-in every way that a user may write, and a guide for some of them. Its text is what a failing test
-shows, to be shortened by hand.
+in every way that a user may write.
 """
 
-import random
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from random_expressions import PARALLEL, POSITIVE, REAL, Expressions
+from random_parts import Latent
 
-import pyro
-import torch
-from pyro import distributions as dist
-from pyro import poutine
-
-AUXILIARY = "infer={'is_auxiliary': True}"
-PARALLEL = ", infer={'enumerate': 'parallel'}"
-REAL = ("Normal({loc}, {scale})", "StudentT(5.0, {loc}, {scale})", "Laplace({loc}, {scale})")
-POSITIVE = (
-    "LogNormal(0.4 * torch.tanh({loc} + torch.zeros(())), 0.5)",
-    "Gamma(3.0, {scale} + 1.0)",
-)
+KINDS = ["real"] * 4 + ["pos", "vec", "vec", "cat", "cat", "bern", "free", "dir"]
+STYLES = ["plain"] * 5 + ["pois", "bern", "free", "vec", "ord", "mix", "event", "cat"]
 
 
-@dataclass(frozen=True)
-class Latent:
-    """A latent that later statements may read."""
-
-    name: str
-    plates: tuple[str, ...]
-    event: int | None = None  # length of its event, a vector
-    values: int = 0  # of a categorical one
-    positive: bool = False
-
-
-@dataclass
-class Generated:
-    """A program's text, and what is to be expected of it."""
-
-    seed: int
-    num_particles: int
-    model: str
-    guide: str
-    groups: list[tuple[str, ...]]
-    may_share: bool  # whether elements of a plate may have to share an index
-    branches: bool  # whether it runs once for each particle
-
-    @property
-    def source(self) -> str:
-        return f"{self.model}\n{self.guide}\n# K={self.num_particles}, groups={self.groups}"
-
-    def programs(self) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
-        names: dict[str, Any] = {"pyro": pyro, "torch": torch, "dist": dist, "poutine": poutine}
-        exec(self.model + "\n" + self.guide, names)
-        return names["model"], names.get("guide")
-
-
-LAYOUTS: list[dict[str, tuple[int, int, tuple[str, ...]]]] = [  # plate -> size, dim, plates around
-    {},
-    {"p": (2, -1, ())},
-    {"p": (3, -1, ())},
-    {"p": (2, -1, ()), "q": (2, -2, ("p",))},
-    {"p": (2, -2, ()), "q": (2, -1, ("p",))},
-    {"p": (2, -1, ()), "q": (3, -1, ())},
-    {"p": (2, -1, ()), "q": (2, -1, ())},
-    {"p": (2, -2, ()), "q": (2, -1, ())},  # they cross
-    {"p": (2, -2, ()), "q": (3, -1, ())},
-]
-
-
-@dataclass
-class Writer:
+class Writer(Expressions):
     """Writes one program."""
-
-    seed: int
-    max_combinations: int = 260
-    latents: list[Latent] = field(default_factory=list)
-    may_share: bool = False
-    branches: bool = False
-    reads_by_index: bool = False  # once: a second time plates may cross
-
-    def __post_init__(self) -> None:
-        self.rng = random.Random(self.seed)
-        self.layout = dict(self.rng.choice(LAYOUTS))
-        self.num_particles = self.rng.choice([2, 2, 2, 3])
-        self.combinations = 1
-        self.crossing = any(d[1] == -2 and not d[2] for d in self.layout.values()) and (
-            "q" in self.layout and not self.layout["q"][2]
-        )
-
-    def chance(self, probability: float) -> bool:
-        return self.rng.random() < probability
-
-    def number(self) -> str:
-        return f"{self.rng.uniform(-1.5, 1.5):.2f}"
-
-    def tensor(self, *shape: int) -> str:
-        def nested(sizes: tuple[int, ...]) -> Any:
-            if not sizes:
-                return round(self.rng.uniform(-1.5, 1.5), 2)
-            return [nested(sizes[1:]) for _ in range(sizes[0])]
-
-        return f"torch.tensor({nested(shape)})"
-
-    def integers(self, below: int, *shape: int) -> str:
-        def nested(sizes: tuple[int, ...]) -> Any:
-            if not sizes:
-                return self.rng.randrange(below)
-            return [nested(sizes[1:]) for _ in range(sizes[0])]
-
-        return f"torch.tensor({nested(shape)})"
-
-    # Plates and shapes.
-
-    def dim(self, plate: str) -> int:
-        return {"o": (3, -1, ()), **self.layout}[plate][1]
-
-    def size(self, plate: str) -> int:
-        return {"o": (3, -1, ()), **self.layout}[plate][0]
-
-    def shape(self, plates: tuple[str, ...]) -> tuple[int, ...]:
-        depth = max([-self.dim(plate) for plate in plates], default=0)
-        by_dim = {self.dim(plate): self.size(plate) for plate in plates}
-        return tuple(by_dim.get(dim, 1) for dim in range(-depth, 0))
-
-    def places(self) -> list[tuple[str, ...]]:
-        """Return the sets of plates that a site may be in."""
-        result: list[tuple[str, ...]] = [()]
-        for plate, (_, _, around) in self.layout.items():
-            result.append((*around, plate))
-        if self.crossing:
-            result.append(("p", "q"))
-        return result
-
-    def elements(self, plates: tuple[str, ...]) -> int:
-        return torch.Size(self.shape(plates)).numel()
-
-    # Expressions.
-
-    def scalar_of(self, latent: Latent) -> str:
-        """Reduce a latent to one real number for each plate element."""
-        name, batch = latent.name, len(self.shape(latent.plates))
-        if latent.values:
-            table = self.tensor(latent.values)
-            return self.rng.choice([f"{table}[{name}]", f"{table}[{name}]", f"(0.7 * {name})"])
-        if latent.event is None:
-            options = ["{}", "{}", "{}", "torch.sin({})", "(0.5 * {})", "{}.tanh()", "{}.abs()"]
-            if not latent.plates:
-                options += ["torch.stack([{0}, torch.tensor({1})]).prod()", "{}.reshape(-1)[0]"]
-                options += ["torch.where({0} > 0, {0}, {1})"]
-            return self.rng.choice(options).format(name, self.number())
-        weights = self.tensor(latent.event)
-        options = [f"{name}[{':, ' * batch}0]", f"{name}[..., 1]", f"{name}.sum(-1)"]
-        options += [
-            f"({name} @ {weights})",
-            f"({name} / {name}.norm(dim=-1, keepdim=True))[..., 1]",
-        ]
-        options += [f"{name}.logsumexp(-1)", f"{name}.max(-1).values", f"{name}.cumsum(-1)[..., 1]"]
-        if not latent.plates:
-            matrix = self.tensor(2, latent.event)
-            options += [f"{name}[0]", f"{name}[-1]", f"({matrix} @ {name}).prod()"]
-            options += [f"torch.stack([{name}[1], {name}[0]])[0]", f"({name} @ {name}).sqrt()"]
-            options += [f"({name} / {name}.norm())[0]", f"{name}.reshape(-1).softmax(0)[1]"]
-            options += [f"torch.outer({name}, {name})[0, 1]", f"{name}.flip(0)[0]"]
-        return self.rng.choice(options)
-
-    def mixed(self, text: str, latent: Latent, plate: str) -> str:
-        """Mix the elements of a plate, in its own shape."""
-        self.may_share = True
-        dim = self.dim(plate)
-        return self.rng.choice(
-            [
-                "{0}.cumsum({1})",
-                "{0}.softmax({1})",
-                "({0} - {0}.mean({1}, keepdim=True))",
-                "{0}.flip({1})",
-                "{0}.roll(1, {1})",
-                "({0} / ({0}.norm() + 0.1))",
-            ]
-        ).format(text, dim)
-
-    def read(self, latent: Latent, plates: tuple[str, ...]) -> str | None:
-        """Read a latent at a site of some plates; None if there is no way."""
-        text = self.scalar_of(latent)
-        foreign = [plate for plate in latent.plates if plate not in plates]
-        shape = self.shape(latent.plates)
-        if not foreign:
-            if latent.plates and self.chance(0.12):
-                text = self.mixed(text, latent, self.rng.choice(latent.plates))
-            return text
-        if len(shape) == 1:
-            (plate,) = foreign
-            same_dim = [p for p in plates if self.dim(p) == -1]
-            if same_dim and self.chance(0.7):
-                self.may_share |= self.reads_by_index
-                self.reads_by_index = True
-                return f"({text})[{self.integers(self.size(plate), self.size(same_dim[0]))}]"
-            self.may_share = True
-            selectors = [
-                z
-                for z in self.latents
-                if 0 < z.values <= self.size(plate) and set(z.plates) <= set(plates)
-            ]
-            if selectors and self.chance(0.6):
-                return f"({text})[{self.rng.choice(selectors).name}]"
-            options = ["({}).sum()", "({}).mean()", "({})[0]", "({}).softmax(0)[0]"]
-            options += ["({}).logsumexp(0)", "({}).prod()", "({}).norm()", "({}).cumsum(0)[-1]"]
-            options += ["({0} @ {1})"]
-            return self.rng.choice(options).format(text, self.tensor(self.size(plate)))
-        self.may_share = True
-        if set(foreign) == set(latent.plates):
-            return self.rng.choice(["({}).sum()", "({}).mean()", "({}).reshape(-1)[0]"]).format(
-                text
-            )
-        (plate,) = foreign
-        operation = self.rng.choice(["sum", "mean", "logsumexp"])
-        keep = "" if self.dim(plate) == -2 else ", keepdim=True"
-        return f"({text}).{operation}({self.dim(plate)}{keep})"
-
-    def real(self, plates: tuple[str, ...], most: int = 3) -> str:
-        """Return a real number for each plate element, of up to ``most`` latents."""
-        terms = []
-        if self.latents:
-            number = self.rng.randint(1 if self.chance(0.9) else 0, most)
-            for latent in self.rng.sample(self.latents, min(number, len(self.latents))):
-                term = self.read(latent, plates)
-                if term is not None:
-                    terms.append(term)
-        if not terms or self.chance(0.3):
-            terms.append(self.number())
-        result = terms[0]
-        for term in terms[1:]:
-            result = f"({result} {self.rng.choice(['+', '+', '-', '*'])} {term})"
-        return result
-
-    def scale(self, plates: tuple[str, ...]) -> str:
-        positive = [v for v in self.latents if v.positive and set(v.plates) <= set(plates)]
-        if positive and self.chance(0.4):
-            return f"({self.rng.choice(positive).name} + 0.3)"
-        return f"{self.rng.uniform(0.5, 1.5):.2f}"
 
     # Statements.
 
@@ -261,13 +34,13 @@ class Writer:
         plates = self.rng.choice(self.places())
         self.may_share |= self.crossing and len(plates) > 1
         name, cells = f"z{number}", self.elements(plates)
-        kind = self.rng.choice(["real"] * 4 + ["pos", "vec", "vec", "cat", "cat", "bern", "free"])
+        kind = self.rng.choice(KINDS)
         enumerated = kind in ("cat", "bern") and self.chance(0.5)
         values = {"cat": 2 if self.chance(0.5) else 3, "bern": 2}.get(kind, 0)
         if not self.spend(cells, values if enumerated else self.num_particles):
             return []
         mark = PARALLEL if enumerated else ""
-        event = self.rng.choice([2, 3]) if kind in ("vec", "free") else None
+        event = self.rng.choice([2, 3]) if kind in ("vec", "free", "dir") else None
         if kind == "real":
             text = self.rng.choice(REAL).format(loc=self.real(plates, 2), scale=self.scale(plates))
         elif kind == "pos":
@@ -279,10 +52,16 @@ class Writer:
         elif kind == "cat":
             text = f"Categorical(logits={self.tensor(values)})"
             parents = [z for z in self.latents if z.values and set(z.plates) <= set(plates)]
-            if parents and self.chance(0.7):
+            simplices = [z for z in self.latents if z.simplex and z.event == values]
+            simplices = [z for z in simplices if set(z.plates) <= set(plates) or len(z.plates) == 1]
+            if simplices and self.chance(0.7):
+                text = f"Categorical({self.row(self.rng.choice(simplices), plates)})"
+            elif parents and self.chance(0.7):
                 parent = self.rng.choice(parents)
                 rows = self.tensor(parent.values, values)
                 text = f"Categorical(logits={rows}[{parent.name}])"
+        elif kind == "dir":
+            text = f"Dirichlet(torch.ones({event}) + 0.5)"
         else:
             assert event is not None
             text = self.rng.choice(
@@ -297,9 +76,7 @@ class Writer:
             elif not plates and self.chance(0.3):
                 loc = f"{self.real((), 2)} * {self.tensor(event)}"
                 text = f"MultivariateNormal({loc}, torch.eye({event}) + 0.3)"
-        self.latents.append(
-            Latent(name, plates, event, values if kind != "bern" else 2, kind == "pos")
-        )
+        self.latents.append(Latent(name, plates, event, values, kind == "pos", kind == "dir"))
         convert = f"{name} = {name}.long()" if kind == "bern" and self.chance(0.5) else ""
         lines = self.inside(plates, f"{name} = pyro.sample('{name}', dist.{text}{mark})")
         if kind == "bern" and not convert:  # a number, not an index
@@ -315,7 +92,7 @@ class Writer:
         self.may_share |= self.crossing and len(plates) > 1
         shape = self.shape(plates)
         loc = self.real(plates)
-        style = self.rng.choice(["plain"] * 5 + ["pois", "bern", "free", "vec", "ord", "mix"])
+        style = self.rng.choice(STYLES)
         scale = self.scale(plates)
         if style == "pois":
             data = self.integers(4, *shape)
@@ -337,6 +114,14 @@ class Writer:
                     f"MultivariateNormal({vector}, torch.eye(3))",
                 ]
             )
+        elif style == "event":
+            data = self.tensor(*shape, 2)
+            loc = f"({loc} + torch.zeros({shape})).unsqueeze(-1)"
+            text = f"Normal({loc} * {self.tensor(2)}, {self.rng.choice([0.7, 1.1])}).to_event(1)"
+        elif style == "cat":
+            data = self.integers(2, *shape)
+            loc = f"({loc} + torch.zeros({shape})).unsqueeze(-1)"
+            text = f"Categorical(logits={loc} * {self.tensor(2)})"
         elif style == "ord":
             plates, data = (), "torch.tensor(1)"
             text = f"OrderedLogistic({self.real(())} + torch.zeros(()), torch.tensor([-0.5, 0.8]))"
@@ -352,7 +137,10 @@ class Writer:
         statement = f"pyro.sample('{name}', dist.{text}, obs={data})"
         lines = self.inside(plates, statement)
         wrapper = ""
-        if self.chance(0.15) and style in ("plain", "pois", "bern") and plates:
+        owners = [v for v in self.latents if not v.event and set(v.plates) <= set(plates)]
+        if self.chance(0.1) and style == "plain" and plates and owners:
+            wrapper = f"poutine.mask(mask={self.rng.choice(owners).name} > 0.4)"
+        elif self.chance(0.15) and style in ("plain", "pois", "bern") and plates:
             wrapper = f"poutine.mask(mask={self.integers(2, *shape)}.bool())"
         elif self.chance(0.15):
             wrapper = f"poutine.scale(scale={self.rng.uniform(0.5, 2.0):.1f})"
@@ -360,36 +148,13 @@ class Writer:
             lines = [f"    with {wrapper}:", *(f"    {line}" for line in lines)]
         return lines
 
-    def vector(self, size: int) -> str:
-        """Return a vector computed from latents, in no plate."""
-        options = [""]
-        for latent in self.latents:
-            name, event = latent.name, latent.event
-            if event and not latent.plates:
-                options.append(f"({self.tensor(size, event)} @ {name})")
-                options.append(f"{name}[{self.integers(event, size)}]")
-            if len(self.shape(latent.plates)) == 1 and not event and not latent.values:
-                plated = self.size(latent.plates[0])
-                options += [f"{name}[{self.integers(plated, size)}] + 0.0"] * 2
-                options.append(f"({self.tensor(size, plated)} @ {name}.double())")
-                options += [f"{name}.double()", f"{name}.cumsum(0)"] if plated == size else []
-        chosen = self.rng.choice(options)
-        if not chosen:
-            return f"({self.real(())} * {self.tensor(size)})"
-        plated_names = [latent.name for latent in self.latents if latent.plates]
-        if any(name in chosen for name in plated_names):
-            self.may_share |= self.reads_by_index or "@" in chosen or "cumsum" in chosen
-            self.reads_by_index = True
-        return chosen
-
     def model(self) -> str:
         lines = ["def model():"]
         for plate in [*self.layout, "o"]:
             lines.append(
                 f"    {plate} = pyro.plate('{plate}', {self.size(plate)}, dim={self.dim(plate)})"
             )
-        number = self.rng.randint(1, 5)
-        for i in range(number):
+        for i in range(self.rng.randint(1, 5 if self.layout else 8)):
             lines += self.latent(i)
         scalars = [v for v in self.latents if not v.plates and v.event is None and not v.values]
         if self.chance(0.15):

@@ -129,15 +129,19 @@ class Singles:
         """Find, by changing one random site after the other, what each Delta is computed from."""
         result: dict[str, set[str]] = {name: set() for name in self.carried}
         for source in self._random():
-            if source not in self.guide_sites or self.num_particles < 2:
+            if source not in self.guide_sites:
                 continue
-            other = self.run_guide({**first, source: self.drawn[source][1]})
-            for name in self.carried:
-                before, after = self.guide_sites[name], other[name]
-                same = torch.equal(before["value"], after["value"])
-                densities = [log_prob_of(site) for site in (before, after)]
-                if not same or not torch.equal(*densities):
-                    result[name].add(source)
+            fn = self.guide_sites[source]["fn"]
+            others = list(self.drawn[source][1:])
+            if fn.has_enumerate_support:  # particles may all be the same
+                others += list(fn.enumerate_support(expand=True))
+            for value in others:
+                changed = self.run_guide({**first, source: value})
+                for name in self.carried:
+                    before, after = self.guide_sites[name], changed[name]
+                    same = torch.equal(before["value"], after["value"])
+                    if not same or not torch.equal(log_prob_of(before), log_prob_of(after)):
+                        result[name].add(source)
         return result
 
     def _plates(self, name: str, carriers: Mapping[str, set[str]]) -> set[tuple[str, int, int]]:

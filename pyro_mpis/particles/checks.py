@@ -24,7 +24,7 @@ from torch import Tensor
 from pyro_mpis._typing import Ordinal
 from pyro_mpis.factor_graph.graph import FactorGraph, LogFactor
 from pyro_mpis.particles.evaluation import wanted_of_guide, wanted_of_model
-from pyro_mpis.particles.probes import NONE, SiteReads, unravel
+from pyro_mpis.particles.probes import NONE, ElementReads, SiteReads, unravel
 from pyro_mpis.particles.proposals import Particles
 from pyro_mpis.programs.mapped import Mapped
 from pyro_mpis.programs.runs import Programs, evaluate
@@ -209,30 +209,50 @@ def _at_mixture(
         if ordinal <= factor.plates:
             chosen = graph.to_plates(chosen, plates, left=1)
         else:
-            chosen = _read_by_index(graph, reads, factor, ordinal, chosen, plates)
-        selection.append(chosen.reshape([1] * len(apart) + list(chosen.shape)))
+            chosen = _read_by_index(graph, reads[factor.name], ordinal, mixture, chosen, plates)
+        site = reads.get(factor.name)
+        if site is not None and site.switch in apart and chosen.dim() > len(plates) + 1:
+            for position, other in enumerate(apart):  # (particles of the switch, rows, *plates)
+                chosen = chosen if other == site.switch else chosen.unsqueeze(position)
+        else:
+            chosen = chosen.reshape([1] * len(apart) + list(chosen.shape))
+        selection.append(chosen)
     selected: tuple[Tensor, ...] = tuple(index.to(factor.tensor.device) for index in selection)
     return factor.tensor[selected] if selected else factor.tensor
 
 
 def _read_by_index(
     graph: FactorGraph,
-    reads: SiteReads,
-    factor: LogFactor,
+    site: ElementReads,
     ordinal: Ordinal,
+    mixture: Mixture,
     chosen: Tensor,
     plates: str,
 ) -> Tensor:
-    """Return the particle of the element that each plate element reads: ``(rows, *plates)``."""
-    site = reads[factor.name]
+    """
+    Return the particle of the element that each plate element reads: ``(rows, *plates)``.
+
+    Where another index switches between elements, and has all its particles: ``(particles of it,
+    rows, *plates)``.
+    """
     elements = site.elements[ordinal].to(chosen.device)
     elements = elements.masked_fill(elements == NONE, 0)
-    own = "".join(sorted(ordinal))
+    ordinal_dims = "".join(sorted(ordinal))
     position = unravel(graph, elements, ordinal)
-    at: tuple[slice | Tensor, ...] = (slice(None), *(position[symbol] for symbol in own))
-    result = graph.to_plates(chosen, own, left=1)[at]
-    order = [1 + site.inner.index(symbol) for symbol in plates]
-    return result.permute((0, *order))
+    of_elements = graph.to_plates(chosen, ordinal_dims, left=1)
+    inner = site.inner.replace(site.switch, "") if site.switch else site.inner
+    order = [inner.index(symbol) for symbol in plates]
+    at: tuple[slice | Tensor, ...]
+    if site.switch and site.switch in mixture.chosen:  # each row has a particle of its own
+        rows = torch.arange(mixture.rows).reshape((-1,) + (1,) * len(inner))
+        switch = mixture.chosen[site.switch].reshape(-1)
+        at = (rows, *(position[s][switch] for s in ordinal_dims))
+        return of_elements[at].permute((0, *(1 + dim for dim in order)))
+    at = (slice(None), *(position[s] for s in ordinal_dims))
+    result = of_elements[at]
+    if site.switch:
+        return result.permute((1, 0, *(2 + dim for dim in order)))
+    return result.permute((0, *(1 + dim for dim in order)))
 
 
 def _aligned(graph: FactorGraph, factor: LogFactor, log_prob: Mapped, mixture: Mixture) -> Tensor:

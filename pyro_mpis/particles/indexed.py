@@ -22,7 +22,7 @@ is exponential in the size of the plate. Such indices are to be shared: one for 
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import torch
@@ -38,6 +38,7 @@ from pyro_mpis.particles.probes import (
     NONE,
     SEVERAL,
     ElementReads,
+    Numbers,
     SiteReads,
     differs_from,
     flat_elements,
@@ -59,12 +60,19 @@ class ReadTogether(Exception):
     :param reason: what reads them together: a part of a sentence.
     :param differs: whether it was found by a density that is not the entry of its factor, which a
         read that the plain run missed would explain too.
+    :param by_index: the site, if it reads elements of a plate that it is not in.
     """
 
     def __init__(
-        self, symbols: Ordinal, plates: Ordinal, reason: str, differs: bool = False
+        self,
+        symbols: Ordinal,
+        plates: Ordinal,
+        reason: str,
+        differs: bool = False,
+        by_index: str = "",
     ) -> None:
-        super().__init__(symbols, plates, reason, differs)
+        super().__init__(symbols, plates, reason, differs, by_index)
+        self.by_index = by_index
         self.symbols = symbols
         self.plates = plates
         self.reason = reason
@@ -72,11 +80,16 @@ class ReadTogether(Exception):
 
 
 def find_reads(
-    graph: FactorGraph, structure: Structure, particles: Particles, programs: Programs
+    graph: FactorGraph,
+    structure: Structure,
+    particles: Particles,
+    programs: Programs,
+    switched: Collection[str] = (),
 ) -> SiteReads:
     """
     Find which elements of other plates' latents each site reads.
 
+    :param switched: sites that read other elements at some particles of an index than at others.
     :return: for each site; empty if no site reads latents of a plate that it is not in.
     :raises ReadTogether: if that could not be found out.
     """
@@ -89,11 +102,33 @@ def find_reads(
         size = math.prod(graph.sizes[symbol] for symbol in plates)
         numbers[plates] = flat_elements(graph, plates), num_bits(size)
     try:
-        return run_probe(graph, structure, particles, programs, numbers)
+        reads = dict(run_probe(graph, structure, particles, programs, numbers))
+        for name in switched:
+            found = _switched(graph, structure, particles, programs, numbers, name)
+            reads[name] = found or reads[name]
+        return reads
     except (NotMappableError, ValueError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
         raise _unknown(graph, foreign[0]) from None
+
+
+def _switched(
+    graph: FactorGraph,
+    structure: Structure,
+    particles: Particles,
+    programs: Programs,
+    numbers: Numbers,
+    name: str,
+) -> ElementReads | None:
+    """Find an index on whose particle alone it depends which elements a site reads, if one does."""
+    for symbol in sorted(structure.indices_read(structure.model[name])):
+        if structure.by_symbol[symbol].plates or particles.sizes[symbol] == 1:
+            continue
+        found = run_probe(graph, structure, particles, programs, numbers, symbol)[name]
+        if not any(bool((elements == SEVERAL).any()) for elements in found.elements.values()):
+            return found
+    return None
 
 
 def check_graph(
@@ -125,7 +160,8 @@ def check_graph(
             else f"reads other elements of {_names(graph, plates)} than its own"
         )
         reason = f"site '{factor.name}' {what}"
-        raise ReadTogether(frozenset(symbols), plates, reason, differs=True)
+        by_index = factor.name if foreign else ""
+        raise ReadTogether(frozenset(symbols), plates, reason, differs=True, by_index=by_index)
 
 
 def regroup_indexed(graph: FactorGraph, reads: SiteReads) -> FactorGraph:
@@ -192,21 +228,22 @@ def _resolve(
         elements = _known_elements(graph, factor, reads, plates)
         for symbol, element in unravel(graph, elements, plates).items():
             if symbol in factor.plates:
-                own = graph.to_plates(flat_elements(graph, frozenset(symbol)), reads.inner, left=0)
-                maps[symbol] = own
+                maps[symbol] = _own_elements(graph, reads, symbol)
             before = maps.get(symbol, element)
             if not _agree(before, element):
                 raise _crossing(graph, factor, plates, deepest)
             maps[symbol] = torch.where(before == NONE, element, before)
     enclosing = graph.with_enclosing(deepest)
     for symbol in _local_plates(graph, factor) & enclosing - maps.keys():
-        maps[symbol] = graph.to_plates(flat_elements(graph, frozenset(symbol)), reads.inner, left=0)
+        maps[symbol] = _own_elements(graph, reads, symbol)
     _check_nested_maps(graph, factor, maps, deepest)
     outer = graph.tensor_plates(enclosing)
     maps = {s: maps[s] for s in outer if s not in factor.plates}
     held = {p for symbol in _indices(graph, factor) for p in graph.index_plates[symbol]}
     alone = factor.plates - held
     if not _local_plates(graph, factor) <= enclosing:
+        if reads.switch:
+            raise _crossing(graph, factor, deepest, factor.plates)
         return _ragged(graph, over_plates(factor, alone), reads.inner, maps, alone)
     # plates around the ragged one that is read: its tensors have no dims of them
     alone |= factor.plates & enclosing - set(outer)
@@ -217,6 +254,15 @@ def _resolve(
     return graph, LogFactor(factor.name, tensor, dims, plates)
 
 
+def _own_elements(graph: FactorGraph, reads: ElementReads, symbol: str) -> Tensor:
+    """Return the number of each element of a plate, in the dims of what a site reads."""
+    plates = reads.inner.replace(reads.switch, "") if reads.switch else reads.inner
+    elements = graph.to_plates(flat_elements(graph, frozenset(symbol)), plates, left=0)
+    if reads.switch:
+        elements = elements.expand((graph.sizes[reads.switch], *elements.shape))
+    return elements
+
+
 def _with_nested(graph: FactorGraph, reads: ElementReads, foreign: list[Ordinal]) -> FactorGraph:
     """
     Note which plates lie in others by the elements that are read together.
@@ -224,6 +270,8 @@ def _with_nested(graph: FactorGraph, reads: ElementReads, foreign: list[Ordinal]
     As classes in schools, where a pupil reads the effect of its class and that of its school.
     """
     for inner, outer in itertools.permutations(sorted(foreign, key=sorted), 2):
+        if reads.switch:
+            break
         ((inside, *more), (around, *others)) = sorted(inner), sorted(outer)
         related = graph.with_enclosing(inner) | graph.with_enclosing(outer)
         if more or others or len(related) > 2 or any(inner <= key for key in graph.ragged):
@@ -321,6 +369,7 @@ def _known_elements(
             frozenset(symbols),
             plates,
             f"site '{factor.name}' reads several elements of {_names(graph, plates)} together",
+            by_index=factor.name,
         )
     none = elements == NONE
     if bool(none.any()):

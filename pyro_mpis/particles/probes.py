@@ -16,8 +16,8 @@ against the programs at all of them (:mod:`~pyro_mpis.particles.checks`).
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pyro
@@ -43,8 +43,16 @@ MIN_ROWS = 4
 class ElementReads:
     """Which element of the plates of an index each element of a site's plates reads."""
 
-    inner: str  # the site's plates
+    inner: str  # the site's plates; first the index that switches between elements, if one does
     elements: Mapping[Ordinal, Tensor]  # plates of an index -> flat element, NONE or SEVERAL
+    switch: str = ""  # an index outside of plates on whose particle it depends what is read
+
+    def at(self, ranges: Mapping[str, slice]) -> "ElementReads":
+        """Return what is read at a part of the particles."""
+        if self.switch not in ranges:
+            return self
+        part = ranges[self.switch]
+        return replace(self, elements={p: element[part] for p, element in self.elements.items()})
 
 
 SiteReads = Mapping[str, ElementReads]
@@ -57,11 +65,13 @@ def run_probe(
     particles: Particles,
     programs: Programs,
     numbers: Numbers,
+    switch: str = "",
 ) -> SiteReads:
     """
     Change elements of the latents by the bits of their numbers, and see what else changes.
 
     :param numbers: of the elements of each ordinal, with their numbers of bits.
+    :param switch: an index outside of plates to look at each particle of, one by one.
     """
     largest = max(
         math.prod(graph.sizes[symbol] for symbol in site.factor_plates)
@@ -80,23 +90,32 @@ def run_probe(
             pattern = code.new_zeros((total, *code.shape[1:]))
             pattern[start : start + 2 * bits] = code
             patterns[name] = pattern
+    largest *= particles.sizes[switch] if switch else 1
     fitting = max(1, PROBE_ELEMENTS // (largest * total))
     num_rows = min(max(particles.sizes.values(), default=1), max(fitting, MIN_ROWS))
+    num_rows = 1 if switch else num_rows  # which is held against the programs afterwards
     order = _rows(structure, particles, num_rows)
+    apart = structure.by_symbol[switch].sites if switch else ()
     changed: dict[str, list[Tensor]] = {}
     for first in range(0, num_rows, fitting):
-        part = {s: numbers[first : first + fitting] for s, numbers in order.items()}
-        for name, log_prob in _log_probs(structure, particles, programs, patterns, part).items():
+        rows = {s: numbers[first : first + fitting] for s, numbers in order.items()}
+        found = _log_probs(structure, particles, programs, patterns, rows, apart)
+        for name, log_prob in found.items():
             inner = "".join(sorted(structure.model[name].factor_plates))
             differs = differs_from(log_prob, log_prob[:1])
-            changed.setdefault(name, []).append(graph.to_plates(differs, inner, left=2))
+            part = graph.to_plates(differs, inner, left=3)
+            changed.setdefault(name, []).append(part if switch else part.squeeze(2))
     reads = {}
     for name, parts in changed.items():
         site = structure.model[name]
         ordinals = {structure.by_symbol[s].plates for s in structure.indices_read(site)}
         together = torch.cat(parts, 1)
         elements = {p: _decode(together, *slots[p]) for p in slots if p in ordinals}
-        reads[name] = ElementReads("".join(sorted(site.factor_plates)), elements)
+        inner = "".join(sorted(site.factor_plates))
+        if not switch:
+            reads[name] = ElementReads(inner, elements)
+        elif switch in structure.indices_read(site):
+            reads[name] = ElementReads(switch + inner, elements, switch)
     return reads
 
 
@@ -118,12 +137,14 @@ def _log_probs(
     programs: Programs,
     patterns: Mapping[str, Tensor],
     order: Mapping[str, Tensor],
+    apart: Collection[str],
 ) -> dict[str, Tensor]:
     """Change latents to nan, or, where that stops the model, to another particle's value."""
+    run = partial(_probing_run, structure, particles, programs, patterns, order, apart)
     try:
-        return _probing_run(structure, particles, programs, patterns, order, with_nan=True)
+        return run(with_nan=True)
     except (NotMappableError, ValueError, RuntimeError):  # as a Cholesky factor does
-        return _probing_run(structure, particles, programs, patterns, order, with_nan=False)
+        return run(with_nan=False)
 
 
 def _probing_run(
@@ -132,6 +153,7 @@ def _probing_run(
     programs: Programs,
     patterns: Mapping[str, Tensor],
     order: Mapping[str, Tensor],
+    apart: Collection[str],
     *,
     with_nan: bool,
 ) -> dict[str, Tensor]:
@@ -141,14 +163,18 @@ def _probing_run(
     :param patterns: for the sites to change, the elements that each slot changes,
         ``(slots, *plates)``, plates padded; the first slot changes none.
     :param order: the particle of each index in each row.
+    :param apart: sites to take all particles of, in every slot and row.
     :param with_nan: whether to change continuous latents to nan; otherwise, and discrete ones
         always, to the value of the next particle.
-    :return: the log_prob of every site: ``(slots, rows, *plates)``, plates padded.
+    :return: the log_prob of every site: ``(slots, rows, particles of the sites apart or 1,
+        *plates)``, plates padded.
     """
     slots = max((len(pattern) for pattern in patterns.values()), default=1)
     rows = len(next(iter(order.values()), torch.zeros(1)))
     values = {}
     for name, index in structure.index_of.items():
+        if name in apart:
+            continue
         known = particles.values[name]
         chosen = order[index.symbol].to(known.device)
         value = known[chosen].unsqueeze(0)  # (1, rows, *shape)
@@ -162,12 +188,13 @@ def _probing_run(
             pattern = pattern.reshape((slots, 1, *batch, *(1,) * site.event_dim))
             value = torch.where(pattern, other, value)
         values[name] = value.expand((slots, *value.shape[1:])).flatten(0, 1)
+    by_itself = {name: particles.values[name] for name in apart}
     names = [name for name, site in structure.model.items() if not site.silent]
     names = [name for name in names if structure.origins.get(name) != "model_delta"]
     with pyro.validation_enabled(False):
         _, said = evaluate(
             programs,
-            [values] if values else [],
+            [level for level in (values, by_itself) if level],
             guide=Wanted({}, frozenset(structure.guide)) if structure.carried else None,
             model=Wanted(
                 {name: _collecting(structure, name) for name in names}, frozenset(structure.model)
@@ -178,8 +205,11 @@ def _probing_run(
     result = {}
     for name in names:
         mapped = said[name]["log_prob"]
-        tensor = mapped.tensor if mapped.levels else mapped.tensor.unsqueeze(0)
-        lead, batch = tensor.shape[:1], tensor.shape[1:]
+        tensor = mapped.tensor
+        for level in (0, 1):
+            if mapped.at(level) is None:
+                tensor = tensor.unsqueeze(level)
+        lead, batch = tensor.shape[:2], tensor.shape[2:]
         tensor = tensor.reshape((*lead, *(1,) * (nesting - len(batch)), *batch))
         tensor = tensor.expand((slots * rows, *tensor.shape[1:]))
         result[name] = tensor.reshape((slots, rows, *tensor.shape[1:]))

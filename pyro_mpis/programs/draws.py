@@ -8,7 +8,6 @@ arguments do not have all batch dims, so that a dim on the left would meet anoth
 drawn one after the other.
 """
 
-import copy
 from typing import Any
 
 import torch
@@ -60,6 +59,8 @@ def _alone(fn: Any, particle: int) -> Tensor:
         return mapped.tensor[particle] if mapped.levels else tensor
 
     value: Tensor = exchange(fn, at)()
+    if is_mapped(value):
+        raise RuntimeError(f"{type(fn).__name__} holds values of latents out of reach")
     return value
 
 
@@ -88,15 +89,14 @@ def _has_all_dims(fn: Distribution) -> bool:
 
 def _lifted(fn: Any, num_samples: int) -> Any:
     """Copy a distribution with all particles' arguments, in a batch dim on the left."""
-    if isinstance(fn, Tensor):
-        mapped = unwrapped(fn)
-        return mapped.tensor if mapped.levels else fn.expand((num_samples, *fn.shape))
-    if isinstance(fn, list):
-        return [_lifted(part, num_samples) for part in fn]
-    if not isinstance(fn, Distribution | Transform):
-        return fn
-    result = copy.copy(fn)
-    vars(result).update({name: _lifted(part, num_samples) for name, part in vars(fn).items()})
-    if isinstance(result, Distribution):
-        result._batch_shape = torch.Size((num_samples, *result._batch_shape))
+
+    def of_all(tensor: Tensor) -> Tensor:
+        mapped = unwrapped(tensor)
+        return mapped.tensor if mapped.levels else tensor.expand((num_samples, *tensor.shape))
+
+    copies: dict[int, Any] = {}
+    result = exchange(fn, of_all, copies)
+    for part in copies.values():
+        if isinstance(part, Distribution):
+            part._batch_shape = torch.Size((num_samples, *part._batch_shape))
     return result

@@ -205,8 +205,8 @@ def exchange(
         return type(part)(exchange(item, change, known) for item in part)
     if type(part) is dict:
         return {key: exchange(item, change, known) for key, item in part.items()}
-    own = hasattr(part, "log_prob") and not isinstance(part, type)  # a user's distribution
-    if own or isinstance(part, Distribution | Transform):
+    is_own = hasattr(part, "log_prob") and not isinstance(part, type)
+    if isinstance(part, Distribution | Transform) or is_own:
         if id(part) not in known:
             known[id(part)] = result = copy.copy(part)
             vars(result).update(
