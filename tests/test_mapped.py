@@ -88,6 +88,20 @@ def test_level_of_one_value_and_no_level() -> None:
     check(lambda v: torch.ones(2), [], ())
 
 
+def test_levels_come_first_whichever_dims_torch_keeps_them_in() -> None:
+    x = torch.arange(24.0).reshape(2, 3, 4)
+    results: list[Mapped] = []
+
+    def inner(x: Tensor) -> tuple[()]:
+        results.append(unwrapped(x))
+        return ()
+
+    torch.func.vmap(lambda x: torch.func.vmap(inner, in_dims=1)(x), in_dims=1)(x)
+    (result,) = results  # of level 0, dim 1 of x; of level 1, dim 2 of it
+    assert result.levels == (0, 1)
+    assert torch.equal(result.tensor, x.permute(1, 2, 0))
+
+
 def test_place_of_a_level() -> None:
     result = mapped(lambda v: v["c"] - v["b"], LEVELS)
     assert [result.at(level) for level in range(3)] == [None, 0, 1]

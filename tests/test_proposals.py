@@ -124,7 +124,32 @@ def test_pairs_of_particles_outside_of_a_support() -> None:
         second = pyro.sample("second", dist.Binomial(4 - first, torch.tensor(0.5)))
         pyro.sample("y", dist.Normal(second, 1.0), obs=torch.tensor(0.5))
 
+    def guide() -> None:
+        first = pyro.sample("first", dist.Binomial(4, torch.tensor(0.5)))
+        pyro.sample("second", dist.Binomial(4 - first, torch.tensor(0.4)))
+
     compare(model, num_samples=5)
+    pyro.set_rng_seed(0)
+    posterior = MPImportance(model, guide, num_samples=20).run()
+    first, second = (posterior.marginals(name).samples for name in ("first", "second"))
+    assert bool(first.max() + second.max() > 4), "some pairs are outside"
+
+    def given(number: Tensor, parent: Tensor, probability: float) -> Tensor:
+        """Probability of the second count given the first."""
+        if number + parent > 4:
+            return torch.zeros(())
+        log_prob: Tensor = dist.Binomial(4 - parent, torch.tensor(probability)).log_prob(number)
+        return log_prob.exp()
+
+    total = torch.zeros(())
+    for b in second:
+        likelihood = dist.Normal(b, 1.0).log_prob(torch.tensor(0.5)).exp()
+        mixture = torch.stack([given(b, a, 0.4) for a in first]).mean()
+        for a in first:
+            log_ratio = dist.Binomial(4, torch.tensor(0.6)).log_prob(a)
+            log_ratio = log_ratio - dist.Binomial(4, torch.tensor(0.5)).log_prob(a)
+            total = total + log_ratio.exp() * given(b, a, 0.5) / mixture * likelihood / 400
+    torch.testing.assert_close(posterior.evidence(), total.log())
 
 
 def test_group_with_a_detour() -> None:
