@@ -113,8 +113,7 @@ def fitted(
             site = error.site
         pair = _mergeable(structure, site)
         if pair is None:
-            structure, cut = _one_by_one(structure, site), memory.Cut({}, {})
-            break
+            return _one_by_one(structure, site), memory.Cut({}, {}), []
         merged += [name for index in pair for name in index.sites if name not in merged]
         structure = structure.merging(*pair)
     if not merged:

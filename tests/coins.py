@@ -2,8 +2,9 @@
 """Every outcome of the draws of programs that draw one number after the other."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
-import pyro.distributions as dist
+import pyro
 import torch
 from torch import Tensor
 
@@ -20,18 +21,21 @@ class Coins:
         self.shown, self.thrown, self.probability = shown, 0, 1.0
 
 
-class NotDecided(Exception):
+class NotDecided(BaseException):  # which is not taken for an error of a program's
     """A coin is thrown beyond those that are decided."""
 
 
-class Coin(dist.Bernoulli):  # type: ignore[misc]
-    """Shows what is decided."""
+class Coin:
+    """A distribution with draws and a density alone, which shows what is decided."""
 
     def __init__(self, probability: float | Tensor, coins: Coins) -> None:
-        super().__init__(torch.as_tensor(probability))
+        self.probs = torch.as_tensor(probability)
         self.coins = coins
 
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+    def log_prob(self, value: Tensor) -> Tensor:
+        return torch.where(value > 0, self.probs, 1.0 - self.probs).log()
+
+    def __call__(self) -> Tensor:
         coins = self.coins
         if coins.thrown >= len(coins.shown):
             raise NotDecided
@@ -39,6 +43,13 @@ class Coin(dist.Bernoulli):  # type: ignore[misc]
         coins.thrown += 1
         coins.probability *= float(self.probs) if head else 1.0 - float(self.probs)
         return torch.tensor(float(head))
+
+
+def throw(name: str, probability: float | Tensor, coins: Coins) -> Tensor:
+    """Sample a coin at a site."""
+    fn: Any = Coin(probability, coins)
+    result: Tensor = pyro.sample(name, fn)
+    return result
 
 
 def outcomes(coins: Coins, run: Callable[[], float]) -> Iterator[tuple[float, float]]:

@@ -199,8 +199,53 @@ def test_garbage_collection_is_as_it_was(enabled: bool) -> None:
         gc.enable()
 
 
-def test_garbage_is_collected_during_work_in_many_parts() -> None:
-    with memory.uncollected(pause=False):
-        assert gc.isenabled()
+@pytest.mark.parametrize("memory_limit", [None, 10_000])
+def test_garbage_is_collected_during_work_in_many_parts(memory_limit: int | None) -> None:
+    """Lest cycles of the user's pile up; it pauses while all is taken at once."""
+    seen = []
+
+    def watched() -> None:
+        seen.append(gc.isenabled())
+        model()
+
+    MPImportance(watched, num_samples=7, memory_limit=memory_limit).run()
+    assert not seen[0], "the plain run"
+    assert len(seen) > 2
+    assert all(enabled == (memory_limit is not None) for enabled in seen[1:])
+
+
+def test_enumerated_globals_are_never_cut() -> None:
+    """Their sum is exact only over all of their values: particles are cut in their place."""
+
+    def program() -> None:
+        c = pyro.sample("c", dist.Categorical(torch.ones(6)), infer={"enumerate": "parallel"})
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 5):
+            pyro.sample("y", dist.Normal(a + 0.3 * c, 1.0), obs=torch.arange(5.0))
+
+    def alone() -> None:
+        c = pyro.sample("c", dist.Categorical(torch.ones(6)), infer={"enumerate": "parallel"})
+        with pyro.plate("data", 5):
+            pyro.sample("y", dist.Normal(0.3 * c, 1.0), obs=torch.arange(5.0))
+
+    results = []
+    for limit in (None, 3 * 8 * 5 * 6 * 2):  # two particles of a, and all values of c
+        pyro.set_rng_seed(0)
+        results.append(MPImportance(program, num_samples=5, memory_limit=limit).run())
+    whole, blocked = results
+    structure = blocked._sums[0].replicate.structure
+    cut = blocked._sums[0].replicate.plan.cut
+    assert {*cut.blocks, *cut.pieces} == {structure.index_of["a"].symbol}
+    torch.testing.assert_close(blocked.evidence(), whole.evidence())
+    torch.testing.assert_close(blocked.moments(), whole.moments())
+    with pytest.raises(MemoryError, match=r"site 'y'.*c: 6.*plate data: 5"):
+        MPImportance(alone, num_samples=5, memory_limit=3 * 8 * 5 * 6 - 1).run()
+    log_prob = dist.Normal(0.3 * torch.arange(6.0).unsqueeze(-1), 1.0).log_prob(torch.arange(5.0))
+    evidence = MPImportance(alone, num_samples=5, memory_limit=3 * 8 * 5 * 6).run().evidence()
+    torch.testing.assert_close(evidence, log_prob.sum(-1).exp().mean().log())
+
+
+def test_nothing_is_cut_that_fits() -> None:
     assert memory.Cut({}, {}).whole
     assert not memory.Cut({}, {"a": 2}).whole
+    assert not memory.Cut({"a": 2}, {}).whole

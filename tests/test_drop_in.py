@@ -232,21 +232,43 @@ def slope(time: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def test_program_that_branches_on_a_latent() -> None:
-    """The error shows the site and the line, and names the way back."""
-    message = r"after site 'friction', in test_drop_in\.py:\d+, `if acceleration\.item\(\) <= 0:`"
-    with pytest.raises(ValueError, match=message + r".*torch\.where.*pyro\.infer\.Importance"):
-        MPImportance(slope, num_samples=5).run(sliding_time)
+    """It runs as in Importance, with the numbers that the rewrite has; the line is named."""
+    message = r"as in pyro\.infer\.Importance.*after site 'friction', in test_drop_in\.py:\d+, "
+    message += r"`if acceleration\.item\(\) <= 0:`.*torch\.where"
+    pyro.set_rng_seed(0)
+    with pytest.warns(MPISWarning, match=message):
+        posterior = MPImportance(slope, num_samples=50).run(sliding_time)
+    friction = posterior.marginals("friction").samples
+    times = batched_sliding_time(friction)
+    assert bool((times == 1e5).any())
+    log_prob = dist.Normal(times, 0.1).log_prob(torch.tensor(1.1))
+    torch.testing.assert_close(posterior.get_normalized_weights(), log_prob.softmax(0))  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(posterior.evidence(), log_prob.logsumexp(0) - math.log(50))
+    mean = (log_prob.softmax(0) * times).sum()
+    torch.testing.assert_close(EmpiricalMarginal(posterior).mean, mean)
 
 
 def test_sites_that_depend_on_a_latent() -> None:
     def model() -> None:
         number = pyro.sample("number", dist.Poisson(2.0))
-        for i in range(int(number.sum())):
-            pyro.sample(f"x_{i}", dist.Normal(0.0, 1.0))
+        total = torch.tensor(0.0)
+        for i in range(int(number)):
+            total = total + pyro.sample(f"x_{i}", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(total, 1.0), obs=torch.tensor(0.5))
 
     pyro.set_rng_seed(1)
-    with pytest.raises(ValueError, match=r"site 'x_\d'.*pyro\.infer\.Importance"):
-        MPImportance(model, num_samples=5).run()
+    with pytest.warns(MPISWarning, match=r"as in pyro\.infer\.Importance.*range\(int\(number"):
+        posterior = MPImportance(model, num_samples=30).run()
+    assert set(posterior.moments()) == {"number"}
+    totals = []
+    for trace in posterior.exec_traces:
+        number: Any = trace.nodes["number"]["value"]
+        names = [name for name in trace.nodes if name.startswith("x_")]
+        assert len(names) == int(number)
+        values: list[Any] = [trace.nodes[name]["value"] for name in names]
+        totals.append(sum(float(value) for value in values))
+    log_prob = dist.Normal(torch.tensor(totals), 1.0).log_prob(torch.tensor(0.5))
+    torch.testing.assert_close(torch.stack(posterior.log_weights), log_prob)
 
 
 def test_batched_rewrite(float64: None) -> None:

@@ -107,9 +107,15 @@ PATCHED: dict[str, tuple[Function, tuple[int, ...]]] = {
     "write by a mask": (lambda v: _written(v["b"] * 1.0, v["b"] > 0.0), (1,)),
     "squeeze of a number": (lambda v: v["c"].squeeze(-1) + torch.squeeze(v["a"]), (0, 2)),
     "data": (lambda v: v["b"].data * 2.0, (1,)),
-    "a branch that all take": (lambda v: v["b"] if v["c"] > 0 else v["a"], (1,)),
-    "a number that all have": (lambda v: v["b"] * (v["c"] * 0.0).item(), (1,)),
+    "an assertion that holds for all": (lambda v: _asserted(v["c"] > 0, v["b"]), (1,)),
+    "a check in a library": (lambda v: dist.Normal(v["b"], v["c"], validate_args=True).loc, (1,)),
 }
+
+
+def _asserted(holds: Tensor, x: Tensor) -> Tensor:
+    assert holds
+    assert holds.all()
+    return x
 
 
 def _written(x: Tensor, mask: Tensor) -> Tensor:
@@ -123,11 +129,18 @@ def test_operations_that_are_written_in_another_way(name: str) -> None:
     check(function, LEVELS, read, patched=True)
 
 
-def test_branches_and_numbers_that_differ_are_not_taken() -> None:
-    """Whichever was taken would be wrong for some."""
+def test_branches_and_numbers_are_not_taken() -> None:
+    """
+    Whichever was taken would be wrong for some.
+
+    Nor one that all take: whether they do depends on the particles, and so would the estimate.
+    """
     for function in (
         lambda v: v["b"] if v["c"] > 2.5 else -v["b"],
+        lambda v: v["b"] if v["c"] > 0 else v["a"],
+        lambda v: _asserted(v["c"] > 2.5, v["b"]),
         lambda v: v["b"] * v["c"].item(),
+        lambda v: v["b"] * (v["c"] * 0.0).item(),
         lambda v: v["b"] * float(v["c"]),
         lambda v: v["b"][int(v["c"] - 2.0)],
     ):

@@ -11,7 +11,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from checks import check_exact_mean
-from coins import Coin, Coins, outcomes
+from coins import Coins, outcomes, throw
 from compare import compare, log_joint
 from pyro.infer import EmpiricalMarginal, Importance
 from pyro.poutine.trace_struct import Trace
@@ -34,25 +34,25 @@ ONCE = "the programs run once for each particle, as in pyro.infer.Importance"
 def branching(coins: Coins) -> None:
     """Whether the second coin is thrown depends on the first."""
     p = 0.5
-    if pyro.sample("a", Coin(0.3, coins)) > 0:
-        p = 0.2 + 0.5 * float(pyro.sample("b", Coin(0.6, coins)))
+    if throw("a", 0.3, coins) > 0:
+        p = 0.2 + 0.5 * float(throw("b", 0.6, coins))
     pyro.sample("y", dist.Bernoulli(p), obs=torch.tensor(1.0))
 
 
 def branching_guide(coins: Coins) -> None:
-    if pyro.sample("a", Coin(0.5, coins)) > 0:
-        pyro.sample("b", Coin(0.4, coins))
+    if throw("a", 0.5, coins) > 0:
+        throw("b", 0.4, coins)
 
 
 def guide_of_one(coins: Coins) -> None:
     """The other one is thrown by the model."""
-    pyro.sample("a", Coin(0.5, coins))
+    throw("a", 0.5, coins)
 
 
 def throws(coins: Coins) -> None:
     """Up to three throws until a head; the number of them decides on the data."""
     number = 0
-    while number < 3 and pyro.sample(f"throw_{number}", Coin(0.4, coins)) == 0:
+    while number < 3 and throw(f"throw_{number}", 0.4, coins) == 0:
         number += 1
     pyro.sample("y", dist.Bernoulli((1.0 + number) / 5.0), obs=torch.tensor(1.0))
 
@@ -126,9 +126,7 @@ def value_in(trace: Trace, name: str) -> Tensor:
 def test_sites_of_some_runs() -> None:
     """Sites that every run has can be asked for; traces have all of them."""
     pyro.set_rng_seed(0)
-    message = (
-        rf"{ONCE}.*site 'b' of the guide is missing.*combine particles: give a program the same"
-    )
+    message = rf"{ONCE}.*the guide at or after site 'a', .*`if a > 0:`.*torch\.where"
     with pytest.warns(MPISWarning, match=message):
         posterior = MPImportance(steps, steps_guide, num_samples=50).run(y=-0.5)
     assert set(posterior.marginals()) == {"a"}
@@ -221,19 +219,21 @@ def test_values_that_leave_torch(function: Callable[[Tensor], Tensor]) -> None:
     assert len(posterior.exec_traces) == 6
 
 
-def test_branches_that_all_particles_take_are_taken() -> None:
-    """A check of values does not keep latents from indices of their own."""
+def test_assertions_that_hold_for_all_particles() -> None:
+    """They do not keep latents from indices of their own; branches do, whoever takes them."""
 
-    def model() -> None:
+    def model(branch: bool) -> None:
         w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
         s = pyro.sample("s", dist.LogNormal(0.0, 0.5))
         assert not bool(w.isnan().any())
-        if (s > 0).all():
+        assert (s > 0).all()
+        if branch and (s > 0).all():
             s = s + 0.1
         pyro.sample("y", dist.Normal(w.sum(), s), obs=torch.tensor(2.0))
 
-    posterior, _ = compare(model, num_samples=4)
-    assert len(posterior._sums[0].replicate.structure.indices) == 2
+    compare(model, args=(False,), num_samples=4)
+    warning = rf"{ONCE}.*`if branch and \(s > 0\)\.all\(\):`"
+    compare(model, args=(True,), num_samples=4, together=[("w", "s")], warning=warning)
 
 
 def test_values_written_among_data() -> None:

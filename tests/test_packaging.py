@@ -90,25 +90,53 @@ def modules(source: str) -> set[str]:
     return {name for name in result if name.split(".")[0] == "pyro_mpis"}
 
 
-def is_of_the_sums(name: str) -> bool:
-    """Whether a module is the paper's, or one that knows nothing of programs either."""
-    start = ".".join(name.split(".")[:2])
-    return start in ("pyro_mpis.factor_graph", "pyro_mpis._typing", "pyro_mpis._text")
+GROUND = {"_text", "_typing"}
+# What each part of the package may import besides itself: the data flow one way.
+BELOW = {
+    "_text": set[str](),
+    "_typing": set[str](),
+    "_version": set[str](),
+    "_warnings": set[str](),
+    "programs": GROUND,
+    "factor_graph": GROUND,
+    "particles": GROUND | {"programs", "factor_graph"},
+    "planning": GROUND | {"programs", "particles"},
+    "blocks": GROUND | {"programs", "factor_graph", "particles", "planning"},
+}
+BELOW["results"] = {*BELOW["blocks"], "blocks", "_version"}
+BELOW["importance"] = {*BELOW["results"], "results", "_warnings"}
+BELOW["plots"] = {*BELOW["importance"], "importance"}
+BELOW["__init__"] = {*BELOW}
 
 
-@pytest.mark.parametrize(
-    "file", sorted((PACKAGE / "factor_graph").glob("*.py")), ids=lambda file: file.name
-)
-def test_the_sums_know_no_program(file: Path) -> None:
-    """What is in factor_graph imports nothing of the package but itself, _typing and _text."""
-    assert all(is_of_the_sums(name) for name in modules(file.read_text()))
+def part(name: str) -> str:
+    """Return which part of the package a module is in, or a file by its path in the package."""
+    return re.split(r"[./]", name.removeprefix("pyro_mpis."))[0]
 
 
-def test_an_import_of_programs_is_noticed() -> None:
-    source = "def f():\n    from pyro_mpis import {}\n"
-    assert not all(map(is_of_the_sums, modules(source.format("handlers"))))
-    assert not all(map(is_of_the_sums, modules("import pyro_mpis.handlers")))
-    assert all(map(is_of_the_sums, modules(source.format("factor_graph"))))
+def above(file: str, source: str) -> set[str]:
+    """Return the modules that a file imports though they stand above its part of the package."""
+    own = part(file)
+    return {name for name in modules(source) if part(name) not in BELOW[own] | {own}}
+
+
+@pytest.mark.parametrize("file", sorted(str(f.relative_to(PACKAGE)) for f in PACKAGE.rglob("*.py")))
+def test_imports_run_one_way(file: str) -> None:
+    assert not above(file, (PACKAGE / file).read_text())
+
+
+def test_an_import_from_above_is_noticed() -> None:
+    inside = "def f():\n    from pyro_mpis import {}\n"
+    assert above("factor_graph/graph.py", inside.format("programs"))
+    assert above("programs/runs.py", "import pyro_mpis.particles.factors")
+    assert above("programs/runs.py", "from pyro_mpis.factor_graph.graph import FactorGraph")
+    assert above("particles/memory.py", inside.format("planning"))
+    assert above("planning.py", "from pyro_mpis.factor_graph import evidence")
+    assert above("blocks.py", inside.format("results"))
+    assert above("results/saving.py", inside.format("importance"))
+    assert not above("results/saving.py", inside.format("blocks"))
+    assert not above("factor_graph/graph.py", inside.format("factor_graph"))
+    assert not above("importance.py", inside.format("planning"))
 
 
 def test_import_loads_nothing_else() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Particles drawn together or one by one, and the densities that they were drawn from."""
+"""The densities that particles were drawn from."""
 
 from collections.abc import Callable
 
@@ -8,22 +8,15 @@ import pyro.distributions as dist
 import pytest
 import torch
 from checks import check_exact_mean
-from coins import Coin, Coins, outcomes
+from coins import Coins, outcomes, throw
 from compare import compare
 from torch import Tensor
 
-from pyro_mpis import MPImportance, MPISWarning, blocks
-from pyro_mpis.factor_graph.evidence import log_evidence
+from pyro_mpis import MPImportance, blocks
+from pyro_mpis.blocks import Workers
 from pyro_mpis.particles import proposals
-from pyro_mpis.particles.factors import build_graph
-from pyro_mpis.particles.proposals import (
-    DisagreementError,
-    Drawn,
-    Particles,
-    draw_one_by_one,
-    draw_particles,
-    weigh,
-)
+from pyro_mpis.particles.drawing import draw_particles
+from pyro_mpis.particles.proposals import Particles, weigh
 from pyro_mpis.planning import Options, Plan, plan_of, programs_of
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -35,30 +28,30 @@ def plan(model: Program, guide: Program | None = None, *args: object, num_sample
     return plan_of(programs_of(model, guide, args, {}), Options(num_samples=num_samples))[0]
 
 
-# Exactly: every outcome of draws one by one.
+# Exactly: every outcome of the draws.
 
 
 def coin_model(coins: Coins) -> None:
-    a = pyro.sample("a", Coin(0.3, coins))
-    b = pyro.sample("b", Coin(0.2 + 0.5 * a, coins))
+    a = throw("a", 0.3, coins)
+    b = throw("b", 0.2 + 0.5 * a, coins)
     pyro.sample("y", dist.Bernoulli(0.1 + 0.3 * a + 0.5 * b), obs=torch.tensor(1.0))
 
 
 def coin_guide(coins: Coins) -> None:
-    """Not written for a batch dim of particles."""
-    a = pyro.sample("a", Coin(0.6, coins)).reshape(())
-    pyro.sample("b", Coin(0.4 + 0.3 * a, coins))
+    """Written for single values."""
+    a = throw("a", 0.6, coins).reshape(())
+    throw("b", 0.4 + 0.3 * a, coins)
 
 
 def guide_of_a(coins: Coins) -> None:
-    pyro.sample("a", Coin(0.6, coins))
+    throw("a", 0.6, coins)
 
 
 TRUTH = 0.7 * (0.8 * 0.1 + 0.2 * 0.6) + 0.3 * (0.3 * 0.4 + 0.7 * 0.9)
 
 
 @pytest.mark.parametrize("guide", [None, coin_guide, guide_of_a])
-def test_expected_evidence_of_draws_one_by_one_is_exact(
+def test_expected_evidence_is_exact(
     guide: Callable[[Coins], None] | None,
 ) -> None:
     coins = Coins()
@@ -67,10 +60,8 @@ def test_expected_evidence_of_draws_one_by_one_is_exact(
     structure, programs = planned.structure, planned.programs
 
     def evidence() -> float:
-        drawn = draw_one_by_one(structure, programs, 2)
-        particles = weigh(structure, programs, drawn, validate=True)
-        graph = build_graph(structure, particles, programs, validate=True)
-        return float(log_evidence(graph).exp())
+        drawn = draw_particles(structure, programs, 2)
+        return float(blocks._evaluated(planned, drawn, Workers()).log_evidence.exp())
 
     found = list(outcomes(coins, evidence))
     assert len(found) == 2**4
@@ -78,86 +69,16 @@ def test_expected_evidence_of_draws_one_by_one_is_exact(
     check_exact_mean(sum(p * evidence for p, evidence in found), TRUTH)
 
 
-# Which of the two ways is taken.
-
-
 def vector_model() -> None:
     a = pyro.sample("a", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-    b = pyro.sample("b", dist.Normal(a.sum(-1), 1.0))
+    b = pyro.sample("b", dist.Normal(a.sum(), 1.0))
     pyro.sample("y", dist.Normal(b, 1.0), obs=torch.tensor(0.5))
 
 
-def vectorised() -> None:
-    a = pyro.sample("a", dist.Normal(torch.zeros(2), 1.2).to_event(1))
-    pyro.sample("b", dist.Normal(0.5 * a.sum(-1), 1.2))
-
-
-def of_single_values() -> None:
-    """Fails with a batch dim of particles."""
+def vector_guide() -> None:
     a = pyro.sample("a", dist.Normal(torch.zeros(2), 1.2).to_event(1))
     assert a.shape == (2,)
-    pyro.sample("b", dist.Normal(0.5 * a.sum(), 1.2))
-
-
-def of_another_shape() -> None:
-    """Grows with a batch dim of particles."""
-    a = pyro.sample("a", dist.Normal(torch.zeros(2), 1.2).to_event(1))
-    pyro.sample("b", dist.Normal(0.5 * torch.stack([a[0], a[-1]]).sum(0), 1.2))
-
-
-def mixing() -> None:
-    """Right shapes, but each particle reads all of the others."""
-    a = pyro.sample("a", dist.Normal(torch.zeros(2), 1.2).to_event(1))
-    pyro.sample("b", dist.Normal(0.5 * a.sum(-1) + a.mean(), 1.2))
-
-
-@pytest.fixture
-def one_by_one(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Note how many particles are drawn one by one."""
-    calls: list[int] = []
-
-    def counted(structure: object, programs: object, num_samples: int) -> Drawn:
-        calls.append(num_samples)
-        return draw_one_by_one(structure, programs, num_samples)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(proposals, "draw_one_by_one", counted)
-    monkeypatch.setattr(blocks, "draw_one_by_one", counted)
-    return calls
-
-
-@pytest.mark.parametrize(
-    ("guide", "expected"),
-    [(None, []), (vectorised, []), (of_single_values, [5]), (of_another_shape, [5]), (mixing, [5])],
-)
-def test_particles_are_drawn_one_by_one_where_they_must(
-    guide: Program | None, expected: list[int], one_by_one: list[int]
-) -> None:
-    compare(vector_model, guide, num_samples=5)
-    assert one_by_one == expected
-
-
-def test_densities_at_single_values_show_particles_that_are_mixed() -> None:
-    planned = plan(vector_model, mixing, num_samples=5)
-    drawn = draw_particles(planned.structure, planned.programs, 5)
-    with pytest.raises(DisagreementError, match="b"):
-        weigh(planned.structure, planned.programs, drawn, validate=True)
-    again = draw_one_by_one(planned.structure, planned.programs, 5)
-    assert weigh(planned.structure, planned.programs, again, validate=True).num_samples == 5
-
-
-def test_guide_that_no_redrawing_helps() -> None:
-    """Its density changes from run to run: no mixture of it can be computed."""
-    noise = iter(torch.linspace(0.0, 1.0, 500))
-
-    def guide() -> None:
-        a = pyro.sample("a", dist.Normal(torch.zeros(2), 1.2).to_event(1))
-        pyro.sample("b", dist.Normal(0.5 * a.sum(-1) + next(noise), 1.2))
-
-    message = r"site 'b' has another density when it runs among others"
-    with pytest.warns(MPISWarning, match=message):
-        posterior = MPImportance(vector_model, guide, num_samples=5).run()
-    assert [index.sites for index in posterior._sums[0].replicate.structure.indices] == [("a", "b")]
-    assert bool(posterior.evidence().isfinite())
+    pyro.sample("b", dist.Normal(0.5 * a.sum() + a.mean(), 1.2))
 
 
 # Densities.
@@ -165,19 +86,20 @@ def test_guide_that_no_redrawing_helps() -> None:
 
 def particles_of(
     model: Program, guide: Program | None, num_samples: int = 4
-) -> tuple[Plan, Drawn, Particles]:
+) -> tuple[Plan, Particles]:
     pyro.set_rng_seed(0)
     planned = plan(model, guide, num_samples=num_samples)
     drawn = draw_particles(planned.structure, planned.programs, num_samples)
-    return planned, drawn, weigh(planned.structure, planned.programs, drawn, validate=True)
+    structure, programs = planned.structure, planned.programs
+    return planned, weigh(structure, programs, drawn, validate=True, from_factors=False)
 
 
 def test_mixture_over_the_parents() -> None:
     """(14), written out."""
-    planned, _, particles = particles_of(vector_model, vectorised)
+    planned, particles = particles_of(vector_model, vector_guide)
     a, b = particles.values["a"], particles.values["b"]
     symbol = planned.structure.index_of["b"].symbol
-    loc = 0.5 * a.sum(-1)
+    loc = 0.5 * a.sum(-1) + a.mean(-1)
     log_q = dist.Normal(loc, 1.2).log_prob(b.unsqueeze(-1))  # (k, j)
     expected = log_q.exp().mean(1).log()
     torch.testing.assert_close(particles.log_proposals[symbol], expected)
@@ -187,9 +109,9 @@ def test_mixture_over_the_parents() -> None:
 
 def test_mixture_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of many particles, some at a time."""
-    _, _, whole = particles_of(vector_model, vectorised, 7)
+    _, whole = particles_of(vector_model, vector_guide, 7)
     monkeypatch.setattr(proposals, "MIXTURE_ELEMENTS", 15)
-    _, _, parts = particles_of(vector_model, vectorised, 7)
+    _, parts = particles_of(vector_model, vector_guide, 7)
     for symbol, log_proposal in whole.log_proposals.items():
         torch.testing.assert_close(parts.log_proposals[symbol], log_proposal)
 
@@ -246,7 +168,7 @@ class Ramp:
         self.width = width
 
     def __call__(self) -> Tensor:
-        return self.width * (1.0 - torch.rand(self.width.shape).sqrt())
+        return self.width * (1.0 - torch.rand(()).sqrt())
 
     def log_prob(self, value: Tensor) -> Tensor:
         return (2.0 * (self.width - value) / self.width**2).log()

@@ -398,29 +398,40 @@ def test_enumerated_site_with_undeclared_dims() -> None:
 
 
 def test_element_that_reads_others() -> None:
-    """Along a plate of what it reads, a site outside of it may read its own element only."""
+    """Each element of an observation outside of a plate reads one, which need not be its own."""
 
     def model() -> None:
         with pyro.plate("data", 3):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
         pyro.sample("y", dist.Normal(z.flip(-1), 1.0), obs=ROWS[0])
 
-    with (
-        pyro.validation_enabled(False),
-        pytest.raises(NotImplementedError, match=r"site 'y'.*other elements"),
-    ):
-        MPImportance(model, num_samples=2).run()
+    def declared() -> None:
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=ROWS[0].flip(-1))
+
+    for validate in (True, False):
+        with pyro.validation_enabled(validate):
+            posterior = MPImportance(model, num_samples=3).run()
+        particles = {"z": posterior.marginals("z").samples}
+        exact = brute_force(Problem(declared, None, particles))
+        check_evidence(posterior.evidence(), exact)
+        check_weights(posterior.marginals("z").log_weights, exact, "z")
 
 
-def test_program_that_is_not_vectorised() -> None:
-    """Where neither place of the particles works, the error names the dims without a plate."""
+def test_program_for_single_values() -> None:
+    """Elements of an undeclared dim are those of one vector."""
 
     def model() -> None:
         w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0))
         pyro.sample("y", dist.Normal(w[0] + w[1], 1.0), obs=torch.tensor(0.3))
 
-    with pytest.raises(ValueError, match=r"Batch dims of 'w' are in no pyro\.plate.*to_event"):
-        MPImportance(model, num_samples=4).run()
+    with pytest.warns(MPISWarning, match=r"\('w' \(3,\)\) count as event dims.*to_event"):
+        posterior = MPImportance(model, num_samples=4).run()
+    w = posterior.marginals("w").samples
+    log_prob = dist.Normal(w[:, 0] + w[:, 1], 1.0).log_prob(torch.tensor(0.3))
+    torch.testing.assert_close(posterior.evidence(), log_prob.exp().mean().log())
+    torch.testing.assert_close(posterior.marginals("w").weights, log_prob.softmax(0))
 
 
 def test_diagnosis_and_export() -> None:

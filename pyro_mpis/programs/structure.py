@@ -155,11 +155,16 @@ class Structure:
 
     @cached_property
     def undeclared(self) -> dict[str, torch.Size]:
-        """The model's sites with batch dims above size one that no plate declares, and shapes."""
+        """The model's sites with dims above size one that count as event dims, and shapes."""
+
+        def counts(site: Site) -> bool:
+            dims = site.undeclared if site.name in self.origins else self.summed_dims(site)
+            return any(site.batch_shape[dim] > 1 for dim in dims)
+
         return {
             name: site.batch_shape
             for name, site in self.model.items()
-            if not site.silent and any(site.batch_shape[dim] > 1 for dim in site.undeclared)
+            if not site.silent and counts(site)
         }
 
     def num_particles(self, num_samples: int) -> dict[str, int]:
