@@ -40,7 +40,7 @@ LIBRARIES = tuple(
     os.path.dirname(str(file)) + os.sep
     for file in (torch.__file__, pyro.__file__, os.path.dirname(__file__), contextlib.__file__)
 )
-MAX_LOOP = 10_000  # combinations that are worth a call of a distribution's log_prob each
+MAX_LOOP = 1_000  # combinations that are worth a call of a distribution's log_prob each
 
 
 @dataclass(frozen=True)
@@ -205,8 +205,8 @@ def exchange(
         return type(part)(exchange(item, change, known) for item in part)
     if type(part) is dict:
         return {key: exchange(item, change, known) for key, item in part.items()}
-    is_own = hasattr(part, "log_prob") and not isinstance(part, type)
-    if isinstance(part, Distribution | Transform) or is_own:
+    own = hasattr(part, "log_prob") and not isinstance(part, type)  # a user's distribution
+    if own or isinstance(part, Distribution | Transform):
         if id(part) not in known:
             known[id(part)] = result = copy.copy(part)
             vars(result).update(

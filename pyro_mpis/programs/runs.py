@@ -219,7 +219,15 @@ def evaluate(
         trace = _at(programs, "model", model_values, until, model.all_sites)
         _keep(trace, model, values, from_model)
 
+    state = torch.get_rng_state()
     run_mapped(at_single_values, levels, patched=programs.patched)
+    if not torch.equal(state, torch.get_rng_state()):
+        torch.set_rng_state(state)
+        raise NotMappableError(
+            "the programs draw random numbers besides those of their sites",
+            "draw all random numbers in sample statements that no handler hides, or as data before "
+            "the run",
+        )
     return from_guide, from_model
 
 
