@@ -5,12 +5,13 @@ Massively parallel importance sampling for Pyro.
 The method is that of Bowyer, Heap and Aitchison (2024), "Using Autodiff to Estimate Posterior
 Moments, Marginals and Samples", UAI, PMLR 244:394-417. Where its equations are:
 
-* (12)-(14), particles and their proposal: the stage of particles, ``proposals``;
-* (15)-(17), indices k, and what each site reads: the stage of structure, ``dependencies``;
-* (19)-(22), r_k as a product of small tensors: the stage of factors, ``factors``, and
-  ``factor_graph.graph`` for what it makes;
+* (12)-(14), particles and their proposal: ``particles.drawing`` and ``particles.proposals``;
+* (15)-(17), indices k, and what each site reads: ``programs.structure`` and
+  ``programs.analysis``;
+* (19)-(22), r_k as a product of small tensors: ``particles.factors`` makes it,
+  ``factor_graph.graph`` is what it makes;
 * (18) and (23), the evidence: ``factor_graph.evidence``, in an order found by ``order``, with the
-  kernels of ``logspace``; as a sum over blocks of particles in the stage of blocks, ``blocks``;
+  kernels of ``logspace``; as a sum over blocks of particles in ``blocks``;
 * (24) and (29), moments: ``factor_graph.moments``;
 * (27)-(28) and (30)-(31), source terms, (32)-(35), weights as derivatives, (43)-(44), joint
   weights: ``factor_graph.source_terms``; the marginals with these weights: ``marginals``;

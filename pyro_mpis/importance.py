@@ -73,19 +73,20 @@ class MPImportance(ImportanceTraces):
     ``Importance``: ``EmpiricalMarginal(posterior, "mu")`` works. Batch dims of a site that no plate
     declares count as event dims. Handlers around a run do not act on it; put them around the model.
 
-    :param model: a Pyro model, vectorised over batch dims left of its plates.
+    :param model: a Pyro model. It runs at single values, in the shapes of an ordinary run.
     :param guide: a guide for all, some or none of the model's latent sites, autoguides included;
         the rest is drawn from the prior, as all are without a guide.
     :param num_samples: K, the number of particles of each latent site.
     :param groups: groups of latent sites that share one particle index, for sites that are
         strongly dependent or that one likelihood reads many of.
     :param shared_plates: names of plates whose latents have one particle index for all elements, in
-        place of one for each. By default only plates do whose elements are read together, or that
-        cross others; a warning says which.
+        place of one for each. By default only plates whose elements are read together, or that
+        cross others, are shared; a warning says which.
     :param max_plate_nesting: number of batch dims for plates; found by default (and for infinity,
         the default of Pyro's ELBOs).
     :param memory_limit: bytes that the largest tensors may take together; half of what is free by
-        default. A larger sum is evaluated in blocks of particles, with the same result.
+        default. A larger sum is evaluated in blocks of particles, with the same result. If no block
+        is small enough, a given limit is an error; by default latents then share an index.
     :param num_replicates: number of independent sets of particles. Evidences are averaged, moments
         and marginals weighted by evidence; their spread gives :meth:`evidence_error`.
     :param executor: any :class:`concurrent.futures.Executor` (a process pool, or Dask's, loky's,
@@ -147,12 +148,15 @@ class MPImportance(ImportanceTraces):
         """
         Draw the particles and weigh them; the arguments go to model and guide.
 
-        Draws random numbers; leaves the param store and the handlers' stack as they were.
+        Draws random numbers; leaves the param store and the handlers' stack as they were. Warns
+        (:class:`~pyro_mpis.MPISWarning`) where latents share a particle index, and where the
+        programs run once for each particle.
 
         :return: this object.
         :raises ValueError: if model, guide or data do not fit; the message names the site.
-        :raises NotImplementedError: if the sum over all combinations is intractable.
-        :raises MemoryError: if a factor would not fit into free memory.
+        :raises NotImplementedError: if an enumerated site's support depends on other latents, or
+            what the sites read could not be followed.
+        :raises MemoryError: if a factor does not fit into the given ``memory_limit``.
         """
         programs = programs_of(self.model, self.guide, args, kwargs)
         plan, guide_trace, model_trace = plan_of(programs, self._options)

@@ -31,12 +31,12 @@ from pyro_mpis.programs.runs import Programs, evaluate
 from pyro_mpis.programs.structure import Structure, levels_of
 
 ROWS = 3  # random choices of a particle for each element
-MANY_ROWS = 16  # where two particles may have the same value, and where tensors are small
-CHEAP = 2**16  # elements of all rows of the largest tensor, of which many cost nothing
-ELEMENTS = 2**22  # of the largest tensor, rows and particles aside: above it fewer are taken
+MANY_ROWS = 16  # if two particles may have the same value, or if tensors are small
+CHEAP = 2**16  # elements of the largest tensor, all rows: up to this size more rows cost nothing
+ELEMENTS = 2**22  # of the largest tensor, all rows: fewer rows are taken where it would be larger
 SMALL = 2**10  # entries of factors that are compared in one tensor
-# The power of the machine epsilon, relative to one plus the entry, above which an entry differs:
-# rounding explains no more.
+# Two entries differ if they are further apart than eps to this power, relative to one plus the
+# entry. Rounding does not explain more.
 TOLERANCE = 0.4
 
 
@@ -285,7 +285,8 @@ def _same(actual: Tensor, expected: Tensor) -> bool:
     """
     Whether two tensors agree entry by entry.
 
-    Supports and arguments have not been looked at again: what they rule out agrees with anything.
+    The check has not looked at supports and arguments: an entry that they rule out agrees with
+    any density.
     """
     tolerance = torch.finfo(actual.dtype).eps ** TOLERANCE * (1.0 + expected.abs())
     close = (actual == expected) | ((actual - expected).abs() <= tolerance)

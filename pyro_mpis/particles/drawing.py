@@ -82,7 +82,7 @@ def _from_guide(structure: Structure) -> list[str]:
 
 
 def _collecting(site: Site, supports: dict[str, Tensor | None]) -> Collect:
-    """Return what to keep of a site: value and density; ``reads`` if its proposal reads others."""
+    """Return what to keep of a site: value, density, and ``reads`` if its proposal reads sites."""
 
     def collect(message: SampleMessage, _: Mapping[str, Tensor]) -> dict[str, Tensor]:
         fn, value = message["fn"], message["value"]

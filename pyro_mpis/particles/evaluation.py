@@ -136,9 +136,9 @@ def reads_found(
     structure: Structure, values: Mapping[str, Tensor], programs: Programs
 ) -> Structure:
     """
-    Find what every site reads by a mapped run with a level for each index, of two particles.
+    Find what every site reads: one mapped run at two particles, with a level for each index.
 
-    For structures whose plain run lost track of what was computed from what.
+    It is for programs whose plain run lost track of what was computed from what.
 
     :param values: particles of every random site: ``(K, *shape)``.
 

@@ -7,7 +7,7 @@ The commonest hierarchical model draws effects in one plate and reads them by in
     with pyro.plate("county", 85):
         alpha = pyro.sample("alpha", Normal(mu, sigma))
     with pyro.plate("house", 919):
-        pyro.sample("y", Normal(alpha[..., county], 1), obs=y)
+        pyro.sample("y", Normal(alpha[county], 1), obs=y)
 
 The factor of ``y`` has the particles of ``alpha`` and the plate of the houses, but not that of the
 counties; multiplied over the houses as it is, it would let all counties share one particle. Summed
@@ -58,8 +58,8 @@ class ReadTogether(Exception):
     :param symbols: the indices to be shared.
     :param plates: by which plates' elements.
     :param reason: what reads them together: a part of a sentence.
-    :param differs: whether it was found by a density that is not the entry of its factor, which a
-        read that the plain run missed would explain too.
+    :param differs: whether it was found because a density is not the entry of its factor. A read
+        that the plain run missed could explain that too.
     :param by_index: the site, if it reads elements of a plate that it is not in.
     """
 
@@ -297,7 +297,7 @@ def _in_both(graph: FactorGraph, inner: Ordinal, outer: Ordinal) -> bool:
 
 
 def _element_map(inner: str, maps: Mapping[str, Tensor]) -> RaggedPlate:
-    """Return a map; where nothing is read any element will do: what it gets is a constant."""
+    """Return a map. Where nothing is read the factor is constant, and element 0 receives it."""
     return RaggedPlate(inner, {s: element.clamp(min=0).contiguous() for s, element in maps.items()})
 
 
@@ -313,9 +313,9 @@ def _ragged(
     """
     Note that the plates of a factor are ragged parts of others.
 
-    Those of them along which the same elements are read are left out: as the occasions, of houses
-    that each lie in one county. If all could be, those stay that another site's map has, or that
-    hold an index of their own.
+    Plates along which the map is constant are left out of it (the occasions, if every house stays
+    in one county). If all could be left out, those stay that another site's map has or that hold
+    an index.
 
     :param maps: the elements that are read, NONE where nothing is, by plate: ``(*inner)``.
     :param alone: plates that the factor has been summed over, which must be among these.

@@ -19,11 +19,12 @@ TENSORS_AT_ONCE = 3
 FRACTION = 0.5
 # More blocks than anyone would wait for.
 MAX_BLOCKS = 10_000
-# Densities that a run takes some seconds for, on a processor; a chain ten times that, to contract.
+# On a CPU this many densities take a few seconds; contracting a long chain of them takes ten times
+# as long. Beyond it a run says so before it starts.
 MUCH_WORK = 3e8
 NAMED = 6  # indices of a factor that an error names
-# Tensors of a piece: allocators keep smaller ones for the next piece, and return larger ones to
-# the system, page by page, which takes longer than to compute them.
+# Bytes of the tensors of a piece. Allocators keep tensors of this size for the next piece. Larger
+# ones go back to the system, and to get their pages again takes longer than to compute them.
 PIECE_BYTES = 2**24
 PIECE_BYTES_OF_GPU = 2**30
 # How many more elements may be evaluated for the sake of pieces.
@@ -72,11 +73,10 @@ def gc_paused(pause: bool = True) -> Iterator[None]:
     """
     Pause Python's search for cyclic garbage.
 
-    A run of a long program makes some hundred thousand objects that live until its end. To search
-    them over and over takes a third of its time, more the more there are, and finds nothing: none
-    of ours is in a cycle.
+    A run of a long program makes some hundred thousand objects that live until its end, none of
+    ours in a cycle. Python would search them over and over, which takes a third of the run's time.
 
-    :param pause: whether to. Not for work in many parts, lest cycles of the user's pile up.
+    :param pause: whether to pause. Not in work of many parts: cycles of the user's would pile up.
     """
     pause = pause and gc.isenabled()
     if pause:

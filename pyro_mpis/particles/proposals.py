@@ -110,12 +110,12 @@ def at_supports(structure: Structure, particles: Particles, drawn: Drawn) -> Par
     """
     Return particles that are not random where sites in plates are discrete: one of each value.
 
-    What the programs read is to be found the same way whatever was drawn. Two particles of a
-    discrete site may have one value, so that a read does not show; to decide by them how the
-    evidence is estimated would make it biased.
+    What the programs read must be found in the same way whatever was drawn. If two particles of a
+    discrete site have the same value, a read does not show. Should that decide how the evidence is
+    estimated, it would be biased.
 
-    :return: particles without weights, few of other sites; None if all sites in plates are
-        continuous.
+    :return: particles without weights, a few of each other site; None if no site in a plate that
+        is drawn has a finite support.
     """
     supports = {
         name: support
@@ -137,7 +137,7 @@ def at_supports(structure: Structure, particles: Particles, drawn: Drawn) -> Par
     return replace(particles, sizes=sizes, values=by_name, log_proposals=nothing)
 
 
-FEW = 3  # particles of sites without a support, where one of each value of others is taken
+FEW = 3  # particles that at_supports takes of sites without a finite support
 
 
 def _is_own_factor(structure: Structure, index: Index) -> bool:

@@ -58,7 +58,8 @@ def analyse(
     """
     Work out the structure of a plain run.
 
-    :param guide_trace: of the guide, with provenance; see :func:`~pyro_mpis.programs.runs`.
+    :param guide_trace: of the guide, with provenance; see
+        :func:`~pyro_mpis.programs.runs.run_plainly`.
     :param model_trace: of the model with the guide's values.
     :param guide: the guide itself: effect-based ones trace the model's own observations too.
     :param groups: sites that share one particle index.
@@ -234,7 +235,7 @@ def _read(site: SampleMessage, plates: Mapping[str, Plate]) -> Site:
     reads = get_provenance(site["value"])
     batch_shape = batch_shape_of(fn)
     if is_latent(site) and isinstance(fn, torch.distributions.Distribution):
-        reads |= _argument_provenance(fn)  # its value is its own: there is nothing to check
+        reads |= _argument_provenance(fn)  # its log_prob reads nothing else but its own value
     elif not is_silent(site):
         log_prob, read_by_log_prob = _log_prob(name, fn, value)
         reads |= read_by_log_prob
@@ -250,7 +251,8 @@ def _read(site: SampleMessage, plates: Mapping[str, Plate]) -> Site:
         for frame in frames
         if frame.dim is not None
     }
-    # size one, right of a plate: that is how Pyro itself expands a site of a plate on the left
+    # A dim of size one to the right of a plate does not count: Pyro adds it when it expands a site
+    # of a plate further left.
     undeclared = tuple(
         dim
         for dim, size in enumerate(batch_shape, start=-len(batch_shape))

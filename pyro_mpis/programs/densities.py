@@ -2,9 +2,9 @@
 """
 The density of a site at single values: zero outside of the support, nan at invalid arguments.
 
-torch's formulas give numbers there too, since with validation on it refuses such values before. In
-a sum over all combinations of particles some combinations are bound to be outside, and they count
-as what they are: impossible.
+Torch's formulas give numbers there too: with validation on, such values are refused before the
+formula is applied. Among all combinations of particles some are bound to be outside of a support,
+and they count as impossible.
 """
 
 from collections.abc import Iterator

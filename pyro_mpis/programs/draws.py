@@ -3,9 +3,9 @@
 Draw from a distribution within a mapped run: one value for each particle.
 
 Torch cannot draw from most distributions under vmap. So the distribution is taken out of the mapped
-run: a copy of it holds all particles' arguments, in a batch dim left of all others. Where its
-arguments do not have all batch dims, so that a dim on the left would meet another, particles are
-drawn one after the other.
+run: a copy of it holds all particles' arguments, in a batch dim left of all others. If an argument
+lacks some batch dims, a dim on its left would meet another dim than that of the particles; then
+particles are drawn one after the other.
 """
 
 from typing import Any

@@ -67,7 +67,7 @@ def run_mapped(
     Call a function of single values once, mapped over each level.
 
     :param levels: site -> ``(size, *shape)``, of one size in each level.
-    :param patched: whether to write some operations that torch cannot map in another way.
+    :param patched: whether to rewrite some operations that torch cannot map.
     """
 
     def enter(depth: int, values: dict[str, Tensor]) -> tuple[()]:
@@ -170,7 +170,7 @@ def log_prob_of(fn: Distribution, value: Tensor) -> Tensor:
     """
     Return a site's ``log_prob``, also of a distribution that torch cannot map.
 
-    Such a distribution is evaluated at one combination after the other, of those that it reads.
+    Such a distribution is evaluated in a loop over the combinations that it reads.
     """
     try:
         return fn.log_prob(value)
@@ -348,8 +348,9 @@ def _truth(tensor: Tensor) -> Any:
     Take a branch that all combinations take, where it is a check.
 
     Checks are branches within torch and Pyro, and assertions of the user's. Whether another branch
-    is taken depends on the particles, and to combine them in one case and not in the other would
-    be biased: such a program runs once for each particle, whatever they are.
+    is taken depends on the particles. If they were combined when all take the same branch, and not
+    when they differ, the estimate would be biased. So a program with such a branch runs once for
+    each particle, whatever they are.
     """
     if not is_mapped(tensor) or tensor.numel() != 1 or not _is_check():
         return NotImplemented

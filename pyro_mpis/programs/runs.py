@@ -7,7 +7,7 @@ Run a model and its guide: plainly, at values of their latent sites, to draw par
 * :func:`run_at`: one ordinary run at given values.
 * :func:`evaluate`: guide and model at many values, those of each level in combination with those
   of all others, by :mod:`~pyro_mpis.programs.mapped`. Programs see single values.
-* :func:`draw`: guide and model K times at once, to draw their latent sites.
+* :func:`draw`: one mapped run of guide and model that draws K particles of their latent sites.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ from pyro_mpis.programs.mapped import LIBRARIES, Mapped, Values, run_mapped, unw
 from pyro_mpis.programs.messages import is_delta, is_enumerated, is_latent, statements
 
 Name: TypeAlias = Literal["model", "guide"]
-# What to keep of a site: named tensors computed from its message and all values given, single ones.
+# Takes a site's message and the single values of all given sites; returns what to keep, by name.
 Collect: TypeAlias = Callable[[SampleMessage, Mapping[str, Tensor]], Mapping[str, Tensor]]
 Said: TypeAlias = dict[str, dict[str, Mapped]]  # site -> what was kept of it
 
@@ -52,7 +52,7 @@ class Programs:
     args: tuple[object, ...] = ()
     kwargs: Mapping[str, object] = field(default_factory=dict)
     sites: Mapping[Name, frozenset[str]] = field(default_factory=dict)  # that a plain run met
-    patched: bool = False  # whether torch maps them only with some operations written otherwise
+    patched: bool = False  # whether to rewrite operations that torch cannot map
 
     def program(self, name: Name) -> Program:
         """Return the model or the guide."""
@@ -154,7 +154,7 @@ def trace_at(programs: Programs, values: Mapping[str, Tensor]) -> Trace:
 
 
 def _traced(programs: Programs, name: Name, handler: Substitute, until: Collection[str]) -> Trace:
-    """Run a program under a handler; what fails after its last site is not needed."""
+    """Run a program under a handler; an error after its last site does not matter."""
     tracer = poutine.trace()
     with handler, tracer, Stop(until) if until else contextlib.nullcontext():
         try:

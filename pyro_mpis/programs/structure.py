@@ -60,7 +60,7 @@ class Site:
     undeclared: tuple[int, ...] = ()  # batch dims without a plate, from the left
     checked: bool = True  # whether values outside of the support count as impossible
     obstacle: Obstacle | None = None
-    implicit: Ordinal = frozenset()  # those of them that are treated as plates
+    implicit: Ordinal = frozenset()  # undeclared dims that are treated as plates
 
     @property
     def factor_plates(self) -> Ordinal:
@@ -211,8 +211,8 @@ class Structure:
         """
         Return a site outside of a group through which its members depend on each other.
 
-        Such a group cannot share a particle index: its members would be proposed given a site that
-        is itself mixed over.
+        Such a group cannot share a particle index: one member would be proposed given a site that
+        is itself proposed given another member.
         """
         group = set(sites)
         reads = {name for member in group for name in self.proposal_site(member).reads}
@@ -237,10 +237,11 @@ class Structure:
 
 def levels_of(structure: Structure, sizes: Mapping[str, int]) -> list[list[str]]:
     """
-    Put indices on levels of a mapped run: two that are read together on different ones.
+    Put indices on the levels of a mapped run; two that are read together get different levels.
 
-    Each level costs time at every operation, and all indices of one have as many particles. Few
-    indices have a level each: then what a result is mapped at says for certain what it reads.
+    Each level costs time at every operation, so indices share them if they have equal numbers of
+    particles. Few indices have a level each: what a result is mapped at then says for certain what
+    it reads.
 
     :param sizes: numbers of particles by symbol.
     """
@@ -267,4 +268,4 @@ def levels_of(structure: Structure, sizes: Mapping[str, int]) -> list[list[str]]
     return levels
 
 
-UNIQUE_LEVELS = 4
+UNIQUE_LEVELS = 4  # up to this many indices have a level each
