@@ -30,7 +30,8 @@ def test_a_graph_prints_the_range_of_each_factor() -> None:
     assert table[0] == ["factor", "indices", "plates", "size", "lowest", "highest"]
     rows = {row[0]: row[1:] for row in table[1:]}
     assert rows["positive"] == ["a+b:4", "4", "-inf", "0.00"]
-    assert rows["c"][:3] == ["c:4 a+b:4", "rows:3 columns:2", "96"]
+    assert set(rows["c"][0].split()) == {"c:4", "a+b:4"}
+    assert rows["c"][1:3] == ["rows:3 columns:2", "96"]
     (prior,) = (f.tensor for f in posterior._sums[0].whole.factors if f.name == "a")
     assert rows["a"] == ["a+b:4", "4", f"{float(prior.min()):.2f}", f"{float(prior.max()):.2f}"]
 

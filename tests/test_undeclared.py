@@ -313,7 +313,7 @@ def test_many_samples_of_one_site() -> None:
         posterior.moments()
         posterior.sample(100)
         assert posterior.log_weights[0].shape == ()
-    assert 40_000 <= largest.numel <= 1_000_000  # (K, 4, 1), and what probes take
+    assert 10_000 <= largest.numel <= 1_000_000  # as a mapped run shows them, without its dim
     precision = 1.0 + float(X.square().sum())
     mean = float((X * Y).sum()) / precision
     sd = precision**-0.5
