@@ -4,12 +4,9 @@
 import math
 import pickle
 
-import pyro
-import pyro.distributions as dist
 import pytest
 import torch
 from hierarchy import hierarchy, run_hierarchy
-from torch import Tensor
 
 from pyro_mpis import MPImportance, MPISWarning
 
@@ -59,45 +56,6 @@ def test_what_a_notebook_shows(posterior: MPImportance) -> None:
     with pytest.warns(MPISWarning):
         summary = posterior.summary()
     assert repr(summary) == str(summary)
-
-
-def test_weights_of_an_ill_scaled_chain_sum_to_one() -> None:
-    """Where Pyro's log einsum gives a right evidence and wrong weights (or -inf), in float32."""
-    torch.set_default_dtype(torch.float32)
-    for scale in (1.0, 0.1, 0.03, 0.01):
-
-        def model(s: float = scale) -> None:
-            a = pyro.sample("a", dist.Normal(0.0, 1.0))
-            pyro.sample("y1", dist.Normal(a, s), obs=torch.tensor(0.5))
-            b = pyro.sample("b", dist.Normal(a, s))
-            pyro.sample("y2", dist.Normal(b, s), obs=torch.tensor(-0.5))
-
-        def guide() -> None:
-            pyro.sample("a", dist.Normal(0.0, 1.0))
-            pyro.sample("b", dist.Normal(0.0, 1.0))
-
-        for seed in range(5):
-            pyro.set_rng_seed(seed)
-            posterior = MPImportance(model, guide, num_samples=30).run()
-            exact = exact_weights(posterior, scale)
-            assert bool(posterior.evidence().isfinite())
-            found = posterior.marginals("a").weights.double()
-            torch.testing.assert_close(found, exact, atol=2e-3, rtol=0.0)
-            torch.testing.assert_close(found.sum(), torch.tensor(1.0).double())
-
-
-def exact_weights(posterior: MPImportance, s: float) -> Tensor:
-    """Weights of site a by one sum over all pairs, in double precision."""
-    a = posterior.marginals("a").samples.double().unsqueeze(-1)
-    b = posterior.marginals("b").samples.double()
-    standard = dist.Normal(torch.zeros(()).double(), 1.0)
-    log_r = (
-        dist.Normal(a, s).log_prob(torch.tensor(0.5).double())
-        + dist.Normal(a, s).log_prob(b)
-        - standard.log_prob(b)
-        + dist.Normal(b, s).log_prob(torch.tensor(-0.5).double())
-    )
-    return log_r.flatten().softmax(0).reshape(30, 30).sum(-1)  # type: ignore[no-any-return]
 
 
 def test_results_pickle_without_their_programs(posterior: MPImportance) -> None:

@@ -137,17 +137,6 @@ class Structure:
         """The shapes of the values of the model's latent sites."""
         return {name: self.model[name].shape for name in self.origins}
 
-    def shapes_of(
-        self, program: Literal["model", "guide"]
-    ) -> dict[str, tuple[torch.Size, torch.Size]]:
-        """Return the batch and event shapes of a program's latent sites."""
-        sites = self.guide if program == "guide" else self.model
-        return {
-            name: (site.shape[: len(site.batch_shape)], site.shape[len(site.batch_shape) :])
-            for name, site in sites.items()
-            if name in self.origins or program == "guide"
-        }
-
     def proposal_site(self, name: str) -> Site:
         """Return the statement that a random site is drawn from: the guide's or the model's."""
         in_guide = name in self.guide and self.origins.get(name) != "prior"
