@@ -399,8 +399,14 @@ class MPImportance(ImportanceTraces):
         :param path: of the file; one that is there is overwritten.
         :param factors: whether to keep the log factors, by far the largest part, if they fitted
             into memory. Without them each query of the loaded result evaluates the model again.
+        :raises NotImplementedError: if a plate selects a subsample.
         """
         sums = self._ran()
+        if sums[0].replicate.programs.subsamples is not None:
+            raise NotImplementedError(
+                "a plate selects a subsample, which a file does not keep: run on all of the data, "
+                "or keep the numbers that moments() and marginals() give."
+            )
         if not factors and not sums[0].traces:
             sums = [replace(total, whole=replace(total.whole, factors=())) for total in sums]
         settings = saving.Settings(

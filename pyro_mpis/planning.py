@@ -23,8 +23,9 @@ from pyro_mpis.programs.agreement import check_same_site, unreachable
 from pyro_mpis.programs.analysis import analyse, device_of, with_implicit_plates
 from pyro_mpis.programs.environment import Environment
 from pyro_mpis.programs.messages import statements
-from pyro_mpis.programs.runs import Name, Programs, run_plainly
+from pyro_mpis.programs.runs import Name, Programs, run_plainly, with_one_subsample
 from pyro_mpis.programs.structure import Index, Obstacle, Structure
+from pyro_mpis.programs.subsampling import subsamples_of
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,10 @@ def analysed(programs: Programs, options: Options) -> tuple[Programs, Structure,
     """
     guide = programs.guide
     try:
-        programs, guide_trace, model_trace = run_plainly(programs, check_same_site)
+        ran = run_plainly(programs, check_same_site)
+        if subsamples_of(ran[1:]):
+            ran = run_plainly(with_one_subsample(programs), check_same_site)
+        programs, guide_trace, model_trace = ran
     except RuntimeError as error:
         if "Multiple sample sites" in str(error):
             raise ValueError(
@@ -227,6 +231,13 @@ def weaknesses(
 ) -> list[str]:
     """Say where the guide leaves less than massively parallel importance sampling."""
     result = []
+    for name, (number, size) in subsamples_of((guide_trace, model_trace)).items():
+        result.append(
+            f"plate '{name}': a subsample of {number} of {size}. All answers are for this one "
+            f"minibatch, whose elements count as {size / number:.4g} each: another would have "
+            "other answers, and none of them is the evidence of the data. Good for learning with "
+            "TraceMP_ELBO; for a posterior run on all of the data."
+        )
     points = {
         name for name in structure.carried if not structure.indices_read(structure.guide[name])
     }

@@ -73,17 +73,22 @@ def reduced(graph: FactorGraph) -> FactorGraph:
     occupied = frozenset[str]().union(*map(graph.with_enclosing, graph.index_plates.values()))
     for inner, plate in graph.ragged.items():
         occupied |= inner | frozenset(plate.outer)
-    factors = tuple(over_plates(factor, factor.plates - occupied) for factor in graph.factors)
+    factors = tuple(
+        over_plates(graph, factor, factor.plates - occupied) for factor in graph.factors
+    )
     return replace(graph, factors=factors)
 
 
-def over_plates(factor: LogFactor, plates: Ordinal) -> LogFactor:
+def over_plates(graph: FactorGraph, factor: LogFactor, plates: Ordinal) -> LogFactor:
     """Multiply a factor over plates that hold none of its indices: sum its log, in float64."""
     positions = [place for place, symbol in enumerate(factor.dims) if symbol in plates]
     if not positions:
         return factor
     dims = "".join(symbol for symbol in factor.dims if symbol not in plates)
     tensor = sum_in_double(factor.tensor, positions)
+    scale = graph.scale_of(plates & factor.plates)
+    if scale != 1.0:
+        tensor = tensor * scale
     return LogFactor(factor.name, tensor, dims, factor.plates - plates)
 
 
@@ -208,8 +213,14 @@ class LogSpaceRing(Ring):
         return bool((highest.abs() > LARGE).any())
 
     def product(self, term: Tensor, ordinal: Ordinal) -> Tensor:
-        """Multiply a packed tensor over the plates of ``ordinal``."""
-        return product_over(self._graph, term, ordinal)
+        """
+        Multiply a packed tensor over the plates of ``ordinal``.
+
+        That of a minibatch stands for that of all elements: its log is scaled.
+        """
+        result = product_over(self._graph, term, ordinal)
+        scale = self._graph.scale_of(ordinal)
+        return result if scale == 1.0 else packed(result * scale, dims_of(result))
 
     def inv(self, term: Tensor) -> Tensor:
         """Refuse: nothing is divided here."""

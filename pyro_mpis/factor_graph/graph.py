@@ -13,7 +13,8 @@ plates that a factor, or an index, sits in.
 Samples", UAI, PMLR 244:394-417.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -120,6 +121,7 @@ class FactorGraph:
     dtype: torch.dtype
     device: torch.device
     ragged: Mapping[Ordinal, RaggedPlate] = field(default_factory=dict)
+    plate_scales: Mapping[str, float] = field(default_factory=dict)  # of those that are not one
 
     def __str__(self) -> str:
         """Return a table of the factors: whose indices and plates each has, its range in nats."""
@@ -138,6 +140,10 @@ class FactorGraph:
             size = str(tensor.numel())
             lines.append((factor.name, " ".join(indices), " ".join(plates), size, lowest, highest))
         return table(lines, left=(0, 1, 2))
+
+    def scale_of(self, plates: Iterable[str]) -> float:
+        """Return what the log of a product over some plates is multiplied by."""
+        return math.prod(self.plate_scales.get(symbol, 1.0) for symbol in plates)
 
     def with_enclosing(self, plates: Ordinal) -> Ordinal:
         """Add the plates that ragged plates lie in."""

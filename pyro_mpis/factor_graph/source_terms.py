@@ -48,6 +48,9 @@ def joint_weights(graph: FactorGraph, tuples: Iterable[str]) -> tuple[Tensor, di
     for (symbols, source), grad in zip(sources.items(), grads, strict=True):
         plates = graph.tensor_plates(source.plates)
         weight = grad.double().reshape([graph.sizes[symbol] for symbol in (*symbols, *plates)])
+        scale = graph.scale_of(source.plates)
+        if scale != 1.0:  # so often does log P have the sums of a minibatch's elements
+            weight = weight / scale
         _check_total(graph, symbols, weight)
         weights[symbols] = weight
     return log_p.detach(), weights

@@ -244,13 +244,16 @@ def _resolve(
     if not _local_plates(graph, factor) <= enclosing:
         if reads.switch:
             raise _crossing(graph, factor, deepest, factor.plates)
-        return _ragged(graph, over_plates(factor, alone), reads.inner, maps, alone)
+        return _ragged(graph, over_plates(graph, factor, alone), reads.inner, maps, alone)
     # plates around the ragged one that is read: its tensors have no dims of them
     alone |= factor.plates & enclosing - set(outer)
     tensor = packed(factor.tensor, factor.dims)
     tensor = regroup(tensor, alone, _element_map(reads.inner, maps), maps, graph.sizes)
     dims: str = tensor._pyro_dims  # type: ignore[attr-defined]
     plates = (factor.plates - alone) | graph.with_enclosing(deepest)
+    scale = graph.scale_of(factor.plates - plates)
+    if scale != 1.0:
+        tensor = tensor * scale
     return graph, LogFactor(factor.name, tensor, dims, plates)
 
 

@@ -24,6 +24,7 @@ from pyro_mpis.particles.proposals import Particles
 from pyro_mpis.programs.messages import counted, drawn_from, is_delta, is_latent, statements
 from pyro_mpis.programs.runs import Programs
 from pyro_mpis.programs.structure import Index, Origin, Structure
+from pyro_mpis.programs.subsampling import scale_of_plates
 
 NO_PLATE = 10_000  # number of a symbol that no plate has
 OTHERS = "(sites of some runs)"
@@ -94,14 +95,14 @@ def _one_run(programs: Programs) -> tuple[Trace, dict[str, Tensor]]:
     with pyro.validation_enabled(False):
         for name, site in statements(trace).items():
             log_prob = _log_prob(site)
-            density = _sum(counted(site, log_prob))
+            density = _sum(counted(site, log_prob), site)
             if is_latent(site) and name not in proposed and not is_delta(site["fn"]):
-                density = density - _sum(drawn_from(site, log_prob))
+                density = density - _sum(drawn_from(site, log_prob), site)
             densities[name] = density
         for name, site in proposed.items():
             if is_latent(site) or (site["is_observed"] and name not in trace.nodes):
                 density = densities.get(name, torch.zeros((), dtype=torch.double))
-                densities[name] = density - _sum(drawn_from(site, _log_prob(site)))
+                densities[name] = density - _sum(drawn_from(site, _log_prob(site)), site)
     trace.log_prob_sum()  # memoised in the trace, as the traces of pyro.infer.Importance have it
     return trace, densities
 
@@ -111,8 +112,8 @@ def _log_prob(site: SampleMessage) -> Tensor:
     return log_prob
 
 
-def _sum(log_prob: Tensor) -> Tensor:
-    return torch.as_tensor(log_prob).sum(dtype=torch.double)
+def _sum(log_prob: Tensor, site: SampleMessage) -> Tensor:
+    return torch.as_tensor(log_prob).sum(dtype=torch.double) * scale_of_plates(site)
 
 
 def _log_factors(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -353,6 +353,9 @@ def _joint(
         site = structure.proposal_site(name)
         for dim in _summed(structure, site, index.plates):
             log_prob = log_prob.sum(dim, keepdim=True)
+        scale = structure.scale_of(site.plates - index.plates)
+        if scale != 1.0:  # the product over a plate, of which there is a subsample
+            log_prob = log_prob * scale
         lead, batch = log_prob.shape[:particle_dims], log_prob.shape[particle_dims:]
         missing = structure.max_plate_nesting - len(batch)
         log_prob = log_prob.reshape((*lead, *(1,) * missing, *batch))

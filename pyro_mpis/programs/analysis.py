@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pyro_mpis._text import broadcast_shape, first_line, quoted
 from pyro_mpis._typing import Distribution, SampleMessage
-from pyro_mpis.programs.agreement import check_guide_matches_model, refuse_subsampling
+from pyro_mpis.programs.agreement import check_guide_matches_model
 from pyro_mpis.programs.densities import is_checked
 from pyro_mpis.programs.indices import clusters_of, index_plates
 from pyro_mpis.programs.mapped import tensors_of
@@ -34,6 +34,7 @@ from pyro_mpis.programs.messages import (
     statements,
 )
 from pyro_mpis.programs.structure import Index, Obstacle, Origin, Plate, Site, Structure
+from pyro_mpis.programs.subsampling import refuse_sequential, scale_of
 
 
 def find_max_plate_nesting(traces: Iterable[Trace]) -> int:
@@ -72,7 +73,7 @@ def analyse(
     if isinstance(_unwrapped(guide), GuideMessenger):  # it runs the model, observations and all
         guide_sites = {name: site for name, site in guide_sites.items() if is_latent(site)}
 
-    refuse_subsampling((guide_trace, model_trace))
+    refuse_sequential((guide_trace, model_trace))
     found_nesting = find_max_plate_nesting((guide_trace, model_trace))
     if max_plate_nesting is None:
         max_plate_nesting = found_nesting
@@ -195,17 +196,18 @@ def _support_size(site: SampleMessage) -> int:
 def _plates(
     programs: Sequence[Mapping[str, SampleMessage]], *, first_symbol: int
 ) -> dict[str, Plate]:
-    """Return the plates of size above one by name."""
+    """Return the plates by name, those of size one left out that are no subsample."""
     sizes = _plate_sizes(programs)
     plates: dict[str, Plate] = {}
     for sites in programs:
         for site in sites.values():
             for frame in site["cond_indep_stack"]:
                 size = sizes.get(frame.name, 1) if frame.size == -1 else int(frame.size)
-                if frame.dim is None or size == 1:
+                scale = scale_of(frame)
+                if frame.dim is None or (size == 1 and scale == 1.0):
                     continue
                 symbol = get_symbol(first_symbol + len(plates))
-                plate = Plate(frame.name, frame.dim, size, symbol)
+                plate = Plate(frame.name, frame.dim, size, symbol, scale)
                 known = plates.setdefault(frame.name, plate)
                 if (known.dim, known.size) != (plate.dim, plate.size):
                     raise ValueError(

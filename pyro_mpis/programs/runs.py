@@ -36,6 +36,7 @@ from pyro_mpis.programs.handlers import (
 )
 from pyro_mpis.programs.mapped import LIBRARIES, Mapped, Values, run_mapped, unwrapped
 from pyro_mpis.programs.messages import is_delta, is_enumerated, is_latent, statements
+from pyro_mpis.programs.subsampling import OneSubsample, Subsamples
 
 Name: TypeAlias = Literal["model", "guide"]
 # Takes a site's message and the single values of all given sites; returns what to keep, by name.
@@ -53,6 +54,7 @@ class Programs:
     kwargs: Mapping[str, object] = field(default_factory=dict)
     sites: Mapping[Name, frozenset[str]] = field(default_factory=dict)  # that a plain run met
     patched: bool = False  # whether to rewrite operations that torch cannot map
+    subsamples: Subsamples | None = None  # of plates that select a minibatch
 
     def program(self, name: Name) -> Program:
         """Return the model or the guide."""
@@ -61,6 +63,13 @@ class Programs:
     def call(self, name: Name) -> object:
         """Run the model or the guide."""
         return self.program(name)(*self.args, **self.kwargs)
+
+
+def with_one_subsample(programs: Programs) -> Programs:
+    """Return programs that select the same minibatch, and leave its scale to the graph."""
+    subsamples = Subsamples()
+    model, guide = (OneSubsample(subsamples)(p) for p in (programs.model, programs.guide))
+    return replace(programs, model=model, guide=guide, subsamples=subsamples)
 
 
 class NotMappableError(Exception):

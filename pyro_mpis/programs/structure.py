@@ -29,12 +29,17 @@ Origin: TypeAlias = Literal["guide", "prior", "enumerated", "guide_delta", "mode
 
 @dataclass(frozen=True)
 class Plate:
-    """A vectorised ``pyro.plate`` of size above one, or a batch dim that is treated as one."""
+    """
+    A vectorised ``pyro.plate``, or a batch dim that is treated as one.
+
+    Its size is above one, unless it selects one element of several.
+    """
 
     name: str
     dim: int
     size: int
     symbol: str
+    scale: float = 1.0  # size of the whole / size, where it selects a minibatch
 
 
 @dataclass(frozen=True)
@@ -159,6 +164,10 @@ class Structure:
     def num_particles(self, num_samples: int) -> dict[str, int]:
         """Return the number of particles, or of values, of each index by symbol."""
         return {index.symbol: index.support or num_samples for index in self.indices}
+
+    def scale_of(self, plates: Ordinal) -> float:
+        """Return what the product over some plates is multiplied by, in log space."""
+        return math.prod(self.plates[symbol].scale for symbol in plates)
 
     def elements(self, site: Site) -> int:
         """Return the number of elements, of events too, that one particle's log_prob comes from."""
