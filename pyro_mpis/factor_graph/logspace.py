@@ -78,6 +78,14 @@ class _LogSumExp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.small = x.numel() <= _part(x)
+        if ctx.small:  # one part: its exponentials are kept for the derivative
+            rows = _summed_first(x)
+            highest = rows.amax(0)
+            terms = exp_(rows - finite(highest))
+            sums = terms.sum(0)
+            ctx.save_for_backward(terms, sums)
+            return torch.add(sums.log(), highest)
         ctx.save_for_backward(x)
         result = x.new_empty(x.shape[:-1])
         for part in _parts(x, range(x.dim() - 1)):
@@ -89,6 +97,9 @@ class _LogSumExp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
+        if ctx.small:
+            terms, sums = ctx.saved_tensors
+            return (terms * (grad / sums.clamp(min=0.5))).movedim(0, -1)
         (x,) = ctx.saved_tensors
         result = torch.empty_like(x)
         for part in _parts(x, range(x.dim() - 1)):

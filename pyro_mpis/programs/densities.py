@@ -21,7 +21,7 @@ from torch.distributions import (
     constraints,
 )
 
-from pyro_mpis.programs.mapped import is_mapped, log_prob_of
+from pyro_mpis.programs.mapped import is_mapped, log_prob_of, unwrapped
 
 UNBOUNDED = (constraints.real, constraints.real_vector, constraints.dependent)
 
@@ -37,13 +37,23 @@ def density_of(fn: Distribution, value: Tensor, *, validate: bool) -> Tensor:
     if not validate or not isinstance(fn, Distribution):
         return log_prob
     inside = _inside(fn, value)
-    if inside is not None and is_mapped(inside):  # else the plain run has looked at it
+    if inside is not None and _is_false_somewhere(inside):
         log_prob = torch.where(inside, log_prob, -torch.inf)
-    for valid in _valid_arguments(fn):
+    for valid in filter(_is_false_somewhere, _valid_arguments(fn)):
         if not _fits(valid.shape, log_prob.shape):
             valid = valid.all()  # dims of an argument that the batch shape does not have
         log_prob = torch.where(valid, log_prob, torch.nan)
     return log_prob
+
+
+def _is_false_somewhere(condition: Tensor) -> bool:
+    """
+    Whether a condition that differs between values is false for any.
+
+    Densities are often much larger than what the condition looks at, and a choice between them and
+    another number takes longer. What is the same for all values, the plain run has looked at.
+    """
+    return is_mapped(condition) and not bool(unwrapped(condition).tensor.all())
 
 
 def _fits(shape: torch.Size, batch_shape: torch.Size) -> bool:

@@ -99,15 +99,21 @@ def is_mapped(tensor: Tensor) -> bool:
     return bool(_functorch.is_batchedtensor(tensor))
 
 
-def tensors_of(part: object) -> list[Tensor]:
+def tensors_of(part: Any) -> list[Tensor]:
     """Return the tensors that a distribution holds, those of its parts included."""
     tensors: list[Tensor] = []
-
-    def noted(tensor: Tensor) -> Tensor:
-        tensors.append(tensor)
-        return tensor
-
-    exchange(part, noted)
+    pending, known = [part], set[int]()
+    while pending:
+        part = pending.pop()
+        if isinstance(part, Tensor):
+            tensors.append(part)
+        elif type(part) in (tuple, list):
+            pending += reversed(part)
+        elif type(part) is dict:
+            pending += reversed(part.values())
+        elif _has_parts(part) and id(part) not in known:
+            known.add(id(part))
+            pending += reversed(vars(part).values())
     return tensors
 
 
@@ -205,8 +211,7 @@ def exchange(
         return type(part)(exchange(item, change, known) for item in part)
     if type(part) is dict:
         return {key: exchange(item, change, known) for key, item in part.items()}
-    own = hasattr(part, "log_prob") and not isinstance(part, type)  # a user's distribution
-    if own or isinstance(part, Distribution | Transform):
+    if _has_parts(part):
         if id(part) not in known:
             known[id(part)] = result = copy.copy(part)
             vars(result).update(
@@ -214,6 +219,13 @@ def exchange(
             )
         return known[id(part)]
     return part
+
+
+def _has_parts(part: object) -> bool:
+    """Whether something is a distribution, a user's own included, or a transform."""
+    if isinstance(part, Distribution | Transform):
+        return True
+    return hasattr(part, "log_prob") and not isinstance(part, type)
 
 
 class _Deferred(TorchDistribution):
