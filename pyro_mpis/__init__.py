@@ -22,6 +22,7 @@ from pyro_mpis._version import __version__
 from pyro_mpis._warnings import MPISWarning
 from pyro_mpis.factor_graph.marginals import Marginal
 from pyro_mpis.importance import MPImportance
+from pyro_mpis.objectives import MPReweightedWakeSleep, TraceMP_ELBO
 from pyro_mpis.results.diagnostics import Diagnosis
 from pyro_mpis.results.predictive import log_predictive
 from pyro_mpis.results.summary import Summary
@@ -30,8 +31,10 @@ __all__ = [
     "Diagnosis",
     "MPISWarning",
     "MPImportance",
+    "MPReweightedWakeSleep",
     "Marginal",
     "Summary",
+    "TraceMP_ELBO",
     "__version__",
     "log_predictive",
 ]

@@ -119,7 +119,7 @@ class Replicate:
             first = weigh_from_factors(structure, first, evaluated)
             self = replace(self, particles=first)
         graph = build_graph(structure, first, evaluated)
-        reads = self._find_reads(graph, first, drawn)
+        reads = self.find_reads(graph, first, drawn)
         of_first = _reads_at(_reads_at(reads, ranges), parts[0])
         if validate and reads:
             self._check(of_first, graph, first, together=False)
@@ -130,11 +130,14 @@ class Replicate:
         graphs = itertools.chain([graph], others)
         return replicate, _put_together(map(reduced, graphs), parts, block.sizes)
 
-    def _find_reads(self, graph: FactorGraph, first: Particles, drawn: Drawn) -> SiteReads:
+    def find_reads(
+        self, graph: FactorGraph, first: Particles, drawn: Drawn, *, check: bool = True
+    ) -> SiteReads:
         """
         Find which elements sites read, and hold the graph against the programs.
 
         :param first: the particles of the graph.
+        :param check: whether to do the latter.
         """
         structure, programs = self.structure, self.programs
         fixed = at_supports(structure, self.particles, drawn)
@@ -144,7 +147,7 @@ class Replicate:
         reads = find_reads(graph, structure, fixed or self.particles, programs, self.plan.switched)
         shares_levels = len(structure.indices) > UNIQUE_LEVELS
         plated = any(graph.index_plates.values())
-        if shares_levels or (self.environment.validate and plated and not reads):
+        if check and (shares_levels or (self.environment.validate and plated and not reads)):
             self._check(reads, graph, first, together=True)
         return reads
 

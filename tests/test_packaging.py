@@ -104,6 +104,7 @@ BELOW = {
     "blocks": GROUND | {"programs", "factor_graph", "particles", "planning"},
 }
 BELOW["results"] = {*BELOW["blocks"], "blocks", "_version"}
+BELOW["objectives"] = {*BELOW["blocks"], "blocks", "_warnings"}
 BELOW["importance"] = {*BELOW["results"], "results", "_warnings"}
 BELOW["plots"] = {*BELOW["importance"], "importance"}
 BELOW["__init__"] = {*BELOW}

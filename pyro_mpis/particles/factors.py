@@ -29,17 +29,22 @@ from pyro_mpis.programs.structure import Index, Site, Structure
 PRECISE = torch.float32.itemsize  # numbers of fewer bytes are too coarse to add up log_probs
 
 
-def build_graph(structure: Structure, particles: Particles, evaluated: Evaluated) -> FactorGraph:
+def build_graph(
+    structure: Structure, particles: Particles, evaluated: Evaluated, *, for_sum: bool = False
+) -> FactorGraph:
     """
     Pack what model and guide said at all particles into log factors.
 
+    :param for_sum: whether only the sum is asked for, not the sites' values, and whoever asks looks
+        whether it is finite. Then factors are not looked at here.
     :raises ValueError: if a log_prob is nan at a combination that no other factor rules out, or
         infinite.
     :raises MissedReadError: if a site reads more than the structure says.
     """
     packer = _Packer(structure, particles.sizes, evaluated)
     factors = _factors(structure, particles, evaluated, packer)
-    factors = without_ruled_out(factors, structure)
+    if not for_sum:
+        factors = without_ruled_out(factors, structure)
     anything = factors[0].tensor if factors else torch.zeros(())
     return FactorGraph(
         factors=tuple(factors),
@@ -51,12 +56,13 @@ def build_graph(structure: Structure, particles: Particles, evaluated: Evaluated
         values={
             name: packer.value(structure.model[name], evaluated.model[name]["value"])
             for name in structure.origins
-            if _has_value(structure, name)
+            if not for_sum and _has_value(structure, name)
         },
         plate_names={symbol: plate.name for symbol, plate in structure.plates.items()},
         index_sites={index.symbol: index.sites for index in structure.indices},
         dtype=_result_type(factors),
         device=anything.device,
+        plate_scales={s: plate.scale for s, plate in structure.plates.items() if plate.scale != 1},
     )
 
 

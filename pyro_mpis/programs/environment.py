@@ -39,6 +39,13 @@ class Environment:
 
 
 @contextmanager
+def training() -> Iterator[None]:
+    """Run with gradients and the parameters as they are; handlers around see parameters alone."""
+    with isolated(params_are_seen=True):
+        yield
+
+
+@contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seed the global generator, and restore its state afterwards."""
     state = pyro.util.get_rng_state()

@@ -3,17 +3,18 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Set
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from pyro import poutine
 from pyro.ops.provenance import detach_provenance
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import _DIM_ALLOCATOR
+from pyro.poutine.runtime import _DIM_ALLOCATOR, Message
 from torch import Tensor
 
 from pyro_mpis._typing import SampleMessage
 from pyro_mpis.programs.draws import draw_of
-from pyro_mpis.programs.messages import is_latent, is_subsample, unmasked
+from pyro_mpis.programs.messages import SCALED_PROPOSAL, is_latent, is_subsample, unmasked
 from pyro_mpis.programs.provenance import tracked
 
 
@@ -138,11 +139,32 @@ class Stop(Messenger):
 
 
 @contextmanager
-def isolated() -> Iterator[None]:
-    """Let the handlers and plates around neither see nor change what programs do."""
+def isolated(*, params_are_seen: bool = False) -> Iterator[None]:
+    """
+    Let the handlers and plates around neither see nor change what programs do.
+
+    :param params_are_seen: but for parameters, which optimisers learn of by a handler.
+    """
     around, _DIM_ALLOCATOR._stack = _DIM_ALLOCATOR._stack, []  # else plates would take other dims
     try:
-        with poutine.block():
+        with poutine.block(hide_fn=_is_no_param) if params_are_seen else poutine.block():
             yield
     finally:
         _DIM_ALLOCATOR._stack = around
+
+
+def _is_no_param(msg: Message[..., Any]) -> bool:
+    return msg["type"] != "param"
+
+
+class ScaleProposals(Messenger):
+    """
+    Let the scale of a latent count in its proposal's density too, as in Pyro's ELBOs.
+
+    There ``poutine.scale`` around a latent, in guide and model, weighs the divergence between the
+    two. Where nothing is learned, the scale of a proposal has no meaning, and is left out.
+    """
+
+    def _pyro_sample(self, msg: SampleMessage) -> None:
+        if is_latent(msg) and not (isinstance(msg["scale"], float) and msg["scale"] == 1.0):
+            msg["infer"] = {**msg["infer"], SCALED_PROPOSAL: True}

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from pyro_mpis._typing import Distribution, SampleMessage
 
+SCALED_PROPOSAL = "_scaled_proposal"  # in a site's infer: its scale counts in its proposal too
+
 
 def is_subsample(site: SampleMessage) -> bool:
     """Whether a message comes from a plate, not from a sample statement."""
@@ -86,6 +88,7 @@ def counted(site: SampleMessage, log_prob: Tensor) -> Tensor:
 
 
 def drawn_from(site: SampleMessage, log_prob: Tensor) -> Tensor:
-    """Return the density that a site is drawn from: masked, not scaled."""
-    result: Tensor = scale_and_mask(log_prob, mask=site["mask"])
+    """Return the density that a site is drawn from: masked, and scaled only if it says so."""
+    scale = site["scale"] if SCALED_PROPOSAL in site["infer"] else 1.0
+    result: Tensor = scale_and_mask(log_prob, scale, site["mask"])
     return result
