@@ -61,7 +61,8 @@ doctests: $(VENV)/.stamp-dev
 	mkdir -p output/doctests  # for the files that they write
 	cd output/doctests && $(ONE_THREAD) $(abspath $(BIN))/python -m pytest -q --doctest-modules \
 	    --doctest-glob='*.md' $(CURDIR)/pyro_mpis $(CURDIR)/README.md \
-	    $(CURDIR)/docs/from_importance.md $(CURDIR)/docs/writing_models.md
+	    $(CURDIR)/docs/from_importance.md $(CURDIR)/docs/writing_models.md \
+	    $(CURDIR)/docs/training.md
 
 wheel: $(VENV)/.stamp-dev
 	.ci/check-wheel $(BIN)/python

@@ -99,7 +99,8 @@ class _LogSumExp(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         if ctx.small:
             terms, sums = ctx.saved_tensors
-            return (terms * (grad / sums.clamp(min=0.5))).movedim(0, -1)
+            of_terms: Tensor = terms * (grad / sums.clamp(min=0.5))
+            return of_terms.movedim(0, -1)
         (x,) = ctx.saved_tensors
         result = torch.empty_like(x)
         for part in _parts(x, range(x.dim() - 1)):
