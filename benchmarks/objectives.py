@@ -38,14 +38,13 @@ def measure(name: str, num_particles: int) -> dict[str, float]:
         "MPReweightedWakeSleep": MPReweightedWakeSleep(num_particles),
     }
     steps: dict[str, Callable[[], object]] = {}
+    guide = AutoNormal(case.model)
     for title, objective in objectives.items():
-        pyro.clear_param_store()
-        svi = SVI(case.model, AutoNormal(case.model), pyro.optim.Adam({"lr": 1e-4}), objective)
+        svi = SVI(case.model, guide, pyro.optim.Adam({"lr": 1e-4}), objective)
         steps[title] = lambda svi=svi: svi.step(**case.data)  # type: ignore[misc]
     best = dict.fromkeys(steps, float("inf"))
     for _ in range(ROUNDS):
         for title, step in steps.items():
-            pyro.clear_param_store()
             step()
             start = time.process_time()
             for _ in range(STEPS):

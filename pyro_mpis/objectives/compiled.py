@@ -25,7 +25,12 @@ from pyro_mpis.factor_graph.evidence import reduced
 from pyro_mpis.factor_graph.graph import FactorGraph
 from pyro_mpis.objectives.signature import Arguments, arguments_of
 from pyro_mpis.particles.drawing import Drawn, draw_particles
-from pyro_mpis.particles.evaluation import Evaluated, MissedReadError, evaluate_programs
+from pyro_mpis.particles.evaluation import (
+    Evaluated,
+    MissedReadError,
+    carried_by_one,
+    evaluate_programs,
+)
 from pyro_mpis.particles.factors import build_graph
 from pyro_mpis.particles.indexed import ReadTogether, regroup_indexed
 from pyro_mpis.particles.memory import gc_paused
@@ -82,10 +87,17 @@ class Compiled:
         structure, validate = self.plan.structure, is_validation_enabled()
         if programs.subsamples is not None:
             programs.subsamples.renew()
-        drawn = look(structure, draw_particles(structure, programs, self.plan.num_samples))
+        carried = carried_by_one(structure, validate=validate)
+        drawn = draw_particles(structure, programs, self.plan.num_samples, carried)
+        drawn = look(structure, drawn)
         particles = weigh(structure, programs, drawn, validate=validate, from_factors=True)
         evaluated = evaluate_programs(
-            structure, particles.values, particles.sizes, programs, validate=validate
+            structure,
+            particles.values,
+            particles.sizes,
+            programs,
+            validate=validate,
+            carried=drawn.carried,
         )
         particles = weigh_from_factors(structure, particles, evaluated)
         if self._may_read_others(arguments, programs):

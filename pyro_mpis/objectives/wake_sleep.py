@@ -160,7 +160,7 @@ def held_fixed(_: Structure, drawn: Drawn) -> Drawn:
         )
         for name, draw in drawn.draws.items()
     }
-    return replace(drawn, draws=draws)
+    return replace(drawn, draws=draws, carried={})
 
 
 def _refuse_moving(weighed: Weighed) -> None:

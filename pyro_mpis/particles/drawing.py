@@ -2,7 +2,7 @@
 """Draw the particles: K of every random site, by one mapped run of guide and model."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pyro
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from pyro_mpis._typing import SampleMessage
 from pyro_mpis.programs.mapped import Mapped, is_mapped, log_prob_of, tensors_of
 from pyro_mpis.programs.messages import drawn_from
-from pyro_mpis.programs.runs import Collect, OtherSitesError, Programs, Wanted, draw
+from pyro_mpis.programs.runs import Collect, OtherSitesError, Programs, Said, Wanted, draw
 from pyro_mpis.programs.structure import Site, Structure
 
 
@@ -31,12 +31,17 @@ class Drawn:
 
     num_samples: int
     draws: Mapping[str, Draw]
+    carried: Said = field(default_factory=dict)  # value and density of sites that the guide carries
 
 
-def draw_particles(structure: Structure, programs: Programs, num_samples: int) -> Drawn:
+def draw_particles(
+    structure: Structure, programs: Programs, num_samples: int, carried: Mapping[str, Collect] = {}
+) -> Drawn:
     """
     Draw K particles of every random site; draws random numbers.
 
+    :param carried: what to keep of sites that the guide carries, each particle from the same one of
+        all sites that it reads.
     :raises NotMappableError: if torch cannot map the programs.
     """
     from_guide = _from_guide(structure)
@@ -46,7 +51,8 @@ def draw_particles(structure: Structure, programs: Programs, num_samples: int) -
             programs,
             num_samples,
             guide=Wanted(
-                {name: _collecting(structure.guide[name], supports) for name in from_guide},
+                {name: _collecting(structure.guide[name], supports) for name in from_guide}
+                | dict(carried),
                 frozenset(structure.guide),
             ),
             model=Wanted(
@@ -58,6 +64,7 @@ def draw_particles(structure: Structure, programs: Programs, num_samples: int) -
             ),
             shapes=structure.latent_shapes,
         )
+    kept = {name: said_by_guide.pop(name) for name in carried}
     draws = {}
     for name, said in (said_by_guide | said_by_model).items():
         site = structure.guide[name] if name in said_by_guide else structure.model[name]
@@ -67,7 +74,7 @@ def draw_particles(structure: Structure, programs: Programs, num_samples: int) -
             reads_particles="reads" in said,
             support=supports[name],
         )
-    return Drawn(num_samples, draws)
+    return Drawn(num_samples, draws, kept)
 
 
 def _from_guide(structure: Structure) -> list[str]:

@@ -58,6 +58,7 @@ def evaluate_programs(
     programs: Programs,
     *,
     validate: bool,
+    carried: Said | None = None,
 ) -> Evaluated:
     """
     Run guide and model once, with every index on a level.
@@ -65,6 +66,8 @@ def evaluate_programs(
     :param values: of the sites of all indices: ``(size, *shape)``.
     :param sizes: of the indices, by symbol.
     :param validate: whether to look at supports and arguments.
+    :param carried: values and densities of all sites that the guide carries, each at the particles
+        of the one index that it reads, if these are known: the guide is not run then.
     :raises NotMappableError: if torch cannot map the programs.
     """
     levels = levels_of(structure, sizes)
@@ -72,15 +75,49 @@ def evaluate_programs(
         {name: values[name] for s in level for name in structure.by_symbol[s].sites}
         for level in levels
     ]
+    known: Said = {}
+    for name, said in (carried or {}).items():
+        (symbol,) = structure.indices_read(structure.guide[name])
+        number = next(n for n, level in enumerate(levels) if symbol in level)
+        by_level[number][name] = _at_particles(said["value"], sizes[symbol])
+        log_prob = said["log_prob"]
+        known[name] = {"log_prob": replace(log_prob, levels=(number,) * len(log_prob.levels))}
     with pyro.validation_enabled(False):
         said_by_guide, said_by_model = evaluate(
             programs,
             by_level,
-            guide=wanted_of_guide(structure, validate=validate),
+            guide=None if carried else wanted_of_guide(structure, validate=validate),
             model=wanted_of_model(structure, validate=validate),
             shapes=structure.latent_shapes,
         )
-    return Evaluated(said_by_guide, said_by_model, levels)
+    return Evaluated(known or said_by_guide, said_by_model, levels)
+
+
+def _at_particles(value: Mapped, size: int) -> Tensor:
+    """Return ``(size, *shape)``."""
+    return value.tensor if value.levels else value.tensor.expand((size, *value.tensor.shape))
+
+
+def carried_by_one(structure: Structure, *, validate: bool) -> Mapping[str, Collect]:
+    """
+    Return what to keep of carried sites when they are drawn, so that the guide need not run again.
+
+    That is so where each reads particles of one index, as those of most autoguides do.
+
+    :return: empty if there are others, or factors of the guide.
+    """
+    for name in structure.carried:
+        indices = structure.indices_read(structure.guide[name])
+        if len(indices) != 1 or any(structure.by_symbol[s].enumerated for s in indices):
+            return {}
+    wanted = wanted_of_guide(structure, validate=validate)
+    if wanted is None or structure.guide_factors:
+        return {}
+
+    def keeping(collect: Collect) -> Collect:
+        return lambda site, values: {"value": site["value"], **collect(site, values)}
+
+    return {name: keeping(collect) for name, collect in wanted.collect.items()}
 
 
 def wanted_of_guide(structure: Structure, *, validate: bool) -> Wanted | None:

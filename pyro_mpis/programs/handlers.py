@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_mpis._typing import SampleMessage
 from pyro_mpis.programs.draws import draw_of
-from pyro_mpis.programs.messages import SCALED_PROPOSAL, is_latent, is_subsample, unmasked
+from pyro_mpis.programs.messages import SCALED_PROPOSAL, is_delta, is_latent, is_subsample, unmasked
 from pyro_mpis.programs.provenance import tracked
 
 
@@ -120,7 +120,8 @@ class DrawMapped(Messenger):
         self.num_samples = num_samples
 
     def _pyro_sample(self, msg: SampleMessage) -> None:
-        if is_latent(msg) and msg["name"] in self.names and not msg["done"]:
+        wanted = is_latent(msg) and msg["name"] in self.names and not msg["done"]
+        if wanted and not is_delta(msg["fn"]):
             msg["value"] = draw_of(msg["fn"], self.number, self.num_samples)
             msg["done"] = True
 
