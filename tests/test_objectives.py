@@ -172,6 +172,21 @@ def test_finite_differences(autoguide: bool) -> None:
     assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(slope, rel=1e-6)
 
 
+@pytest.mark.parametrize("loss", [TraceMP_ELBO(num_samples=3), MPReweightedWakeSleep(3)])
+def test_guide_that_need_not_run_again(
+    loss: TraceMP_ELBO | MPReweightedWakeSleep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sites that read one index are known from the draws: the numbers are those of a run."""
+    autoguide = AutoNormal(model)
+    autoguide()
+    found = gradients(loss, model, autoguide)
+    monkeypatch.setattr(compiled, "carried_by_one", lambda structure, validate: {})
+    expected = gradients(loss, model, autoguide)
+    assert found[0] == pytest.approx(expected[0], rel=1e-12)
+    assert_same(found[1], expected[1])
+    assert any(bool(grad.abs().max() > 1e-3) for grad in found[1].values())
+
+
 def test_sum_over_a_support() -> None:
     """With nothing but enumerated latents the loss is exact, and so are its derivatives."""
 

@@ -44,7 +44,7 @@ from pyro_mpis.programs.structure import Structure
 
 MAX_KEPT = 16  # analyses, as of the batches of data of several sizes
 
-Looked = Callable[[Structure, Drawn], Drawn]  # at what was drawn, before it is weighed
+Check = Callable[[Structure, Drawn], None]  # of what was drawn
 
 
 @dataclass(frozen=True)
@@ -76,20 +76,20 @@ class Compiled:
     arguments: Arguments
     params: tuple[str, ...]  # in the param store
 
-    def weighed(self, arguments: Arguments, programs: Programs, look: Looked) -> "Weighed":
+    def weighed(self, arguments: Arguments, programs: Programs, check: Check) -> "Weighed":
         """
         Draw particles and evaluate them; draws random numbers.
 
         :param arguments: of this call.
         :param programs: those of the plan, with these arguments.
-        :param look: returns what was drawn, or something else in its place.
+        :param check: raises if what was drawn cannot be used.
         """
         structure, validate = self.plan.structure, is_validation_enabled()
         if programs.subsamples is not None:
             programs.subsamples.renew()
         carried = carried_by_one(structure, validate=validate)
         drawn = draw_particles(structure, programs, self.plan.num_samples, carried)
-        drawn = look(structure, drawn)
+        check(structure, drawn)
         particles = weigh(structure, programs, drawn, validate=validate, from_factors=True)
         evaluated = evaluate_programs(
             structure,
@@ -130,11 +130,13 @@ class Compiler:
 
     :param options: of the analysis; see :class:`~pyro_mpis.MPImportance`.
     :param alternative: what to use for programs that run once for each particle.
+    :param detached: whether particles are cut off from what they are drawn from.
     """
 
-    def __init__(self, options: Options, alternative: str) -> None:
+    def __init__(self, options: Options, alternative: str, *, detached: bool = False) -> None:
         self.options = options
         self.alternative = alternative
+        self.detached = detached
         self._known: OrderedDict[object, Compiled] = OrderedDict()
 
     def weighed(
@@ -143,7 +145,7 @@ class Compiler:
         guide: Program | None,
         args: tuple[object, ...],
         kwargs: Mapping[str, object],
-        look: Looked,
+        check: Check,
     ) -> Weighed:
         """Draw particles and evaluate them; draws random numbers."""
         arguments = arguments_of(args, kwargs)
@@ -153,13 +155,13 @@ class Compiler:
         if compiled is None:
             compiled = self._analysed(model, guide, arguments, args, kwargs)
         try:
-            result = _weighed(compiled, arguments, args, kwargs, look)
+            result = _weighed(compiled, arguments, args, kwargs, check)
         except (NotMappableError, MissedReadError, ReadTogether):
             if is_new:
                 raise
             # other than when they were analysed, as if a program's own data had changed
             compiled = self._analysed(model, guide, arguments, args, kwargs)
-            result = _weighed(compiled, arguments, args, kwargs, look)
+            result = _weighed(compiled, arguments, args, kwargs, check)
         self._known[key] = compiled
         self._known.move_to_end(key)
         if len(self._known) > MAX_KEPT:
@@ -181,7 +183,8 @@ class Compiler:
             plan, *traces = plan_of(programs, self.options)
             params = _made_params(programs, traces)
             scaled, ours = ScaleProposals(), plan.programs
-            ours = replace(ours, model=scaled(ours.model), guide=scaled(ours.guide))
+            model, guide = scaled(ours.model), scaled(ours.guide)
+            ours = replace(ours, model=model, guide=guide, detached=self.detached)
             plan = replace(plan, programs=ours)
             total = run_plan(plan, Workers(show_progress=False))
         finally:
@@ -208,13 +211,13 @@ def _weighed(
     arguments: Arguments,
     args: tuple[object, ...],
     kwargs: Mapping[str, object],
-    look: Looked,
+    check: Check,
 ) -> Weighed:
     programs = replace(compiled.plan.programs, args=args, kwargs=kwargs)
     if not all(name in pyro.get_param_store() for name in compiled.params):  # it has been cleared
         _run_once(programs)
     with training(), gc_paused():
-        return compiled.weighed(arguments, programs, look)
+        return compiled.weighed(arguments, programs, check)
 
 
 def _made_params(programs: Programs, traces: Iterable[Trace]) -> tuple[str, ...]:

@@ -144,7 +144,7 @@ class TraceMP_ELBO(ELBO):
         raise NotImplementedError("TraceMP_ELBO has no traces: all particles are run at once")
 
 
-def refuse_without_derivative(structure: Structure, drawn: Drawn) -> Drawn:
+def refuse_without_derivative(structure: Structure, drawn: Drawn) -> None:
     """
     Refuse draws that a gradient would have to go through, but cannot.
 
@@ -176,4 +176,3 @@ def refuse_without_derivative(structure: Structure, drawn: Drawn) -> Drawn:
                 f"draw. {sum_it}MPReweightedWakeSleep needs no such gradient; or draw the site "
                 "from a distribution with rsample."
             )
-    return drawn

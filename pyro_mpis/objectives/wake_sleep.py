@@ -31,7 +31,6 @@ from pyro_mpis._typing import Program
 from pyro_mpis.factor_graph.evidence import log_evidence
 from pyro_mpis.factor_graph.graph import FactorGraph, LogFactor
 from pyro_mpis.objectives.compiled import Compiler, Weighed
-from pyro_mpis.particles.drawing import Drawn
 from pyro_mpis.planning import Options, number_of_dims, positive
 from pyro_mpis.programs.structure import Structure
 
@@ -99,7 +98,9 @@ class MPReweightedWakeSleep(ELBO):
             number_of_dims(max_plate_nesting),
             memory_limit,
         )
-        self._compiler = Compiler(options, "pyro.infer.ReweightedWakeSleep: then it is that.")
+        self._compiler = Compiler(
+            options, "pyro.infer.ReweightedWakeSleep: then it is that.", detached=True
+        )
 
     def loss(
         self, model: Program, guide: Program, *args: object, **kwargs: object
@@ -130,7 +131,7 @@ class MPReweightedWakeSleep(ELBO):
     ) -> tuple[Tensor, Tensor]:
         theta = wake_phi = sleep_phi = torch.zeros(())
         if self.model_has_params or self.insomnia > 0:
-            weighed = self._compiler.weighed(model, guide, args, kwargs, held_fixed)
+            weighed = self._compiler.weighed(model, guide, args, kwargs, _nothing)
             _refuse_moving(weighed)
             theta, wake_phi = wake_losses(weighed.structure, weighed.graph())
             if not math.isfinite(float(theta.detach())):
@@ -148,19 +149,8 @@ class MPReweightedWakeSleep(ELBO):
         raise NotImplementedError("MPReweightedWakeSleep has no traces: particles run at once")
 
 
-def held_fixed(_: Structure, drawn: Drawn) -> Drawn:
-    """
-    Cut particles off from what they were drawn from.
-
-    Their densities as drawn know how particles depend on parameters: they are evaluated again.
-    """
-    draws = {
-        name: replace(
-            draw, value=draw.value.detach(), log_prob=draw.log_prob.detach(), reads_particles=True
-        )
-        for name, draw in drawn.draws.items()
-    }
-    return replace(drawn, draws=draws, carried={})
+def _nothing(*_: object) -> None:
+    """Check nothing: particles of any kind will do."""
 
 
 def _refuse_moving(weighed: Weighed) -> None:

@@ -111,10 +111,14 @@ class DrawMapped(Messenger):
     :param names: the sites to draw.
     :param number: the particle's number, mapped at the level of the particles.
     :param num_samples: how many there are.
+    :param detached: whether to cut them off from what they are drawn from.
     """
 
-    def __init__(self, names: Collection[str], number: Tensor, num_samples: int) -> None:
+    def __init__(
+        self, names: Collection[str], number: Tensor, num_samples: int, *, detached: bool
+    ) -> None:
         super().__init__()
+        self.detached = detached
         self.names = names
         self.number = number
         self.num_samples = num_samples
@@ -122,7 +126,8 @@ class DrawMapped(Messenger):
     def _pyro_sample(self, msg: SampleMessage) -> None:
         wanted = is_latent(msg) and msg["name"] in self.names and not msg["done"]
         if wanted and not is_delta(msg["fn"]):
-            msg["value"] = draw_of(msg["fn"], self.number, self.num_samples)
+            value = draw_of(msg["fn"], self.number, self.num_samples)
+            msg["value"] = value.detach() if self.detached else value
             msg["done"] = True
 
 

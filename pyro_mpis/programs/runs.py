@@ -55,6 +55,7 @@ class Programs:
     sites: Mapping[Name, frozenset[str]] = field(default_factory=dict)  # that a plain run met
     patched: bool = False  # whether to rewrite operations that torch cannot map
     subsamples: Subsamples | None = None  # of plates that select a minibatch
+    detached: bool = False  # whether particles are cut off from what they are drawn from
 
     def program(self, name: Name) -> Program:
         """Return the model or the guide."""
@@ -291,7 +292,7 @@ def _drawn(
 ) -> Trace:
     """Run a program within a mapped run, and draw some of its sites."""
     until = () if name == "guide" else wanted.collect
-    with DrawMapped(wanted.collect, number, num_samples):
+    with DrawMapped(wanted.collect, number, num_samples, detached=programs.detached):
         trace = _at(programs, name, given, until, wanted.all_sites)
     _keep(trace, wanted, {}, said)
     return trace
