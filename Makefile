@@ -15,7 +15,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo       install into .venv and run tutorials/eight_schools.py"
+	@echo "make demo       install into .venv and run tutorials/01_eight_schools.py"
 	@echo "make test       lint, types, tests, doctests, wheel, tutorials at small size"
 	@echo "make test-slow  the tests left out of make test"
 	@echo "make docs       the site, with the tutorials as notebooks, into output/site"
@@ -45,7 +45,7 @@ $(VENV)/.stamp-docs: setup.cfg pyproject.toml | $(BIN)/python
 	@touch $@
 
 demo: $(VENV)/.stamp-demo
-	$(BIN)/python tutorials/eight_schools.py
+	$(BIN)/python tutorials/01_eight_schools.py
 
 test: lint types tests doctests wheel tutorials
 
@@ -83,7 +83,9 @@ paper: $(VENV)/.stamp-dev
 
 # CI in the environment makes the tutorials small. What they assert counts here, not what they print.
 tutorials: $(VENV)/.stamp-dev
-	CI=1 $(BIN)/python tutorials/eight_schools.py > /dev/null
+	set -e; for script in tutorials/[0-9]*.py; do \
+	    CI=1 MPLBACKEND=Agg $(BIN)/python $$script > /dev/null; \
+	done
 	$(BIN)/python benchmarks/speed.py --quick --output output/benchmarks-quick.md > /dev/null
 	$(BIN)/python -m benchmarks.paper --quick --output output/paper-quick > /dev/null
 ifdef PYRO_MPIS_DATA
