@@ -3,7 +3,7 @@
 
 import html
 import itertools
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING
 
 import torch
@@ -79,3 +79,9 @@ def data_frame(columns: Mapping[str, Sequence[object]]) -> "DataFrame":
 def broadcast_shape(*shapes: Sequence[int]) -> torch.Size:
     """Return the shape that others broadcast to; torch's own function loads half a library."""
     return torch.Size(util.broadcast_shape(*shapes))
+
+
+def range_of(numbers: Collection[int]) -> str:
+    """Return "3", or "3 to 10"."""
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low} to {high}"

@@ -39,11 +39,12 @@ Tree = TypeVar("Tree")
 class Settings:
     """The arguments of ``MPImportance`` that are plain data."""
 
-    num_samples: int
+    num_samples: int | Mapping[str | None, int]
     groups: tuple[tuple[str, ...], ...]
     shared_plates: tuple[str, ...]
     max_plate_nesting: int | None
     memory_limit: int | None
+    stratified: bool
     num_replicates: int
     disable_progbar: bool
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pyro_mpis._text import data_frame, html_table, scalars, table
+from pyro_mpis._text import data_frame, html_table, range_of, scalars, table
 from pyro_mpis.factor_graph.marginals import Marginal
 from pyro_mpis.results.site_diagnosis import UNEVEN_ESS
 
@@ -38,7 +38,7 @@ class Summary:
     rows: tuple[Row, ...]
     log_evidence: float
     evidence_error: float | None  # standard error of the log evidence, over replicates
-    num_samples: int
+    num_samples: frozenset[int]  # numbers of particles that sites have, over replicates
     prob: float = 0.9  # between the lower and the upper quantile
 
     def __str__(self) -> str:
@@ -76,7 +76,7 @@ class Summary:
         )
         title = f"log evidence {self.log_evidence:.2f}{error}"
         if not all(math.isnan(row.ess) for row in self.rows):
-            title += f", {self.num_samples} particles a site"
+            title += f", {range_of(self.num_samples)} particles a site"
         return title
 
     __repr__ = __str__
@@ -87,7 +87,7 @@ def summarise(
     sampled: Set[str],
     log_evidence: float,
     evidence_error: float | None,
-    num_samples: int,
+    num_samples: Set[int],
     prob: float,
 ) -> Summary:
     """
@@ -100,7 +100,7 @@ def summarise(
     rows: list[Row] = []
     for name, marginal in marginals.items():
         rows += _rows(name, marginal, name in sampled, prob)
-    return Summary(tuple(rows), log_evidence, evidence_error, num_samples, prob)
+    return Summary(tuple(rows), log_evidence, evidence_error, frozenset(num_samples), prob)
 
 
 def _rows(name: str, marginal: Marginal, sampled: bool, prob: float) -> list[Row]:
