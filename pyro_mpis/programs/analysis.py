@@ -23,6 +23,7 @@ from pyro_mpis.programs.agreement import check_guide_matches_model, refuse_subsa
 from pyro_mpis.programs.densities import is_checked
 from pyro_mpis.programs.indices import clusters_of, index_plates
 from pyro_mpis.programs.mapped import tensors_of
+from pyro_mpis.programs.masks import taken_apart
 from pyro_mpis.programs.messages import (
     batch_shape_of,
     event_shape_of,
@@ -282,7 +283,7 @@ def _obstacle(site: SampleMessage, reads: frozenset[str]) -> Obstacle | None:
             f"the value of site '{site['name']}' is no tensor, but {type(site['value']).__name__}",
             "draw numbers, as tensors, and look objects up by them afterwards",
         )
-    if get_provenance(site["mask"]):
+    if get_provenance(taken_apart(site["fn"], site["mask"]).mask):
         return Obstacle(
             f"latent site '{site['name']}' is under a mask computed from {quoted(reads)}",
             "mask what reads the site instead, choose its value with torch.where, or leave it out "

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from pyro.distributions import MaskedDistribution
 from pyro.distributions.torch_distribution import ExpandedDistribution
+from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 from torch.distributions import (
     Distribution,
@@ -22,17 +23,23 @@ from torch.distributions import (
 )
 
 from pyro_mpis.programs.mapped import is_mapped, log_prob_of
+from pyro_mpis.programs.masks import Parts, taken_apart
 
 UNBOUNDED = (constraints.real, constraints.real_vector, constraints.dependent)
 
 
-def density_of(fn: Distribution, value: Tensor, *, validate: bool) -> Tensor:
+def density_of(fn: Distribution, value: Tensor, *, validate: bool, latent: bool = False) -> Tensor:
     """
     Return a site's log density: ``(*batch shape)``.
 
     :param validate: whether to look at the support and the arguments, where they depend on the
         values of a mapped run.
+    :param latent: whether what ``.mask()`` hides is flat on the support, as a latent's prior is,
+        not one everywhere.
     """
+    parts = taken_apart(fn)
+    if parts.mask is not None:
+        return _masked_density(parts, value, validate=validate, latent=latent)
     log_prob = log_prob_of(fn, value)
     if not validate or not isinstance(fn, Distribution):
         return log_prob
@@ -44,6 +51,21 @@ def density_of(fn: Distribution, value: Tensor, *, validate: bool) -> Tensor:
             valid = valid.all()  # dims of an argument that the batch shape does not have
         log_prob = torch.where(valid, log_prob, torch.nan)
     return log_prob
+
+
+def _masked_density(parts: Parts, value: Tensor, *, validate: bool, latent: bool) -> Tensor:
+    """Return the density under a mask: what it hides has neither arguments nor, as data, a support."""
+    shape = torch.Size(parts.inner.batch_shape)
+    if parts.mask is False:
+        log_prob = torch.zeros(shape, device=value.device, dtype=torch.get_default_dtype())
+    else:
+        log_prob = density_of(parts.inner, value, validate=validate)
+        log_prob = scale_and_mask(log_prob, mask=parts.mask)
+    inside = _inside(parts.inner, value) if validate and latent else None
+    if inside is not None and is_mapped(inside):
+        log_prob = torch.where(inside, log_prob, -torch.inf)
+    dims = parts.event_dims
+    return log_prob.expand(shape).sum(tuple(range(-dims, 0))) if dims else log_prob
 
 
 def _fits(shape: torch.Size, batch_shape: torch.Size) -> bool:
