@@ -207,7 +207,7 @@ class _Probe:
                 values[name] = value.flatten(0, 2)
             for name, log_prob in self._log_probs(values).items():
                 log_prob = log_prob.reshape((*lead, -1))
-                differs = differs_from(log_prob, plain[name].flatten(1))
+                differs = differs_from(log_prob, plain[name].reshape((num_rows, -1)))
                 parts[name].append(differs.any(2).any(1))
         return {name: torch.cat(part) for name, part in parts.items()}
 
@@ -265,11 +265,9 @@ def _probe_of(
             drawn = support[torch.arange(num_others + num_rows) % len(support)]
         rows[name] = torch.cat([value.unsqueeze(0), drawn[: num_rows - 1]])
         if name in masked:
-            others[name] = drawn[num_rows:]
+            others[name] = drawn[num_rows:].clone()
             if support is None and with_nan and value.is_floating_point():
-                others[name] = torch.cat(
-                    [others[name][1:], torch.full_like(rows[name][:1], math.nan)]
-                )
+                others[name][0] = math.nan
     counting = tuple(
         name
         for name, site in sites.items()

@@ -286,8 +286,7 @@ def _obstacle(site: SampleMessage, reads: frozenset[str]) -> Obstacle | None:
     if get_provenance(taken_apart(site["fn"], site["mask"]).mask):
         return Obstacle(
             f"latent site '{site['name']}' is under a mask computed from {quoted(reads)}",
-            "mask what reads the site instead, choose its value with torch.where, or leave it out "
-            "of the guide",
+            "mask what reads the site instead, or choose its value with torch.where",
         )
     return None
 

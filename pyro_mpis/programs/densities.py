@@ -54,7 +54,7 @@ def density_of(fn: Distribution, value: Tensor, *, validate: bool, latent: bool 
 
 
 def _masked_density(parts: Parts, value: Tensor, *, validate: bool, latent: bool) -> Tensor:
-    """Return the density under a mask: what it hides has neither arguments nor, as data, a support."""
+    """Return a density under a mask: hidden arguments do not matter, hidden data neither."""
     shape = torch.Size(parts.inner.batch_shape)
     if parts.mask is False:
         log_prob = torch.zeros(shape, device=value.device, dtype=torch.get_default_dtype())

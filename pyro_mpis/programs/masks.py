@@ -44,7 +44,7 @@ class Parts:
         return fn.to_event(self.event_dims) if self.event_dims else fn
 
 
-def taken_apart(fn: Distribution, mask: Mask | None = None) -> Parts:
+def taken_apart(fn: torch.distributions.Distribution, mask: Mask | None = None) -> Parts:
     """
     Take the masks of ``.mask()`` out of a distribution.
 

@@ -58,7 +58,7 @@ class Programs:
     def program(self, name: Name) -> Program:
         """Return the model or the guide, with masks of latents as they count."""
         if name == "guide":
-            return GuideMasks(self.masks)(self.guide)  # type: ignore[no-any-return]
+            return GuideMasks(self.masks)(self.guide)
         return ModelMasks(self.masks)(self.model) if self.masks.seen else self.model
 
     def call(self, name: Name) -> object:
