@@ -153,7 +153,8 @@ def unread_elements(
 
     :param sites: the model's, of a plain run.
     :param seen: their masks, False where masked.
-    :param mapped: whether to try to run many values at once.
+    :param mapped: whether to run many values at once, at several values of all latents; otherwise
+        at those of the plain run alone.
     """
     state = pyro.util.get_rng_state()
     try:
@@ -255,7 +256,7 @@ def _probe_of(
     most = max([0, *(len(support) for support in supports.values() if support is not None)])
     others = {}
     num_others = RANDOM + max(1, most)
-    num_rows = 1 + max(MORE_ROWS, most)
+    num_rows = 1 + max(MORE_ROWS, most) if mapped else 1
     rows = {}
     for name, site in latents.items():
         value, support = detach_provenance(site["value"]), supports[name]
