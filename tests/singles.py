@@ -85,6 +85,13 @@ class Singles:
         ]
         self.num_particles = len(next(iter(self.drawn.values()))) if self.drawn else 1
         self.unread = self._unread()
+        computed = set().union(*self._carriers(first).values())  # the guide computes others of it
+        self.left_out = {
+            name
+            for name in self.unread.keys() & self.guide_sites.keys()
+            if name not in {*self.carried, *computed, *self.supports}
+            and self.guide_sites[name]["fn"].batch_shape == self.model_sites[name]["fn"].batch_shape
+        }
         self.indices = self._indices(first)
         self.index_of = {name: index for index in self.indices for name in index.sites}
 
@@ -202,7 +209,7 @@ class Singles:
                     value = self.drawn[name][k]
                     site = guide_sites.get(name) or model_sites[name]
                     log_prob = unmasked(site["fn"], value)
-                    if name in guide_sites and name in self.unread:
+                    if name in self.left_out:
                         log_prob = torch.where(self.unread[name], 0.0, log_prob)
                     total = total + self._by_cell(index, name, log_prob)
                 columns.append(total)
@@ -267,10 +274,10 @@ class Singles:
         """Density of a masked latent: flat where it is read, as drawn where it is the model's."""
         log_prob = scale_and_mask(unmasked(site["fn"], site["value"]), site["scale"])
         keep, hidden = mask_of(site), torch.where(inside(site["fn"], site["value"]), 0.0, -math.inf)
-        if name not in self.guide_sites or name in self.carried:
-            keep = keep | self.unread[name]
-        else:
+        if name in self.left_out:
             hidden = torch.where(self.unread[name], 0.0, hidden)
+        else:
+            keep = keep | self.unread[name]
         return torch.where(keep, log_prob, hidden).sum()
 
     def _unread(self) -> dict[str, Tensor]:
@@ -398,7 +405,8 @@ def inside(fn: Any, value: Tensor) -> Tensor:
         check: Tensor = fn.support.check(value)
     except NotImplementedError:
         return torch.tensor(True)
-    return check
+    dims = check.dim() - len(fn.batch_shape)  # of some constraints the dims of the event
+    return check.flatten(-dims).all(-1) if dims > 0 else check
 
 
 def mask_of(site: dict[str, Any]) -> Tensor:
