@@ -299,7 +299,8 @@ class Singles:
             before = self.run_model(values, self.run_guide(values))
             known = {n: before[n]["value"] for n in self.latents}
             fn = before[name]["fn"]
-            others = [known[name][place] + 1.0]
+            event = known[name][place]  # of its elements, each changes by another number
+            others = [event + torch.arange(1.0, event.numel() + 1).reshape(event.shape)]
             if fn.has_enumerate_support:
                 others = [value[place] for value in fn.enumerate_support(expand=True)]
             for other in others:
