@@ -417,8 +417,12 @@ def mask_of(site: dict[str, Any]) -> Tensor:
     while isinstance(fn, dist.MaskedDistribution | dist.Independent):
         if isinstance(fn, dist.MaskedDistribution):
             mask = torch.as_tensor(fn._mask).expand(fn.batch_shape)
-            assert not dims or bool((mask == mask[(..., *[slice(1)] * dims)]).all())
-            keep = keep & mask[(..., *[0] * dims)]
+            assert not dims or bool(
+                (
+                    mask == mask.flatten(-dims)[..., :1].reshape((*mask.shape[:-dims], *[1] * dims))
+                ).all()
+            )
+            keep = keep & (mask.flatten(-dims)[..., 0] if dims else mask)
         dims += getattr(fn, "reinterpreted_batch_ndims", 0)
         fn = fn.base_dist
     return keep.expand(site["fn"].batch_shape)
