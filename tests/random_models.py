@@ -95,7 +95,7 @@ class Writer(Expressions):
         kind = self.rng.choice(["mask", "mask", "own", "own", "scale"])
         if kind == "own":
             return "", f"{text}.mask({mask})"
-        scales = [v.name for v in self.latents if v.positive and not v.plates and not v.event]
+        scales = [v.name for v in self.latents[:-1] if v.positive and not (v.plates or v.event)]
         scale = self.rng.choice([*scales, "0.7", "1.6"])
         return f"poutine.{kind}({kind}={mask if kind == 'mask' else scale})", text
 

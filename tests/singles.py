@@ -305,7 +305,8 @@ class Singles:
             before = self.run_model(values, self.run_guide(values))
             known = {n: before[n]["value"] for n in self.latents}
             fn = before[name]["fn"]
-            others = [known[name][place] + 1.0]
+            event = known[name][place]  # of its elements, each changes by another number
+            others = [event + torch.arange(1.0, event.numel() + 1).reshape(event.shape)]
             if fn.has_enumerate_support:
                 others = [value[place] for value in fn.enumerate_support(expand=True)]
             for other in others:
@@ -426,8 +427,12 @@ def mask_of(site: dict[str, Any]) -> Tensor:
     while isinstance(fn, dist.MaskedDistribution | dist.Independent):
         if isinstance(fn, dist.MaskedDistribution):
             mask = torch.as_tensor(fn._mask).expand(fn.batch_shape)
-            assert not dims or bool((mask == mask[(..., *[slice(1)] * dims)]).all())
-            keep = keep & mask[(..., *[0] * dims)]
+            assert not dims or bool(
+                (
+                    mask == mask.flatten(-dims)[..., :1].reshape((*mask.shape[:-dims], *[1] * dims))
+                ).all()
+            )
+            keep = keep & (mask.flatten(-dims)[..., 0] if dims else mask)
         dims += getattr(fn, "reinterpreted_batch_ndims", 0)
         fn = fn.base_dist
     return keep.expand(site["fn"].batch_shape)

@@ -106,3 +106,20 @@ def test_groups_that_make_no_sense() -> None:
         MPImportance(chain, num_samples=2, groups=["ab"]).run()
     with pytest.raises(ValueError, match=r"groups: site 'a' is in .* merge the two groups"):
         MPImportance(chain, num_samples=2, groups=[("a", "b"), ("a",)]).run()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_data_outside_of_a_support_that_depends_on_latents(seed: int) -> None:
+    """Whatever the first run draws, it is no error: particles are ruled out."""
+
+    def model(outside: bool) -> None:
+        high = pyro.sample("high", dist.Uniform(0.0, 3.0))
+        pyro.sample("y", dist.Uniform(0.0, high), obs=torch.tensor(2.0))
+        pyro.sample("n", dist.Poisson(high), obs=torch.tensor(-1.0 if outside else 1.0))
+
+    pyro.set_rng_seed(seed)
+    posterior = MPImportance(partial(model, False), num_samples=50).run()
+    marginal = posterior.marginals("high")
+    assert bool((marginal.weights[marginal.samples < 2.0] == 0.0).all())
+    with pytest.raises(ValueError, match=r"site 'n'"):
+        MPImportance(partial(model, True), num_samples=50).run()

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 Y = torch.tensor([0.5, -1.0, 1.5], dtype=torch.double)
 SEEN = torch.tensor([True, False, True])
-ENUMERATE = {"enumerate": "parallel"}
+ENUMERATE: Any = {"enumerate": "parallel"}
 FLAT = r"masked, but read by what is not"
 
 
@@ -226,8 +226,9 @@ def test_a_masked_guide_draws_all_the_same() -> None:
     def guide() -> None:
         pyro.sample("x", dist.Normal(0.3, 1.2))
 
-    for mask in (False, torch.tensor(False)):
-        compare(model, poutine.mask(guide, mask=mask), 3)  # type: ignore[call-overload]
+    masks: list[Any] = [False, torch.tensor(False)]
+    for mask in masks:
+        compare(model, poutine.mask(guide, mask=mask), 3)
 
 
 @pytest.mark.parametrize("autoguide", [AutoNormal, AutoMultivariateNormal])

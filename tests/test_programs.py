@@ -658,3 +658,22 @@ def test_a_long_wait_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
         MPImportance(chain, num_samples=5, groups=[("phi", "scale")]).run()
         monkeypatch.setattr(memory, "MUCH_WORK", work)
         MPImportance(chain, num_samples=5).run()
+
+
+def test_autocast_and_deterministic_algorithms_change_nothing() -> None:
+    """Around the run: the programs' own products are not rounded either."""
+
+    def model() -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("p", 3):
+            mean = torch.tensor([[1.0, 2.3], [0.1, 1.7], [1.9, 1.3]]) @ w
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=Y)
+
+    plain = evidence(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(evidence(model), plain)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.equal(evidence(model), plain)
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -10,7 +10,7 @@ and they count as impossible.
 from collections.abc import Iterator
 
 import torch
-from pyro.distributions import MaskedDistribution
+from pyro.distributions import MaskedDistribution, TorchDistribution
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
@@ -98,10 +98,10 @@ def inside_of(fn: Distribution, value: Tensor) -> Tensor | None:
         return None  # there is no saying
 
 
-def unchecked(fn: Distribution) -> Distribution:
+def unchecked(fn: TorchDistribution) -> TorchDistribution:
     """Return a copy of a distribution that takes any value, and any arguments."""
     copies: dict[int, object] = {}
-    result: Distribution = exchange(fn, lambda tensor: tensor, copies)
+    result: TorchDistribution = exchange(fn, lambda tensor: tensor, copies)
     for part in copies.values():
         if isinstance(part, Distribution):
             part._validate_args = False

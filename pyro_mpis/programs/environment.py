@@ -77,13 +77,15 @@ class Environment:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """Restore that state, without gradients or outer handlers; leave no trace in this one."""
+        """Restore that state, without gradients, autocast or outer handlers; leave no trace."""
         dtype = torch.get_default_dtype()
         torch.set_default_dtype(self.dtype)
         try:
             with (
                 isolated(),
                 torch.no_grad(),
+                torch.autocast("cpu", enabled=False),
+                torch.autocast("cuda", enabled=False),
                 pyro.validation_enabled(self.validate),
                 self._valued(),
                 pyro.get_param_store().scope(self.params),

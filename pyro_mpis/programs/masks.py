@@ -16,7 +16,7 @@ the distribution are those of a flat prior, and the message's own mask is of wha
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
 from pyro.distributions import Independent, MaskedDistribution
@@ -51,8 +51,9 @@ def taken_apart(fn: torch.distributions.Distribution, mask: Mask | None = None) 
     :param mask: one more, of the message.
     """
     found = [] if mask is None or mask is True else [(mask, 0)]
-    part, dims = fn, 0
-    inner, event_dims = fn, 0
+    part: Any = fn
+    dims = 0
+    inner, event_dims = part, 0
     while isinstance(part, MaskedDistribution | Independent):
         if isinstance(part, MaskedDistribution):
             found += [] if part._mask is True else [(part._mask, dims)]
