@@ -6,14 +6,12 @@ import html
 import logging
 import math
 import os
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar, overload
 
 import torch
-from pyro.ops.stats import waic
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
@@ -45,9 +43,7 @@ from pyro_mpis.programs.environment import Environment, one_at_a_time, seeded
 from pyro_mpis.programs.runs import trace_at
 from pyro_mpis.results import saving
 from pyro_mpis.results.arviz_export import Names, Wanted, build, model_groups, particle_arrays
-from pyro_mpis.results.at_draws import replay_draws
 from pyro_mpis.results.diagnostics import Diagnosis, diagnose, evidence_error
-from pyro_mpis.results.pointwise import components
 from pyro_mpis.results.summary import Summary, summarise
 from pyro_mpis.results.trace_posterior import Draws, ImportanceTraces, weighted_draws
 
@@ -403,8 +399,6 @@ class MPImportance(ImportanceTraces):
         number = positive("num_samples", num_samples)
         wanted = Wanted(number, names, log_likelihood, posterior_predictive, prior)
         total = self._ran()[0]
-        if log_likelihood:
-            self._warn_of_drawn_states()
         groups, sites = model_groups(total.replicate, self.sample(number), wanted)
         particles = total.whole.values
         groups |= particle_arrays(self.marginals(), particles, self._sampled(), sites, names)
@@ -416,50 +410,6 @@ class MPImportance(ImportanceTraces):
         if self.num_replicates > 1:
             attributes["log_evidence_error"] = self.evidence_error()
         return build(groups, attributes, names)
-
-    def _warn_of_drawn_states(self) -> None:
-        """Warn where an observation's log likelihood is given enumerated latents, not summed."""
-        _, left = components(self._ran()[0].replicate.structure)
-        if left:
-            warn(
-                f"site {quoted(left)}: its log likelihood is given drawn values of enumerated "
-                "latents that are too many to sum out together, such as the states of a hidden "
-                "Markov model. LOO and WAIC of it are unreliable: compare models by their evidence."
-            )
-
-    @one_at_a_time
-    def information_criterion(self, pointwise: bool = False) -> dict[str, Tensor]:
-        """
-        Return WAIC and its effective number of parameters, as ``Importance`` does.
-
-        The likelihoods are those of :meth:`to_arviz`: summed over enumerated latents.
-
-        :param pointwise: whether to return them for each observation, in place of the sum.
-        :raises ValueError: if the model has several observed sites.
-        """
-        if not self._sums or "enumerated" not in self._sums[0].replicate.structure.origins.values():
-            result: dict[str, Tensor] = super().information_criterion(pointwise)  # type: ignore[no-untyped-call]
-            return result
-        draws, replicate = self._known_draws(), self._sums[0].replicate
-        assert draws is not None
-        self._warn_of_drawn_states()
-        with replicate.environment.entered():
-            likelihoods = replay_draws(
-                replicate.structure,
-                replicate.programs,
-                draws.values,
-                len(draws.log_weights),
-                likelihood=True,
-                supports=replicate.particles.values,
-            ).log_likelihoods
-        if len(likelihoods) != 1:
-            raise ValueError(
-                "information_criterion is for models with one observed site, but this one has "
-                f"{quoted(likelihoods)}. Use az.waic or az.loo with .to_arviz()."
-            )
-        (log_likelihood,) = likelihoods.values()
-        criterion, effective = waic(log_likelihood, draws.log_weights, pointwise)
-        return OrderedDict([("waic", criterion), ("p_waic", effective)])
 
     def save(self, path: str | os.PathLike[str], *, factors: bool = True) -> None:
         """

@@ -115,12 +115,7 @@ def model_groups(
     number = wanted.num_samples
     with replicate.environment.entered():
         replayed = replay_draws(
-            structure,
-            programs,
-            draws,
-            number,
-            likelihood=wanted.log_likelihood,
-            supports=replicate.particles.values,
+            structure, programs, draws, number, likelihood=wanted.log_likelihood
         )
         sites = replayed.sites
         values = {"posterior": {**draws, **replayed.deterministics}}
