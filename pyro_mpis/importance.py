@@ -39,7 +39,7 @@ from pyro_mpis.planning import (
     positive,
     programs_of,
 )
-from pyro_mpis.programs.environment import Environment, one_at_a_time, seeded
+from pyro_mpis.programs.environment import Environment, seeded
 from pyro_mpis.programs.runs import trace_at
 from pyro_mpis.results import saving
 from pyro_mpis.results.arviz_export import Names, Wanted, build, model_groups, particle_arrays
@@ -157,7 +157,6 @@ class MPImportance(ImportanceTraces):
         self._told = False  # whether the user has been told of what is poor
         super().__init__()  # type: ignore[no-untyped-call]
 
-    @one_at_a_time
     def run(self, *args: object, **kwargs: object) -> "MPImportance":
         """
         Draw the particles and weigh them; the arguments go to model and guide.
@@ -297,7 +296,6 @@ class MPImportance(ImportanceTraces):
         """Return the posterior marginal of a site: ``posterior["mu"]``."""
         return self.marginals(site)
 
-    @one_at_a_time
     def sample(self, num_samples: int = 1) -> dict[str, Tensor]:
         """
         Draw joint posterior samples of all latent sites; draws random numbers.
@@ -350,11 +348,9 @@ class MPImportance(ImportanceTraces):
             prob,
         )
 
-    @one_at_a_time
     def _diagnosis(self, marginals: Mapping[str, Marginal]) -> Diagnosis:
         return diagnose(self._ran()[0], marginals, self._sampled(), self._replicates())
 
-    @one_at_a_time
     def to_arviz(
         self,
         num_samples: int = 1000,
@@ -447,7 +443,6 @@ class MPImportance(ImportanceTraces):
         saving.write(path, stored)
 
     @classmethod
-    @one_at_a_time
     def load(
         cls,
         path: str | os.PathLike[str],
@@ -579,13 +574,11 @@ class MPImportance(ImportanceTraces):
             return super().get_log_normalizer()  # type: ignore[no-untyped-call, no-any-return]
         return self.evidence()
 
-    @one_at_a_time
     def _weighted_draws(self) -> Draws | None:
         if not self._sums:
             return None
         return weighted_draws(self._sums, self.evidence(), max(self._counts()), self._workers)
 
-    @one_at_a_time
     def _traces_at(self, values: Sequence[Mapping[str, Tensor]]) -> list[Trace]:
         sums = self._ran()
         if len(sums) == 1 and sums[0].traces:  # sites may differ from run to run
@@ -638,7 +631,6 @@ class MPImportance(ImportanceTraces):
         """Return the log of each replicate's share of the evidence."""
         return torch.stack([total.log_evidence for total in self._ran()]).log_softmax(0)
 
-    @one_at_a_time
     def _in_each(
         self,
         tuples: Sequence[Sequence[str]],
