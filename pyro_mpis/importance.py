@@ -33,6 +33,7 @@ from pyro_mpis.particles import memory
 from pyro_mpis.planning import Options, plan_of, positive, programs_of
 from pyro_mpis.programs.environment import Environment, seeded
 from pyro_mpis.programs.runs import trace_at
+from pyro_mpis.programs.turns import in_turn
 from pyro_mpis.results import saving
 from pyro_mpis.results.arviz_export import Names, Wanted, build, model_groups, particle_arrays
 from pyro_mpis.results.diagnostics import Diagnosis, diagnose, evidence_error
@@ -144,6 +145,7 @@ class MPImportance(ImportanceTraces):
         self._told = False  # whether the user has been told of what is poor
         super().__init__()  # type: ignore[no-untyped-call]
 
+    @in_turn
     def run(self, *args: object, **kwargs: object) -> "MPImportance":
         """
         Draw the particles and weigh them; the arguments go to model and guide.
@@ -179,6 +181,7 @@ class MPImportance(ImportanceTraces):
             warn(problem)
         return self
 
+    @in_turn
     def evidence(self, log_scale: bool = True) -> Tensor:
         """
         Estimate the evidence p(x): (18) of [1], the mean over replicates.
@@ -192,6 +195,7 @@ class MPImportance(ImportanceTraces):
         log_p = log_evidences.logsumexp(0) - math.log(self.num_replicates)
         return (log_p if log_scale else log_p.exp()).to(sums[0].whole.dtype)
 
+    @in_turn
     def evidence_error(self) -> float:
         """
         Return the standard error of the log evidence, in nats, from the spread of the replicates.
@@ -215,6 +219,7 @@ class MPImportance(ImportanceTraces):
         self, functions: Mapping[str, tuple[MomentFunction | str, ...]]
     ) -> dict[str, Tensor]: ...
 
+    @in_turn
     def moments(
         self,
         functions: MomentFunction | Mapping[str, tuple[MomentFunction | str, ...]] | None = None,
@@ -261,6 +266,7 @@ class MPImportance(ImportanceTraces):
     @overload
     def marginals(self, site: str, /, *sites: str) -> Marginal: ...
 
+    @in_turn
     def marginals(self, *sites: str) -> Marginal | dict[str, Marginal]:
         """
         Return posterior marginals on the particles: (32)-(35), joint ones (43)-(44) of [1].
@@ -279,6 +285,7 @@ class MPImportance(ImportanceTraces):
         merged = [merge(parts, log_shares) for parts in zip(*found, strict=True)]
         return merged[0] if sites else dict(zip(self._sites(), merged, strict=True))
 
+    @in_turn
     def sample(self, num_samples: int = 1) -> dict[str, Tensor]:
         """
         Draw joint posterior samples of all latent sites; draws random numbers.
@@ -288,6 +295,7 @@ class MPImportance(ImportanceTraces):
         """
         return sample_of(self._ran(), positive("num_samples", num_samples), self._workers)
 
+    @in_turn
     def summary(self, prob: float = 0.9) -> Summary:
         """
         Make a table of mean, sd, quantiles, ESS and Pareto k-hat of every scalar.
@@ -313,6 +321,7 @@ class MPImportance(ImportanceTraces):
             prob,
         )
 
+    @in_turn
     def diagnose(self, *, show: bool = True) -> Diagnosis:
         """
         Say how far to trust the answers: what is poor, at which site, and what would help.
@@ -331,6 +340,7 @@ class MPImportance(ImportanceTraces):
     def _diagnosis(self, marginals: Mapping[str, Marginal]) -> Diagnosis:
         return diagnose(self._ran()[0], marginals, self._sampled(), self._replicates())
 
+    @in_turn
     def to_arviz(
         self,
         num_samples: int = 1000,
@@ -387,6 +397,7 @@ class MPImportance(ImportanceTraces):
             attributes["log_evidence_error"] = self.evidence_error()
         return build(groups, attributes, names)
 
+    @in_turn
     def save(self, path: str | os.PathLike[str], *, factors: bool = True) -> None:
         """
         Write the result to a file, for :meth:`load`: tensors and plain data, no code.
@@ -422,6 +433,7 @@ class MPImportance(ImportanceTraces):
         saving.write(path, stored)
 
     @classmethod
+    @in_turn
     def load(
         cls,
         path: str | os.PathLike[str],
@@ -471,6 +483,7 @@ class MPImportance(ImportanceTraces):
         saving.check_evaluation(path, posterior._sums[0])
         return posterior
 
+    @in_turn
     def to(self, device: torch.device | str) -> "MPImportance":
         """
         Return the result on another device; this one stays where it is, as with a tensor's ``to``.

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from pyro_mpis.blocks import BlockSum, Workers, joint_weights_of, sample_of
 from pyro_mpis.factor_graph.selection import sites_at
+from pyro_mpis.programs.turns import in_turn
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ class ImportanceTraces(TracePosterior, LogWeightsMixin):
         return self._draws
 
     @property
+    @in_turn
     def log_weights(self) -> list[Tensor]:  # type: ignore[override]
         """The log weight of each of :attr:`exec_traces`: scalars, not normalised."""
         draws = self._known_draws()
@@ -101,6 +103,7 @@ class ImportanceTraces(TracePosterior, LogWeightsMixin):
         return self._log_weights
 
     @property
+    @in_turn
     def exec_traces(self) -> list[Trace]:  # type: ignore[override]
         """
         Traces of the model, ``num_samples`` of them, with the weights :attr:`log_weights`.
@@ -136,6 +139,7 @@ class ImportanceTraces(TracePosterior, LogWeightsMixin):
         self.run(*args, **kwargs)  # type: ignore[no-untyped-call]
         yield from zip(self.exec_traces, self.log_weights, strict=True)
 
+    @in_turn
     def get_ESS(self) -> Tensor:
         """
         Return the smallest effective sample size of any site, at any plate element: a scalar.
