@@ -36,7 +36,9 @@ from pyro_mpis.programs.runs import trace_at
 from pyro_mpis.programs.turns import in_turn
 from pyro_mpis.results import saving
 from pyro_mpis.results.arviz_export import Names, Wanted, build, model_groups, particle_arrays
+from pyro_mpis.results.at_draws import replay_draws
 from pyro_mpis.results.diagnostics import Diagnosis, diagnose, evidence_error
+from pyro_mpis.results.pointwise import own_latents
 from pyro_mpis.results.summary import Summary, summarise
 from pyro_mpis.results.trace_posterior import Draws, ImportanceTraces, weighted_draws
 
@@ -564,6 +566,22 @@ class MPImportance(ImportanceTraces):
         programs = replace(sums[0].replicate.programs, model=self.model)  # as the user wrote it
         with sums[0].replicate.environment.entered():
             return [trace_at(programs, row) for row in values]
+
+    def _summed_log_likelihoods(self, draws: Draws) -> Mapping[str, Tensor]:
+        replicate, number = self._ran()[0].replicate, len(draws.log_weights)
+        own = own_latents(replicate)
+        if not own.latents:
+            return {}
+        with replicate.environment.entered():
+            replayed = replay_draws(
+                replicate.structure,
+                replicate.programs,
+                draws.values,
+                number,
+                likelihood=True,
+                own=own,
+            )
+        return replayed.log_likelihoods
 
     def _effective_samples(self) -> Tensor:
         sampled = self._sampled()

@@ -16,6 +16,7 @@ normalised weights estimate posterior means.
 
 import math
 from abc import abstractmethod
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ import torch
 from pyro.distributions import Categorical
 from pyro.infer.abstract_infer import TracePosterior
 from pyro.infer.importance import LogWeightsMixin
+from pyro.ops.stats import waic
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
@@ -79,6 +81,10 @@ class ImportanceTraces(TracePosterior, LogWeightsMixin):
     @abstractmethod
     def _effective_samples(self) -> Tensor:
         """Return the smallest effective sample size."""
+
+    @abstractmethod
+    def _summed_log_likelihoods(self, draws: Draws) -> Mapping[str, Tensor]:
+        """Return those of observed sites; empty if no enumerated latent is to be summed over."""
 
     def _reset(self) -> None:
         """Forget the draws of the last run."""
@@ -138,6 +144,25 @@ class ImportanceTraces(TracePosterior, LogWeightsMixin):
         """Run, and yield traces and their log weights."""
         self.run(*args, **kwargs)  # type: ignore[no-untyped-call]
         yield from zip(self.exec_traces, self.log_weights, strict=True)
+
+    @in_turn
+    def information_criterion(self, pointwise: bool = False) -> "OrderedDict[str, Tensor]":
+        """
+        Compute WAIC, as Pyro has it, for models with one observed site.
+
+        An observation's log likelihood is summed over enumerated latents that are its own, as in
+        the ``log_likelihood`` of ``to_arviz``.
+
+        :param pointwise: whether to return that of each observation, not their sum.
+        :return: ``waic`` and ``p_waic``, the effective number of parameters.
+        """
+        draws = self._known_draws()
+        found = {} if draws is None else self._summed_log_likelihoods(draws)
+        if draws is None or len(found) != 1:  # of several sites: refused by Pyro
+            return super().information_criterion(pointwise)  # type: ignore[no-untyped-call, no-any-return]
+        (log_likelihood,) = found.values()
+        value, size = waic(log_likelihood, draws.log_weights, pointwise)  # type: ignore[no-untyped-call]
+        return OrderedDict([("waic", value), ("p_waic", size)])
 
     @in_turn
     def get_ESS(self) -> Tensor:
