@@ -302,7 +302,7 @@ def _at(
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        raise _not_mappable(name, handler.last_site, error) from error
+        raise not_mappable(name, handler.last_site, error) from error
     if expected:
         sites = statements(trace).items()
         found = {n for n, site in sites if n in expected or is_latent(site) or name == "model"}
@@ -320,7 +320,7 @@ def _keep(trace: Trace, wanted: Wanted, values: Values, said: Said) -> None:
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            raise _not_mappable("model", name, error) from error
+            raise not_mappable("model", name, error) from error
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -343,7 +343,8 @@ REMEDIES = {
 OTHER_REMEDY = "use torch operations on whole tensors that torch.func.vmap can map"
 
 
-def _not_mappable(name: Name, last_site: str | None, error: Exception) -> NotMappableError:
+def not_mappable(name: Name, last_site: str | None, error: Exception) -> NotMappableError:
+    """Say which line of a program torch cannot map, and what to write instead."""
     where = f"at or after site '{last_site}'" if last_site else "at its start"
     found = (remedy for part, remedy in REMEDIES.items() if part in str(error))
     return NotMappableError(

@@ -258,16 +258,29 @@ def _said(
     """Evaluate the model's sites at draws: all at once, or one after the other."""
     collect = {name: _collecting(site) for name, site in ordinary.items()}
     shapes = {name: structure.model[name].shape for name in draws}
-    try:
-        with pyro.validation_enabled(False):
-            _, said = evaluate(
-                programs,
-                [draws] if draws else [],
-                model=Wanted(collect, frozenset(structure.model)),
-                shapes=shapes,
-            )
-    except NotMappableError:
-        return _one_by_one(programs, collect, draws, number)
+    wanted = Wanted(collect, frozenset(structure.model))
+    with pyro.validation_enabled(False):
+        try:
+            return at_all(programs, wanted, draws, number, shapes)
+        except NotMappableError:
+            return _one_by_one(programs, collect, draws, number)
+
+
+def at_all(
+    programs: Programs,
+    wanted: Wanted,
+    draws: Mapping[str, Tensor],
+    number: int,
+    shapes: Mapping[str, torch.Size],
+) -> dict[str, Parts]:
+    """
+    Evaluate the model's sites at all draws in one mapped run.
+
+    :param shapes: of the latent sites.
+    :return: what is kept of each site: ``(number, *shape)``.
+    :raises NotMappableError: if torch cannot map the model.
+    """
+    _, said = evaluate(programs, [draws] if draws else [], model=wanted, shapes=shapes)
     result: dict[str, Parts] = {}
     for name, parts in said.items():
         tensors = {
