@@ -363,7 +363,10 @@ EFFECTS = {"mu": torch.zeros(4), "z": torch.zeros(4, 3)}
         ({"mu": torch.zeros(4, 2), "z": torch.zeros(4, 3)}, r"shape \(2,\) for each sample"),
         ({"mu": torch.zeros(4), "z": torch.zeros(4)}, r"'z': posterior_samples have shape \(\)"),
         ({"mu": torch.zeros(4), "z": torch.zeros(4, 9)}, "plate 'i' has 3 elements in test, but"),
-        ({"mu": torch.full((4,), math.nan), "z": torch.zeros(4, 3)}, "site 'mu': posterior_samples have nan"),
+        (
+            {"mu": torch.full((4,), math.nan), "z": torch.zeros(4, 3)},
+            "site 'mu': posterior_samples have nan",
+        ),
     ],
 )
 def test_samples_that_do_not_fit(samples: Samples, message: str) -> None:

@@ -161,7 +161,7 @@ class ImportanceTraces(TracePosterior, LogWeightsMixin):
         if draws is None or len(found) != 1:  # of several sites: refused by Pyro
             return super().information_criterion(pointwise)  # type: ignore[no-untyped-call, no-any-return]
         (log_likelihood,) = found.values()
-        value, size = waic(log_likelihood, draws.log_weights, pointwise)  # type: ignore[no-untyped-call]
+        value, size = waic(log_likelihood, draws.log_weights, pointwise)
         return OrderedDict([("waic", value), ("p_waic", size)])
 
     @in_turn
