@@ -17,12 +17,12 @@ pytestmark = pytest.mark.usefixtures("float64")
 Y = torch.tensor([0.5, 1.0, 3.0]).double()
 
 
-class Scaled(PyroModule):  # type: ignore[misc]
+class Scaled(PyroModule):
     """A model whose scale is a parameter of its own."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.scale = PyroParam(torch.tensor(2.0), dist.constraints.positive)
+        self.scale: Any = PyroParam(torch.tensor(2.0), dist.constraints.positive)
 
     def forward(self) -> None:
         mu = pyro.sample("mu", dist.Normal(0.0, 3.0))
@@ -79,8 +79,9 @@ def test_traces_and_log_likelihoods_are_of_the_run(kind: str) -> None:
     if kind == "created in the run":
         pyro.param("scale", torch.tensor(9.0))
     for trace in posterior.exec_traces:
-        found = trace.nodes["y"]["fn"].log_prob(Y)
-        mu = trace.nodes["mu"]["value"]
+        y: Any = trace.nodes["y"]["fn"]
+        mu: Any = trace.nodes["mu"]["value"]
+        found = y.log_prob(Y)
         torch.testing.assert_close(found, dist.Normal(mu, expected).log_prob(Y))
     for param, old in zip(params, before, strict=True):
         torch.testing.assert_close(param.detach(), old + 1.0)

@@ -9,6 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.poutine.runtime import InferDict
 from torch import Tensor
 
 from pyro_mpis import MPImportance
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 Y = torch.tensor([-1.0, 0.3, 2.0]).double()
 TABLE = [[0.2, 0.3, 0.5], [0.6, 0.3, 0.1]]
-SUMMED = {"enumerate": "parallel"}
+SUMMED: InferDict = {"enumerate": "parallel"}
 
 
 def log_likelihoods(
