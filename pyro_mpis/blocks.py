@@ -16,7 +16,6 @@ guide are.
 
 import itertools
 import math
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
@@ -54,6 +53,7 @@ from pyro_mpis.particles.proposals import (
 )
 from pyro_mpis.particles.together import ReadTogether
 from pyro_mpis.planning import Plan
+from pyro_mpis.programs import turns
 from pyro_mpis.programs.analysis import with_implicit_plates
 from pyro_mpis.programs.environment import Environment, seeded
 from pyro_mpis.programs.runs import NotMappableError, Programs
@@ -63,8 +63,6 @@ Ranges = Mapping[str, slice]  # symbol of an index -> its particles in a block
 Result = TypeVar("Result")
 Item = TypeVar("Item")
 Job = Callable[[], Result]
-
-_ONE_AT_A_TIME = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -233,8 +231,9 @@ class Workers:
         """Run jobs and return their results in order; shows a bar in a terminal."""
         if self.executor is None or len(jobs) == 1:
             return [job() for job in self._progress(jobs)]
-        futures = [self.executor.submit(_alone, job) for job in jobs]
-        return [future.result() for future in self._progress(futures)]
+        with turns.lent():
+            futures = [self.executor.submit(_alone, job) for job in jobs]
+            return [future.result() for future in self._progress(futures)]
 
     def _progress(self, items: Sequence[Item]) -> Iterable[Item]:
         disable = None if self.show_progress and len(items) > 1 else True  # None: in a terminal
@@ -249,7 +248,7 @@ def _alone(job: Job[Result]) -> Result:
     Pyro's handlers and parameters and torch's generator are those of a process: threads, which
     Dask's workers have several of too, would act on each other's programs.
     """
-    with _ONE_AT_A_TIME:
+    with turns.job():
         return job()
 
 

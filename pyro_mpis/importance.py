@@ -41,9 +41,12 @@ from pyro_mpis.planning import (
 )
 from pyro_mpis.programs.environment import Environment, seeded
 from pyro_mpis.programs.runs import trace_at
+from pyro_mpis.programs.turns import in_turn
 from pyro_mpis.results import saving
 from pyro_mpis.results.arviz_export import Names, Wanted, build, model_groups, particle_arrays
+from pyro_mpis.results.at_draws import replay_draws
 from pyro_mpis.results.diagnostics import Diagnosis, diagnose, evidence_error
+from pyro_mpis.results.pointwise import own_latents
 from pyro_mpis.results.summary import Summary, summarise
 from pyro_mpis.results.trace_posterior import Draws, ImportanceTraces, weighted_draws
 
@@ -157,6 +160,7 @@ class MPImportance(ImportanceTraces):
         self._told = False  # whether the user has been told of what is poor
         super().__init__()  # type: ignore[no-untyped-call]
 
+    @in_turn
     def run(self, *args: object, **kwargs: object) -> "MPImportance":
         """
         Draw the particles and weigh them; the arguments go to model and guide.
@@ -192,6 +196,7 @@ class MPImportance(ImportanceTraces):
             warn(problem)
         return self
 
+    @in_turn
     def evidence(self, log_scale: bool = True) -> Tensor:
         """
         Estimate the evidence p(x): (18) of [1], the mean over replicates.
@@ -205,6 +210,7 @@ class MPImportance(ImportanceTraces):
         log_p = log_evidences.logsumexp(0) - math.log(self.num_replicates)
         return (log_p if log_scale else log_p.exp()).to(sums[0].whole.dtype)
 
+    @in_turn
     def evidence_error(self) -> float:
         """
         Return the standard error of the log evidence, in nats, from the spread of the replicates.
@@ -228,6 +234,7 @@ class MPImportance(ImportanceTraces):
         self, functions: Mapping[str, tuple[MomentFunction | str, ...]]
     ) -> dict[str, Tensor]: ...
 
+    @in_turn
     def moments(
         self,
         functions: MomentFunction | Mapping[str, tuple[MomentFunction | str, ...]] | None = None,
@@ -274,6 +281,7 @@ class MPImportance(ImportanceTraces):
     @overload
     def marginals(self, site: str, /, *sites: str) -> Marginal: ...
 
+    @in_turn
     def marginals(self, *sites: str) -> Marginal | dict[str, Marginal]:
         """
         Return posterior marginals on the particles: (32)-(35), joint ones (43)-(44) of [1].
@@ -296,6 +304,7 @@ class MPImportance(ImportanceTraces):
         """Return the posterior marginal of a site: ``posterior["mu"]``."""
         return self.marginals(site)
 
+    @in_turn
     def sample(self, num_samples: int = 1) -> dict[str, Tensor]:
         """
         Draw joint posterior samples of all latent sites; draws random numbers.
@@ -305,6 +314,7 @@ class MPImportance(ImportanceTraces):
         """
         return sample_of(self._ran(), positive("num_samples", num_samples), self._workers)
 
+    @in_turn
     def summary(self, prob: float = 0.9) -> Summary:
         """
         Make a table of mean, sd, quantiles, ESS and Pareto k-hat of every scalar.
@@ -322,6 +332,7 @@ class MPImportance(ImportanceTraces):
         self._told = True
         return self._summary(marginals, prob)
 
+    @in_turn
     def diagnose(self, *, show: bool = True) -> Diagnosis:
         """
         Say how far to trust the answers: what is poor, at which site, and what would help.
@@ -351,6 +362,7 @@ class MPImportance(ImportanceTraces):
     def _diagnosis(self, marginals: Mapping[str, Marginal]) -> Diagnosis:
         return diagnose(self._ran()[0], marginals, self._sampled(), self._replicates())
 
+    @in_turn
     def to_arviz(
         self,
         num_samples: int = 1000,
@@ -407,6 +419,7 @@ class MPImportance(ImportanceTraces):
             attributes["log_evidence_error"] = self.evidence_error()
         return build(groups, attributes, names)
 
+    @in_turn
     def save(self, path: str | os.PathLike[str], *, factors: bool = True) -> None:
         """
         Write the result to a file, for :meth:`load`: tensors and plain data, no code.
@@ -443,6 +456,7 @@ class MPImportance(ImportanceTraces):
         saving.write(path, stored)
 
     @classmethod
+    @in_turn
     def load(
         cls,
         path: str | os.PathLike[str],
@@ -492,6 +506,7 @@ class MPImportance(ImportanceTraces):
         saving.check_evaluation(path, posterior._sums[0])
         return posterior
 
+    @in_turn
     def to(self, device: torch.device | str) -> "MPImportance":
         """
         Return the result on another device; this one stays where it is, as with a tensor's ``to``.
@@ -586,6 +601,22 @@ class MPImportance(ImportanceTraces):
         programs = replace(sums[0].replicate.programs, model=self.model)  # as the user wrote it
         with sums[0].replicate.environment.entered():
             return [trace_at(programs, row) for row in values]
+
+    def _summed_log_likelihoods(self, draws: Draws) -> Mapping[str, Tensor]:
+        replicate, number = self._ran()[0].replicate, len(draws.log_weights)
+        own = own_latents(replicate)
+        if not own.latents:
+            return {}
+        with replicate.environment.entered():
+            replayed = replay_draws(
+                replicate.structure,
+                replicate.programs,
+                draws.values,
+                number,
+                likelihood=True,
+                own=own,
+            )
+        return replayed.log_likelihoods
 
     def _effective_samples(self) -> Tensor:
         sampled = self._sampled()

@@ -173,6 +173,7 @@ def plan_of(programs: Programs, options: Options) -> tuple[Plan, Trace, Trace]:
     environment = Environment()
     with environment.entered(), memory.gc_paused():
         programs, structure, guide_trace, model_trace = analysed(programs, options)
+        environment = environment.with_params()  # those too that the programs have just made
         device = device_of(model_trace).type
         not_given = unnumbered(structure, options)
         structure, cut, notices = fitted(structure, options, device)

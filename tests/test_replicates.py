@@ -192,11 +192,26 @@ def test_a_lost_worker_is_an_error() -> None:
         run(Failing(), num_replicates=3)
 
 
-def test_params_that_change_after_the_run_are_noticed() -> None:
-    """Blocks are evaluated again by a query: with other parameters they would be others."""
-    posterior = run(memory_limit=1_500)
+def test_params_that_change_after_the_run_do_not_count() -> None:
+    """Blocks are evaluated again by a query: with the parameters of the run."""
+    other, posterior = run(memory_limit=1_500), run(memory_limit=1_500)
+    expected = other.moments()
     with torch.no_grad():
         pyro.get_param_store()["scale"].unconstrained().mul_(3.0)  # type: ignore[attr-defined]
+    for name, mean in posterior.moments().items():
+        torch.testing.assert_close(mean, expected[name])
+
+
+def test_other_changes_after_the_run_are_noticed() -> None:
+    """A tensor that the model refers to by itself is not kept: its blocks are others."""
+    noise = torch.tensor(1.0)
+
+    def model() -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(mu, noise), obs=torch.tensor(0.5))
+
+    posterior = MPImportance(model, num_samples=5, num_replicates=2).run()
+    noise.mul_(3.0)
     with pytest.raises(RuntimeError, match=r"parameters have changed since \.run"):
         posterior.moments()
     with pytest.raises(RuntimeError, match=r"parameters have changed since \.run"):

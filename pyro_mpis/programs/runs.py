@@ -17,7 +17,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-import pyro
 import torch
 from pyro import poutine
 from pyro.poutine.trace_struct import Trace
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from pyro_mpis._text import first_line
 from pyro_mpis._typing import Program, SampleMessage
+from pyro_mpis.programs.environment import rng_state, same_rng_state, set_rng_state
 from pyro_mpis.programs.handlers import (
     AllMet,
     Compare,
@@ -102,11 +102,11 @@ def run_plainly(
     if isinstance(programs.guide, torch.nn.Module):
         with poutine.block():  # autoguides make their params from the first values that they see
             programs.call("guide")
-    state = pyro.util.get_rng_state()
+    state = rng_state()
     try:
         return _run_both(programs, compare, tracking=True)
     except Exception:  # some code takes no tensors with marks: what is read is then found otherwise
-        pyro.util.set_rng_state(state)
+        set_rng_state(state)
         return _run_both(programs, compare, tracking=False)
 
 
@@ -218,10 +218,10 @@ def evaluate(
         trace = _at(programs, "model", model_values, until, model.all_sites)
         _keep(trace, model, values, from_model)
 
-    state = torch.get_rng_state()
+    state = rng_state()
     run_mapped(at_single_values, levels, patched=programs.patched)
-    if not torch.equal(state, torch.get_rng_state()):
-        torch.set_rng_state(state)
+    if not same_rng_state(state, rng_state()):
+        set_rng_state(state)
         raise NotMappableError(
             "the programs draw random numbers besides those of their sites",
             "draw all random numbers in sample statements that no handler hides, or as data before "
@@ -303,7 +303,7 @@ def _at(
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        raise _not_mappable(name, handler.last_site, error) from error
+        raise not_mappable(name, handler.last_site, error) from error
     if expected:
         sites = statements(trace).items()
         found = {n for n, site in sites if n in expected or is_latent(site) or name == "model"}
@@ -321,7 +321,7 @@ def _keep(trace: Trace, wanted: Wanted, values: Values, said: Said) -> None:
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            raise _not_mappable("model", name, error) from error
+            raise not_mappable("model", name, error) from error
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -344,7 +344,8 @@ REMEDIES = {
 OTHER_REMEDY = "use torch operations on whole tensors that torch.func.vmap can map"
 
 
-def _not_mappable(name: Name, last_site: str | None, error: Exception) -> NotMappableError:
+def not_mappable(name: Name, last_site: str | None, error: Exception) -> NotMappableError:
+    """Say which line of a program torch cannot map, and what to write instead."""
     where = f"at or after site '{last_site}'" if last_site else "at its start"
     found = (remedy for part, remedy in REMEDIES.items() if part in str(error))
     return NotMappableError(
