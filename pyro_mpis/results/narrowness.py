@@ -17,18 +17,50 @@ The weights of one replicate are a smooth function of the particle, since all co
 other sites' particles are summed. So a few particles tell a curvature. Replicates have other
 particles of the other sites, and so each a constant of its own. The scalars of a vector share their
 weights, and each is noise to the others: they are also looked at together, by :math:`\sum u^2`.
+
+A step is no parabola, though a parabola that is fitted to it may bend upwards: the posterior may be
+in one tail of a prior, or end where its support ends. So two fits must agree, one to all particles
+and one to those that have weight.
 """
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
 # Log weights this far below the highest are those of particles without weight.
 NO_WEIGHT = 50.0
-# Student's t is integrated over values up to this power of e, and this many.
-LOG_LARGEST, GRID = 30.0, 200_001
+# Of the particles that have weight, those of one part in so many of the mean weight count in full.
+ENOUGH = 2.0
+# Student's t is integrated over values up to this power of e, and this many. Of more degrees of
+# freedom than the last, it is hardly another.
+LOG_LARGEST, GRID, MOST_DEGREES = 30.0, 40_001, 60
+
+
+@dataclass(frozen=True)
+class Fit:
+    """
+    A parabola fitted to log weights; nan where it says nothing.
+
+    :param value: the curvature of each scalar of an event, and of several together:
+        ``batch_shape + (number,)``.
+    :param error: its standard error, likewise.
+    :param degrees: number of degrees of freedom that the error has, likewise.
+    """
+
+    value: Tensor
+    error: Tensor
+    degrees: Tensor
+
+    def at_least(self, probability: float) -> Tensor:
+        """Return what each curvature exceeds, unless its error is of a kind that rare."""
+        degrees = self.degrees.floor().clamp(1, MOST_DEGREES)
+        quantiles = torch.zeros_like(degrees)
+        for number in degrees.unique().tolist():
+            quantiles[degrees == number] = student_quantile(probability, number)
+        return self.value - quantiles * self.error
 
 
 @dataclass(frozen=True)
@@ -36,16 +68,16 @@ class Curvature:
     """
     How the log weights of a site bend over its particles.
 
-    nan where it says nothing: of integers, of one value, of too few particles.
-
-    :param value: of each scalar of an event, and of several together: ``batch_shape + (number,)``.
-    :param error: its standard error, likewise.
-    :param degrees: number of degrees of freedom that the error has.
+    Nothing is said, by nan, of integers, of one value, of too few particles.
     """
 
-    value: Tensor
-    error: Tensor
-    degrees: int
+    of_all: Fit
+    of_heavy: Fit  # of particles that have weight
+
+    @property
+    def value(self) -> Tensor:
+        """The lower one of each scalar, and of several together: ``batch_shape + (number,)``."""
+        return torch.minimum(self.of_all.value, self.of_heavy.value)
 
     @property
     def number(self) -> int:
@@ -53,10 +85,8 @@ class Curvature:
         return int((~self.value.isnan()).sum())
 
     def at_least(self, probability: float) -> Tensor:
-        """Return what each exceeds, unless its error is of a kind that rare."""
-        if self.degrees < 1:
-            return self.value
-        return self.value - student_quantile(probability, self.degrees) * self.error
+        """Return what each exceeds, unless the errors are of a kind that rare."""
+        return torch.minimum(self.of_all.at_least(probability), self.of_heavy.at_least(probability))
 
 
 def times_as_wide(curvature: Tensor) -> Tensor:
@@ -73,19 +103,38 @@ def curvature_of(samples: Tensor, log_weights: Tensor, num_replicates: int) -> C
     """
     batch, number = log_weights.shape[:-1], log_weights.shape[-1]
     scalars = samples.detach().double().reshape((*batch, number, -1)).movedim(-1, -2)
-    log_weights = log_weights.detach().double().unsqueeze(-2)
-    log_weights = log_weights.clamp(min=log_weights.amax(-1, keepdim=True) - NO_WEIGHT)
-    linear, square = _regressors(scalars)
-    u, v, y = (_centred(x, num_replicates) for x in (linear, square, log_weights))
-    uu, uv, vv = (u * u).sum(-1), (u * v).sum(-1), (v * v).sum(-1)
-    uy, vy = (u * y).sum(-1), (v * y).sum(-1)
+    heights = log_weights.detach().double().unsqueeze(-2)
+    heights = heights.clamp(min=heights.amax(-1, keepdim=True) - NO_WEIGHT)
+    data = [
+        values.unflatten(-1, (num_replicates, -1)) for values in (*_regressors(scalars), heights)
+    ]
+    relative = data[2].softmax(-1) * (number // num_replicates)  # of mean one
+    return Curvature(
+        of_all=_fit(*data, torch.ones_like(relative)),
+        of_heavy=_fit(*data, (ENOUGH * relative).clamp(max=1.0)),
+    )
+
+
+def _fit(linear: Tensor, square: Tensor, heights: Tensor, share: Tensor) -> Fit:
+    """
+    Fit ``heights`` to a constant of each replicate and a multiple of each of the others.
+
+    :param share: how much each particle counts; all are ``(*batch, number, replicates, K)``.
+    """
+    u, v, y = (
+        (x - (share * x).sum(-1, keepdim=True) / share.sum(-1, keepdim=True)).flatten(-2)
+        for x in (linear, square, heights)
+    )
+    share = share.flatten(-2)
+    uu, uv, vv = (share * u * u).sum(-1), (share * u * v).sum(-1), (share * v * v).sum(-1)
+    uy, vy = (share * u * y).sum(-1), (share * v * y).sum(-1)
     determinant = uu * vv - uv.square()
     slope, value = (vv * uy - uv * vy) / determinant, (uu * vy - uv * uy) / determinant
     residual = y - slope.unsqueeze(-1) * u - value.unsqueeze(-1) * v
-    degrees = number - num_replicates - 2
-    error = (residual.square().sum(-1) / max(1, degrees) * uu / determinant).sqrt()
-    mute = linear.isnan().any(-1) | (degrees < 1)
-    return Curvature(value.masked_fill(mute, math.nan), error.masked_fill(mute, math.nan), degrees)
+    degrees = (share.sum(-1) - linear.shape[-2] - 2).expand(value.shape)
+    error = ((share * residual.square()).sum(-1) / degrees * uu / determinant).sqrt()
+    mute = linear.flatten(-2).isnan().any(-1) | (degrees < 1)
+    return Fit(value.masked_fill(mute, math.nan), error.masked_fill(mute, math.nan), degrees)
 
 
 def _regressors(scalars: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,14 +163,9 @@ def _normal_scores(scalars: Tensor) -> Tensor:
     return quantiles[scalars.argsort(-1).argsort(-1)]
 
 
-def _centred(values: Tensor, num_replicates: int) -> Tensor:
-    """Subtract each replicate's mean."""
-    parts = values.unflatten(-1, (num_replicates, -1))
-    return (parts - parts.mean(-1, keepdim=True)).flatten(-2)
-
-
-def student_quantile(probability: float, degrees: int) -> float:
-    """Return what Student's t exceeds with a probability below a half, to four digits."""
+@cache
+def student_quantile(probability: float, degrees: float) -> float:
+    """Return what Student's t exceeds with a probability below a half, to two digits or more."""
     log_t = torch.linspace(-LOG_LARGEST, LOG_LARGEST, GRID, dtype=torch.double)
     density = (log_t - (degrees + 1) / 2 * (2 * log_t - math.log(degrees)).exp().log1p()).exp()
     tails = density.flip(0).cumsum(0)  # from the largest t on
