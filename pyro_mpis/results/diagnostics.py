@@ -41,8 +41,8 @@ FEW_REPLICATES = 8
 HEAVY_REPLICATE = 0.5
 # A posterior 1.15 times as wide as its particles bends their log weights by this.
 NARROW_CURVATURE = 0.125
-# Probability that a run is called narrow where no posterior is that wide, if log weights differ from
-# a parabola by normal noise.
+# Probability that a run is called narrow where no posterior is that wide, if log weights differ
+# from a parabola by normal noise.
 FALSE_ALARM = 0.01
 # Sites of the printed table: a chain of a thousand has its bottleneck in a few.
 MOST_ROWS = 30
