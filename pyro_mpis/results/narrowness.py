@@ -105,13 +105,14 @@ def curvature_of(samples: Tensor, log_weights: Tensor, num_replicates: int) -> C
     scalars = samples.detach().double().reshape((*batch, number, -1)).movedim(-1, -2)
     heights = log_weights.detach().double().unsqueeze(-2)
     heights = heights.clamp(min=heights.amax(-1, keepdim=True) - NO_WEIGHT)
-    data = [
+    linear, square, heights = (
         values.unflatten(-1, (num_replicates, -1)) for values in (*_regressors(scalars), heights)
-    ]
-    relative = data[2].softmax(-1) * (number // num_replicates)  # of mean one
+    )
+    relative = heights.softmax(-1) * (number // num_replicates)  # of mean one
+    heavy = (ENOUGH * relative).clamp(max=1.0)
     return Curvature(
-        of_all=_fit(*data, torch.ones_like(relative)),
-        of_heavy=_fit(*data, (ENOUGH * relative).clamp(max=1.0)),
+        of_all=_fit(linear, square, heights, torch.ones_like(relative)),
+        of_heavy=_fit(linear, square, heights, heavy),
     )
 
 
@@ -160,7 +161,8 @@ def _normal_scores(scalars: Tensor) -> Tensor:
     number = scalars.shape[-1]
     ranks = torch.arange(number, dtype=scalars.dtype, device=scalars.device)
     quantiles = torch.special.ndtri((ranks + 0.625) / (number + 0.25))
-    return quantiles[scalars.argsort(-1).argsort(-1)]
+    scores: Tensor = quantiles[scalars.argsort(-1).argsort(-1)]
+    return scores
 
 
 @cache
