@@ -45,7 +45,7 @@ from pyro_mpis.programs.turns import in_turn
 from pyro_mpis.results import saving
 from pyro_mpis.results.arviz_export import Names, Wanted, build, model_groups, particle_arrays
 from pyro_mpis.results.at_draws import replay_draws
-from pyro_mpis.results.diagnostics import Diagnosis, diagnose, evidence_error
+from pyro_mpis.results.diagnostics import Diagnosis, diagnose, doubts_of_error, evidence_error
 from pyro_mpis.results.pointwise import own_latents
 from pyro_mpis.results.summary import Summary, summarise
 from pyro_mpis.results.trace_posterior import Draws, ImportanceTraces, weighted_draws
@@ -158,6 +158,7 @@ class MPImportance(ImportanceTraces):
         self._sums: list[BlockSum] = []
         self._weights: list[dict[str, Tensor]] = []
         self._told = False  # whether the user has been told of what is poor
+        self._told_of_error = False  # and of what makes the evidence's error wrong
         super().__init__()  # type: ignore[no-untyped-call]
 
     @in_turn
@@ -187,7 +188,7 @@ class MPImportance(ImportanceTraces):
         if not possible:
             raise _impossible(sums[0])
         self._sums, self._weights = possible, [{} for _ in possible]
-        self._told = False
+        self._told = self._told_of_error = False
         self._reset()
         notices = dict.fromkeys(n for total in sums for n in total.replicate.plan.notices)
         structure = sums[0].replicate.structure
@@ -215,6 +216,11 @@ class MPImportance(ImportanceTraces):
         """
         Return the standard error of the log evidence, in nats, from the spread of the replicates.
 
+        Warns (:class:`~pyro_mpis.MPISWarning`), once a run, if it is not to be trusted: of few
+        replicates, if one of them has most of the evidence, and if :meth:`diagnose` finds particles
+        that are narrower than the posterior, or weights with a heavy tail. For this it takes the
+        marginals of all sites.
+
         :raises ValueError: with a single replicate.
         """
         self._ran()
@@ -223,7 +229,13 @@ class MPImportance(ImportanceTraces):
                 "num_replicates: one set of particles has no spread to tell an error from. Ask for "
                 "several, num_replicates=8 for example."
             )
-        return evidence_error(self._replicates())
+        error = evidence_error(self._replicates())
+        if not self._told_of_error:
+            doubts = doubts_of_error(self._diagnosis(self.marginals()))
+            if doubts:
+                warn(f"evidence_error: {error:.2g} is not to be trusted. {' '.join(doubts)}")
+        self._told_of_error = True
+        return error
 
     @overload
     def moments(self) -> dict[str, Tensor]: ...
@@ -338,7 +350,9 @@ class MPImportance(ImportanceTraces):
         Say how far to trust the answers: what is poor, at which site, and what would help.
 
         Looks at the effective sample size of every site and plate element, at Pareto k-hat where
-        there are particles enough (about 50), and at the replicates' spread. Draws nothing.
+        there are particles enough (about 50), at whether weights rise towards the outermost
+        particles, as they do where a guide is too narrow, and at the replicates' spread. Draws
+        nothing.
 
         :param show: whether to print it.
         """
@@ -416,7 +430,7 @@ class MPImportance(ImportanceTraces):
             "num_replicates": self.num_replicates,
         }
         if self.num_replicates > 1:
-            attributes["log_evidence_error"] = self.evidence_error()
+            attributes["log_evidence_error"] = evidence_error(self._replicates())
         return build(groups, attributes, names)
 
     @in_turn

@@ -33,6 +33,10 @@ TELLING_ESS = 2.0
 WIDE, NARROW, OFF_CENTRE = 3.0, 0.9, 1.5
 # Factors of this many indices are where sharing one pays.
 MANY_INDICES = 4
+# By more than this weights do not tell how many times wider than its particles a posterior is.
+MOST_TIMES = 4.0
+# Sites that a text names.
+MOST_NAMES = 4
 # A discrete site of at most this many values is better summed over than drawn.
 SMALL_SUPPORT = 100
 
@@ -56,6 +60,41 @@ def remedies(
     uneven = [site for site in poor if bool(site.uneven.any())]
     helps = _site_helps(block_sum, marginals, uneven, len(sites)) if uneven else []
     return [*helps, _more_particles(block_sum, worst, enough), *_grouping(block_sum, sites)]
+
+
+def widening(times: Sequence[tuple[SiteDiagnosis, float]]) -> list[str]:
+    """
+    Say what helps sites whose particles are too narrow.
+
+    :param times: how many times as wide as its particles the posterior of each is.
+    """
+    helps = []
+    guided = sorted((f, site.name) for site, f in times if site.proposal == "guide")[::-1]
+    if guided:
+        factors = [f"'{name}' by {multiple(factor)}" for factor, name in guided[:MOST_NAMES]]
+        if len(guided) > MOST_NAMES:
+            factors.append(f"{len(guided) - MOST_NAMES} more")
+        helps = [
+            f"Widen the guide ({', '.join(factors)}): multiply its scales, and run again. If the "
+            "log evidence rises by more than its error, it was too narrow; then widen it again.",
+            "Train it until its ELBO no longer rises. A guide whose sites do not read each other, "
+            "as AutoNormal, stays narrower than the posterior where they depend on each other: "
+            "multiply its scales by 2 or so after training, or let sites read each other in it.",
+            "Or leave these sites out of the guide. They are then drawn from the prior, which is "
+            "rarely too narrow, but may need many particles.",
+        ]
+    drawn = [site.name for site, _ in times if site.proposal == "prior"]
+    if drawn:
+        helps.append(
+            f"{quoted(drawn[:MOST_NAMES])}: drawn from the prior, in whose tails the posterior is. "
+            "Use a guide that is wider there."
+        )
+    return helps
+
+
+def multiple(times: float) -> str:
+    """Write how many times, as far as it is known."""
+    return f"{MOST_TIMES:g} times or more" if times >= MOST_TIMES else f"{times:.1f} times"
 
 
 def _site_helps(
