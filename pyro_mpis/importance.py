@@ -21,7 +21,6 @@ from pyro_mpis._typing import MomentFunction, Program
 from pyro_mpis._warnings import warn
 from pyro_mpis.blocks import (
     BlockSum,
-    Workers,
     impossible_elements,
     joint_weights_of,
     run_replicates,
@@ -39,6 +38,7 @@ from pyro_mpis.results.arviz_export import Names, Wanted, build, model_groups, p
 from pyro_mpis.results.diagnostics import Diagnosis, diagnose, evidence_error
 from pyro_mpis.results.summary import Summary, summarise
 from pyro_mpis.results.trace_posterior import Draws, ImportanceTraces, weighted_draws
+from pyro_mpis.workers import Workers
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
