@@ -22,6 +22,7 @@ from functools import partial
 from typing import TypeVar
 
 import torch
+from pyro.params.param_store import StateDict
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
@@ -408,7 +409,8 @@ def _with_programs(total: BlockSum, plan: Plan | None) -> BlockSum:
     """Put programs, data and parameters back into what a worker sends without them, or out."""
     found = total.replicate.plan
     if plan is None:
-        programs, params = Programs(_not_sent, _not_sent), {"params": {}, "constraints": {}}
+        programs = Programs(_not_sent, _not_sent)
+        params: StateDict = {"params": {}, "constraints": {}}
         environment = replace(found.environment, params=params)
     else:
         programs, environment = plan.programs, plan.environment

@@ -11,7 +11,7 @@ so what its jobs have in common is in it once, and travels once to a worker.
 import ctypes
 import itertools
 import os
-import sys
+import platform
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -106,10 +106,10 @@ def _memory_kept() -> Iterator[None]:
     as long as the computation.
     """
     asked = os.environ.get("MALLOC_TRIM_THRESHOLD_", "")
-    libc = ctypes.CDLL(None) if asked.isdigit() and sys.platform == "linux" else None
-    if not hasattr(libc, "mallopt"):
+    if not asked.isdigit() or platform.libc_ver()[0] != "glibc":
         yield
         return
+    libc = ctypes.CDLL(None)
     libc.mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
     libc.mallopt(_TRIM_THRESHOLD, _KEPT)
     try:
