@@ -93,7 +93,8 @@ class MPImportance(ImportanceTraces):
     :param executor: any :class:`concurrent.futures.Executor` (a process pool, or Dask's, loky's,
         mpi4py's) to send replicates, or the blocks of a single one, to. Model and guide must then
         be what it can pickle; the result is the same. Threads of one process take turns, as Pyro's
-        handlers are global: processes are faster.
+        handlers are global: processes are faster. Each process gets programs, data and particles
+        once in a run, and once in a query: docs/many_processes.md.
     :param disable_progbar: whether to show no progress bar over blocks in a terminal.
     :raises ValueError: if an argument is not as described.
     """
