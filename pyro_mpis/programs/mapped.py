@@ -286,7 +286,7 @@ def _by_formula() -> Iterator[None]:
     def applied(cls: Any, *args: Any, **kwargs: Any) -> Any:
         if cls.setup_context is torch.autograd.Function.setup_context:
             return cls.forward(_NoContext(), *args, **kwargs)
-        return apply.__func__(cls, *args, **kwargs)
+        return apply.__get__(None, cls)(*args, **kwargs)  # in C since torch 2.14
 
     torch.autograd.Function.apply = classmethod(applied)  # type: ignore[method-assign,assignment]
     try:
