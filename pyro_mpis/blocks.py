@@ -17,15 +17,14 @@ guide are.
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
 import torch
+from pyro.params.param_store import StateDict
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyro_mpis.factor_graph.evidence import log_evidence, reduced
 from pyro_mpis.factor_graph.graph import FactorGraph, SiteValue
@@ -53,16 +52,14 @@ from pyro_mpis.particles.proposals import (
 )
 from pyro_mpis.particles.together import ReadTogether
 from pyro_mpis.planning import Plan
-from pyro_mpis.programs import turns
 from pyro_mpis.programs.analysis import with_implicit_plates
 from pyro_mpis.programs.environment import Environment, seeded
 from pyro_mpis.programs.runs import NotMappableError, Programs
 from pyro_mpis.programs.structure import UNIQUE_LEVELS, Structure
+from pyro_mpis.workers import Job, Workers
 
 Ranges = Mapping[str, slice]  # symbol of an index -> its particles in a block
 Result = TypeVar("Result")
-Item = TypeVar("Item")
-Job = Callable[[], Result]
 
 
 @dataclass(frozen=True)
@@ -99,14 +96,18 @@ class Replicate:
         graphs = self.evaluated(block, ranges, parts, check=check)
         return _put_together(map(reduced, graphs), parts, block.sizes)
 
-    def evaluate_first(self, ranges: Ranges, drawn: Drawn) -> "tuple[Replicate, FactorGraph]":
+    def evaluate_first(
+        self, ranges: Ranges, drawn: Drawn, *, piece: bool = False
+    ) -> "tuple[Replicate, FactorGraph]":
         """
         Evaluate the first block, and find what holds for all.
 
+        :param piece: whether to leave it at the block's first piece.
         :raises ReadTogether: if elements of a plate cannot have an index each.
         """
         structure, validate = self.structure, self.environment.validate
         block, parts = self.cut(ranges)
+        parts = parts[:1] if piece else parts
         first = block.block(structure, parts[0])
         evaluated = self._evaluate(first)
         if self.plan.cut.whole:
@@ -220,43 +221,11 @@ class BlockSum:
         return partial(_apply, self.replicate, self.blocks[number], function)
 
 
-@dataclass(frozen=True)
-class Workers:
-    """Where jobs run: here, one after the other, or where an executor sends them."""
-
-    executor: Executor | None = None
-    show_progress: bool = True
-
-    def run(self, jobs: Sequence[Job[Result]]) -> list[Result]:
-        """Run jobs and return their results in order; shows a bar in a terminal."""
-        if self.executor is None or len(jobs) == 1:
-            return [job() for job in self._progress(jobs)]
-        with turns.lent():
-            futures = [self.executor.submit(_alone, job) for job in jobs]
-            return [future.result() for future in self._progress(futures)]
-
-    def _progress(self, items: Sequence[Item]) -> Iterable[Item]:
-        disable = None if self.show_progress and len(items) > 1 else True  # None: in a terminal
-        bar: Iterable[Item] = tqdm(items, desc="blocks", disable=disable, leave=False)
-        return bar
-
-
-def _alone(job: Job[Result]) -> Result:
-    """
-    Run a job while no other thread of this process runs one.
-
-    Pyro's handlers and parameters and torch's generator are those of a process: threads, which
-    Dask's workers have several of too, would act on each other's programs.
-    """
-    with turns.job():
-        return job()
-
-
 def _apply(
     replicate: Replicate, ranges: Ranges, function: Callable[[FactorGraph], Result]
 ) -> Result:
     with replicate.environment.entered():
-        return function(replicate(ranges, check=function is _first_pass))
+        return function(replicate(ranges))
 
 
 def split(
@@ -428,35 +397,67 @@ def run_replicates(plan: Plan, num_replicates: int, workers: Workers) -> list[Bl
     if num_replicates == 1:
         return [run_plan(plan, workers)]
     seeds = torch.randint(2**31 - 1, (num_replicates,)).tolist()
-    return workers.run([partial(_replicate, plan, seed) for seed in seeds])
+    totals = workers.run([partial(_replicate, plan, seed) for seed in seeds])
+    return [_with_programs(total, plan) for total in totals]
 
 
 def _replicate(plan: Plan, seed: int) -> BlockSum:
     with seeded(seed):
         total = run_plan(plan, Workers(show_progress=False))
+    total = _with_programs(total, None)
     if total.traces:
         return replace(total, traces=())
     # the factors are many times the particles: they are not kept for every replicate, nor sent
     return replace(total, whole=replace(total.whole, factors=()))
 
 
+def _with_programs(total: BlockSum, plan: Plan | None) -> BlockSum:
+    """Put programs, data and parameters back into what a worker sends without them, or out."""
+    found = total.replicate.plan
+    if plan is None:
+        programs = Programs(_not_sent, _not_sent)
+        params: StateDict = {"params": {}, "constraints": {}}
+        environment = replace(found.environment, params=params)
+    else:
+        programs, environment = plan.programs, plan.environment
+    programs = replace(programs, patched=found.programs.patched)
+    found = replace(found, programs=programs, environment=environment)
+    return replace(total, replicate=replace(total.replicate, plan=found))
+
+
+def _not_sent() -> None:
+    raise AssertionError
+
+
 def evaluate(
     replicate: Replicate, blocks: Sequence[Ranges], drawn: Drawn, workers: Workers
 ) -> BlockSum:
     """Evaluate every block once: evidences, and the values of the sites at all particles."""
-    replicate, graph = replicate.evaluate_first(blocks[0], drawn)
+    sent = workers.sends(len(blocks)) and len(replicate.cut(blocks[0])[1]) > 1
+    replicate, graph = replicate.evaluate_first(blocks[0], drawn, piece=sent)
     if len(blocks) == 1:
         return BlockSum(replicate, tuple(blocks), graph, log_evidence(graph).double().unsqueeze(0))
-    results = [_first_pass(graph)]
+    results = [] if sent else [_first_pass(graph)]
     whole = replace(
         graph, factors=(), sizes={**graph.sizes, **replicate.particles.sizes}, values={}
     )
     del graph
-    results += workers.run([partial(_apply, replicate, part, _first_pass) for part in blocks[1:]])
+    others = blocks[len(results) :]
+    results += workers.run([partial(_block, replicate, part, part is blocks[0]) for part in others])
     for (_, values), ranges in zip(results, blocks, strict=True):
         whole = replace(whole, values=_with_values(whole.values, whole.sizes, values, ranges))
     log_evidences = torch.stack([log_p for log_p, _ in results])
     return BlockSum(replicate, tuple(blocks), whole, log_evidences)
+
+
+def _block(
+    replicate: Replicate, ranges: Ranges, all_values: bool
+) -> tuple[Tensor, Mapping[str, SiteValue]]:
+    """Return the evidence of a block, and the values of all sites or of those that it cuts."""
+    with replicate.environment.entered():
+        log_p, values = _first_pass(replicate(ranges, check=True))
+    cut = {name: site for name, site in values.items() if set(site.indices) & set(ranges)}
+    return log_p, values if all_values else cut
 
 
 def _first_pass(graph: FactorGraph) -> tuple[Tensor, Mapping[str, SiteValue]]:

@@ -21,7 +21,6 @@ from pyro_mpis._typing import MomentFunction, NumSamples, Program
 from pyro_mpis._warnings import warn
 from pyro_mpis.blocks import (
     BlockSum,
-    Workers,
     impossible_elements,
     joint_weights_of,
     run_replicates,
@@ -49,6 +48,7 @@ from pyro_mpis.results.diagnostics import Diagnosis, diagnose, doubts_of_error, 
 from pyro_mpis.results.pointwise import own_latents
 from pyro_mpis.results.summary import Summary, summarise
 from pyro_mpis.results.trace_posterior import Draws, ImportanceTraces, weighted_draws
+from pyro_mpis.workers import Workers
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -107,7 +107,8 @@ class MPImportance(ImportanceTraces):
     :param executor: any :class:`concurrent.futures.Executor` (a process pool, or Dask's, loky's,
         mpi4py's) to send replicates, or the blocks of a single one, to. Model and guide must then
         be what it can pickle; the result is the same. Threads of one process take turns, as Pyro's
-        handlers are global: processes are faster.
+        handlers are global: processes are faster. Each process gets programs, data and particles
+        once in a run, and once in a query: docs/many_processes.md.
     :param disable_progbar: whether to show no progress bar over blocks in a terminal.
     :raises ValueError: if an argument is not as described.
     """

@@ -101,7 +101,8 @@ BELOW = {
     "factor_graph": GROUND,
     "particles": GROUND | {"programs", "factor_graph"},
     "planning": GROUND | {"programs", "particles"},
-    "blocks": GROUND | {"programs", "factor_graph", "particles", "planning"},
+    "workers": {"programs"},
+    "blocks": GROUND | {"programs", "factor_graph", "particles", "planning", "workers"},
 }
 BELOW["results"] = {*BELOW["blocks"], "blocks", "_version"}
 BELOW["importance"] = {*BELOW["results"], "results", "_warnings"}

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from pyro.distributions import MaskedDistribution
 from torch import Tensor
-from torch._C import _functorch
 from torch.distributions import Distribution, Independent, Transform, TransformedDistribution
 
-from pyro_mpis.programs.mapped import exchange, is_mapped, tensors_of, unwrapped
+from pyro_mpis.programs.mapped import exchange, is_mapped, mapped_as, tensors_of, unwrapped
 from pyro_mpis.programs.stratified import Strata, uniform_shape, value_at
 
 
@@ -33,9 +32,7 @@ def draw_of(fn: Any, number: Tensor, strata: Strata) -> Tensor:
     values = _together(fn, strata.number, uniforms)
     if values is None:
         values = torch.stack([_alone(fn, k, uniforms) for k in range(strata.number)])
-    level = _functorch.maybe_get_level(number)
-    mapped: Tensor = _functorch._add_batch_dim(values, 0, level)
-    return mapped
+    return mapped_as(number, values)
 
 
 def _together(fn: Any, num_samples: int, uniforms: Tensor | None) -> Tensor | None:

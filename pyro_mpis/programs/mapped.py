@@ -99,6 +99,12 @@ def is_mapped(tensor: Tensor) -> bool:
     return bool(_functorch.is_batchedtensor(tensor))
 
 
+def mapped_as(other: Tensor, values: Tensor) -> Tensor:
+    """Map values, by their first dim, at the innermost level of another tensor."""
+    mapped: Tensor = _functorch._add_batch_dim(values, 0, _functorch.maybe_get_level(other))
+    return mapped
+
+
 def tensors_of(part: object) -> list[Tensor]:
     """Return the tensors that a distribution holds, those of its parts included."""
     tensors: list[Tensor] = []
@@ -280,7 +286,7 @@ def _by_formula() -> Iterator[None]:
     def applied(cls: Any, *args: Any, **kwargs: Any) -> Any:
         if cls.setup_context is torch.autograd.Function.setup_context:
             return cls.forward(_NoContext(), *args, **kwargs)
-        return apply.__func__(cls, *args, **kwargs)
+        return apply.__get__(None, cls)(*args, **kwargs)  # in C since torch 2.14
 
     torch.autograd.Function.apply = classmethod(applied)  # type: ignore[method-assign,assignment]
     try:
