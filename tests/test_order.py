@@ -148,3 +148,23 @@ def test_many_terms_of_the_same_dims_are_looked_at_as_one(monkeypatch: pytest.Mo
         *(0, 0),  # and the largest last
     ]
     assert len(looked_at) <= 2 * len(terms)
+
+
+def test_an_order_is_searched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Moments and draws take the order of the evidence, source terms or not."""
+    searched = []
+    path = order._path
+
+    def counted(*args: Any) -> Any:
+        searched.append(args)
+        return path(*args)
+
+    monkeypatch.setattr(order, "_path", counted)
+    order._steps.cache_clear()
+    pyro.set_rng_seed(0)
+    posterior = MPImportance(chain_with_globals, chain_guide, num_samples=3).run(20)
+    number = len(searched)
+    assert number > 0
+    posterior.moments()
+    posterior.sample(3)
+    assert len(searched) == number

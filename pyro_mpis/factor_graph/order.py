@@ -8,10 +8,11 @@ and then pair by pair in an order that opt_einsum finds. Steps that do not wait 
 a wave (:func:`in_waves`). The functions read shapes alone; no number decides an order.
 """
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import opt_einsum
 from torch import Tensor
@@ -23,6 +24,7 @@ MANY_DIMS = 16  # below, an order of pairwise steps is as good
 # The largest step, in combinations, that may be taken early to share a round.
 ROUND_COMBINATIONS = 2**16
 ROUND_OF_GPU = 2**24
+KEPT_ORDERS = 64
 
 
 @dataclass(frozen=True)
@@ -90,17 +92,47 @@ def find_steps(
     """
     Find what is contracted with what, and which dims each step sums.
 
+    An order is searched once for the same dims and sizes: the queries of a run, and its blocks,
+    take that of the evidence.
+
     :param inputs: the dims of each term, by its number.
     :param sum_dims: the dims to sum, those of other terms than these included.
     :param sizes: of every dim.
     :param limit: the largest step, in combinations, that may be taken early to share a round.
     :param first_result: the number of the first step's result; the next ones follow.
     """
-    rounds = _rounds(inputs, sum_dims, sizes, limit, first_result)
+    involved = sorted(set().union(*inputs.values()))
+    found = _steps(
+        tuple(inputs.values()),
+        frozenset(sum_dims.intersection(involved)),
+        tuple((symbol, sizes[symbol]) for symbol in involved),
+        limit,
+    )
+    numbers = [*inputs, *range(first_result, first_result + len(found))]
+    return [
+        replace(
+            step,
+            operands=tuple(numbers[operand] for operand in step.operands),
+            result=numbers[step.result],
+        )
+        for step in found
+    ]
+
+
+@functools.lru_cache(maxsize=KEPT_ORDERS)
+def _steps(
+    inputs: tuple[str, ...],
+    sum_dims: frozenset[str],
+    sizes: tuple[tuple[str, int], ...],
+    limit: int,
+) -> tuple[Step, ...]:
+    """Find steps where terms have the numbers of their places, and results those after."""
+    terms, size = dict(enumerate(inputs)), dict(sizes)
+    rounds = _rounds(terms, sum_dims, size, limit, len(inputs))
     used = {operand for step in rounds for operand in step.operands}
-    dims = dict(inputs) | {step.result: step.dims for step in rounds}
+    dims = terms | {step.result: step.dims for step in rounds}
     left = {number: symbols for number, symbols in dims.items() if number not in used}
-    return rounds + _pairs(left, sum_dims, sizes, first_result + len(rounds))
+    return (*rounds, *_pairs(left, sum_dims, size, len(inputs) + len(rounds)))
 
 
 def in_waves(steps: Sequence[Step]) -> list[list[Step]]:
