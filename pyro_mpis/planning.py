@@ -19,6 +19,8 @@ from pyro.poutine.util import is_validation_enabled
 from pyro_mpis._text import first_line, quoted
 from pyro_mpis._typing import Ordinal, Program
 from pyro_mpis.particles import memory
+from pyro_mpis.particles.evaluation import with_reads
+from pyro_mpis.particles.footprint import Footprint, footprint_of
 from pyro_mpis.programs.agreement import check_same_site, unreachable
 from pyro_mpis.programs.analysis import analyse, device_of, with_implicit_plates
 from pyro_mpis.programs.environment import Environment
@@ -52,15 +54,21 @@ class Plan:
     switched: tuple[
         str, ...
     ] = ()  # sites that read other elements at some particles than at others
+    footprint: Footprint | None = None  # what the programs hold, where it may matter
 
     @property
     def num_samples(self) -> int:
         """K, the number of particles of each index."""
         return self.options.num_samples
 
+    @property
+    def memory_limit(self) -> int | None:
+        """The bytes that a run may take; None where nothing is known."""
+        return memory_limit(self.options, self.device)
+
     def with_structure(self, structure: Structure, *notices: str) -> "Plan":
         """Return a plan for another structure of the same programs."""
-        structure, cut, more = fitted(structure, self.options, self.device)
+        structure, cut, more = fitted(structure, self.options, self.device, self.footprint)
         notices = (*self.notices, *notices, *more)
         return replace(self, structure=structure, cut=cut, notices=notices)
 
@@ -87,7 +95,7 @@ def memory_limit(options: Options, device: str) -> int | None:
 
 
 def fitted(
-    structure: Structure, options: Options, device: str
+    structure: Structure, options: Options, device: str, footprint: Footprint | None = None
 ) -> tuple[Structure, memory.Cut, list[str]]:
     """
     Find what fits into memory.
@@ -95,6 +103,7 @@ def fitted(
     Where nothing does, and the user has set no limit, latents share an index: two after the other
     of those that the largest factor reads, the ones with the fewest values first.
 
+    :param footprint: of the programs; see :func:`~pyro_mpis.particles.memory.fit`.
     :return: the structure, how its particles are cut, and what the user is to be told.
     :raises MemoryError: if the user has set a limit that nothing fits into.
     """
@@ -102,16 +111,16 @@ def fitted(
     merged: list[str] = []
     while True:
         try:
-            cut = memory.fit(structure, options.num_samples, limit, device)
+            cut = memory.fit(structure, options.num_samples, limit, device, footprint)
             if not merged or not memory.takes_long(structure, options.num_samples):
                 break
             largest, _ = memory.largest_factor(structure, options.num_samples)
-            site = largest.name
+            site, read = largest.name, structure.indices_read(largest)
         except memory.TooLargeError as error:
             if options.memory_limit is not None:
                 raise
-            site = error.site
-        pair = _mergeable(structure, site)
+            site, read = error.site, error.symbols
+        pair = _mergeable(structure, read)
         if pair is None:
             return _one_by_one(structure, site), memory.Cut({}, {}), []
         merged += [name for index in pair for name in index.sites if name not in merged]
@@ -136,13 +145,12 @@ def _one_by_one(structure: Structure, site: str) -> Structure:
     return replace(structure, model=model)
 
 
-def _mergeable(structure: Structure, name: str) -> tuple[Index, Index] | None:
-    """Return two indices of a factor that may become one: those with the fewest values."""
+def _mergeable(structure: Structure, read: Ordinal) -> tuple[Index, Index] | None:
+    """Return two of some indices that may become one: those with the fewest values."""
 
     def size(index: Index) -> int:
         return sum(structure.proposal_site(site).shape.numel() for site in index.sites)
 
-    read = structure.indices_read(structure.model[name])
     indices = [i for i in structure.indices if i.symbol in read and not i.enumerated]
     pairs = [
         (one, other)
@@ -165,9 +173,48 @@ def plan_of(programs: Programs, options: Options) -> tuple[Plan, Trace, Trace]:
     with environment.entered(), memory.gc_paused():
         programs, structure, guide_trace, model_trace = analysed(programs, options)
         device = device_of(model_trace).type
-        structure, cut, notices = fitted(structure, options, device)
-        plan = Plan(structure, programs, options, cut, device, environment, tuple(notices))
+        traces = guide_trace, model_trace
+        footprint = None
+        sizes = structure.num_particles(options.num_samples)
+        limit = memory_limit(options, device)
+        if structure.obstacle is None and memory.is_worth_measuring(
+            structure, sizes, limit, traces
+        ):
+            structure, footprint = measured(
+                structure, programs, traces, validate=environment.validate
+            )
+        structure, cut, notices = fitted(structure, options, device, footprint)
+        plan = Plan(
+            structure,
+            programs,
+            options,
+            cut,
+            device,
+            environment,
+            tuple(notices),
+            footprint=footprint,
+        )
     return plan, guide_trace, model_trace
+
+
+def measured(
+    structure: Structure, programs: Programs, traces: tuple[Trace, Trace], *, validate: bool
+) -> tuple[Structure, Footprint | None]:
+    """
+    Find what the programs hold, and what they read that the plain run did not see.
+
+    :param traces: of the plain run.
+    :return: the structure, with these reads; the footprint, None if torch cannot map the programs.
+    """
+    found = footprint_of(structure, programs, traces, validate=validate)
+    if found is None:
+        return structure, None
+    footprint, said = found
+    if said is not None:
+        more = with_reads(structure, said, footprint.levels)
+        if more != structure:
+            structure = with_implicit_plates(more)
+    return structure, footprint
 
 
 def analysed(programs: Programs, options: Options) -> tuple[Programs, Structure, Trace, Trace]:

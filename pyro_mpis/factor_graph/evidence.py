@@ -118,19 +118,13 @@ class LogSpaceRing(Ring):
         if not terms:
             return packed(torch.zeros((), dtype=self._graph.dtype, device=self._graph.device), "")
         on_cpu = self._graph.device.type == "cpu"
-        absorbed = order.absorb(terms)
-        steps = [step for step in absorbed if len(step.operands) > 1]
-        steps += order.find_steps(
-            {step.result: step.dims for step in absorbed},
-            set(dims),
-            self._dim_to_size,
-            limit=order.ROUND_COMBINATIONS if on_cpu else order.ROUND_OF_GPU,
-            first_result=2 * len(terms),
+        steps = order.all_steps(
+            [dims_of(term) for term in terms], set(dims), self._dim_to_size, on_cpu
         )
         tensors = dict(enumerate(terms))
-        for step in absorbed:
-            for number in step.operands[:-1]:
-                if self._is_large(tensors[number]):
+        for step in steps:
+            for number in step.operands[:-1] if not step.summed else ():
+                if number < len(terms) and self._is_large(tensors[number]):
                     tensors[number] = _in_double(tensors[number])
         for wave in order.in_waves(steps):
             for group in _alike(wave, tensors):

@@ -15,9 +15,8 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 import opt_einsum
-from torch import Tensor
 
-from pyro_mpis.factor_graph.packed import dims_of, union
+from pyro_mpis.factor_graph.packed import union
 
 MANY_TERMS = 64
 MANY_DIMS = 16  # below, an order of pairwise steps is as good
@@ -37,26 +36,49 @@ class Step:
     dims: str  # of the result
 
 
-def absorb(terms: Sequence[Tensor]) -> list[Step]:
+def all_steps(
+    terms: Sequence[str], sum_dims: Set[str], sizes: Mapping[str, int], on_cpu: bool
+) -> list[Step]:
     """
-    Add each packed tensor to the smallest other one that has all its dims.
+    Find all steps of a sum of products: what is absorbed, and what is summed.
 
-    What is left is what an order of eliminations has to be found for. Tensors of the same dims, of
+    :param terms: the dims of each term.
+    :param sum_dims: the dims to sum.
+    :param sizes: of every dim.
+    """
+    absorbed = absorb(terms, sizes)
+    steps = [step for step in absorbed if len(step.operands) > 1]
+    return steps + find_steps(
+        {step.result: step.dims for step in absorbed},
+        sum_dims,
+        sizes,
+        limit=ROUND_COMBINATIONS if on_cpu else ROUND_OF_GPU,
+        first_result=2 * len(terms),
+    )
+
+
+def absorb(terms: Sequence[str], sizes: Mapping[str, int]) -> list[Step]:
+    """
+    Add each term to the smallest other one that has all its dims.
+
+    What is left is what an order of eliminations has to be found for. Terms of the same dims, of
     which there may be very many, are looked at as one: the time is linear in their number.
 
-    :return: a step for each tensor that is left: it comes last among the operands. A step of a
+    :param terms: the dims of each.
+    :param sizes: of every dim.
+    :return: a step for each term that is left: it comes last among the operands. A step of a
         single operand is that operand.
     """
     groups: dict[frozenset[str], list[int]] = {}
     for number, term in enumerate(terms):
-        groups.setdefault(frozenset(dims_of(term)), []).append(number)
+        groups.setdefault(frozenset(term), []).append(number)
     holders: dict[str, set[frozenset[str]]] = {}
     for dims in groups:
         for symbol in dims:
             holders.setdefault(symbol, set()).add(dims)
 
     def size(dims: frozenset[str]) -> tuple[int, int]:
-        return terms[groups[dims][0]].numel(), groups[dims][0]
+        return math.prod(sizes[symbol] for symbol in dims), groups[dims][0]
 
     by_size = sorted(groups, key=size)
     ranks = {dims: rank for rank, dims in enumerate(by_size)}
@@ -75,7 +97,7 @@ def absorb(terms: Sequence[Tensor]) -> list[Step]:
             tuple(group),
             "",
             len(terms) + group[-1] if len(group) > 1 else group[-1],
-            dims_of(terms[group[-1]]),
+            terms[group[-1]],
         )
         for group in sorted(groups.values(), key=lambda group: group[-1])
     ]
@@ -103,8 +125,8 @@ def find_steps(
     """
     involved = sorted(set().union(*inputs.values()))
     found = _steps(
-        tuple(inputs.values()),
-        frozenset(sum_dims.intersection(involved)),
+        tuple("".join(sorted(dims)) for dims in inputs.values()),
+        frozenset(sum_dims & set(involved)),
         tuple((symbol, sizes[symbol]) for symbol in involved),
         limit,
     )

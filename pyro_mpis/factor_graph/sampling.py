@@ -196,8 +196,8 @@ class _Table:
         """Return rows as they are, log scale: (*dims to draw, N, *plates)."""
         if not self.dims:
             return self.term.reshape(*self.row_shape, *(1,) * _num_dims(at))
-        rows = (slice(None),) * self.num_summed
-        return self.term[(*rows, *(at[s] for s in self.dims))]
+        rows: list[slice | Tensor] = [slice(None)] * self.num_summed
+        return self.term[tuple(rows + [at[symbol] for symbol in self.dims])]
 
     def _row(self, at: Mapping[str, Tensor]) -> Tensor:
         """Return the number of the row: (N, *plates), size one where it is the same."""
