@@ -370,6 +370,7 @@ def _evaluated(plan: Plan, drawn: Drawn, workers: Workers) -> BlockSum:
                 drawn,
                 validate=plan.environment.validate,
                 from_factors=plan.cut.whole,
+                memory_limit=plan.memory_limit,
             )
             blocks = split(particles.sizes, plan.cut.blocks)
             return evaluate(Replicate(plan, particles), blocks, drawn, workers)

@@ -162,13 +162,24 @@ def fit(
                 raise _too_large(structure, drawn, drawn, whole, limit_of_all)
             if needed.bytes <= room:
                 return Cut(_smaller(blocks, whole), _smaller(pieces, blocks))
-        symbol = _cuttable(structure, needed.symbols, blocks)
+        symbol = _cut_for_all(sizing, needed.symbols, blocks)
         if symbol is None or _number(whole, pieces) > MAX_BLOCKS:
             at_once = sizing.queries(whole, limit)
             evaluated = sizing.evaluation(whole)
             largest = max(at_once, evaluated, key=lambda need: need.bytes)
             raise _too_large(structure, largest, needed, whole, limit_of_all)
         blocks[symbol] = math.ceil(blocks[symbol] / 2)
+
+
+def _cut_for_all(sizing: Sizing, symbols: Ordinal, blocks: Sizes) -> str | None:
+    """Return the index outside of all plates to cut, of some: all factors together shrink most."""
+    cuttable = _all_cuttable(sizing.structure, symbols, blocks)
+
+    def left(symbol: str) -> tuple[int, int]:
+        smaller = {**blocks, symbol: math.ceil(blocks[symbol] / 2)}
+        return sizing.factors(sizing.shapes(smaller)).bytes, -blocks[symbol]
+
+    return min(cuttable, key=left, default=None)
 
 
 def _pieces(sizing: Sizing, blocks: Sizes, goal: float, room: float) -> dict[str, int]:
@@ -245,14 +256,21 @@ def _cuttable(
     structure: Structure, symbols: Ordinal, sizes: Sizes, smallest: int = 1
 ) -> str | None:
     """Return the index outside of all plates with most particles, of some."""
-    cuttable = [
+    cuttable = _all_cuttable(structure, symbols, sizes, smallest)
+    return max(cuttable, key=lambda symbol: sizes[symbol], default=None)
+
+
+def _all_cuttable(
+    structure: Structure, symbols: Ordinal, sizes: Sizes, smallest: int = 1
+) -> list[str]:
+    """Return those of some indices whose particles can be cut."""
+    return [
         symbol
         for symbol in sorted(symbols)
         if sizes[symbol] >= 2 * smallest
         and not structure.by_symbol[symbol].plates
         and not structure.by_symbol[symbol].enumerated
     ]
-    return max(cuttable, key=lambda symbol: sizes[symbol], default=None)
 
 
 def _too_large(

@@ -32,10 +32,13 @@ from pyro_mpis.particles.evaluation import Evaluated
 from pyro_mpis.programs.densities import density_of
 from pyro_mpis.programs.mapped import Mapped
 from pyro_mpis.programs.messages import drawn_from
+from pyro_mpis.programs.meter import Meter
 from pyro_mpis.programs.runs import Programs, Wanted, evaluate
 from pyro_mpis.programs.structure import Index, Site, Structure
 
 MIXTURE_ELEMENTS = 2**24  # densities of pairs of particles that are held at once
+HIDDEN_IN_PAIRS = 32  # what evaluating them may take besides, in tensors of their size
+JOINTS = 2  # copies of them that adding them up over a group and over particles takes
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,13 @@ class Particles:
 
 
 def weigh(
-    structure: Structure, programs: Programs, drawn: Drawn, *, validate: bool, from_factors: bool
+    structure: Structure,
+    programs: Programs,
+    drawn: Drawn,
+    *,
+    validate: bool,
+    from_factors: bool,
+    memory_limit: int | None = None,
 ) -> Particles:
     """
     Evaluate the density that each particle was drawn from, (14); draws nothing.
@@ -73,6 +82,7 @@ def weigh(
     :param validate: whether to look at supports and arguments.
     :param from_factors: whether to leave out sites drawn from the prior whose proposal is an entry
         of their own factor: :func:`weigh_from_factors` reads it off.
+    :param memory_limit: in bytes, for densities at pairs of particles.
     """
     log_proposals: dict[str, Tensor] = {}
     pending: list[Index] = []
@@ -93,7 +103,9 @@ def weigh(
         else:
             parts = {name: draw.log_prob for name, draw in members.items()}
             log_proposals[index.symbol] = _joint(structure, index, parts, particle_dims=1)
-    log_proposals |= _mixtures(structure, programs, drawn, pending, validate=validate)
+    log_proposals |= _mixtures(
+        structure, programs, drawn, pending, memory_limit=memory_limit, validate=validate
+    )
     _check_proposals(structure, log_proposals)
     values = {
         name: _support_of(name, drawn.draws[name]) if index.enumerated else drawn.draws[name].value
@@ -223,6 +235,7 @@ def _mixtures(
     drawn: Drawn,
     pending: list[Index],
     *,
+    memory_limit: int | None,
     validate: bool,
 ) -> dict[str, Tensor]:
     """Return log Q of indices whose proposals read particles: (K, *plates)."""
@@ -236,8 +249,9 @@ def _mixtures(
             continue
         names = [name for index in indices for name in index.sites]
         together = names if len(indices[0].sites) > 1 else []
-        largest = max(structure.elements(structure.proposal_site(name)) for name in names)
-        size = max(1, MIXTURE_ELEMENTS // (drawn.num_samples * largest))
+        size = _rows_at_once(
+            structure, programs, drawn, names, together, memory_limit, validate=validate
+        )
         parts: dict[str, list[Tensor]] = {index.symbol: [] for index in indices}
         for start in range(0, drawn.num_samples, size):
             rows = slice(start, start + size)
@@ -250,6 +264,56 @@ def _mixtures(
                 parts[index.symbol].append(joint.logsumexp(1) - math.log(joint.shape[1]))
         results |= {symbol: torch.cat(tensors) for symbol, tensors in parts.items()}
     return results
+
+
+def _rows_at_once(
+    structure: Structure,
+    programs: Programs,
+    drawn: Drawn,
+    names: list[str],
+    together: list[str],
+    memory_limit: int | None,
+    *,
+    validate: bool,
+) -> int:
+    """
+    Return for how many particles k to evaluate the densities given all particles j at once.
+
+    Where these may come near the limit, they are evaluated at one particle k first, to see what
+    that allocates. It makes no difference to what is computed.
+    """
+    elements = [structure.elements(structure.proposal_site(name)) for name in names]
+    size = max(1, MIXTURE_ELEMENTS // (drawn.num_samples * max(elements)))
+    size = min(size, drawn.num_samples)
+    bytes_of_row = drawn.num_samples * sum(elements) * torch.double.itemsize
+    if memory_limit is None or size * bytes_of_row * HIDDEN_IN_PAIRS <= memory_limit:
+        return size
+    meter = Meter()
+    with meter:
+        few = {name: replace(draw, value=draw.value[:1]) for name, draw in drawn.draws.items()}
+        _log_probs_of_pairs(
+            structure,
+            programs,
+            replace(drawn, draws=few),
+            names,
+            together,
+            slice(0, 1),
+            validate=validate,
+        )
+    meter.finish()
+
+    def held(rows: int) -> int:
+        """Return the most bytes held with a number of rows."""
+        sizes = rows, drawn.num_samples
+        return max(
+            sum(n * math.prod(sizes[level] for level in levels) for levels, n in moment.items())
+            + JOINTS * sum(elements) * rows * drawn.num_samples * torch.double.itemsize
+            for _, moment in meter.moments
+        )
+
+    while size > 1 and held(size) > memory_limit:
+        size = math.ceil(size / 2)
+    return size
 
 
 def _log_probs_of_pairs(
