@@ -18,12 +18,13 @@ from pyro.poutine.util import is_validation_enabled
 
 from pyro_mpis._text import first_line, quoted
 from pyro_mpis._typing import Ordinal, Program
+from pyro_mpis.costs import RunPlan, run_plan_of
 from pyro_mpis.particles import memory
 from pyro_mpis.particles.evaluation import with_reads
 from pyro_mpis.particles.footprint import Footprint, footprint_of
 from pyro_mpis.programs.agreement import check_same_site, unreachable
 from pyro_mpis.programs.analysis import analyse, device_of, with_implicit_plates
-from pyro_mpis.programs.environment import Environment
+from pyro_mpis.programs.environment import Environment, seeded
 from pyro_mpis.programs.messages import statements
 from pyro_mpis.programs.runs import Name, Programs, run_plainly
 from pyro_mpis.programs.structure import Index, Obstacle, Structure
@@ -183,7 +184,12 @@ def plan_of(programs: Programs, options: Options) -> tuple[Plan, Trace, Trace]:
             structure, footprint = measured(
                 structure, programs, traces, validate=environment.validate
             )
-        structure, cut, notices = fitted(structure, options, device, footprint)
+        try:
+            structure, cut, notices = fitted(structure, options, device, footprint)
+        except memory.TooLargeError as error:
+            costs = _costs(structure, programs, traces, footprint, options, device)
+            message = f"{error}\n{costs}"
+            raise memory.TooLargeError(message, error.site, error.symbols) from None
         plan = Plan(
             structure,
             programs,
@@ -195,6 +201,44 @@ def plan_of(programs: Programs, options: Options) -> tuple[Plan, Trace, Trace]:
             footprint=footprint,
         )
     return plan, guide_trace, model_trace
+
+
+def run_plan(programs: Programs, options: Options) -> RunPlan:
+    """
+    Say what a run would take, and what would help.
+
+    Runs guide and model once, and at a single particle. Leaves random numbers, the param store and
+    the handlers' stack as they were.
+    """
+    environment = Environment()
+    with seeded(0), environment.entered(), memory.gc_paused():
+        programs, structure, *traces = analysed(programs, options)
+        footprint = None
+        if structure.obstacle is None:
+            structure, footprint = measured(
+                structure, programs, (traces[0], traces[1]), validate=environment.validate
+            )
+        device = device_of(traces[1]).type
+        return _costs(structure, programs, (traces[0], traces[1]), footprint, options, device)
+
+
+def _costs(
+    structure: Structure,
+    programs: Programs,
+    traces: tuple[Trace, Trace],
+    footprint: Footprint | None,
+    options: Options,
+    device: str,
+) -> RunPlan:
+    return run_plan_of(
+        structure,
+        programs,
+        traces,
+        footprint,
+        num_samples=options.num_samples,
+        memory_limit=memory_limit(options, device),
+        device=device,
+    )
 
 
 def measured(

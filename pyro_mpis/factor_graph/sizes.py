@@ -62,7 +62,8 @@ class Contraction:
     forward: int  # bytes of the evidence
     backward: int  # of moments and marginals
     sampling: int  # of draws
-    work: int  # multiplications of the evidence
+    work: int  # multiplications of matrix products, for the evidence
+    sums: int  # entries that are added and summed one by one, for the evidence
     largest: Message  # the largest tensor
 
     @property
@@ -95,6 +96,7 @@ def contraction_of(shapes: Shapes) -> Contraction | None:
         backward=ring.saved + ring.grads,
         sampling=ring.kept + ring.tables,
         work=ring.work,
+        sums=ring.sums,
         largest=ring.largest,
     )
 
@@ -106,7 +108,7 @@ class _SizeRing(Ring):
         super().__init__()  # type: ignore[no-untyped-call]
         self._shapes = shapes
         self.live = self.forward = self.saved = self.grads = self.kept = self.tables = 0
-        self.work = 0
+        self.work = self.sums = 0
         self.largest = Message("", 0)
 
     def sumproduct(self, terms: Sequence[Tensor], dims: Iterable[str]) -> Tensor:
@@ -134,8 +136,11 @@ class _SizeRing(Ring):
         result_dims = "".join(symbol for symbol in everything if symbol not in shared)
         result = self._bytes(result_dims, itemsize)
         inputs = [self._bytes(term.dims, term.itemsize) for term in operands]
-        self.work += math.prod(self._shapes.sizes[s] for s in everything)
-        self.work += sum(self._count(term.dims) for term in operands) if alone else 0
+        if _is_matmul(terms, shared):
+            self.work += self._count(everything)
+        else:
+            self.sums += self._count(everything)
+        self.sums += sum(self._count(term.dims) for term in operands) if alone else 0
         product = self._bytes(everything, itemsize)
         if _is_matmul(terms, shared):
             temporary, saved, grads = sum(inputs) + PART, sum(inputs), sum(inputs) + PART
@@ -183,7 +188,7 @@ class _SizeRing(Ring):
         self.saved += result
         self.kept += result
         self.grads = max(self.grads, self._bytes(dims, DOUBLE))
-        self.work += self._count(dims)
+        self.sums += self._count(dims)
 
     def _count(self, dims: str) -> int:
         return math.prod(self._shapes.sizes[symbol] for symbol in dims)

@@ -106,15 +106,7 @@ def footprint_of(
     :return: the footprint; and what was said, where each index had a level of its own. None if
         torch cannot map the programs.
     """
-    values = _values(structure, traces)
-    if len(structure.indices) <= OWN_LEVELS:
-        levels = [[index.symbol] for index in structure.indices]
-    else:
-        levels = levels_of(structure, structure.num_particles(2))
-    by_level = [
-        {name: values[name] for s in level for name in structure.by_symbol[s].sites}
-        for level in levels
-    ]
+    levels, by_level = _levels(structure, traces)
     for patched in (False, True):
         meter = Meter()
         try:
@@ -135,6 +127,39 @@ def footprint_of(
         apart = all(len(level) == 1 for level in levels)
         return footprint, said if apart else None
     return None
+
+
+def run_at_one(structure: Structure, programs: Programs, traces: Sequence[Trace]) -> None:
+    """
+    Run the programs at a single particle, as an evaluation does; draws nothing.
+
+    :raises NotMappableError: if torch cannot map the programs.
+    """
+    _, by_level = _levels(structure, traces)
+    with pyro.validation_enabled(False):
+        evaluate(
+            programs,
+            by_level,
+            guide=wanted_of_guide(structure, validate=True),
+            model=wanted_of_model(structure, validate=True),
+            shapes=structure.latent_shapes,
+        )
+
+
+def _levels(
+    structure: Structure, traces: Sequence[Trace]
+) -> tuple[list[list[str]], list[dict[str, Tensor]]]:
+    """Return the indices on each level, and the values of their sites in the plain runs."""
+    values = _values(structure, traces)
+    if len(structure.indices) <= OWN_LEVELS:
+        levels = [[index.symbol] for index in structure.indices]
+    else:
+        levels = levels_of(structure, structure.num_particles(2))
+    by_level = [
+        {name: values[name] for s in level for name in structure.by_symbol[s].sites}
+        for level in levels
+    ]
+    return levels, by_level
 
 
 def _values(structure: Structure, traces: Sequence[Trace]) -> dict[str, Tensor]:

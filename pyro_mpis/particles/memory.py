@@ -163,7 +163,7 @@ def fit(
             if needed.bytes <= room:
                 return Cut(_smaller(blocks, whole), _smaller(pieces, blocks))
         symbol = _cut_for_all(sizing, needed.symbols, blocks)
-        if symbol is None or _number(whole, pieces) > MAX_BLOCKS:
+        if symbol is None or number_of_parts(whole, pieces) > MAX_BLOCKS:
             at_once = sizing.queries(whole, limit)
             evaluated = sizing.evaluation(whole)
             largest = max(at_once, evaluated, key=lambda need: need.bytes)
@@ -185,7 +185,7 @@ def _cut_for_all(sizing: Sizing, symbols: Ordinal, blocks: Sizes) -> str | None:
 def _pieces(sizing: Sizing, blocks: Sizes, goal: float, room: float) -> dict[str, int]:
     """Return numbers of particles with which log_probs reach ``goal`` bytes, or come near it."""
     structure = sizing.structure
-    sizes, work = dict(blocks), _work(structure, blocks)
+    sizes, work = dict(blocks), number_of_densities(structure, blocks)
     while True:
         largest, needed = sizing.largest_tensor(sizes), sizing.evaluation(sizes)
         fits = needed.bytes <= room
@@ -196,13 +196,15 @@ def _pieces(sizing: Sizing, blocks: Sizes, goal: float, room: float) -> dict[str
         if symbol is None:
             return sizes
         smaller = {**sizes, symbol: math.ceil(sizes[symbol] / 2)}
-        more_work = _work(structure, smaller) * _number(blocks, smaller) / work
+        more_work = (
+            number_of_densities(structure, smaller) * number_of_parts(blocks, smaller) / work
+        )
         if fits and more_work > MORE_WORK:
             return sizes
         sizes = smaller
 
 
-def _number(whole: Sizes, sizes: Sizes) -> int:
+def number_of_parts(whole: Sizes, sizes: Sizes) -> int:
     """Return into how many parts sizes cut a whole."""
     return math.prod(math.ceil(whole[symbol] / size) for symbol, size in sizes.items())
 
@@ -225,7 +227,7 @@ def largest_factor(structure: Structure, num_samples: int) -> tuple[Site, int]:
 
 def takes_long(structure: Structure, num_samples: int) -> bool:
     """Whether a run evaluates very many densities."""
-    return _work(structure, structure.num_particles(num_samples)) > MUCH_WORK
+    return number_of_densities(structure, structure.num_particles(num_samples)) > MUCH_WORK
 
 
 def long_wait(structure: Structure, num_samples: int) -> str | None:
@@ -235,7 +237,7 @@ def long_wait(structure: Structure, num_samples: int) -> str | None:
     :return: None if it is not long.
     """
     sizes = structure.num_particles(num_samples)
-    work = _work(structure, sizes)
+    work = number_of_densities(structure, sizes)
     if work <= MUCH_WORK:
         return None
     site, _ = largest_factor(structure, num_samples)
@@ -248,7 +250,8 @@ def long_wait(structure: Structure, num_samples: int) -> str | None:
     )
 
 
-def _work(structure: Structure, sizes: Sizes) -> int:
+def number_of_densities(structure: Structure, sizes: Sizes) -> int:
+    """Return the number of densities that a run evaluates, events' elements counted one by one."""
     return sum(elements_of(structure, site, sizes) for site in structure.model.values())
 
 

@@ -134,11 +134,18 @@ class Sizing:
         """Return what the queries take besides; None where it is not known."""
         return contraction_of(shapes)
 
-    def queries(self, sizes: Sizes, limit: float) -> Need:
-        """Return what the factors of a block and the most expensive query take together."""
+    def queries(self, sizes: Sizes, limit: float | None) -> Need:
+        """
+        Return what the factors of a block and the most expensive query take together.
+
+        :param limit: in bytes; messages are looked at only where they decide. None for always.
+        """
         shapes = self.shapes(sizes)
         factors = self.factors(shapes)
-        if _bound(shapes) + factors.bytes <= limit or factors.bytes > limit:
+        decided = limit is not None and (
+            _bound(shapes) + factors.bytes <= limit or factors.bytes > limit
+        )
+        if decided:
             return factors
         found = contraction_of(shapes)
         if found is None:
