@@ -18,14 +18,7 @@ from pyro_mpis import planning
 from pyro_mpis._text import quoted
 from pyro_mpis._typing import MomentFunction, Program
 from pyro_mpis._warnings import warn
-from pyro_mpis.blocks import (
-    BlockSum,
-    Workers,
-    impossible_elements,
-    joint_weights_of,
-    run_replicates,
-    sample_of,
-)
+from pyro_mpis.blocks import BlockSum, impossible_elements, run_replicates
 from pyro_mpis.costs import RunPlan
 from pyro_mpis.factor_graph import moments as _moments
 from pyro_mpis.factor_graph.graph import FactorGraph
@@ -34,11 +27,13 @@ from pyro_mpis.particles import memory
 from pyro_mpis.planning import Options, plan_of, positive, programs_of
 from pyro_mpis.programs.environment import Environment, seeded
 from pyro_mpis.programs.runs import trace_at
+from pyro_mpis.queries import joint_weights_of, sample_of
 from pyro_mpis.results import saving
 from pyro_mpis.results.arviz_export import Names, Wanted, build, model_groups, particle_arrays
 from pyro_mpis.results.diagnostics import Diagnosis, diagnose, evidence_error
 from pyro_mpis.results.summary import Summary, summarise
 from pyro_mpis.results.trace_posterior import Draws, ImportanceTraces, weighted_draws
+from pyro_mpis.workers import Workers
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike

@@ -20,8 +20,7 @@ from pyro_mpis._text import first_line, quoted
 from pyro_mpis._typing import Ordinal, Program
 from pyro_mpis.costs import RunPlan, run_plan_of
 from pyro_mpis.particles import memory
-from pyro_mpis.particles.evaluation import with_reads
-from pyro_mpis.particles.footprint import Footprint, footprint_of
+from pyro_mpis.particles.footprint import Footprint, measured
 from pyro_mpis.programs.agreement import check_same_site, unreachable
 from pyro_mpis.programs.analysis import analyse, device_of, with_implicit_plates
 from pyro_mpis.programs.environment import Environment, seeded
@@ -52,9 +51,8 @@ class Plan:
     device: str = "cpu"
     environment: Environment = field(default_factory=Environment)
     notices: tuple[str, ...] = ()  # what the user is to be told
-    switched: tuple[
-        str, ...
-    ] = ()  # sites that read other elements at some particles than at others
+    # sites that read other elements at some particles than at others
+    switched: tuple[str, ...] = ()
     footprint: Footprint | None = None  # what the programs hold, where it may matter
 
     @property
@@ -89,7 +87,7 @@ class Plan:
 
 
 def memory_limit(options: Options, device: str) -> int | None:
-    """Return the bytes that a run may take; None where nothing is known."""
+    """Return the bytes a run may take; None where nothing is known."""
     if options.memory_limit is not None:
         return options.memory_limit
     return memory.default_limit(device)
@@ -239,26 +237,6 @@ def _costs(
         memory_limit=memory_limit(options, device),
         device=device,
     )
-
-
-def measured(
-    structure: Structure, programs: Programs, traces: tuple[Trace, Trace], *, validate: bool
-) -> tuple[Structure, Footprint | None]:
-    """
-    Find what the programs hold, and what they read that the plain run did not see.
-
-    :param traces: of the plain run.
-    :return: the structure, with these reads; the footprint, None if torch cannot map the programs.
-    """
-    found = footprint_of(structure, programs, traces, validate=validate)
-    if found is None:
-        return structure, None
-    footprint, said = found
-    if said is not None:
-        more = with_reads(structure, said, footprint.levels)
-        if more != structure:
-            structure = with_implicit_plates(more)
-    return structure, footprint
 
 
 def analysed(programs: Programs, options: Options) -> tuple[Programs, Structure, Trace, Trace]:

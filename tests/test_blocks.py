@@ -11,8 +11,8 @@ import torch
 from pyro.infer.autoguide import AutoNormal, AutoStructured
 
 from pyro_mpis import MPImportance
-from pyro_mpis.blocks import split
 from pyro_mpis.particles import memory
+from pyro_mpis.pieces import split
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -17,7 +17,8 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_mpis._typing import SampleMessage
-from pyro_mpis.particles.evaluation import wanted_of_guide, wanted_of_model
+from pyro_mpis.particles.evaluation import wanted_of_guide, wanted_of_model, with_reads
+from pyro_mpis.programs.analysis import with_implicit_plates
 from pyro_mpis.programs.messages import statements
 from pyro_mpis.programs.meter import Bytes, Meter
 from pyro_mpis.programs.runs import Collect, NotMappableError, Programs, Said, Wanted, evaluate
@@ -93,6 +94,26 @@ class Footprint:
             return known[levels]
 
         return combinations
+
+
+def measured(
+    structure: Structure, programs: Programs, traces: tuple[Trace, Trace], *, validate: bool
+) -> tuple[Structure, Footprint | None]:
+    """
+    Find what the programs hold, and what they read that the plain run did not see.
+
+    :param traces: of the plain run.
+    :return: the structure, with these reads; the footprint, None if torch cannot map the programs.
+    """
+    found = footprint_of(structure, programs, traces, validate=validate)
+    if found is None:
+        return structure, None
+    footprint, said = found
+    if said is not None:
+        more = with_reads(structure, said, footprint.levels)
+        if more != structure:
+            structure = with_implicit_plates(more)
+    return structure, footprint
 
 
 def footprint_of(

@@ -21,24 +21,17 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import pyro
 import torch
 from torch import Tensor
 
 from pyro_mpis._text import quoted
-from pyro_mpis._typing import Ordinal, SampleMessage
+from pyro_mpis._typing import Ordinal
 from pyro_mpis.particles.drawing import Draw, Drawn
 from pyro_mpis.particles.evaluation import Evaluated
-from pyro_mpis.programs.densities import density_of
+from pyro_mpis.particles.pairs import log_probs_of_pairs, rows_at_once
 from pyro_mpis.programs.mapped import Mapped
-from pyro_mpis.programs.messages import drawn_from
-from pyro_mpis.programs.meter import Meter
-from pyro_mpis.programs.runs import Programs, Wanted, evaluate
+from pyro_mpis.programs.runs import Programs
 from pyro_mpis.programs.structure import Index, Site, Structure
-
-MIXTURE_ELEMENTS = 2**24  # densities of pairs of particles that are held at once
-HIDDEN_IN_PAIRS = 32  # what evaluating them may take besides, in tensors of their size
-JOINTS = 2  # copies of them that adding them up over a group and over particles takes
 
 
 @dataclass(frozen=True)
@@ -249,13 +242,13 @@ def _mixtures(
             continue
         names = [name for index in indices for name in index.sites]
         together = names if len(indices[0].sites) > 1 else []
-        size = _rows_at_once(
+        size = rows_at_once(
             structure, programs, drawn, names, together, memory_limit, validate=validate
         )
         parts: dict[str, list[Tensor]] = {index.symbol: [] for index in indices}
         for start in range(0, drawn.num_samples, size):
             rows = slice(start, start + size)
-            log_probs = _log_probs_of_pairs(
+            log_probs = log_probs_of_pairs(
                 structure, programs, drawn, names, together, rows, validate=validate
             )
             for index in indices:
@@ -264,131 +257,6 @@ def _mixtures(
                 parts[index.symbol].append(joint.logsumexp(1) - math.log(joint.shape[1]))
         results |= {symbol: torch.cat(tensors) for symbol, tensors in parts.items()}
     return results
-
-
-def _rows_at_once(
-    structure: Structure,
-    programs: Programs,
-    drawn: Drawn,
-    names: list[str],
-    together: list[str],
-    memory_limit: int | None,
-    *,
-    validate: bool,
-) -> int:
-    """
-    Return for how many particles k to evaluate the densities given all particles j at once.
-
-    Where these may come near the limit, they are evaluated at one particle k first, to see what
-    that allocates. It makes no difference to what is computed.
-    """
-    elements = [structure.elements(structure.proposal_site(name)) for name in names]
-    size = max(1, MIXTURE_ELEMENTS // (drawn.num_samples * max(elements)))
-    size = min(size, drawn.num_samples)
-    bytes_of_row = drawn.num_samples * sum(elements) * torch.double.itemsize
-    if memory_limit is None or size * bytes_of_row * HIDDEN_IN_PAIRS <= memory_limit:
-        return size
-    meter = Meter()
-    with meter:
-        few = {name: replace(draw, value=draw.value[:1]) for name, draw in drawn.draws.items()}
-        _log_probs_of_pairs(
-            structure,
-            programs,
-            replace(drawn, draws=few),
-            names,
-            together,
-            slice(0, 1),
-            validate=validate,
-        )
-    meter.finish()
-
-    def held(rows: int) -> int:
-        """Return the most bytes held with a number of rows."""
-        sizes = rows, drawn.num_samples
-        return max(
-            sum(n * math.prod(sizes[level] for level in levels) for levels, n in moment.items())
-            + JOINTS * sum(elements) * rows * drawn.num_samples * torch.double.itemsize
-            for _, moment in meter.moments
-        )
-
-    while size > 1 and held(size) > memory_limit:
-        size = math.ceil(size / 2)
-    return size
-
-
-def _log_probs_of_pairs(
-    structure: Structure,
-    programs: Programs,
-    drawn: Drawn,
-    names: list[str],
-    together: list[str],
-    rows: slice,
-    *,
-    validate: bool,
-) -> dict[str, Tensor]:
-    """
-    Evaluate the proposals of some sites at particle k, given all other sites at particle j.
-
-    :param together: those of them that are at particle k for the others too: members of a group.
-    :param rows: the particles k.
-    :return: ``(rows, K or 1, *batch shape)``.
-    """
-    candidates = {name: drawn.draws[name].value[rows] for name in names}
-    others = {n: draw.value for n, draw in drawn.draws.items() if n not in together}
-    prefix = "" if together else "candidate "  # candidates are not what the programs read
-    levels = [{prefix + name: value for name, value in candidates.items()}]
-    if others:
-        levels.append(others)
-    from_guide = [n for n in names if structure.proposal_site(n) is structure.guide.get(n)]
-    from_model = [name for name in names if name not in from_guide]
-    said = _evaluate_at(
-        structure, programs, levels, from_guide, from_model, prefix, validate=validate
-    )
-    result = {}
-    for name in names:
-        mapped = said[name]["log_prob"]
-        tensor = mapped.tensor
-        for level in (0, 1):
-            if mapped.at(level) is None:
-                tensor = tensor.unsqueeze(level)
-        site = structure.proposal_site(name)
-        lead = (len(candidates[name]), tensor.shape[1])
-        result[name] = tensor.expand((*lead, *site.batch_shape))
-    return result
-
-
-def _evaluate_at(
-    structure: Structure,
-    programs: Programs,
-    levels: list[dict[str, Tensor]],
-    from_guide: list[str],
-    from_model: list[str],
-    prefix: str,
-    *,
-    validate: bool,
-) -> dict[str, dict[str, Mapped]]:
-    """Evaluate proposals, each at its candidate, where programs read the values of other levels."""
-
-    def collect(site: SampleMessage, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        value = values[prefix + site["name"]]
-        checked = validate and structure.proposal_site(site["name"]).checked
-        density = density_of(site["fn"], value, validate=checked)
-        return {"log_prob": drawn_from(site, density)}
-
-    needs_carried = bool(from_model and structure.carried)
-    guide = Wanted(
-        dict.fromkeys(from_guide, collect),
-        frozenset(structure.guide) if needs_carried else frozenset(),
-    )
-    with pyro.validation_enabled(False):  # pairs of particles may be outside of supports
-        said_by_guide, said_by_model = evaluate(
-            programs,
-            levels,
-            guide=guide if from_guide or needs_carried else None,
-            model=Wanted(dict.fromkeys(from_model, collect)) if from_model else None,
-            shapes=structure.latent_shapes,
-        )
-    return said_by_guide | said_by_model
 
 
 def _check_no_detour(structure: Structure, index: Index) -> None:

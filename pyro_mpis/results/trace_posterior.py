@@ -26,8 +26,10 @@ from pyro.infer.importance import LogWeightsMixin
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_mpis.blocks import BlockSum, Workers, joint_weights_of, sample_of
+from pyro_mpis.blocks import BlockSum
 from pyro_mpis.factor_graph.selection import sites_at
+from pyro_mpis.queries import joint_weights_of, sample_of
+from pyro_mpis.workers import Workers
 
 
 @dataclass(frozen=True)
