@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How much memory a process may take: files of systems written by hand, and limits of a process."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -98,7 +99,7 @@ def test_a_platform_without_these_files(tmp_path: Path, monkeypatch: pytest.Monk
             raise ValueError(name)
         return pages[name]
 
-    monkeypatch.setattr(limits.os, "sysconf", sysconf)
+    monkeypatch.setattr(os, "sysconf", sysconf)
     assert free_with({}, tmp_path, monkeypatch) == 100 * 4096
     del pages["SC_AVPHYS_PAGES"]
     assert limits.free_bytes(CPU) == 150 * 4096

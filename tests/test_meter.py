@@ -78,19 +78,19 @@ def test_results_that_were_taken_out_are_held() -> None:
 
 def test_a_mapped_run_leaves_no_cycle() -> None:
     """Results would otherwise stay until Python looks for garbage, block after block."""
-    gc.disable()
-    try:
-        found: list[weakref.ref[Tensor]] = []
+
+    def result_of_run() -> "weakref.ref[Tensor]":
+        found: dict[str, Tensor] = {}
 
         def program(values: dict[str, Tensor]) -> None:
-            result = unwrapped(values["a"] * 2.0).tensor
-            kept["result"] = result
-            found.append(weakref.ref(result))
+            found["result"] = unwrapped(values["a"] * 2.0).tensor
 
-        kept: dict[str, Tensor] = {}
         run_mapped(program, [{"a": torch.ones(3)}], patched=False)
-        assert found[0]() is not None
-        del kept, program
-        assert found[0]() is None
+        torch.testing.assert_close(found["result"], torch.full((3,), 2.0))
+        return weakref.ref(found["result"])
+
+    gc.disable()
+    try:
+        assert result_of_run()() is None
     finally:
         gc.enable()

@@ -21,7 +21,7 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 
 from pyro_mpis import MPImportance, MPISWarning
-from pyro_mpis.particles import memory
+from pyro_mpis.particles import memory, pairs
 
 pytestmark = pytest.mark.usefixtures("float64")
 
