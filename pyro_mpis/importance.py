@@ -80,9 +80,10 @@ class MPImportance(ImportanceTraces):
         cross others, are shared; a warning says which.
     :param max_plate_nesting: number of batch dims for plates; found by default (and for infinity,
         the default of Pyro's ELBOs).
-    :param memory_limit: bytes that the largest tensors may take together; half of what is free by
-        default. A larger sum is evaluated in blocks of particles, with the same result. If no block
-        is small enough, a given limit is an error; by default latents then share an index.
+    :param memory_limit: bytes that a run, or a query, may take, to a factor of 1.5 and 100 MB for
+        libraries; by default half of what the process may still take. A larger sum is evaluated in
+        blocks of particles, with the same result. If no block is small enough, a given limit is an
+        error; by default latents then share an index. See :meth:`plan`.
     :param num_replicates: number of independent sets of particles. Evidences are averaged, moments
         and marginals weighted by evidence; their spread gives :meth:`evidence_error`.
     :param executor: any :class:`concurrent.futures.Executor` (a process pool, or Dask's, loky's,
