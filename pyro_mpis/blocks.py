@@ -15,11 +15,9 @@ guide are.
 """
 
 import itertools
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
 
 import torch
 from pyro.params.param_store import StateDict
@@ -28,8 +26,6 @@ from torch import Tensor
 
 from pyro_mpis.factor_graph.evidence import log_evidence, reduced
 from pyro_mpis.factor_graph.graph import FactorGraph, SiteValue
-from pyro_mpis.factor_graph.sampling import sample_sites
-from pyro_mpis.factor_graph.source_terms import joint_weights
 from pyro_mpis.particles.crossing import check_crossing
 from pyro_mpis.particles.drawing import Drawn, draw_particles
 from pyro_mpis.particles.evaluation import (
@@ -51,15 +47,13 @@ from pyro_mpis.particles.proposals import (
     weigh_from_factors,
 )
 from pyro_mpis.particles.together import ReadTogether
+from pyro_mpis.pieces import Ranges, put_together, split, with_values
 from pyro_mpis.planning import Plan
 from pyro_mpis.programs.analysis import with_implicit_plates
 from pyro_mpis.programs.environment import Environment, seeded
 from pyro_mpis.programs.runs import NotMappableError, Programs
 from pyro_mpis.programs.structure import UNIQUE_LEVELS, Structure
-from pyro_mpis.workers import Job, Workers
-
-Ranges = Mapping[str, slice]  # symbol of an index -> its particles in a block
-Result = TypeVar("Result")
+from pyro_mpis.workers import Job, Result, Workers
 
 
 @dataclass(frozen=True)
@@ -94,7 +88,7 @@ class Replicate:
         """
         block, parts = self.cut(ranges)
         graphs = self.evaluated(block, ranges, parts, check=check)
-        return _put_together(map(reduced, graphs), parts, block.sizes)
+        return put_together(map(reduced, graphs), parts, block.sizes)
 
     def evaluate_first(
         self, ranges: Ranges, drawn: Drawn, *, piece: bool = False
@@ -123,7 +117,7 @@ class Replicate:
         replicate = replace(self, reads=reads)
         others = replicate.evaluated(block, ranges, parts[1:], check=validate)
         graphs = itertools.chain([graph], others)
-        return replicate, _put_together(map(reduced, graphs), parts, block.sizes)
+        return replicate, put_together(map(reduced, graphs), parts, block.sizes)
 
     def _find_reads(self, graph: FactorGraph, first: Particles, drawn: Drawn) -> SiteReads:
         """
@@ -228,52 +222,6 @@ def _apply(
         return function(replicate(ranges))
 
 
-def split(
-    particles: Mapping[str, int], block_sizes: Mapping[str, int], smallest: int = 1
-) -> tuple[Ranges, ...]:
-    """
-    Cut the particles of some indices into blocks, as even as can be.
-
-    :param particles: number of particles of each index.
-    :param block_sizes: number in a block, of the indices to cut.
-    :param smallest: number below which no block is cut.
-    :return: the ranges of each block; one without any where nothing is to be cut.
-    """
-    cuts = []
-    for symbol, size in block_sizes.items():
-        whole = particles[symbol]
-        number = max(1, min(math.ceil(whole / size), whole // smallest))
-        ends = [whole * step // number for step in range(number + 1)]
-        cuts.append([(symbol, slice(*ends)) for ends in itertools.pairwise(ends)])
-    return tuple(dict(combination) for combination in itertools.product(*cuts))
-
-
-def _put_together(
-    graphs: Iterable[FactorGraph], parts: Sequence[Ranges], sizes: Mapping[str, int]
-) -> FactorGraph:
-    """
-    Put the pieces of a block together.
-
-    :param parts: the particles of each piece, two or more of each index that is cut: dims of size
-        one are not there to tell whether a factor has them.
-    :param sizes: numbers of particles of the block.
-    """
-    graphs = iter(graphs)
-    whole = next(graphs)
-    if len(parts) == 1:
-        return whole
-    sizes = {**whole.sizes, **sizes}
-    factors = [
-        replace(factor, tensor=_room(factor.tensor, factor.dims, sizes)) for factor in whole.factors
-    ]
-    values: dict[str, SiteValue] = {}
-    for graph, part in zip(itertools.chain([whole], graphs), parts, strict=True):
-        for factor, piece in zip(factors, graph.factors, strict=True):
-            factor.tensor[_part(piece.dims, part)] = piece.tensor
-        values = _with_values(values, sizes, graph.values, part)
-    return replace(whole, factors=tuple(factors), sizes=sizes, values=values)
-
-
 def impossible_elements(total: BlockSum) -> dict[str, Tensor]:
     """
     Return where each factor makes the evidence zero, in the first block.
@@ -296,10 +244,6 @@ def _graphs(total: BlockSum) -> Iterable[FactorGraph]:
         return [total.whole]
     block, parts = total.replicate.cut(total.blocks[0])
     return total.replicate.evaluated(block, total.blocks[0], parts)
-
-
-def _room(tensor: Tensor, dims: str, sizes: Mapping[str, int]) -> Tensor:
-    return tensor.new_empty([sizes[symbol] for symbol in dims])
 
 
 def run_plan(plan: Plan, workers: Workers) -> BlockSum:
@@ -336,6 +280,7 @@ def _evaluated(plan: Plan, drawn: Drawn, workers: Workers) -> BlockSum:
                 drawn,
                 validate=plan.environment.validate,
                 from_factors=plan.cut.whole,
+                memory_limit=plan.memory_limit,
             )
             blocks = split(particles.sizes, plan.cut.blocks)
             return evaluate(Replicate(plan, particles), blocks, drawn, workers)
@@ -445,7 +390,7 @@ def evaluate(
     others = blocks[len(results) :]
     results += workers.run([partial(_block, replicate, part, part is blocks[0]) for part in others])
     for (_, values), ranges in zip(results, blocks, strict=True):
-        whole = replace(whole, values=_with_values(whole.values, whole.sizes, values, ranges))
+        whole = replace(whole, values=with_values(whole.values, whole.sizes, values, ranges))
     log_evidences = torch.stack([log_p for log_p, _ in results])
     return BlockSum(replicate, tuple(blocks), whole, log_evidences)
 
@@ -462,108 +407,3 @@ def _block(
 
 def _first_pass(graph: FactorGraph) -> tuple[Tensor, Mapping[str, SiteValue]]:
     return log_evidence(graph).double(), graph.values
-
-
-def joint_weights_of(
-    sums: Sequence[BlockSum], tuples: Sequence[str], workers: Workers
-) -> list[dict[str, Tensor]]:
-    """
-    Compute :func:`joint_weights` over the blocks of several sums.
-
-    :return: for each of the sums; weights add up to one in each.
-    """
-    shares = [(total.log_evidences - total.log_evidence).exp() for total in sums]
-    units = [
-        (replicate, int(block))
-        for replicate, share in enumerate(shares)
-        for block in (share > 0).nonzero().squeeze(-1).tolist()
-    ]
-    function = partial(joint_weights, tuples=tuple(tuples))
-    found = workers.run([sums[replicate].job(block, function) for replicate, block in units])
-    results: list[dict[str, Tensor]] = [{} for _ in sums]
-    for (replicate, block), (log_p, weights) in zip(units, found, strict=True):
-        total, result = sums[replicate], results[replicate]
-        _check_unchanged(log_p, total.log_evidences[block])
-        for symbols, weight in weights.items():
-            if symbols not in result:
-                sizes = [total.whole.sizes[symbol] for symbol in symbols]
-                result[symbols] = weight.new_zeros((*sizes, *weight.shape[len(symbols) :]))
-            result[symbols][_part(symbols, total.blocks[block])] += (
-                shares[replicate][block] * weight
-            )
-    return results
-
-
-def _check_unchanged(log_p: Tensor, known: Tensor) -> None:
-    """Refuse a block that has another evidence than it had when it was first evaluated."""
-    if not torch.allclose(log_p.double(), known, rtol=1e-6, atol=1e-3):
-        raise RuntimeError(
-            "the model or its parameters have changed since .run: particles that were weighed at "
-            f"log evidence {float(known):.4f} are now at {float(log_p):.4f}. Run again."
-        )
-
-
-def sample_of(sums: Sequence[BlockSum], num_draws: int, workers: Workers) -> dict[str, Tensor]:
-    """
-    Draw joint samples over the blocks of several sums of equal prior weight.
-
-    Draws random numbers: from the global generator alone, and from seeds drawn from it if there
-    are several blocks or sums, wherever they run.
-    """
-    units = [
-        (replicate, block)
-        for replicate, total in enumerate(sums)
-        for block in range(len(total.blocks))
-    ]
-    if len(units) == 1:
-        job = sums[0].job(0, partial(sample_sites, num_draws=num_draws))
-        ((log_p, sample),) = workers.run([job])
-        _check_unchanged(log_p, sums[0].log_evidences[0])
-        return sample
-    log_evidences = torch.cat([total.log_evidences for total in sums])
-    chosen = log_evidences.softmax(0).multinomial(num_draws, replacement=True)
-    counts = chosen.bincount(minlength=len(units)).tolist()
-    seeds = torch.randint(2**31 - 1, (len(units),)).tolist()
-    drawn = [number for number, count in enumerate(counts) if count]
-    jobs = []
-    for number in drawn:
-        replicate, block = units[number]
-        function = partial(_seeded_sample, num_draws=counts[number], seed=seeds[number])
-        jobs.append(sums[replicate].job(block, function))
-    found = workers.run(jobs)
-    for number, (log_p, _) in zip(drawn, found, strict=True):
-        _check_unchanged(log_p, log_evidences[number])
-    parts = [sample for _, sample in found]
-    order = chosen.argsort(stable=True).argsort()  # the draws' own order, not the blocks'
-    return {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
-
-
-def _seeded_sample(
-    graph: FactorGraph, num_draws: int, seed: int
-) -> tuple[Tensor, dict[str, Tensor]]:
-    with seeded(seed):
-        return sample_sites(graph, num_draws)
-
-
-def _part(symbols: str, ranges: Ranges) -> tuple[slice, ...]:
-    return tuple(ranges.get(symbol, slice(None)) for symbol in symbols)
-
-
-def _with_values(
-    values: Mapping[str, SiteValue],
-    sizes: Mapping[str, int],
-    found: Mapping[str, SiteValue],
-    ranges: Ranges,
-) -> dict[str, SiteValue]:
-    """Put a block's values of the sites into their places among all particles."""
-    values = dict(values)
-    for name, site in found.items():
-        if not set(site.indices) & set(ranges):
-            values.setdefault(name, site)
-            continue
-        if name not in values:
-            shape = [sizes[symbol] for symbol in site.indices]
-            rest = site.tensor.shape[len(shape) :]
-            values[name] = replace(site, tensor=site.tensor.new_empty((*shape, *rest)))
-        values[name].tensor[_part(site.indices, ranges)] = site.tensor
-    return values

@@ -19,11 +19,13 @@ from pyro.poutine.util import is_validation_enabled
 
 from pyro_mpis._text import first_line, quoted
 from pyro_mpis._typing import NumSamples, Ordinal, Program
+from pyro_mpis.costs import RunPlan, run_plan_of
 from pyro_mpis.particles import memory
+from pyro_mpis.particles.footprint import Footprint, measured
 from pyro_mpis.particles.masked import find_masks
 from pyro_mpis.programs.agreement import check_same_site, unreachable
 from pyro_mpis.programs.analysis import analyse, device_of, with_implicit_plates
-from pyro_mpis.programs.environment import Environment
+from pyro_mpis.programs.environment import Environment, seeded
 from pyro_mpis.programs.masks import taken_apart
 from pyro_mpis.programs.messages import statements
 from pyro_mpis.programs.numbers import index_named, with_numbers
@@ -57,9 +59,9 @@ class Plan:
     device: str = "cpu"
     environment: Environment = field(default_factory=Environment)
     notices: tuple[str, ...] = ()  # what the user is to be told
-    switched: tuple[
-        str, ...
-    ] = ()  # sites that read other elements at some particles than at others
+    # sites that read other elements at some particles than at others
+    switched: tuple[str, ...] = ()
+    footprint: Footprint | None = None  # what the programs hold, where it may matter
 
     @property
     def num_samples(self) -> int:
@@ -67,9 +69,14 @@ class Plan:
         rest = self.options.num_samples or DEFAULT_NUM_SAMPLES
         return max((index.num_samples for index in self.structure.indices), default=rest)
 
+    @property
+    def memory_limit(self) -> int | None:
+        """The bytes that a run may take; None where nothing is known."""
+        return memory_limit(self.options, self.device)
+
     def with_structure(self, structure: Structure, *notices: str) -> "Plan":
         """Return a plan for another structure of the same programs."""
-        structure, cut, more = fitted(structure, self.options, self.device)
+        structure, cut, more = fitted(structure, self.options, self.device, self.footprint)
         notices = (*self.notices, *notices, *more)
         return replace(self, structure=structure, cut=cut, notices=notices)
 
@@ -89,14 +96,14 @@ class Plan:
 
 
 def memory_limit(options: Options, device: str) -> int | None:
-    """Return the bytes that a run may take; None where nothing is known."""
+    """Return the bytes a run may take; None where nothing is known."""
     if options.memory_limit is not None:
         return options.memory_limit
     return memory.default_limit(device)
 
 
 def fitted(
-    structure: Structure, options: Options, device: str
+    structure: Structure, options: Options, device: str, footprint: Footprint | None = None
 ) -> tuple[Structure, memory.Cut, list[str]]:
     """
     Find what fits into memory.
@@ -104,6 +111,7 @@ def fitted(
     Where nothing does, and the user has set no limit, latents share an index: two after the other
     of those that the largest factor reads, the ones with the fewest values first.
 
+    :param footprint: of the programs; see :func:`~pyro_mpis.particles.memory.fit`.
     :return: the structure, how its particles are cut, and what the user is to be told.
     :raises MemoryError: if the user has set a limit that nothing fits into.
     """
@@ -111,16 +119,16 @@ def fitted(
     merged: list[str] = []
     while True:
         try:
-            cut = memory.fit(structure, limit, device)
+            cut = memory.fit(structure, limit, device, footprint)
             if not merged or not memory.takes_long(structure):
                 break
             largest, _ = memory.largest_factor(structure)
-            site = largest.name
+            site, read = largest.name, structure.indices_read(largest)
         except memory.TooLargeError as error:
             if options.memory_limit is not None:
                 raise
-            site = error.site
-        pair = _mergeable(structure, site)
+            site, read = error.site, error.symbols
+        pair = _mergeable(structure, read)
         if pair is None:
             return _one_by_one(structure, site), memory.Cut({}, {}), []
         merged += [name for index in pair for name in index.sites if name not in merged]
@@ -145,13 +153,12 @@ def _one_by_one(structure: Structure, site: str) -> Structure:
     return replace(structure, model=model)
 
 
-def _mergeable(structure: Structure, name: str) -> tuple[Index, Index] | None:
-    """Return two indices of a factor that may become one: those with the fewest values."""
+def _mergeable(structure: Structure, read: Ordinal) -> tuple[Index, Index] | None:
+    """Return two of some indices that may become one: those with the fewest values."""
 
     def size(index: Index) -> int:
         return sum(structure.proposal_site(site).shape.numel() for site in index.sites)
 
-    read = structure.indices_read(structure.model[name])
     indices = [i for i in structure.indices if i.symbol in read and not i.enumerated]
     pairs = [
         (one, other)
@@ -176,10 +183,72 @@ def plan_of(programs: Programs, options: Options) -> tuple[Plan, Trace, Trace]:
         environment = environment.with_params()  # those too that the programs have just made
         device = device_of(model_trace).type
         not_given = unnumbered(structure, options)
-        structure, cut, notices = fitted(structure, options, device)
-        notices = [*not_given, *notices]
-        plan = Plan(structure, programs, options, cut, device, environment, tuple(notices))
+        traces = guide_trace, model_trace
+        footprint = None
+        sizes = structure.num_particles
+        limit = memory_limit(options, device)
+        if structure.obstacle is None and memory.is_worth_measuring(
+            structure, sizes, limit, traces
+        ):
+            structure, footprint = measured(
+                structure, programs, traces, validate=environment.validate
+            )
+        try:
+            structure, cut, notices = fitted(structure, options, device, footprint)
+            notices = [*not_given, *notices]
+        except memory.TooLargeError as error:
+            costs = _costs(structure, programs, traces, footprint, options, device)
+            message = f"{error}\n{costs}"
+            raise memory.TooLargeError(message, error.site, error.symbols) from None
+        plan = Plan(
+            structure,
+            programs,
+            options,
+            cut,
+            device,
+            environment,
+            tuple(notices),
+            footprint=footprint,
+        )
     return plan, guide_trace, model_trace
+
+
+def run_plan(programs: Programs, options: Options) -> RunPlan:
+    """
+    Say what a run would take, and what would help.
+
+    Runs guide and model once, and at a single particle. Leaves random numbers, the param store and
+    the handlers' stack as they were.
+    """
+    environment = Environment()
+    with seeded(0), environment.entered(), memory.gc_paused():
+        programs, structure, *traces = analysed(programs, options)
+        footprint = None
+        if structure.obstacle is None:
+            structure, footprint = measured(
+                structure, programs, (traces[0], traces[1]), validate=environment.validate
+            )
+        device = device_of(traces[1]).type
+        return _costs(structure, programs, (traces[0], traces[1]), footprint, options, device)
+
+
+def _costs(
+    structure: Structure,
+    programs: Programs,
+    traces: tuple[Trace, Trace],
+    footprint: Footprint | None,
+    options: Options,
+    device: str,
+) -> RunPlan:
+    return run_plan_of(
+        structure,
+        programs,
+        traces,
+        footprint,
+        num_samples=options.num_samples or DEFAULT_NUM_SAMPLES,
+        memory_limit=memory_limit(options, device),
+        device=device,
+    )
 
 
 def analysed(programs: Programs, options: Options) -> tuple[Programs, Structure, Trace, Trace]:

@@ -100,11 +100,14 @@ BELOW = {
     "programs": GROUND,
     "factor_graph": GROUND,
     "particles": GROUND | {"programs", "factor_graph"},
-    "planning": GROUND | {"programs", "particles"},
+    "pieces": {"factor_graph"},
     "workers": {"programs"},
-    "blocks": GROUND | {"programs", "factor_graph", "particles", "planning", "workers"},
+    "costs": GROUND | {"programs", "factor_graph", "particles"},
+    "planning": GROUND | {"programs", "particles", "costs"},
 }
-BELOW["results"] = {*BELOW["blocks"], "blocks", "_version"}
+BELOW["blocks"] = {*BELOW["planning"], "factor_graph", "planning", "pieces", "workers"}
+BELOW["queries"] = {*BELOW["blocks"], "blocks"}
+BELOW["results"] = {*BELOW["queries"], "queries", "_version"}
 BELOW["importance"] = {*BELOW["results"], "results", "_warnings"}
 BELOW["plots"] = {*BELOW["importance"], "importance"}
 BELOW["__init__"] = {*BELOW}

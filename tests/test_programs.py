@@ -21,7 +21,7 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 
 from pyro_mpis import MPImportance, MPISWarning
-from pyro_mpis.particles import memory, proposals
+from pyro_mpis.particles import memory, pairs
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -588,7 +588,7 @@ def test_mixtures_are_the_same_in_parts(monkeypatch: pytest.MonkeyPatch) -> None
     """The pairs of particles of a child and its parents are many: a part of them at a time."""
     results = []
     for elements in (2**24, 40, 1):
-        monkeypatch.setattr(proposals, "MIXTURE_ELEMENTS", elements)
+        monkeypatch.setattr(pairs, "MIXTURE_ELEMENTS", elements)
         results.append(evidence(hierarchy, num_samples=7))
     torch.testing.assert_close(results[0], results[1])
     torch.testing.assert_close(results[0], results[2])

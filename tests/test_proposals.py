@@ -13,7 +13,7 @@ from compare import compare
 from torch import Tensor
 
 from pyro_mpis import MPImportance, blocks
-from pyro_mpis.particles import proposals
+from pyro_mpis.particles import pairs
 from pyro_mpis.particles.drawing import draw_particles
 from pyro_mpis.particles.proposals import Particles, weigh
 from pyro_mpis.planning import Options, Plan, plan_of, programs_of
@@ -110,7 +110,7 @@ def test_mixture_over_the_parents() -> None:
 def test_mixture_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of many particles, some at a time."""
     _, whole = particles_of(vector_model, vector_guide, 7)
-    monkeypatch.setattr(proposals, "MIXTURE_ELEMENTS", 15)
+    monkeypatch.setattr(pairs, "MIXTURE_ELEMENTS", 15)
     _, parts = particles_of(vector_model, vector_guide, 7)
     for symbol, log_proposal in whole.log_proposals.items():
         torch.testing.assert_close(parts.log_proposals[symbol], log_proposal)

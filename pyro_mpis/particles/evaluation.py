@@ -167,11 +167,25 @@ def reads_found(
             shapes=structure.latent_shapes,
         )
 
+    levels = [structure.by_symbol[symbol].sites for symbol in symbols]
+    return with_reads(structure, (said_by_guide, said_by_model), levels)
+
+
+def with_reads(
+    structure: Structure, said: tuple[Said, Said], levels: Sequence[Sequence[str]]
+) -> Structure:
+    """
+    Add to what sites read the levels that they were mapped at.
+
+    :param said: by guide and model.
+    :param levels: the random sites on each level, those of one index.
+    """
+
     def reading(sites: Mapping[str, Site], said: Said) -> dict[str, Site]:
         result = dict(sites)
         for name, parts in said.items():
-            levels = {level for mapped in parts.values() for level in mapped.levels}
-            names = {site for n in levels for site in structure.by_symbol[symbols[n]].sites}
+            found = {level for mapped in parts.values() for level in mapped.levels}
+            names = {site for number in found for site in levels[number]}
             if not names <= sites[name].reads | {name}:
                 reads = sites[name].reads | (names - {name})
                 result[name] = replace(sites[name], reads=reads)
@@ -179,6 +193,6 @@ def reads_found(
 
     return replace(
         structure,
-        guide=reading(structure.guide, said_by_guide),
-        model=reading(structure.model, said_by_model),
+        guide=reading(structure.guide, said[0]),
+        model=reading(structure.model, said[1]),
     )

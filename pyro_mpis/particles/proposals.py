@@ -21,22 +21,17 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import pyro
 import torch
 from torch import Tensor
 
 from pyro_mpis._text import quoted
-from pyro_mpis._typing import Ordinal, SampleMessage
+from pyro_mpis._typing import Ordinal
 from pyro_mpis.particles.drawing import Draw, Drawn
 from pyro_mpis.particles.evaluation import Evaluated
-from pyro_mpis.programs.densities import density_of
+from pyro_mpis.particles.pairs import log_probs_of_pairs, rows_at_once
 from pyro_mpis.programs.mapped import Mapped
-from pyro_mpis.programs.masks import unmasked
-from pyro_mpis.programs.messages import drawn_from
-from pyro_mpis.programs.runs import Programs, Wanted, evaluate
+from pyro_mpis.programs.runs import Programs
 from pyro_mpis.programs.structure import Index, Site, Structure
-
-MIXTURE_ELEMENTS = 2**24  # densities of pairs of particles that are held at once
 
 
 @dataclass(frozen=True)
@@ -66,7 +61,13 @@ class Particles:
 
 
 def weigh(
-    structure: Structure, programs: Programs, drawn: Drawn, *, validate: bool, from_factors: bool
+    structure: Structure,
+    programs: Programs,
+    drawn: Drawn,
+    *,
+    validate: bool,
+    from_factors: bool,
+    memory_limit: int | None = None,
 ) -> Particles:
     """
     Evaluate the density that each particle was drawn from, (14); draws nothing.
@@ -74,6 +75,7 @@ def weigh(
     :param validate: whether to look at supports and arguments.
     :param from_factors: whether to leave out sites drawn from the prior whose proposal is an entry
         of their own factor: :func:`weigh_from_factors` reads it off.
+    :param memory_limit: in bytes, for densities at pairs of particles.
     """
     log_proposals: dict[str, Tensor] = {}
     pending: list[Index] = []
@@ -94,7 +96,9 @@ def weigh(
         else:
             parts = {name: draw.log_prob for name, draw in members.items()}
             log_proposals[index.symbol] = _joint(structure, index, parts, particle_dims=1)
-    log_proposals |= _mixtures(structure, programs, drawn, pending, validate=validate)
+    log_proposals |= _mixtures(
+        structure, programs, drawn, pending, memory_limit=memory_limit, validate=validate
+    )
     _check_proposals(structure, log_proposals)
     values = {
         name: _support_of(name, drawn.draws[name])
@@ -230,6 +234,7 @@ def _mixtures(
     drawn: Drawn,
     pending: list[Index],
     *,
+    memory_limit: int | None,
     validate: bool,
 ) -> dict[str, Tensor]:
     """Return log Q of indices whose proposals read particles: (K, *plates)."""
@@ -238,12 +243,14 @@ def _mixtures(
         num_samples, num_draws = indices[0].num_samples, structure.num_draws[indices[0].symbol]
         names = [name for index in indices for name in index.sites]
         together = names if len(indices[0].sites) > 1 else []
-        largest = max(structure.elements(structure.proposal_site(name)) for name in names)
-        size = max(1, MIXTURE_ELEMENTS // (num_draws * largest))
+        numbers = num_samples, num_draws
+        size = rows_at_once(
+            structure, programs, drawn, names, together, numbers, memory_limit, validate=validate
+        )
         parts: dict[str, list[Tensor]] = {index.symbol: [] for index in indices}
         for start in range(0, num_samples, size):
             rows = slice(start, start + size)
-            log_probs = _log_probs_of_pairs(
+            log_probs = log_probs_of_pairs(
                 structure, programs, drawn, names, together, rows, num_draws, validate=validate
             )
             for index in indices:
@@ -262,83 +269,6 @@ def _evaluated_together(structure: Structure, pending: list[Index]) -> list[list
         key = numbers if len(index.sites) == 1 else index.symbol
         together.setdefault(key, []).append(index)
     return list(together.values())
-
-
-def _log_probs_of_pairs(
-    structure: Structure,
-    programs: Programs,
-    drawn: Drawn,
-    names: list[str],
-    together: list[str],
-    rows: slice,
-    num_draws: int,
-    *,
-    validate: bool,
-) -> dict[str, Tensor]:
-    """
-    Evaluate the proposals of some sites at particle k, given all other sites at draw j.
-
-    :param together: those of them that are at particle k for the others too: members of a group.
-    :param rows: the particles k.
-    :param num_draws: the number of draws j.
-    :return: ``(rows, draws or 1, *batch shape)``.
-    """
-    candidates = {name: drawn.particles(structure, name).value[rows] for name in names}
-    others = {n: draw.value[:num_draws] for n, draw in drawn.draws.items() if n not in together}
-    prefix = "" if together else "candidate "  # candidates are not what the programs read
-    levels = [{prefix + name: value for name, value in candidates.items()}]
-    if others:
-        levels.append(others)
-    from_guide = [n for n in names if structure.proposal_site(n) is structure.guide.get(n)]
-    from_model = [name for name in names if name not in from_guide]
-    said = _evaluate_at(
-        structure, programs, levels, from_guide, from_model, prefix, validate=validate
-    )
-    result = {}
-    for name in names:
-        mapped = said[name]["log_prob"]
-        tensor = mapped.tensor
-        for level in (0, 1):
-            if mapped.at(level) is None:
-                tensor = tensor.unsqueeze(level)
-        site = structure.proposal_site(name)
-        lead = (len(candidates[name]), tensor.shape[1])
-        result[name] = tensor.expand((*lead, *site.batch_shape))
-    return result
-
-
-def _evaluate_at(
-    structure: Structure,
-    programs: Programs,
-    levels: list[dict[str, Tensor]],
-    from_guide: list[str],
-    from_model: list[str],
-    prefix: str,
-    *,
-    validate: bool,
-) -> dict[str, dict[str, Mapped]]:
-    """Evaluate proposals, each at its candidate, where programs read the values of other levels."""
-
-    def collect(site: SampleMessage, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        value = values[prefix + site["name"]]
-        checked = validate and structure.proposal_site(site["name"]).checked
-        density = density_of(unmasked(site["fn"]), value, validate=checked)
-        return {"log_prob": drawn_from(site, density)}
-
-    needs_carried = bool(from_model and structure.carried)
-    guide = Wanted(
-        dict.fromkeys(from_guide, collect),
-        frozenset(structure.guide) if needs_carried else frozenset(),
-    )
-    with pyro.validation_enabled(False):  # pairs of particles may be outside of supports
-        said_by_guide, said_by_model = evaluate(
-            programs,
-            levels,
-            guide=guide if from_guide or needs_carried else None,
-            model=Wanted(dict.fromkeys(from_model, collect)) if from_model else None,
-            shapes=structure.latent_shapes,
-        )
-    return said_by_guide | said_by_model
 
 
 def _check_no_detour(structure: Structure, index: Index) -> None:

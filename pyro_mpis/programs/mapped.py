@@ -69,21 +69,30 @@ def run_mapped(
     :param levels: site -> ``(size, *shape)``, of one size in each level.
     :param patched: whether to rewrite some operations that torch cannot map.
     """
-
-    def enter(depth: int, values: dict[str, Tensor]) -> tuple[()]:
-        if depth == len(levels):
-            function(values)
-            return ()
-        names = tuple(levels[depth])
-
-        def inner(*own: Tensor) -> tuple[()]:
-            return enter(depth + 1, values | dict(zip(names, own, strict=True)))
-
-        torch.func.vmap(inner, randomness="same")(*levels[depth].values())
-        return ()
-
     with _quiet(), _by_formula(), _rewritten() if patched else nullcontext():
-        enter(0, {})
+        _enter(function, levels, {})
+
+
+def _enter(
+    function: Callable[[dict[str, Tensor]], None],
+    levels: Sequence[Values],
+    values: dict[str, Tensor],
+) -> tuple[()]:
+    """
+    Map over the first of some levels, and within it over the others.
+
+    No closure refers to itself here: the cycle would keep all results until garbage is collected.
+    """
+    if not levels:
+        function(values)
+        return ()
+    names = tuple(levels[0])
+
+    def inner(*own: Tensor) -> tuple[()]:
+        return _enter(function, levels[1:], values | dict(zip(names, own, strict=True)))
+
+    torch.func.vmap(inner, randomness="same")(*levels[0].values())
+    return ()
 
 
 @contextmanager

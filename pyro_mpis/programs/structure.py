@@ -167,6 +167,11 @@ class Structure:
         """The number of particles, or of values, of each index by symbol."""
         return {index.symbol: index.size for index in self.indices}
 
+    def with_num_samples(self, number: int) -> "Structure":
+        """Give all indices that are sampled the same number of particles."""
+        indices = tuple(replace(index, num_samples=number) for index in self.indices)
+        return replace(self, indices=indices)
+
     @cached_property
     def num_draws(self) -> dict[str, int]:
         """

@@ -35,6 +35,7 @@ from pyro_mpis.programs.runs import (
     not_mappable,
     run_at,
 )
+from pyro_mpis.programs.stratified import Strata
 from pyro_mpis.results.at_draws import at_all
 
 OTHERS = "sites that only some runs have"
@@ -80,7 +81,7 @@ def _drawn(
 
     def at_single_values(values: dict[str, Tensor]) -> None:
         particle = values.pop(PARTICLE)
-        with _Given(values, lambda fn: draw_of(fn, particle, number)) as handler:
+        with _Given(values, lambda fn: draw_of(fn, particle, Strata(number, 0))) as handler:
             try:
                 trace = run_at(programs, "model", {})
             except Exception as error:
