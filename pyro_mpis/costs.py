@@ -263,7 +263,8 @@ def _groups(model: _CostModel, symbols: frozenset[str]) -> list[Advice]:
         found = best.most(ratio)
         lowest = best.variance(found)
     groups = tuple(index.sites for index in best.structure.indices if len(index.sites) > 1)
-    if not found or first < lowest * WORTH:
+    sampled = [s for s, index in model.structure.by_symbol.items() if not index.enumerated]
+    if not sampled or not found or first < lowest * WORTH:
         return []
     particles = {
         name: found[index.symbol]
@@ -277,7 +278,7 @@ def _groups(model: _CostModel, symbols: frozenset[str]) -> list[Advice]:
     else:
         by_site = ", ".join(f"{name!r}: {number}" for name, number in particles.items())
         how_many = f"num_samples={{{by_site}}}"
-    alone = min(n for s, n in model.most().items() if not model.structure.by_symbol[s].enumerated)
+    alone = min(model.most()[symbol] for symbol in sampled)
     listed = ", ".join(str(group) for group in groups)
     text = f"groups=[{listed}] with {how_many}" if groups else how_many
     text += (
