@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Where a fit starts: the continuous latents of a model, and the median and spread of their prior.
+
+The model runs once plainly (:mod:`pyro_mpis.planning`), and once mapped over draws from the prior.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pyro
+import torch
+from torch import Tensor
+from torch.distributions import biject_to
+
+from pyro_mpis._typing import SampleMessage
+from pyro_mpis.adaptation.layout import Block, Grouping, blocks_of, by_plates
+from pyro_mpis.adaptation.parametrisation import is_fixed, scaling_of
+from pyro_mpis.particles.drawing import draw_particles
+from pyro_mpis.programs.mapped import is_mapped, tensors_of
+from pyro_mpis.programs.messages import is_delta, is_latent, statements
+from pyro_mpis.programs.runs import Programs, Wanted, evaluate
+from pyro_mpis.programs.structure import Structure
+from pyro.poutine.trace_struct import Trace
+
+PRIOR_DRAWS = 200
+LARGEST_SD = 5.0  # of the prior, in unconstrained numbers; and its median's largest size
+
+
+@dataclass(frozen=True)
+class Prior:
+    """What the prior says of one continuous latent, over draws from it."""
+
+    centred: tuple[Tensor, Tensor]  # median and sd of its unconstrained value
+    scale: Tensor | None  # median of the prior's scale given the other latents, if it has one
+    is_fixed: bool  # whether its support is the same for all values of the other latents
+
+
+@dataclass(frozen=True)
+class Start:
+    """The continuous latents of a model, and what else a fit needs to know of it."""
+
+    programs: Programs
+    structure: Structure
+    blocks: tuple[Block, ...]
+    priors: Mapping[str, Prior]
+    supports: Mapping[str, Tensor]  # of the sites to be summed over their support
+    others: Mapping[str, Tensor]  # plain values of all other latents
+
+    def can_be_non_centred(self) -> frozenset[str]:
+        """Return the latents whose prior has a location or scale computed from other latents."""
+        return frozenset(name for name, prior in self.priors.items() if prior.scale is not None)
+
+    def moments(self, non_centred: frozenset[str]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return median and sd of the prior of each block's numbers, float64."""
+        medians, sds = [], []
+        for block in self.blocks:
+            of_block = {}
+            for part in block.parts:
+                median, sd = self.priors[part.name].centred
+                if part.name in non_centred:
+                    median, sd = torch.zeros_like(median), torch.ones_like(sd)
+                of_block[part.name] = median, sd
+            medians.append(block.joined({name: m for name, (m, _) in of_block.items()}))
+            sds.append(block.joined({name: s for name, (_, s) in of_block.items()}))
+        return medians, sds
+
+
+def start_of(
+    programs: Programs, structure: Structure, trace: Trace, grouping: Grouping = by_plates
+) -> Start:
+    """
+    Find the continuous latents of a model, and where their prior is; draws random numbers.
+
+    :param structure: of the model without a guide.
+    :param trace: of a plain run of the model.
+    """
+    sites = {name: site for name, site in statements(trace).items() if is_latent(site)}
+    drawn = draw_particles(structure, programs, PRIOR_DRAWS)
+    supports = {}
+    for name, index in structure.index_of.items():
+        support = drawn.draws[name].support
+        if index.enumerated and support is not None:
+            supports[name] = support
+    free_names = [
+        name
+        for name, origin in structure.origins.items()
+        if origin == "prior" and not sites[name]["fn"].support.is_discrete
+    ]
+    values = {name: draw.value for name, draw in drawn.draws.items()}
+    fixed: set[str] = set()
+
+    def collect(site: SampleMessage, _: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        fn, value = site["fn"], site["value"]
+        result = {"free": biject_to(fn.support).inv(value)}
+        if is_fixed(fn.support, is_mapped):
+            fixed.add(site["name"])
+        scaling = scaling_of(fn)
+        if scaling is not None and any(map(is_mapped, tensors_of(fn))):
+            scale = scaling.scale
+            scale = scale.diagonal(dim1=-2, dim2=-1) if scaling.is_matrix else scale
+            result["scale"] = scale.expand(result["free"].shape)
+        return result
+
+    with pyro.validation_enabled(False):
+        _, said = evaluate(
+            programs,
+            [values],
+            model=Wanted(dict.fromkeys(free_names, collect)),
+            shapes=structure.latent_shapes,
+        )
+    priors, shapes = {}, {}
+    reads_discrete = _reading(structure, set(structure.origins) - set(free_names))
+    for name in free_names:
+        free = said[name]["free"].tensor
+        if not said[name]["free"].levels:
+            free = free.unsqueeze(0)
+        shapes[name] = free.shape[1:]
+        scale = None
+        if "scale" in said[name] and name not in reads_discrete:
+            mapped = said[name]["scale"]
+            scale = mapped.tensor if mapped.levels else mapped.tensor.unsqueeze(0)
+            scale = scale.double().median(0).values
+        priors[name] = Prior(_median_and_sd(free.double()), scale, name in fixed)
+    structure_blocks = blocks_of(
+        structure,
+        shapes,
+        {name: sites[name]["value"].dtype for name in free_names},
+        {name: sites[name]["cond_indep_stack"] for name in free_names},
+        grouping,
+    )
+    others = {
+        name: site["value"]
+        for name, site in sites.items()
+        if name not in priors and not is_delta(site["fn"])
+    }
+    return Start(programs, structure, structure_blocks, priors, supports, others)
+
+
+def _reading(structure: Structure, names: set[str]) -> set[str]:
+    """Return the sites that read some of the given ones."""
+    return {name for name, site in structure.model.items() if site.reads & names}
+
+
+def _median_and_sd(draws: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the median and half the range of 68 % of draws, both capped."""
+    low, median, high = draws.quantile(torch.tensor([0.16, 0.5, 0.84], dtype=draws.dtype), 0)
+    sd = (0.5 * (high - low)).clamp(1e-6, LARGEST_SD)
+    return median.clamp(-LARGEST_SD, LARGEST_SD), sd
