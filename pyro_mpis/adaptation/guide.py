@@ -57,7 +57,7 @@ class AutoPlateNormal(PyroModule):
     ) -> None:
         super().__init__()
         self._model = (model,)  # in a tuple: its parameters are not the guide's
-        self._blocks = tuple(blocks)
+        self.blocks = tuple(blocks)
         self._supports = dict(supports)  # of the sites for which it is always the same
         self._others = dict(others)
         self._tails = tails
@@ -66,27 +66,39 @@ class AutoPlateNormal(PyroModule):
         self.latents = tuple(part.name for block in blocks for part in block.parts)
         dtype = torch.get_default_dtype()
         for number, (mean, scale) in enumerate(zip(gaussian.means, gaussian.scales, strict=True)):
-            setattr(self, f"loc_{number}", PyroParam(mean.to(dtype)))
-            positive = PyroParam(scale.to(dtype), constraints.lower_cholesky)
+            setattr(self, f"loc_{number}", PyroParam(mean.detach().to(dtype)))
+            positive = PyroParam(scale.detach().to(dtype), constraints.lower_cholesky)
             setattr(self, f"scale_tril_{number}", positive)
         for (block, around), coupling in gaussian.couplings.items():
-            setattr(self, f"coupling_{block}_{around}", PyroParam(coupling.to(dtype)))
+            setattr(self, f"coupling_{block}_{around}", PyroParam(coupling.detach().to(dtype)))
 
     @property
     def model(self) -> Program:
         """The model that it is a guide for."""
         return self._model[0]
 
+    def with_gaussian(self, gaussian: Gaussian) -> "AutoPlateNormal":
+        """Return a guide that differs in its Gaussian alone."""
+        return AutoPlateNormal(
+            self.model,
+            self.blocks,
+            gaussian,
+            non_centred=self.non_centred,
+            supports=self._supports,
+            others=self._others,
+            tails=self._tails,
+        )
+
     @property
     def noise_sites(self) -> tuple[str, ...]:
         """The names of the noise sites, one of each block."""
-        return tuple(f"_mpis_noise_{block.number}" for block in self._blocks)
+        return tuple(f"_mpis_noise_{block.number}" for block in self.blocks)
 
     def gaussian(self) -> Gaussian:
         """Return the Gaussian of the unconstrained numbers."""
         return Gaussian(
-            [getattr(self, f"loc_{b.number}") for b in self._blocks],
-            [getattr(self, f"scale_tril_{b.number}") for b in self._blocks],
+            [getattr(self, f"loc_{b.number}") for b in self.blocks],
+            [getattr(self, f"scale_tril_{b.number}") for b in self.blocks],
             {pair: getattr(self, "coupling_{}_{}".format(*pair)) for pair in self._pairs},
         )
 
@@ -94,9 +106,9 @@ class AutoPlateNormal(PyroModule):
         """Sample all of the latents: the guide as a Pyro program."""
         gaussian = self.gaussian()
         plates = self._plates()
-        noise = [_padded(self._noise(block, plates), block) for block in self._blocks]
+        noise = [_padded(self._noise(block, plates), block) for block in self.blocks]
         values = self._values(gaussian.at(noise), args, kwargs)
-        for block, scale in zip(self._blocks, gaussian.scales, strict=True):
+        for block, scale in zip(self.blocks, gaussian.scales, strict=True):
             log_scale = scale.diagonal(dim1=-2, dim2=-1).log().sum(-1)
             for number, part in enumerate(block.parts):
                 value, log_derivative = values[part.name]
@@ -112,7 +124,7 @@ class AutoPlateNormal(PyroModule):
 
     def _plates(self) -> dict[str, pyro.plate]:
         """Make the plates of all sites, each once."""
-        frames = {f.name: f for b in self._blocks for part in b.parts for f in part.frames}
+        frames = {f.name: f for b in self.blocks for part in b.parts for f in part.frames}
         return {f.name: pyro.plate(f.name, f.size, dim=f.dim) for f in frames.values()}
 
     def _noise(self, block: Block, plates: Mapping[str, pyro.plate]) -> Tensor:
@@ -135,7 +147,7 @@ class AutoPlateNormal(PyroModule):
         """
         free: dict[str, Tensor] = {}
         parts: dict[str, Part] = {}
-        for block, z in zip(self._blocks, numbers, strict=True):
+        for block, z in zip(self.blocks, numbers, strict=True):
             free |= block.split(z)
             parts |= {part.name: part for part in block.parts}
         values = {
@@ -181,7 +193,7 @@ class AutoPlateNormal(PyroModule):
 
         with torch.no_grad(), seeded(0):
             gaussian = self.gaussian()
-            shapes = [(*block.shape, block.size) for block in self._blocks]
+            shapes = [(*block.shape, block.size) for block in self.blocks]
             numbers = gaussian.at([antithetic(QUANTILE_DRAWS, s).to(gaussian.means[0]) for s in shapes])
             level = {str(number): z for number, z in enumerate(numbers)}
             run_mapped(at_single_values, [level], patched=True)

@@ -147,7 +147,8 @@ class LogJoint:
         evaluated = Evaluated({}, said, levels_of(structure, sizes))
         ones = (1,) * structure.max_plate_nesting
         nothing = {points_symbol: torch.zeros((num_points, *ones))}
-        graph = build_graph(structure, Particles(1, sizes, self.supports, nothing), evaluated)
+        particles = Particles({points_symbol: 1}, sizes, self.supports, nothing)
+        graph = build_graph(structure, particles, evaluated)
         return _at_each_point(graph, points_symbol)
 
     def _values_of(self, structure: Structure, symbol: str) -> dict[str, Tensor]:

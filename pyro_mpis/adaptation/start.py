@@ -6,16 +6,21 @@ The model runs once plainly (:mod:`pyro_mpis.planning`), and once mapped over dr
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyro
 import torch
+from pyro.ops.provenance import detach_provenance
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_mpis._typing import SampleMessage
+from pyro_mpis._typing import Program, SampleMessage
+from pyro_mpis.adaptation.gaussian import Gaussian
+from pyro_mpis.adaptation.guide import AutoPlateNormal
 from pyro_mpis.adaptation.layout import Block, Grouping, blocks_of, by_plates
 from pyro_mpis.adaptation.parametrisation import is_fixed, scaling_of
+from pyro_mpis.planning import Plan
+from pyro_mpis.programs.environment import Environment
 from pyro_mpis.particles.drawing import draw_particles
 from pyro_mpis.programs.mapped import is_mapped, tensors_of
 from pyro_mpis.programs.messages import is_delta, is_latent, statements
@@ -46,6 +51,39 @@ class Start:
     priors: Mapping[str, Prior]
     supports: Mapping[str, Tensor]  # of the sites to be summed over their support
     others: Mapping[str, Tensor]  # plain values of all other latents
+    environment: Environment
+    sites: Mapping[str, SampleMessage]  # of a plain run
+    fixed_supports: Mapping[str, object]  # of latents, where they are always the same
+
+    @property
+    def model(self) -> Program:
+        """The model."""
+        return self.programs.model
+
+    def blocks_by(self, grouping: Grouping) -> tuple[Block, ...]:
+        """Put the continuous latents into blocks."""
+        return blocks_of(
+            self.structure,
+            {name: prior.centred[0].shape for name, prior in self.priors.items()},
+            {name: self.sites[name]["value"].dtype for name in self.priors},
+            {name: self.sites[name]["cond_indep_stack"] for name in self.priors},
+            grouping,
+        )
+
+    def guide(
+        self, gaussian: Gaussian, non_centred: frozenset[str], *, tails: bool
+    ) -> AutoPlateNormal:
+        """Make a guide of a Gaussian of the blocks' numbers."""
+        with torch.no_grad():
+            return AutoPlateNormal(
+                self.model,
+                self.blocks,
+                gaussian,
+                non_centred=non_centred,
+                supports=self.fixed_supports,
+                others=self.others,
+                tails=tails,
+            )
 
     def can_be_non_centred(self) -> frozenset[str]:
         """Return the latents whose prior has a location or scale computed from other latents."""
@@ -66,17 +104,18 @@ class Start:
         return medians, sds
 
 
-def start_of(
-    programs: Programs, structure: Structure, trace: Trace, grouping: Grouping = by_plates
-) -> Start:
+def start_of(plan: Plan, structure: Structure, trace: Trace) -> Start:
     """
     Find the continuous latents of a model, and where their prior is; draws random numbers.
 
-    :param structure: of the model without a guide.
+    :param plan: of a run of the model without a guide.
+    :param structure: what a run found the structure to be.
     :param trace: of a plain run of the model.
     """
+    programs = plan.programs
     sites = {name: site for name, site in statements(trace).items() if is_latent(site)}
-    drawn = draw_particles(structure, programs, PRIOR_DRAWS)
+    indices = tuple(replace(index, num_samples=PRIOR_DRAWS) for index in structure.indices)
+    drawn = draw_particles(replace(structure, indices=indices), programs)
     supports = {}
     for name, index in structure.index_of.items():
         support = drawn.draws[name].support
@@ -109,32 +148,30 @@ def start_of(
             model=Wanted(dict.fromkeys(free_names, collect)),
             shapes=structure.latent_shapes,
         )
-    priors, shapes = {}, {}
+    priors = {}
     reads_discrete = _reading(structure, set(structure.origins) - set(free_names))
     for name in free_names:
         free = said[name]["free"].tensor
         if not said[name]["free"].levels:
             free = free.unsqueeze(0)
-        shapes[name] = free.shape[1:]
         scale = None
         if "scale" in said[name] and name not in reads_discrete:
             mapped = said[name]["scale"]
             scale = mapped.tensor if mapped.levels else mapped.tensor.unsqueeze(0)
             scale = scale.double().median(0).values
         priors[name] = Prior(_median_and_sd(free.double()), scale, name in fixed)
-    structure_blocks = blocks_of(
-        structure,
-        shapes,
-        {name: sites[name]["value"].dtype for name in free_names},
-        {name: sites[name]["cond_indep_stack"] for name in free_names},
-        grouping,
-    )
     others = {
-        name: site["value"]
+        name: detach_provenance(site["value"])
         for name, site in sites.items()
         if name not in priors and not is_delta(site["fn"])
     }
-    return Start(programs, structure, structure_blocks, priors, supports, others)
+    fixed_supports = {
+        name: sites[name]["fn"].support for name, prior in priors.items() if prior.is_fixed
+    }
+    start = Start(
+        programs, structure, (), priors, supports, others, plan.environment, sites, fixed_supports
+    )
+    return replace(start, blocks=start.blocks_by(by_plates))
 
 
 def _reading(structure: Structure, names: set[str]) -> set[str]:

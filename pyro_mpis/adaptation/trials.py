@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Try a learned guide: runs with fresh particles, their evidences, and the moments of its noise.
+
+How many particles each index gets, and how many runs are worth it, follows from the number of
+densities to evaluate, not from a clock: a seed then fixes the result.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pyro_mpis.adaptation.guide import AutoPlateNormal
+from pyro_mpis.blocks import Workers, joint_weights_of, run_plan
+from pyro_mpis.planning import Options, Plan, plan_of
+from pyro_mpis.programs.runs import Programs
+from pyro_mpis.programs.structure import Structure
+
+GLOBALS = 300  # particles of the index outside of plates
+LOCALS = (12, 8, 6)  # of indices in plates, by the number of blocks around them
+LARGEST_RUN = 3e7  # densities of a run
+WORK = 1.5e8  # densities of all final runs together
+REPLICATES = (6, 16)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Posterior moments of a block's noise, and the ESS that they rest on."""
+
+    mean: Tensor  # (*batch dims, D)
+    covariance: Tensor  # (*batch dims, D, D)
+    ess: Tensor  # (*batch dims)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Some runs of a guide, each with fresh particles."""
+
+    log_evidences: Tensor  # (runs,), float64
+    noise: dict[int, Noise]  # of the blocks
+    ess: Tensor  # (runs,), of the first block, which has the fewest plates
+
+    @property
+    def log_evidence(self) -> float:
+        """The log of the mean evidence."""
+        return float(self.log_evidences.logsumexp(0)) - math.log(len(self.log_evidences))
+
+    @property
+    def spread(self) -> float:
+        """The sd of the runs' log evidences."""
+        return float(self.log_evidences.std()) if len(self.log_evidences) > 1 else math.inf
+
+
+def numbers_of(guide: AutoPlateNormal, share: float = 1.0) -> dict[str, int]:
+    """
+    Return how many particles to draw of each noise site.
+
+    :param share: of the usual number, for trials.
+    """
+    result = {}
+    for block, name in zip(guide.blocks, guide.noise_sites, strict=True):
+        depth = len({guide.blocks[parent].shape for parent in block.parents})
+        number = GLOBALS if not block.plates else LOCALS[min(max(depth, 1), len(LOCALS)) - 1]
+        result[name] = max(4, round(number * share))
+    return result
+
+
+def work_of(structure: Structure, numbers: Mapping[str, int]) -> float:
+    """Return the number of densities that a run evaluates."""
+    sizes = {
+        index.symbol: index.support or max(numbers.get(name, 1) for name in index.sites)
+        for index in structure.indices
+    }
+    return sum(
+        structure.elements(site) * math.prod(sizes[s] for s in structure.indices_read(site))
+        for site in structure.model.values()
+    )
+
+
+def fitting(
+    programs: Programs, options: Options, guide: AutoPlateNormal, share: float = 1.0
+) -> tuple[Plan, dict[str, int]]:
+    """Plan a run of a guide, with as many particles as a run is worth; draws random numbers."""
+    programs = replace(programs, guide=guide)
+    numbers = numbers_of(guide, share)
+    plan, _, _ = plan_of(programs, with_numbers(options, numbers))
+    work = work_of(plan.structure, numbers)
+    limit = LARGEST_RUN * share
+    if work > limit:
+        depth = 1 + max(len(block.parents) for block in guide.blocks)
+        factor = (limit / work) ** (1 / depth)
+        numbers = {name: max(4, int(number * factor)) for name, number in numbers.items()}
+        plan, _, _ = plan_of(programs, with_numbers(options, numbers))
+    return plan, numbers
+
+
+def with_numbers(options: Options, numbers: Mapping[str, int]) -> Options:
+    """Return options with numbers of particles of their own for some sites."""
+    return replace(options, num_samples=max(numbers.values()), numbers=dict(numbers))
+
+
+def replicates_for(plan: Plan, numbers: Mapping[str, int]) -> int:
+    """Return how many final runs are worth it."""
+    few, many = REPLICATES
+    return int(min(many, max(few, WORK / max(work_of(plan.structure, numbers), 1.0))))
+
+
+def tried(plan: Plan, guide: AutoPlateNormal, runs: int) -> Trial:
+    """
+    Run a guide several times; draws random numbers.
+
+    :raises ValueError: if no run finds a combination of positive probability.
+    """
+    found = [weighted_noise(plan, guide) for _ in range(runs)]
+    log_evidences = torch.stack([log_p.double() for log_p, _ in found])
+    possible = [(log_p, parts) for log_p, parts in found if parts is not None]
+    if not possible:
+        return Trial(log_evidences, {}, torch.zeros(1))
+    shares = torch.stack([log_p.double() for log_p, _ in possible]).softmax(0)
+    noise = {
+        block.number: _pooled(shares, [parts[block.number] for _, parts in possible])
+        for block in guide.blocks
+    }
+    ess = torch.stack([1 / parts[0][0].square().sum(0).max() for _, parts in possible])
+    return Trial(log_evidences, noise, ess)
+
+
+def weighted_noise(
+    plan: Plan, guide: AutoPlateNormal
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]] | None]:
+    """
+    Run a guide once; draws random numbers.
+
+    :return: the log evidence; the weights and values of each block's noise, ``(K, *batch dims)``
+        and ``(K, *batch dims, D)``, or None where the evidence is zero or programs ran one by one.
+    """
+    workers = Workers(None, show_progress=False)
+    total = run_plan(plan, workers)
+    log_p = total.log_evidence.double()
+    if not bool(torch.isfinite(log_p)) or total.traces:
+        return log_p, None
+    structure, graph = total.replicate.structure, total.whole
+    symbols = [structure.index_of[name].symbol for name in guide.noise_sites]
+    (weights,) = joint_weights_of([total], symbols, workers)
+    parts = []
+    for block, name, symbol in zip(guide.blocks, guide.noise_sites, symbols, strict=True):
+        plates = graph.tensor_plates(graph.index_plates[symbol])
+        weight = graph.to_batch(weights[symbol], plates, block.shape, left=1)
+        value = total.replicate.particles.values[name].double()
+        parts.append((weight, value.reshape((len(value), *block.shape, block.size))))
+    return log_p, parts
+
+
+def _pooled(shares: Tensor, runs: Sequence[tuple[Tensor, Tensor]]) -> Noise:
+    """
+    Pool the weights of several runs, and take moments.
+
+    :param runs: weights and values of each: ``(K, *batch dims)``, ``(K, *batch dims, D)``.
+    """
+    weight = torch.cat([share * weight for share, (weight, _) in zip(shares, runs, strict=True)])
+    value = torch.cat([value for _, value in runs])
+    mean = (weight.unsqueeze(-1) * value).sum(0)
+    centred = value - mean
+    covariance = torch.einsum("k...,k...d,k...e->...de", weight, centred, centred)
+    return Noise(mean, covariance, 1 / weight.square().sum(0))
+
+
+def matched(guide: AutoPlateNormal, noise: Mapping[int, Noise]) -> AutoPlateNormal:
+    """
+    Move a guide to the posterior moments of its noise, as far as their ESS can be trusted.
+
+    :param noise: of the blocks to be moved.
+    """
+    gaussian = guide.gaussian()
+    shifts, scales = [], []
+    for block, mean, scale in zip(guide.blocks, gaussian.means, gaussian.scales, strict=True):
+        if block.number not in noise:
+            shifts.append(torch.zeros_like(mean))
+            scales.append(scale)
+            continue
+        moments = noise[block.number]
+        ess, size = moments.ess.unsqueeze(-1), block.size
+        shifts.append((ess / (ess + size + 2) * moments.mean).to(mean))
+        if size <= LARGEST_MATCHED:
+            trust = (ess / (ess + size * (size + 1) + 4)).unsqueeze(-1)
+            unit = torch.eye(size, dtype=torch.double)
+            covariance = trust * moments.covariance + (1 - trust) * unit
+            scale = scale @ torch.linalg.cholesky(covariance).to(scale)
+        scales.append(scale)
+    moved = replace(gaussian, means=gaussian.at(shifts), scales=scales)
+    return guide.with_gaussian(moved)
+
+
+LARGEST_MATCHED = 20  # numbers of a block, above which its covariance is left as it is
+
