@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What messages and tables are written with, and the one rule for shapes that broadcast."""
 
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Collection, Iterable, Sequence, Set
 
 import torch
 from pyro.distributions import util
@@ -38,3 +38,9 @@ def table(lines: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
 def broadcast_shape(*shapes: Sequence[int]) -> torch.Size:
     """Return the shape that others broadcast to; torch's own function loads half a library."""
     return torch.Size(util.broadcast_shape(*shapes))
+
+
+def range_of(numbers: Collection[int]) -> str:
+    """Return "3", or "3 to 10"."""
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low} to {high}"

@@ -347,7 +347,7 @@ def run_plan(plan: Plan, workers: Workers) -> BlockSum:
         for patched in (False, True):
             plan = replace(plan, programs=replace(plan.programs, patched=patched))
             try:
-                drawn = draw_particles(plan.structure, plan.programs, plan.num_samples)
+                drawn = draw_particles(plan.structure, plan.programs)
                 return _evaluated(plan, drawn, workers)
             except NotMappableError as error:
                 if patched:
@@ -379,16 +379,17 @@ def _evaluated(plan: Plan, drawn: Drawn, workers: Workers) -> BlockSum:
                 continue
             if found.differs and not followed and _may_have_missed(plan.structure):
                 followed = True
-                plan = _followed(plan, drawn)
+                plan, drawn = _followed(plan, drawn)
             elif not found.symbols:
                 raise NotMappableError(f"{found.reason}, which cannot be followed") from None
             else:
                 plan = plan.sharing(found.symbols, found.plates, found.reason)
+                drawn = drawn.chosen_anew(plan.structure)
         except MissedReadError as error:
             if followed:
                 raise NotMappableError(f"what site '{error}' reads cannot be followed") from None
             followed = True
-            plan = _followed(plan, drawn)
+            plan, drawn = _followed(plan, drawn)
 
 
 def _may_have_missed(structure: Structure) -> bool:
@@ -396,11 +397,12 @@ def _may_have_missed(structure: Structure) -> bool:
     return UNIQUE_LEVELS < len(structure.indices) <= MAX_LEVELS
 
 
-def _followed(plan: Plan, drawn: Drawn) -> Plan:
+def _followed(plan: Plan, drawn: Drawn) -> tuple[Plan, Drawn]:
     """Return a plan for what the sites are found to read by a level for each index."""
     values = {name: draw.value for name, draw in drawn.draws.items()}
     structure = reads_found(plan.structure, values, plan.programs)
-    return plan.with_structure(with_implicit_plates(structure))
+    plan = plan.with_structure(with_implicit_plates(structure))
+    return plan, drawn.chosen_anew(plan.structure)
 
 
 def _ordinary(plan: Plan, error: NotMappableError) -> BlockSum:
@@ -413,6 +415,8 @@ def _ordinary(plan: Plan, error: NotMappableError) -> BlockSum:
         "one particle index, and this is ordinary importance sampling, which needs more particles. "
         f"What cannot run at many values at once: {error}. To combine particles: {error.remedy}."
     )
+    if plan.options.numbers:
+        notice += f" All have as many particles as the site with most: {plan.num_samples}."
     plan = replace(plan, structure=structure, notices=(*plan.notices, notice))
     replicate = Replicate(plan, particles, reads={})
     return BlockSum(replicate, ({},), graph, log_evidence(graph).double().unsqueeze(0), traces)

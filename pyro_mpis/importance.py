@@ -15,8 +15,8 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_mpis import planning
-from pyro_mpis._text import quoted
-from pyro_mpis._typing import MomentFunction, Program
+from pyro_mpis._text import quoted, range_of
+from pyro_mpis._typing import MomentFunction, NumSamples, Program
 from pyro_mpis._warnings import warn
 from pyro_mpis.blocks import (
     BlockSum,
@@ -30,7 +30,14 @@ from pyro_mpis.factor_graph import moments as _moments
 from pyro_mpis.factor_graph.graph import FactorGraph
 from pyro_mpis.factor_graph.marginals import Marginal, merge
 from pyro_mpis.particles import memory
-from pyro_mpis.planning import Options, plan_of, positive, programs_of
+from pyro_mpis.planning import (
+    DEFAULT_NUM_SAMPLES,
+    Options,
+    checked_numbers,
+    plan_of,
+    positive,
+    programs_of,
+)
 from pyro_mpis.programs.environment import Environment, seeded
 from pyro_mpis.programs.runs import trace_at
 from pyro_mpis.results import saving
@@ -47,8 +54,6 @@ if TYPE_CHECKING:
 Answer = TypeVar("Answer")
 
 _logger = logging.getLogger("pyro_mpis")
-
-DEFAULT_NUM_SAMPLES = 10  # as pyro.infer.Importance has it
 
 
 class MPImportance(ImportanceTraces):
@@ -76,7 +81,9 @@ class MPImportance(ImportanceTraces):
     :param model: a Pyro model. It runs at single values, in the shapes of an ordinary run.
     :param guide: a guide for all, some or none of the model's latent sites, autoguides included;
         the rest is drawn from the prior, as all are without a guide.
-    :param num_samples: K, the number of particles of each latent site.
+    :param num_samples: K, the number of particles of each latent site. Sites may have numbers of
+        their own, and ``None`` stands for all others: ``num_samples={"mu": 300, None: 10}``. A
+        group is named by any of its members.
     :param groups: groups of latent sites that share one particle index, for sites that are
         strongly dependent or that one likelihood reads many of.
     :param shared_plates: names of plates whose latents have one particle index for all elements, in
@@ -101,7 +108,7 @@ class MPImportance(ImportanceTraces):
         self,
         model: Program,
         guide: Program | None = None,
-        num_samples: int | None = None,
+        num_samples: NumSamples | None = None,
         *,
         groups: Sequence[Sequence[str]] = (),
         shared_plates: Sequence[str] = (),
@@ -123,7 +130,6 @@ class MPImportance(ImportanceTraces):
                 f"num_samples not given: {num_samples} particles of each latent site are drawn, "
                 "which is few. Give num_samples=100 for example."
             )
-        num_samples = positive("num_samples", num_samples)
         num_replicates = positive("num_replicates", num_replicates)
         if memory_limit is not None and (isinstance(memory_limit, bool) or memory_limit <= 0):
             raise ValueError(
@@ -131,7 +137,7 @@ class MPImportance(ImportanceTraces):
             )
         self.model = model
         self.guide = guide
-        self.num_samples = num_samples
+        self.num_samples = checked_numbers(num_samples)
         self.groups = tuple(groups)
         self.shared_plates = tuple(shared_plates)
         self.max_plate_nesting = planning.number_of_dims(max_plate_nesting)
@@ -162,7 +168,7 @@ class MPImportance(ImportanceTraces):
         plan, guide_trace, model_trace = plan_of(programs, self._options)
         if self.max_plate_nesting is None:
             _logger.info("Guessed max_plate_nesting = %d", plan.structure.max_plate_nesting)
-        wait = memory.long_wait(plan.structure, self.num_samples)
+        wait = memory.long_wait(plan.structure)
         if wait is not None and plan.device == "cpu":
             warn(wait)
         sums = run_replicates(plan, self.num_replicates, self._workers)
@@ -309,7 +315,7 @@ class MPImportance(ImportanceTraces):
             self._sampled(),
             diagnosis.log_evidence,
             diagnosis.evidence_error,
-            self.num_samples * self.num_replicates,
+            {number * self.num_replicates for number in self._counts()},
             prob,
         )
 
@@ -359,7 +365,7 @@ class MPImportance(ImportanceTraces):
         * ``particles``, ``particle_weights``, ``particle_ess``: what the draws were drawn from.
 
         The attributes hold the log evidence, its standard error (of several replicates), the
-        number of particles, and the version.
+        number of particles (the largest of a site), and the version.
 
         :param num_samples: number of draws.
         :param coords: dim -> names of its elements.
@@ -380,7 +386,7 @@ class MPImportance(ImportanceTraces):
         groups |= particle_arrays(self.marginals(), particles, self._sampled(), sites, names)
         attributes: dict[str, object] = {
             "log_evidence": float(self.evidence()),
-            "num_particles": self.num_samples,
+            "num_particles": max(self._counts()),
             "num_replicates": self.num_replicates,
         }
         if self.num_replicates > 1:
@@ -503,7 +509,10 @@ class MPImportance(ImportanceTraces):
 
     def __repr__(self) -> str:
         """Say what was drawn, and the log evidence."""
-        particles = f"{self.num_samples} particles a site"
+        options = self._options
+        given = {options.num_samples or DEFAULT_NUM_SAMPLES, *options.numbers.values()}
+        counts = self._counts() if self._sums else given
+        particles = f"{range_of(counts)} particles a site"
         if self.num_replicates > 1:
             particles += f", {self.num_replicates} replicates"
         if not self._sums:
@@ -525,8 +534,12 @@ class MPImportance(ImportanceTraces):
         for group in self.groups:
             if isinstance(group, str):
                 raise ValueError(f"groups: expected sequences of site names, but found '{group}'.")
+        numbers = (
+            {None: self.num_samples} if isinstance(self.num_samples, int) else self.num_samples
+        )
         return Options(
-            num_samples=self.num_samples,
+            num_samples=numbers.get(None),
+            numbers={name: number for name, number in numbers.items() if name is not None},
             groups=tuple(tuple(group) for group in self.groups),
             shared_plates=self.shared_plates,
             max_plate_nesting=self.max_plate_nesting,
@@ -542,7 +555,7 @@ class MPImportance(ImportanceTraces):
     def _weighted_draws(self) -> Draws | None:
         if not self._sums:
             return None
-        return weighted_draws(self._sums, self.evidence(), self.num_samples, self._workers)
+        return weighted_draws(self._sums, self.evidence(), max(self._counts()), self._workers)
 
     def _traces_at(self, values: Sequence[Mapping[str, Tensor]]) -> list[Trace]:
         sums = self._ran()
@@ -555,7 +568,7 @@ class MPImportance(ImportanceTraces):
     def _effective_samples(self) -> Tensor:
         sampled = self._sampled()
         sizes = [m.ess.min() for name, m in self.marginals().items() if name in sampled]
-        return torch.stack(sizes).min() if sizes else torch.tensor(float(self.num_samples))
+        return torch.stack(sizes).min() if sizes else torch.tensor(float(max(self._counts())))
 
     @property
     def _workers(self) -> Workers:
@@ -572,6 +585,12 @@ class MPImportance(ImportanceTraces):
         for number, total in enumerate(self._ran()):
             log_evidences[number] = total.log_evidence
         return log_evidences
+
+    def _counts(self) -> set[int]:
+        """Return the numbers of particles that the indices of the run have."""
+        structure = self._ran()[0].replicate.structure
+        counts = {index.num_samples for index in structure.indices if not index.enumerated}
+        return counts or {self._sums[0].replicate.plan.num_samples}
 
     def _sites(self) -> list[str]:
         return list(self._ran()[0].whole.values)

@@ -17,21 +17,25 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import is_validation_enabled
 
 from pyro_mpis._text import first_line, quoted
-from pyro_mpis._typing import Ordinal, Program
+from pyro_mpis._typing import NumSamples, Ordinal, Program
 from pyro_mpis.particles import memory
 from pyro_mpis.programs.agreement import check_same_site, unreachable
 from pyro_mpis.programs.analysis import analyse, device_of, with_implicit_plates
 from pyro_mpis.programs.environment import Environment
 from pyro_mpis.programs.messages import statements
+from pyro_mpis.programs.numbers import index_named, with_numbers
 from pyro_mpis.programs.runs import Name, Programs, run_plainly
 from pyro_mpis.programs.structure import Index, Obstacle, Structure
+
+DEFAULT_NUM_SAMPLES = 10  # as pyro.infer.Importance has it
 
 
 @dataclass(frozen=True)
 class Options:
     """What a run is asked for, checked when it is made."""
 
-    num_samples: int
+    num_samples: int | None  # of each index that has no number of its own; None if not given
+    numbers: Mapping[str, int] = field(default_factory=dict)  # site -> number of its index
     groups: tuple[tuple[str, ...], ...] = ()
     shared_plates: tuple[str, ...] = ()
     max_plate_nesting: int | None = None
@@ -55,8 +59,9 @@ class Plan:
 
     @property
     def num_samples(self) -> int:
-        """K, the number of particles of each index."""
-        return self.options.num_samples
+        """K, the largest number of particles of an index."""
+        rest = self.options.num_samples or DEFAULT_NUM_SAMPLES
+        return max((index.num_samples for index in self.structure.indices), default=rest)
 
     def with_structure(self, structure: Structure, *notices: str) -> "Plan":
         """Return a plan for another structure of the same programs."""
@@ -102,10 +107,10 @@ def fitted(
     merged: list[str] = []
     while True:
         try:
-            cut = memory.fit(structure, options.num_samples, limit, device)
-            if not merged or not memory.takes_long(structure, options.num_samples):
+            cut = memory.fit(structure, limit, device)
+            if not merged or not memory.takes_long(structure):
                 break
-            largest, _ = memory.largest_factor(structure, options.num_samples)
+            largest, _ = memory.largest_factor(structure)
             site = largest.name
         except memory.TooLargeError as error:
             if options.memory_limit is not None:
@@ -165,7 +170,9 @@ def plan_of(programs: Programs, options: Options) -> tuple[Plan, Trace, Trace]:
     with environment.entered(), memory.gc_paused():
         programs, structure, guide_trace, model_trace = analysed(programs, options)
         device = device_of(model_trace).type
+        not_given = unnumbered(structure, options)
         structure, cut, notices = fitted(structure, options, device)
+        notices = [*not_given, *notices]
         plan = Plan(structure, programs, options, cut, device, environment, tuple(notices))
     return plan, guide_trace, model_trace
 
@@ -194,6 +201,8 @@ def analysed(programs: Programs, options: Options) -> tuple[Programs, Structure,
         groups=options.groups,
         max_plate_nesting=options.max_plate_nesting,
     )
+    rest = options.num_samples or DEFAULT_NUM_SAMPLES
+    structure = with_numbers(structure, rest, options.numbers)
     structure = _with_shared_plates(structure, options.shared_plates)
     if is_validation_enabled():  # which checks that a program has no sites beyond these
         met: dict[Name, frozenset[str]] = {
@@ -309,6 +318,40 @@ def programs_of(
 
 def no_guide(*args: object, **kwargs: object) -> None:
     """Sample nothing: every latent is proposed from the prior."""
+
+
+def unnumbered(structure: Structure, options: Options) -> list[str]:
+    """Say which sites have no number of particles given, if there are any."""
+    if options.num_samples is not None:
+        return []
+    named = {index_named(structure, name) for name in options.numbers}
+    sites = {
+        site
+        for index in structure.indices
+        if not index.enumerated and index.symbol not in named
+        for site in index.sites
+    }
+    if not sites:
+        return []
+    return [
+        f"num_samples gives no number for {quoted(sites)}: {DEFAULT_NUM_SAMPLES} particles of "
+        "each are drawn, which is few. Give one to all others: num_samples={..., None: 100}."
+    ]
+
+
+def checked_numbers(num_samples: NumSamples) -> int | dict[str | None, int]:
+    """Check a number of particles, or those of sites and, under ``None``, of all others."""
+    if not isinstance(num_samples, Mapping):
+        return positive("num_samples", num_samples)
+    numbers: dict[str | None, int] = {}
+    for name, number in num_samples.items():
+        if name is not None and not isinstance(name, str):
+            raise ValueError(
+                f"num_samples: expected names of sites, or None for all others, but found {name!r}."
+            )
+        where = "all others (None)" if name is None else f"'{name}'"
+        numbers[name] = positive(f"num_samples of {where}", number)
+    return numbers
 
 
 def positive(name: str, number: int) -> int:

@@ -62,7 +62,9 @@ class Singles:
     """
     A model, a guide, and the particles of one run.
 
-    :ivar drawn: for every random site its K particles, ``(K, *shape)``.
+    :ivar drawn: for every random site its draws, ``(draws, *shape)``: its K particles by default.
+    :ivar particles: those of them that are particles, ``(K, *shape)``, of sites where not all are.
+    :ivar num_draws: how many draws the mixture of a site is over, where more than its particles.
     :ivar supports: for every site that is summed over its support its values, likewise.
     :ivar shared: plates, by name, that the elements of a site share an index in.
     """
@@ -74,6 +76,8 @@ class Singles:
     shared: Mapping[str, Sequence[str]] = field(default_factory=dict)
     groups: Sequence[Sequence[str]] = ()
     args: tuple[object, ...] = ()
+    particles: Values = field(default_factory=dict)
+    num_draws: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         first = {name: value[0] for name, value in self.drawn.items()}
@@ -83,6 +87,7 @@ class Singles:
         self.carried = [
             name for name in self.latents if name in self.guide_sites and self._is_delta(name)
         ]
+        self.particles = {**self.drawn, **self.particles}
         self.num_particles = len(next(iter(self.drawn.values()))) if self.drawn else 1
         self.indices = self._indices(first)
         self.index_of = {name: index for index in self.indices for name in index.sites}
@@ -179,7 +184,7 @@ class Singles:
             common = set.intersection(*(self._plates(site, carriers) for site in sites))
             plates = {dim: size for _, dim, size in sorted(common, key=lambda plate: plate[1])}
             enumerated = name in self.supports
-            size = len(self.supports[name]) if enumerated else self.num_particles
+            size = len(self.supports[name] if enumerated else self.particles[name])
             indices.append(OneIndex(sites, plates, size, enumerated))
         return indices
 
@@ -188,17 +193,18 @@ class Singles:
     def log_mixtures(self, index: OneIndex) -> Tensor:
         """Log Q of an index at its own particles: (K, cell)."""
         rows = []
-        for k in range(self.num_particles):
+        num_draws = self.num_draws.get(index.sites[0], index.size)
+        for k in range(index.size):
             columns = []
-            for j in range(self.num_particles):
+            for j in range(num_draws):
                 values = {name: value[j] for name, value in self.drawn.items()}
                 if len(index.sites) > 1:
-                    values |= {name: self.drawn[name][k] for name in index.sites}
+                    values |= {name: self.particles[name][k] for name in index.sites}
                 guide_sites = self.run_guide(values)
                 model_sites = self.run_model(values, guide_sites)
                 total = torch.zeros(len(index.elements))
                 for name in index.sites:
-                    value = self.drawn[name][k]
+                    value = self.particles[name][k]
                     if name in guide_sites:
                         site = guide_sites[name]
                         log_prob = scale_and_mask(site["fn"].log_prob(value), mask=site["mask"])
@@ -206,7 +212,7 @@ class Singles:
                         log_prob = unmasked(model_sites[name]["fn"], value)
                     total = total + self._by_cell(index, name, log_prob)
                 columns.append(total)
-            rows.append(torch.stack(columns).logsumexp(0) - math.log(self.num_particles))
+            rows.append(torch.stack(columns).logsumexp(0) - math.log(num_draws))
         return torch.stack(rows)
 
     def _by_cell(self, index: OneIndex, name: str, log_prob: Tensor) -> Tensor:
@@ -236,7 +242,7 @@ class Singles:
         values = {}
         for index, chosen in zip(self.indices, self.split(combination), strict=True):
             for name in index.sites:
-                particles = self.supports[name] if index.enumerated else self.drawn[name]
+                particles = (self.supports if index.enumerated else self.particles)[name]
                 batch = self.proposal_site(name)["fn"].batch_shape
                 numbers = index.numbers(chosen, batch)
                 event_dim = particles.dim() - 1 - len(batch)
@@ -315,11 +321,15 @@ def exact(problem: Singles) -> Exact:
             rows.append(values)
     log_ratio = torch.stack(log_ratios)
     log_total = log_ratio.logsumexp(0)
-    cells = sum(len(index.elements) for index in problem.indices if not index.enumerated)
+    log_sizes = sum(
+        len(index.elements) * math.log(index.size)
+        for index in problem.indices
+        if not index.enumerated
+    )
     values = {name: torch.stack([row[name] for row in rows]) for name in problem.latents}
     return Exact(
         problem,
-        log_total - cells * math.log(problem.num_particles),
+        log_total - log_sizes,
         (log_ratio - log_total).exp(),
         torch.tensor(combinations).reshape(len(combinations), -1),
         values,

@@ -236,7 +236,7 @@ def test_sites_of_even_weights_to_group() -> None:
     sizes = []
     for K in (8, 16):
         posterior = MPImportance(model, num_samples=K, groups=[("a", "b", "c")]).run()
-        sizes.append(largest_factor(posterior._sums[0].replicate.structure, K)[1])
+        sizes.append(largest_factor(posterior._sums[0].replicate.structure)[1])
     assert sizes[1] == 2**2 * sizes[0]
 
     def uneven() -> None:

@@ -64,7 +64,7 @@ def test_summary_leaves_out_k_hat_of_even_weights() -> None:
 
 @pytest.mark.parametrize(("ess", "even"), [(29.9, False), (30.1, True)])
 def test_k_hat_is_shown_below_half_of_the_particles(ess: float, even: bool) -> None:
-    (row,) = summarise({"a": weighted(ess, 60)}, {"a"}, 0.0, None, 60, 0.9).rows
+    (row,) = summarise({"a": weighted(ess, 60)}, {"a"}, 0.0, None, {60}, 0.9).rows
     assert row.ess == pytest.approx(ess)
     assert math.isnan(row.k_hat) == even
 

@@ -1,8 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw the particles: K of every random site, by one mapped run of guide and model."""
+"""
+Draw the particles of every random site, by one mapped run of guide and model.
+
+Draw j of a site is made given draw j of all that it reads. Where indices have different numbers of
+particles, as many draws are made of each as the largest has, and K of them are its particles. Draws
+that are no particles serve in mixtures only: see :attr:`Structure.num_draws`.
+"""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyro
 import torch
@@ -17,28 +23,51 @@ from pyro_mpis.programs.structure import Site, Structure
 
 @dataclass(frozen=True)
 class Draw:
-    """The particles of one random site."""
+    """The draws of one random site."""
 
-    value: Tensor  # (K, *shape), the shape of an ordinary run
-    log_prob: Tensor  # (K, *batch shape): the density that each was drawn with
+    value: Tensor  # (draws, *shape), the shape of an ordinary run
+    log_prob: Tensor  # (draws, *batch shape): the density that each was drawn with
     reads_particles: bool  # whether the proposal differs between particles
     support: Tensor | None = None  # (values, *shape), of a site that is to be summed over it
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """K particles of every random site, before they are weighed."""
+    """Draws of every random site, and which are particles, before they are weighed."""
 
-    num_samples: int
     draws: Mapping[str, Draw]
+    kept: Mapping[str, Tensor]  # symbol -> (K, *plates), the draws that are its particles, if not
+    # the first K
+
+    def particles(self, structure: Structure, name: str) -> Draw:
+        """Return the particles of a site alone."""
+        draw, index = self.draws[name], structure.index_of[name]
+        value, log_prob = draw.value, draw.log_prob
+        if index.symbol not in self.kept:
+            part = slice(index.num_samples)
+            return replace(draw, value=value[part], log_prob=log_prob[part])
+        kept = self.kept[index.symbol]
+        kept = kept.reshape((len(kept), *kept.shape[kept.dim() - log_prob.dim() + 1 :]))
+        events = (1,) * (value.dim() - log_prob.dim())
+        return replace(
+            draw,
+            value=_taken(value, kept.reshape((*kept.shape, *events))),
+            log_prob=_taken(log_prob, kept),
+        )
+
+    def chosen_anew(self, structure: Structure) -> "Drawn":
+        """Return the same draws with the particles that another structure asks for."""
+        return replace(self, kept=_chosen(structure))
 
 
-def draw_particles(structure: Structure, programs: Programs, num_samples: int) -> Drawn:
+def draw_particles(structure: Structure, programs: Programs) -> Drawn:
     """
-    Draw K particles of every random site; draws random numbers.
+    Draw the particles of every random site; draws random numbers.
 
     :raises NotMappableError: if torch cannot map the programs.
     """
+    num_samples = max(structure.num_draws.values(), default=1)
+    kept = _chosen(structure)
     from_guide = _from_guide(structure)
     supports: dict[str, Tensor | None] = {}
     with pyro.validation_enabled(False):
@@ -67,7 +96,35 @@ def draw_particles(structure: Structure, programs: Programs, num_samples: int) -
             reads_particles="reads" in said,
             support=supports[name],
         )
-    return Drawn(num_samples, draws)
+    return Drawn(draws, kept)
+
+
+def _chosen(structure: Structure) -> dict[str, Tensor]:
+    """
+    Choose which draws are kept, at random, of indices that have more draws than particles.
+
+    The proposal of a particle, averaged over the choice, is then the mixture over all draws. The
+    choice is another in each plate element: given what they are proposed from, elements must be
+    independent, since the evidence is a product over them.
+
+    :return: numbers of draws by symbol, ``(K, *plates)``.
+    """
+    result = {}
+    for index in structure.indices:
+        number = structure.num_draws[index.symbol]
+        if number > index.num_samples:
+            shape = [1] * structure.max_plate_nesting
+            for symbol in index.plates:
+                shape[structure.plates[symbol].dim] = structure.plates[symbol].size
+            order = torch.rand((number, *shape)).argsort(0)
+            result[index.symbol] = order[: index.num_samples]
+    return result
+
+
+def _taken(draws: Tensor, numbers: Tensor) -> Tensor:
+    """Take another draw for each element: ``(K, *shape)``."""
+    shape = (len(numbers), *draws.shape[1:])
+    return draws.gather(0, numbers.to(draws.device).expand(shape))
 
 
 def _from_guide(structure: Structure) -> list[str]:

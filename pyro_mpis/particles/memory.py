@@ -88,7 +88,7 @@ def gc_paused(pause: bool = True) -> Iterator[None]:
             gc.enable()
 
 
-def fit(structure: Structure, num_samples: int, memory_limit: int | None, device: str) -> Cut:
+def fit(structure: Structure, memory_limit: int | None, device: str) -> Cut:
     """
     Find how many particles of which indices to take at once.
 
@@ -100,7 +100,7 @@ def fit(structure: Structure, num_samples: int, memory_limit: int | None, device
     :raises MemoryError: if no block is small enough, or too many would be needed; names the site
         and the latents that it reads.
     """
-    whole = structure.num_particles(num_samples)
+    whole = structure.num_particles
     limit = math.inf if memory_limit is None else memory_limit
     goal = min(limit, PIECE_BYTES if device == "cpu" else PIECE_BYTES_OF_GPU)
     blocks = dict(whole)
@@ -146,34 +146,33 @@ def _smaller(sizes: Mapping[str, int], whole: Mapping[str, int]) -> dict[str, in
     return {symbol: size for symbol, size in sizes.items() if size < whole[symbol]}
 
 
-def largest_factor(structure: Structure, num_samples: int) -> tuple[Site, int]:
+def largest_factor(structure: Structure) -> tuple[Site, int]:
     """
     Find the site whose factor is the largest.
 
-    :return: the site, and the bytes that its factor takes with ``num_samples`` particles of each
-        index, were it evaluated at once.
+    :return: the site, and the bytes that its factor takes, were it evaluated at once.
     """
-    sizes = structure.num_particles(num_samples)
+    sizes = structure.num_particles
     site = max(structure.model.values(), key=lambda site: _elements(structure, site, sizes))
     return site, _bytes(structure, site, sizes)
 
 
-def takes_long(structure: Structure, num_samples: int) -> bool:
+def takes_long(structure: Structure) -> bool:
     """Whether a run evaluates very many densities."""
-    return _work(structure, structure.num_particles(num_samples)) > MUCH_WORK
+    return _work(structure, structure.num_particles) > MUCH_WORK
 
 
-def long_wait(structure: Structure, num_samples: int) -> str | None:
+def long_wait(structure: Structure) -> str | None:
     """
     Say what makes a run long, and what would shorten it, before it starts.
 
     :return: None if it is not long.
     """
-    sizes = structure.num_particles(num_samples)
+    sizes = structure.num_particles
     work = _work(structure, sizes)
     if work <= MUCH_WORK:
         return None
-    site, _ = largest_factor(structure, num_samples)
+    site, _ = largest_factor(structure)
     number = len(structure.indices_read(site))
     return (
         f"{work:.1e} densities are to be evaluated, which may take long: site '{site.name}' reads "

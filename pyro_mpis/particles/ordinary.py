@@ -49,7 +49,7 @@ def run_ordinary(
         values.append({name: s["value"] for name, s in sites.items() if is_latent(s)})
         traces.append(trace)
     kept = _in_every_run(structure, values)
-    structure = _with_one_index(structure, kept)
+    structure = _with_one_index(structure, kept, num_samples)
     symbol = structure.indices[0].symbol
     by_name = {name: torch.stack([row[name] for row in values]) for name in kept}
     log_factors = _log_factors(rows)
@@ -79,7 +79,7 @@ def run_ordinary(
         dtype=torch.get_default_dtype(),
         device=log_k.device,
     )
-    particles = Particles(num_samples, {symbol: num_samples}, by_name, {})
+    particles = Particles({symbol: num_samples}, {symbol: num_samples}, by_name, {})
     return structure, particles, graph, tuple(traces)
 
 
@@ -140,7 +140,7 @@ def _in_every_run(structure: Structure, values: list[dict[str, Tensor]]) -> list
     ]
 
 
-def _with_one_index(structure: Structure, names: list[str]) -> Structure:
+def _with_one_index(structure: Structure, names: list[str], num_samples: int) -> Structure:
     """Return the structure of ordinary importance sampling."""
     origins: dict[str, Origin] = {}
     for name in names:
@@ -149,5 +149,5 @@ def _with_one_index(structure: Structure, names: list[str]) -> Structure:
             origin = "guide" if name in structure.guide else "prior"
         origins[name] = origin
     symbol = structure.indices[0].symbol if structure.indices else get_symbol(NO_PLATE)
-    index = Index(symbol, tuple(names), frozenset())
+    index = Index(symbol, tuple(names), frozenset(), num_samples=num_samples)
     return replace(structure, indices=(index,), origins=origins)

@@ -42,7 +42,7 @@ MIXTURE_ELEMENTS = 2**24  # densities of pairs of particles that are held at onc
 class Particles:
     """K particles of every random site, and the log density that each index was drawn from."""
 
-    num_samples: int  # K
+    num_samples: Mapping[str, int]  # symbol of the index -> K, of all blocks together
     sizes: Mapping[str, int]  # symbol of the index -> number of particles, or of values
     values: Mapping[str, Tensor]  # (K, *shape), or (values, *shape) of a whole support
     log_proposals: Mapping[str, Tensor]  # symbol of the index -> (K, *plates), in nats
@@ -79,7 +79,7 @@ def weigh(
     for index in structure.indices:
         if index.enumerated:
             continue
-        members = {name: drawn.draws[name] for name in index.sites}
+        members = {name: drawn.particles(structure, name) for name in index.sites}
         reads = any(
             draw.reads_particles or structure.proposal_site(name).reads
             for name, draw in members.items()
@@ -96,14 +96,14 @@ def weigh(
     log_proposals |= _mixtures(structure, programs, drawn, pending, validate=validate)
     _check_proposals(structure, log_proposals)
     values = {
-        name: _support_of(name, drawn.draws[name]) if index.enumerated else drawn.draws[name].value
+        name: _support_of(name, drawn.draws[name])
+        if index.enumerated
+        else drawn.particles(structure, name).value
         for name, index in structure.index_of.items()
     }
-    sizes = {
-        index.symbol: len(values[index.sites[0]]) if index.enumerated else drawn.num_samples
-        for index in structure.indices
-    }
-    return Particles(drawn.num_samples, sizes, values, log_proposals)
+    sizes = {index.symbol: len(values[index.sites[0]]) for index in structure.indices}
+    numbers = {i.symbol: i.num_samples for i in structure.indices if not i.enumerated}
+    return Particles(numbers, sizes, values, log_proposals)
 
 
 def at_supports(structure: Structure, particles: Particles, drawn: Drawn) -> Particles | None:
@@ -141,11 +141,17 @@ FEW = 3  # particles that at_supports takes of sites without a finite support
 
 
 def _is_own_factor(structure: Structure, index: Index) -> bool:
-    """Whether the proposals of an index are the model's own densities, at drawn particles."""
+    """
+    Whether the proposals of an index are the model's own densities, at drawn particles.
+
+    All indices must have as many particles: else not every draw is a particle.
+    """
     reads = {name for site in index.sites for name in structure.proposal_site(site).reads}
     inside = (structure.index_of.get(name) for name in reads)
-    return all(structure.origins.get(site) == "prior" for site in index.sites) and all(
-        parent is not None and not parent.enumerated for parent in inside
+    return (
+        len({other.num_samples for other in structure.indices}) == 1
+        and all(structure.origins.get(site) == "prior" for site in index.sites)
+        and all(parent is not None and not parent.enumerated for parent in inside)
     )
 
 
@@ -226,23 +232,18 @@ def _mixtures(
     validate: bool,
 ) -> dict[str, Tensor]:
     """Return log Q of indices whose proposals read particles: (K, *plates)."""
-    if not pending:
-        return {}
-    singles = [index for index in pending if len(index.sites) == 1]
-    groups = [index for index in pending if len(index.sites) > 1]
     results: dict[str, Tensor] = {}
-    for indices in (singles, *([group] for group in groups)):
-        if not indices:
-            continue
+    for indices in _evaluated_together(structure, pending):
+        num_samples, num_draws = indices[0].num_samples, structure.num_draws[indices[0].symbol]
         names = [name for index in indices for name in index.sites]
         together = names if len(indices[0].sites) > 1 else []
         largest = max(structure.elements(structure.proposal_site(name)) for name in names)
-        size = max(1, MIXTURE_ELEMENTS // (drawn.num_samples * largest))
+        size = max(1, MIXTURE_ELEMENTS // (num_draws * largest))
         parts: dict[str, list[Tensor]] = {index.symbol: [] for index in indices}
-        for start in range(0, drawn.num_samples, size):
+        for start in range(0, num_samples, size):
             rows = slice(start, start + size)
             log_probs = _log_probs_of_pairs(
-                structure, programs, drawn, names, together, rows, validate=validate
+                structure, programs, drawn, names, together, rows, num_draws, validate=validate
             )
             for index in indices:
                 members = {name: log_probs[name] for name in index.sites}
@@ -252,6 +253,16 @@ def _mixtures(
     return results
 
 
+def _evaluated_together(structure: Structure, pending: list[Index]) -> list[list[Index]]:
+    """Split indices into those of one site and equal numbers of particles and draws, and groups."""
+    together: dict[object, list[Index]] = {}
+    for index in pending:
+        numbers = index.num_samples, structure.num_draws[index.symbol]
+        key = numbers if len(index.sites) == 1 else index.symbol
+        together.setdefault(key, []).append(index)
+    return list(together.values())
+
+
 def _log_probs_of_pairs(
     structure: Structure,
     programs: Programs,
@@ -259,18 +270,20 @@ def _log_probs_of_pairs(
     names: list[str],
     together: list[str],
     rows: slice,
+    num_draws: int,
     *,
     validate: bool,
 ) -> dict[str, Tensor]:
     """
-    Evaluate the proposals of some sites at particle k, given all other sites at particle j.
+    Evaluate the proposals of some sites at particle k, given all other sites at draw j.
 
     :param together: those of them that are at particle k for the others too: members of a group.
     :param rows: the particles k.
-    :return: ``(rows, K or 1, *batch shape)``.
+    :param num_draws: the number of draws j.
+    :return: ``(rows, draws or 1, *batch shape)``.
     """
-    candidates = {name: drawn.draws[name].value[rows] for name in names}
-    others = {n: draw.value for n, draw in drawn.draws.items() if n not in together}
+    candidates = {name: drawn.particles(structure, name).value[rows] for name in names}
+    others = {n: draw.value[:num_draws] for n, draw in drawn.draws.items() if n not in together}
     prefix = "" if together else "candidate "  # candidates are not what the programs read
     levels = [{prefix + name: value for name, value in candidates.items()}]
     if others:

@@ -7,7 +7,8 @@ posterior, the size of supports and of factors, and what more particles would co
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import replace
 
 import pyro
 import torch
@@ -20,6 +21,7 @@ from pyro_mpis.factor_graph.marginals import Marginal
 from pyro_mpis.particles.memory import largest_factor
 from pyro_mpis.programs.messages import statements
 from pyro_mpis.programs.runs import run_at
+from pyro_mpis.programs.structure import Structure
 from pyro_mpis.results.site_diagnosis import SiteDiagnosis
 
 # With an ESS below two, the weighted particles tell neither the posterior's width nor how many
@@ -193,31 +195,44 @@ def _mismatch(marginal: Marginal, position: int) -> tuple[float, float, float]:
 
 def _more_particles(block_sum: BlockSum, worst: SiteDiagnosis, enough: float) -> str:
     """Say what more particles would cost."""
-    structure, num_samples = (
-        block_sum.replicate.structure,
-        block_sum.replicate.particles.num_samples,
-    )
+    structure = block_sum.replicate.structure
+    counts = {index.num_samples for index in structure.indices if not index.enumerated}
+    read = block_sum.whole.values[worst.name].indices
+    own = [i for i in structure.indices if i.symbol in read and not i.enumerated]
+    index = max(own, key=lambda index: len(index.plates))
+    num_samples = index.num_samples
     telling = worst.lowest_ess >= TELLING_ESS
     factor = max(2.0, enough / worst.lowest_ess) if telling else 2.0
     larger = math.ceil(num_samples * factor)
-    site, now = largest_factor(structure, num_samples)
-    _, then = largest_factor(structure, larger)
+    raised = {other.symbol for other in structure.indices} if len(counts) == 1 else {index.symbol}
+    site, now = largest_factor(structure)
+    _, then = largest_factor(_with_more(structure, raised, larger))
     promise = (
         f"would make the lowest about {worst.lowest_ess * larger / num_samples:.0f}."
         if telling
         else "may not be enough: an ESS this low does not tell how many are."
     )
+    of_site = "" if len(counts) == 1 else f" of '{index.sites[0]}'"
     return (
-        f"Raise num_samples: {larger} {promise} The largest factor, that of '{site.name}', then "
-        f"takes {_size(then)} in place of {_size(now)}. More replicates (num_replicates) raise the "
-        "ESS too, and take time, not memory."
+        f"Raise num_samples{of_site}: {larger} {promise} The largest factor, that of "
+        f"'{site.name}', then takes {_size(then)} in place of {_size(now)}. More replicates "
+        "(num_replicates) raise the ESS too, and take time, not memory."
     )
+
+
+def _with_more(structure: Structure, symbols: Set[str], number: int) -> Structure:
+    """Return a structure with another number of particles of some indices."""
+    indices = [
+        replace(index, num_samples=number) if index.symbol in symbols else index
+        for index in structure.indices
+    ]
+    return replace(structure, indices=tuple(indices))
 
 
 def _grouping(block_sum: BlockSum, sites: Sequence[SiteDiagnosis]) -> list[str]:
     """Say which sites could share an index, where one factor reads many."""
     structure = block_sum.replicate.structure
-    largest, _ = largest_factor(structure, block_sum.replicate.particles.num_samples)
+    largest, _ = largest_factor(structure)
     symbols = {s for s in structure.indices_read(largest) if not structure.by_symbol[s].enumerated}
     if len(symbols) < MANY_INDICES:
         return []

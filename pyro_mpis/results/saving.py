@@ -39,7 +39,7 @@ Tree = TypeVar("Tree")
 class Settings:
     """The arguments of ``MPImportance`` that are plain data."""
 
-    num_samples: int
+    num_samples: int | Mapping[str | None, int]
     groups: tuple[tuple[str, ...], ...]
     shared_plates: tuple[str, ...]
     max_plate_nesting: int | None

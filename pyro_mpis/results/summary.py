@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from pyro_mpis._text import table
+from pyro_mpis._text import range_of, table
 from pyro_mpis.factor_graph.marginals import Marginal
 from pyro_mpis.results.site_diagnosis import UNEVEN_ESS
 
@@ -35,7 +35,7 @@ class Summary:
     rows: tuple[Row, ...]
     log_evidence: float
     evidence_error: float | None  # standard error of the log evidence, over replicates
-    num_samples: int
+    num_samples: frozenset[int]  # numbers of particles that sites have, over replicates
     prob: float = 0.9  # between the lower and the upper quantile
 
     def __str__(self) -> str:
@@ -54,7 +54,7 @@ class Summary:
         )
         title = f"log evidence {self.log_evidence:.2f}{error}"
         if not all(math.isnan(row.ess) for row in self.rows):
-            title += f", {self.num_samples} particles a site"
+            title += f", {range_of(self.num_samples)} particles a site"
         return f"{table(lines)}\n{title}"
 
     __repr__ = __str__  # a notebook shows the table
@@ -65,7 +65,7 @@ def summarise(
     sampled: Set[str],
     log_evidence: float,
     evidence_error: float | None,
-    num_samples: int,
+    num_samples: Set[int],
     prob: float,
 ) -> Summary:
     """
@@ -78,7 +78,7 @@ def summarise(
     rows: list[Row] = []
     for name, marginal in marginals.items():
         rows += _rows(name, marginal, name in sampled, prob)
-    return Summary(tuple(rows), log_evidence, evidence_error, num_samples, prob)
+    return Summary(tuple(rows), log_evidence, evidence_error, frozenset(num_samples), prob)
 
 
 def _rows(name: str, marginal: Marginal, sampled: bool, prob: float) -> list[Row]:

@@ -47,11 +47,11 @@ def weighted_draws(
     Draws random numbers in the second case only.
 
     :param log_evidence: of all the sums together.
-    :param number: of particles, and of draws.
+    :param number: of draws.
     """
     graph, indices = sums[0].whole, sums[0].replicate.structure.indices
     if len(sums) == len(indices) == 1 and not indices[0].plates and not indices[0].enumerated:
-        symbol = indices[0].symbol
+        symbol, number = indices[0].symbol, indices[0].num_samples
         (weights,) = joint_weights_of(sums, [symbol], workers)
         values = sites_at(graph, {symbol: torch.arange(number, device=graph.device)}, number)
         log_weights = weights[symbol].log() + math.log(number) + log_evidence
