@@ -18,6 +18,8 @@ from pyro_mpis import planning
 from pyro_mpis._text import quoted, range_of
 from pyro_mpis._typing import MomentFunction, NumSamples, Program
 from pyro_mpis._warnings import warn
+from pyro_mpis.adaptation.adapting import adapted
+from pyro_mpis.adaptation.guide import AutoPlateNormal
 from pyro_mpis.blocks import (
     BlockSum,
     Workers,
@@ -124,12 +126,6 @@ class MPImportance(ImportanceTraces):
             raise ValueError(
                 f"guide: expected a callable or None, but found {type(guide).__name__}."
             )
-        if num_samples is None:
-            num_samples = DEFAULT_NUM_SAMPLES
-            warn(
-                f"num_samples not given: {num_samples} particles of each latent site are drawn, "
-                "which is few. Give num_samples=100 for example."
-            )
         num_replicates = positive("num_replicates", num_replicates)
         if memory_limit is not None and (isinstance(memory_limit, bool) or memory_limit <= 0):
             raise ValueError(
@@ -137,7 +133,10 @@ class MPImportance(ImportanceTraces):
             )
         self.model = model
         self.guide = guide
-        self.num_samples = checked_numbers(num_samples)
+        self.num_samples = checked_numbers(
+            DEFAULT_NUM_SAMPLES if num_samples is None else num_samples
+        )
+        self._is_number_given = num_samples is not None
         self.groups = tuple(groups)
         self.shared_plates = tuple(shared_plates)
         self.max_plate_nesting = planning.number_of_dims(max_plate_nesting)
@@ -149,6 +148,45 @@ class MPImportance(ImportanceTraces):
         self._weights: list[dict[str, Tensor]] = []
         self._told = False  # whether the user has been told of what is poor
         super().__init__()  # type: ignore[no-untyped-call]
+
+    def adapt(self, *args: object, **kwargs: object) -> "MPImportance":
+        """
+        Learn a proposal for these data, and choose numbers of particles; the arguments go to the
+        model.
+
+        The proposal is a guide of its own, :attr:`guide`: Gaussian in unconstrained numbers with
+        the model's plates. :meth:`run` then draws fresh particles from it, so that the evidence is
+        unbiased. One line goes from a model to accurate results::
+
+            posterior = MPImportance(model).adapt(data).run(data)
+
+        Discrete latents of few values are summed exactly: :attr:`model` is then the model with
+        marks of these. Sets :attr:`num_samples` and, to no less than was given,
+        :attr:`num_replicates`. Draws random numbers; leaves the param store and the handlers' stack as they
+        were. Warns (:class:`~pyro_mpis.MPISWarning`) where no good proposal was found. See
+        docs/adapting.md.
+
+        :return: this object.
+        :raises ValueError: if the model has no continuous latent or has a guide already, or model
+            and data do not fit.
+        """
+        if self.guide is not None and not isinstance(self.guide, AutoPlateNormal):
+            raise ValueError(
+                f"guide: adapt learns a guide of its own, in place of {type(self.guide).__name__}. "
+                "Give none: MPImportance(model).adapt(...). A guide of yours is trained by "
+                "pyro.infer.SVI, for example, and then given to MPImportance(model, guide)."
+            )
+        options = replace(self._options, num_samples=None, numbers={})
+        found = adapted(
+            self.model, args, kwargs, options, show_progress=not self.disable_progbar
+        )
+        self.model, self.guide = found.model, found.guide
+        self.num_samples = dict(found.num_samples)
+        self.num_replicates = max(self.num_replicates, found.num_replicates)
+        self._is_number_given = True
+        for problem in found.problems:
+            warn(problem)
+        return self
 
     def run(self, *args: object, **kwargs: object) -> "MPImportance":
         """
@@ -164,6 +202,11 @@ class MPImportance(ImportanceTraces):
             what the sites read could not be followed.
         :raises MemoryError: if a factor does not fit into the given ``memory_limit``.
         """
+        if not self._is_number_given:
+            warn(
+                f"num_samples not given: {self.num_samples} particles of each latent site are "
+                "drawn, which is few. Give num_samples=100 for example, or call .adapt(...) before."
+            )
         programs = programs_of(self.model, self.guide, args, kwargs)
         plan, guide_trace, model_trace = plan_of(programs, self._options)
         if self.max_plate_nesting is None:
