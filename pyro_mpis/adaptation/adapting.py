@@ -21,12 +21,12 @@ from pyro_mpis._typing import Program
 from pyro_mpis.adaptation.guide import AutoPlateNormal
 from pyro_mpis.adaptation.layout import by_site
 from pyro_mpis.adaptation.learner import learnt
-from pyro_mpis.adaptation.moments import matched_by_moments, with_guide
+from pyro_mpis.adaptation.moments import matched_by_moments
 from pyro_mpis.adaptation.natural import Settings
 from pyro_mpis.adaptation.prepared import prepared, summable
 from pyro_mpis.adaptation.progress import Progress
 from pyro_mpis.adaptation.start import Start, start_of
-from pyro_mpis.adaptation.trials import Trial, fitting, matched, replicates_for, tried
+from pyro_mpis.adaptation.trials import Runs, Trial, fitting, matched, replicates_for, tried
 from pyro_mpis.planning import Options, plan_of, programs_of
 from pyro_mpis.programs.messages import is_latent, statements
 from pyro_mpis.programs.runs import NotMappableError
@@ -35,6 +35,8 @@ from pyro_mpis.blocks import Workers, run_plan
 TRIALS = 3  # runs of a trial
 LOW_ESS = 5.0  # of a trial's particles outside of plates
 WIDE_SPREAD = 1.0  # sd of log evidences, in nats
+POINTS = (8, 4)  # at which derivatives are averaged; fewer where they take long
+MUCH_WORK = 5e6  # densities times rows of the Hessian, of an iteration
 MANY_NUMBERS = 400  # rows of the Hessian, above which the Gaussian is not fitted by gradients
 
 
@@ -85,14 +87,19 @@ def adapted(
     with Progress(show_progress) as progress:
         start = _started(model, args, kwargs, options)
         problems: list[str] = []
+        learners = [_by_gradients, _by_moments]
+        if start.supports and start.work > MUCH_WORK:
+            learners = [_by_moments]  # gradients of large sums are dear, and often lead nowhere
         candidates: list[_Candidate] = []
-        try:
-            candidates.append(_by_gradients(start, options, progress))
-        except (NotMappableError, NotImplementedError, ValueError) as error:
-            problems.append(str(error))
-        if not candidates or not candidates[0].is_good:
-            alone = replace(start, blocks=start.blocks_by(by_site))
-            candidates.append(_by_moments(alone, options, progress))
+        for learner in learners:
+            try:
+                candidates.append(learner(start, options, progress))
+            except (NotMappableError, NotImplementedError, ValueError) as error:
+                problems.append(str(error))
+            if candidates and candidates[-1].is_good:
+                break
+        if not candidates:
+            raise ValueError("\n".join(problems))
         best = max(candidates, key=lambda candidate: candidate.trial.log_evidence)
     return Adapted(
         start.model,
@@ -129,20 +136,22 @@ def _started(
 
 def _by_gradients(start: Start, options: Options, progress: Progress) -> _Candidate:
     """Fit by natural gradients, then match to trial runs."""
-    numbers = sum(block.size for block in start.blocks)
-    if numbers > MANY_NUMBERS:
-        raise NotImplementedError(f"{numbers} rows of the Hessian are too many")
+    rows = sum(block.size for block in start.blocks)
+    if rows > MANY_NUMBERS:
+        raise NotImplementedError(f"{rows} rows of the Hessian are too many")
+    points = next((n for n in POINTS if n * start.work <= MUCH_WORK), POINTS[-1])
     with start.environment.entered():
-        fitted, non_centred = learnt(start, Settings(), progress.fitting)
+        fitted, non_centred = learnt(start, Settings(points=points), progress.fitting)
         guide = start.guide(fitted.gaussian, non_centred, tails=True)
     plan, numbers = fitting(start.programs, options, guide, share=0.5)
-    trial = tried(plan, guide, TRIALS)
+    runs = Runs(plan)
+    trial = tried(runs, guide, TRIALS)
     for blocks in ([0], range(len(guide.blocks))):
         progress.trying("matching", trial.log_evidence, trial.ess)
         if not trial.noise:
             break
         moved = matched(guide, {number: trial.noise[number] for number in blocks})
-        again = tried(with_guide(plan, moved), moved, TRIALS)
+        again = tried(runs, moved, TRIALS)
         if float(again.ess.median()) < float(trial.ess.median()):
             break
         guide, trial = moved, again
@@ -153,8 +162,10 @@ def _by_gradients(start: Start, options: Options, progress: Progress) -> _Candid
 def _by_moments(start: Start, options: Options, progress: Progress) -> _Candidate:
     """Match the moments of trial runs."""
     guide, plan = matched_by_moments(
-        start, options, lambda trial: progress.trying("matching", trial.log_evidence, trial.ess)
+        replace(start, blocks=start.blocks_by(by_site)),
+        options,
+        lambda trial: progress.trying("matching", trial.log_evidence, trial.ess),
     )
-    trial = tried(plan, guide, TRIALS)
+    trial = tried(Runs(plan), guide, TRIALS)
     numbers = dict(plan.options.numbers)
     return _Candidate(guide, trial, True, numbers, replicates_for(plan, numbers))

@@ -28,7 +28,7 @@ from pyro_mpis.adaptation.layout import Block
 from pyro_mpis.adaptation.parametrisation import Place
 from pyro_mpis.factor_graph.evidence import LogSpaceRing
 from pyro_mpis.factor_graph.graph import FactorGraph
-from pyro_mpis.factor_graph.packed import packed
+from pyro_mpis.factor_graph.packed import aligned, dims_of, packed, union
 from pyro_mpis.particles.evaluation import Evaluated, summed_over
 from pyro_mpis.particles.factors import build_graph
 from pyro_mpis.particles.proposals import Particles
@@ -195,9 +195,11 @@ class LogJoint:
                     seeds,
                     retain_graph=True,
                     is_grads_batched=True,
-                    materialize_grads=True,
+                    allow_unused=True,
                 )
                 for b, product in zip(wanted, products, strict=True):
+                    if product is None:  # as where the other depends on none of these
+                        product = gradient.new_zeros((number, *at[b.number].shape))
                     parts[b.number, block.number].append(product.mean(1).movedim(0, -1))
         result = {}
         for b in wanted:
@@ -246,6 +248,20 @@ def _at_each_point(graph: FactorGraph, points: str) -> Tensor:
         tree.setdefault(ordinal, []).append(packed(tensor.view_as(tensor), dims))
     used = {symbol for terms in tree.values() for t in terms for symbol in t._pyro_dims}
     result = contract_to_tensor(
-        tree, used & set(index_plates), target_ordinal=plate, ring=LogSpaceRing(graph)
+        tree, used & set(index_plates), target_ordinal=plate, ring=_SmoothRing(graph)
     )
     return result.double()
+
+
+class _SmoothRing(LogSpaceRing):
+    """The same sums with kernels that are differentiable twice, of moderate range alone."""
+
+    def _sum_product(self, terms: Sequence[Tensor], dims: str) -> Tensor:
+        layout = "".join(s for s in union(*(dims_of(term) for term in terms)) if s not in dims)
+        total = sum(aligned(term, layout + dims).clamp(min=IMPOSSIBLE) for term in terms)
+        assert isinstance(total, Tensor)
+        summed = list(range(-len(dims), 0))
+        return packed(total.logsumexp(summed) if dims else total, layout)
+
+
+IMPOSSIBLE = -1e30  # in nats, for -inf: the derivative of a sum of nothing but -inf is nan

@@ -17,7 +17,7 @@ from torch import Tensor
 from pyro_mpis.adaptation.gaussian import Gaussian
 from pyro_mpis.adaptation.guide import AutoPlateNormal
 from pyro_mpis.adaptation.start import Start
-from pyro_mpis.adaptation.trials import Trial, tried, weighted_noise, with_numbers
+from pyro_mpis.adaptation.trials import Runs, Trial, with_numbers
 from pyro_mpis.planning import Options, Plan, plan_of
 
 SMALLEST_SHARE = 0.3  # of the particles, that the ESS of flattened weights is to have
@@ -35,8 +35,8 @@ class Stage:
     widening: float
 
 
-STAGES = (Stage(25, 6, 0.5, 1.0), Stage(20, 10, 0.3, 1.3))
-FINAL_PARTICLES = 12
+STAGES = (Stage(25, 6, 0.5, 1.0), Stage(8, 8, 0.4, 1.3))
+FINAL_PARTICLES = 10
 
 Tell = Callable[[Trial], None]
 
@@ -53,14 +53,10 @@ def matched_by_moments(
     medians, sds = start.moments(frozenset())
     gaussian = Gaussian(medians, [torch.diag_embed(sd) for sd in sds], {})
     guide = start.guide(gaussian, frozenset(), tails=False)
-    plan: Plan | None = None
     for stage in stages:
-        numbers = dict.fromkeys(guide.noise_sites, stage.particles)
-        programs = replace(start.programs, guide=guide)
-        plan, _, _ = plan_of(programs, with_numbers(options, numbers))
+        runs = Runs(_planned(start, guide, options, stage.particles))
         for _ in range(stage.steps):
-            plan = with_guide(plan, guide)
-            log_p, parts = weighted_noise(plan, guide)
+            log_p, parts = runs(guide)
             if parts is None:
                 continue
             guide = _moved(guide, parts, stage)
@@ -68,15 +64,14 @@ def matched_by_moments(
     gaussian = guide.gaussian()
     wide = replace(gaussian, scales=[LAST_WIDTH * scale for scale in gaussian.scales])
     guide = guide.with_gaussian(wide)
-    numbers = dict.fromkeys(guide.noise_sites, FINAL_PARTICLES)
+    return guide, _planned(start, guide, options, FINAL_PARTICLES)
+
+
+def _planned(start: Start, guide: AutoPlateNormal, options: Options, particles: int) -> Plan:
+    """Plan runs with a number of particles for each latent; draws random numbers."""
+    numbers = dict.fromkeys(guide.noise_sites, particles)
     programs = replace(start.programs, guide=guide)
-    plan, _, _ = plan_of(programs, with_numbers(options, numbers))
-    return guide, plan
-
-
-def with_guide(plan: Plan, guide: AutoPlateNormal) -> Plan:
-    """Return a plan of runs of another guide of the same structure."""
-    return replace(plan, programs=replace(plan.programs, guide=guide))
+    return plan_of(programs, with_numbers(options, numbers))[0]
 
 
 def _moved(

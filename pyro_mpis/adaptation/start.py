@@ -5,6 +5,7 @@ Where a fit starts: the continuous latents of a model, and the median and spread
 The model runs once plainly (:mod:`pyro_mpis.planning`), and once mapped over draws from the prior.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -84,6 +85,19 @@ class Start:
                 others=self.others,
                 tails=tails,
             )
+
+    @property
+    def work(self) -> float:
+        """Number of densities that derivatives at a point take, times rows of the Hessian."""
+        structure = self.structure
+        densities = 0
+        for site in structure.model.values():
+            summed = structure.indices_read(site) & {
+                structure.index_of[name].symbol for name in self.supports
+            }
+            values = (structure.by_symbol[symbol].support or 1 for symbol in summed)
+            densities += structure.elements(site) * math.prod(values)
+        return densities * sum(block.size for block in self.blocks)
 
     def can_be_non_centred(self) -> frozenset[str]:
         """Return the latents whose prior has a location or scale computed from other latents."""

@@ -14,7 +14,12 @@ import torch
 from torch import Tensor
 
 from pyro_mpis.adaptation.guide import AutoPlateNormal
-from pyro_mpis.blocks import Workers, joint_weights_of, run_plan
+from pyro_mpis.blocks import Replicate, Workers, joint_weights_of, run_plan
+from pyro_mpis.factor_graph.graph import FactorGraph
+from pyro_mpis.factor_graph.source_terms import joint_weights
+from pyro_mpis.particles.drawing import draw_particles
+from pyro_mpis.particles.memory import gc_paused
+from pyro_mpis.particles.proposals import weigh
 from pyro_mpis.planning import Options, Plan, plan_of
 from pyro_mpis.programs.runs import Programs
 from pyro_mpis.programs.structure import Structure
@@ -23,7 +28,7 @@ GLOBALS = 300  # particles of the index outside of plates
 LOCALS = (12, 8, 6)  # of indices in plates, by the number of blocks around them
 LARGEST_RUN = 3e7  # densities of a run
 WORK = 1.5e8  # densities of all final runs together
-REPLICATES = (6, 16)
+REPLICATES = (4, 16)
 
 
 @dataclass(frozen=True)
@@ -108,13 +113,91 @@ def replicates_for(plan: Plan, numbers: Mapping[str, int]) -> int:
     return int(min(many, max(few, WORK / max(work_of(plan.structure, numbers), 1.0))))
 
 
-def tried(plan: Plan, guide: AutoPlateNormal, runs: int) -> Trial:
+Weighted = list[tuple[Tensor, Tensor]]  # of each block: (K, *batch dims), (K, *batch dims, D)
+
+
+class Runs:
+    """
+    Runs of guides of one structure: the first makes all checks of the package, later ones none.
+
+    :param plan: of runs of any such guide.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self._first: Replicate | None = None
+
+    def __call__(self, guide: AutoPlateNormal) -> tuple[Tensor, Weighted | None]:
+        """
+        Run a guide once, with fresh particles; draws random numbers.
+
+        :return: the log evidence; the weights and values of each block's noise, or None where the
+            evidence is zero or the programs ran one by one.
+        """
+        programs = replace(self.plan.programs, guide=guide)
+        self.plan = replace(self.plan, programs=programs)
+        if self._first is not None:
+            return self._again(self._first, guide)
+        total = run_plan(self.plan, _ALONE)
+        self.plan = total.replicate.plan
+        log_p = total.log_evidence.double()
+        if not bool(torch.isfinite(log_p)) or total.traces:
+            return log_p, None
+        reads = total.replicate.reads or {}
+        if len(total.blocks) == 1 and not any(site.switch for site in reads.values()):
+            self._first = total.replicate
+        (weights,) = joint_weights_of([total], _symbols(total.replicate, guide), _ALONE)
+        return log_p, _by_block(guide, total.replicate, total.whole, weights)
+
+    def _again(
+        self, first: Replicate, guide: AutoPlateNormal
+    ) -> tuple[Tensor, Weighted | None]:
+        """Run a guide, where it is known what the programs read."""
+        plan = self.plan
+        with plan.environment.entered(), gc_paused(plan.cut.whole):
+            drawn = draw_particles(plan.structure, plan.programs)
+            particles = weigh(
+                plan.structure, plan.programs, drawn, validate=False, from_factors=False
+            )
+            replicate = replace(first, plan=plan, particles=particles)
+            graph = replicate({})
+            log_p, weights = joint_weights(graph, _symbols(replicate, guide))
+            if not bool(torch.isfinite(log_p)):
+                return log_p.double(), None
+            return log_p.double(), _by_block(guide, replicate, graph, weights)
+
+
+_ALONE = Workers(None, show_progress=False)
+
+
+def _symbols(replicate: Replicate, guide: AutoPlateNormal) -> list[str]:
+    return [replicate.structure.index_of[name].symbol for name in guide.noise_sites]
+
+
+def _by_block(
+    guide: AutoPlateNormal,
+    replicate: Replicate,
+    graph: FactorGraph,
+    weights: Mapping[str, Tensor],
+) -> Weighted:
+    """Bring weights and values of the noise to the layout of the blocks."""
+    parts = []
+    symbols = _symbols(replicate, guide)
+    for block, name, symbol in zip(guide.blocks, guide.noise_sites, symbols, strict=True):
+        plates = graph.tensor_plates(graph.index_plates[symbol])
+        weight = graph.to_batch(weights[symbol], plates, block.shape, left=1)
+        value = replicate.particles.values[name].double()
+        parts.append((weight, value.reshape((len(value), *block.shape, block.size))))
+    return parts
+
+
+def tried(runs: Runs, guide: AutoPlateNormal, number: int) -> Trial:
     """
     Run a guide several times; draws random numbers.
 
     :raises ValueError: if no run finds a combination of positive probability.
     """
-    found = [weighted_noise(plan, guide) for _ in range(runs)]
+    found = [runs(guide) for _ in range(number)]
     log_evidences = torch.stack([log_p.double() for log_p, _ in found])
     possible = [(log_p, parts) for log_p, parts in found if parts is not None]
     if not possible:
@@ -126,32 +209,6 @@ def tried(plan: Plan, guide: AutoPlateNormal, runs: int) -> Trial:
     }
     ess = torch.stack([1 / parts[0][0].square().sum(0).max() for _, parts in possible])
     return Trial(log_evidences, noise, ess)
-
-
-def weighted_noise(
-    plan: Plan, guide: AutoPlateNormal
-) -> tuple[Tensor, list[tuple[Tensor, Tensor]] | None]:
-    """
-    Run a guide once; draws random numbers.
-
-    :return: the log evidence; the weights and values of each block's noise, ``(K, *batch dims)``
-        and ``(K, *batch dims, D)``, or None where the evidence is zero or programs ran one by one.
-    """
-    workers = Workers(None, show_progress=False)
-    total = run_plan(plan, workers)
-    log_p = total.log_evidence.double()
-    if not bool(torch.isfinite(log_p)) or total.traces:
-        return log_p, None
-    structure, graph = total.replicate.structure, total.whole
-    symbols = [structure.index_of[name].symbol for name in guide.noise_sites]
-    (weights,) = joint_weights_of([total], symbols, workers)
-    parts = []
-    for block, name, symbol in zip(guide.blocks, guide.noise_sites, symbols, strict=True):
-        plates = graph.tensor_plates(graph.index_plates[symbol])
-        weight = graph.to_batch(weights[symbol], plates, block.shape, left=1)
-        value = total.replicate.particles.values[name].double()
-        parts.append((weight, value.reshape((len(value), *block.shape, block.size))))
-    return log_p, parts
 
 
 def _pooled(shares: Tensor, runs: Sequence[tuple[Tensor, Tensor]]) -> Noise:
