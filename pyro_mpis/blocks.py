@@ -347,7 +347,9 @@ def run_plan(plan: Plan, workers: Workers) -> BlockSum:
         for patched in (False, True):
             plan = replace(plan, programs=replace(plan.programs, patched=patched))
             try:
-                drawn = draw_particles(plan.structure, plan.programs)
+                drawn = draw_particles(
+                    plan.structure, plan.programs, stratified=plan.options.stratified
+                )
                 return _evaluated(plan, drawn, workers)
             except NotMappableError as error:
                 if patched:

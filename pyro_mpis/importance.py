@@ -96,6 +96,10 @@ class MPImportance(ImportanceTraces):
     :param memory_limit: bytes that the largest tensors may take together; half of what is free by
         default. A larger sum is evaluated in blocks of particles, with the same result. If no block
         is small enough, a given limit is an error; by default latents then share an index.
+    :param stratified: whether the particles of a site are spread evenly over its proposal, as a
+        Latin hypercube, where its family has a quantile function: Normal, LogNormal, Uniform and
+        others. The evidence is exactly unbiased, and its spread smaller. Others are drawn
+        independently, as all are with ``stratified=False``.
     :param num_replicates: number of independent sets of particles. Evidences are averaged, moments
         and marginals weighted by evidence; their spread gives :meth:`evidence_error`.
     :param executor: any :class:`concurrent.futures.Executor` (a process pool, or Dask's, loky's,
@@ -116,6 +120,7 @@ class MPImportance(ImportanceTraces):
         shared_plates: Sequence[str] = (),
         max_plate_nesting: float | None = None,
         memory_limit: int | None = None,
+        stratified: bool = True,
         num_replicates: int = 1,
         executor: Executor | None = None,
         disable_progbar: bool = False,
@@ -141,6 +146,7 @@ class MPImportance(ImportanceTraces):
         self.shared_plates = tuple(shared_plates)
         self.max_plate_nesting = planning.number_of_dims(max_plate_nesting)
         self.memory_limit = memory_limit
+        self.stratified = bool(stratified)
         self.num_replicates = num_replicates
         self.executor = executor
         self.disable_progbar = disable_progbar
@@ -458,6 +464,7 @@ class MPImportance(ImportanceTraces):
             shared_plates=self.shared_plates,
             max_plate_nesting=self.max_plate_nesting,
             memory_limit=self.memory_limit,
+            stratified=self.stratified,
             num_replicates=self.num_replicates,
             disable_progbar=self.disable_progbar,
         )
@@ -587,6 +594,7 @@ class MPImportance(ImportanceTraces):
             shared_plates=self.shared_plates,
             max_plate_nesting=self.max_plate_nesting,
             memory_limit=self.memory_limit,
+            stratified=self.stratified,
         )
 
     def get_log_normalizer(self) -> Tensor:

@@ -40,6 +40,7 @@ class Options:
     shared_plates: tuple[str, ...] = ()
     max_plate_nesting: int | None = None
     memory_limit: int | None = None
+    stratified: bool = True
 
 
 @dataclass(frozen=True)

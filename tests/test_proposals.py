@@ -60,7 +60,7 @@ def test_expected_evidence_is_exact(
     structure, programs = planned.structure, planned.programs
 
     def evidence() -> float:
-        drawn = draw_particles(structure, programs)
+        drawn = draw_particles(structure, programs, stratified=True)
         return float(blocks._evaluated(planned, drawn, Workers()).log_evidence.exp())
 
     found = list(outcomes(coins, evidence))
@@ -89,7 +89,7 @@ def particles_of(
 ) -> tuple[Plan, Particles]:
     pyro.set_rng_seed(0)
     planned = plan(model, guide, num_samples=num_samples)
-    drawn = draw_particles(planned.structure, planned.programs)
+    drawn = draw_particles(planned.structure, planned.programs, stratified=True)
     structure, programs = planned.structure, planned.programs
     return planned, weigh(structure, programs, drawn, validate=True, from_factors=False)
 

@@ -18,6 +18,7 @@ from pyro_mpis._typing import SampleMessage
 from pyro_mpis.programs.mapped import Mapped, is_mapped, log_prob_of, tensors_of
 from pyro_mpis.programs.messages import drawn_from
 from pyro_mpis.programs.runs import Collect, OtherSitesError, Programs, Wanted, draw
+from pyro_mpis.programs.stratified import Strata
 from pyro_mpis.programs.structure import Site, Structure
 
 
@@ -46,8 +47,7 @@ class Drawn:
         if index.symbol not in self.kept:
             part = slice(index.num_samples)
             return replace(draw, value=value[part], log_prob=log_prob[part])
-        kept = self.kept[index.symbol]
-        kept = kept.reshape((len(kept), *kept.shape[kept.dim() - log_prob.dim() + 1 :]))
+        kept = _of_batch(self.kept[index.symbol], log_prob.dim() - 1)
         events = (1,) * (value.dim() - log_prob.dim())
         return replace(
             draw,
@@ -60,20 +60,26 @@ class Drawn:
         return replace(self, kept=_chosen(structure))
 
 
-def draw_particles(structure: Structure, programs: Programs) -> Drawn:
+def draw_particles(structure: Structure, programs: Programs, *, stratified: bool) -> Drawn:
     """
     Draw the particles of every random site; draws random numbers.
 
+    :param stratified: whether to spread the particles of a site evenly over its proposal.
     :raises NotMappableError: if torch cannot map the programs.
     """
     num_samples = max(structure.num_draws.values(), default=1)
     kept = _chosen(structure)
+    strata = {
+        name: _strata(structure, name, num_samples, kept) if stratified else Strata(num_samples, 0)
+        for name in {*structure.guide, *structure.origins}
+    }
     from_guide = _from_guide(structure)
     supports: dict[str, Tensor | None] = {}
     with pyro.validation_enabled(False):
         said_by_guide, said_by_model = draw(
             programs,
             num_samples,
+            strata=strata,
             guide=Wanted(
                 {name: _collecting(structure.guide[name], supports) for name in from_guide},
                 frozenset(structure.guide),
@@ -119,6 +125,24 @@ def _chosen(structure: Structure) -> dict[str, Tensor]:
             order = torch.rand((number, *shape)).argsort(0)
             result[index.symbol] = order[: index.num_samples]
     return result
+
+
+def _strata(
+    structure: Structure, name: str, num_samples: int, kept: Mapping[str, Tensor]
+) -> Strata:
+    """Return which draws of a site are its particles, and are to be spread evenly."""
+    index = structure.index_of.get(name)
+    if index is None:
+        return Strata(num_samples, num_samples)
+    if index.symbol not in kept:
+        return Strata(num_samples, index.num_samples)
+    dims = len(structure.proposal_site(name).batch_shape)
+    return Strata(num_samples, index.num_samples, _of_batch(kept[index.symbol], dims))
+
+
+def _of_batch(kept: Tensor, dims: int) -> Tensor:
+    """Return numbers of draws in the batch dims of a site: ``(K, *dims)``."""
+    return kept.reshape((len(kept), *kept.shape[kept.dim() - dims :]))
 
 
 def _taken(draws: Tensor, numbers: Tensor) -> Tensor:

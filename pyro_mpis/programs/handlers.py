@@ -15,6 +15,7 @@ from pyro_mpis._typing import SampleMessage
 from pyro_mpis.programs.draws import draw_of
 from pyro_mpis.programs.messages import is_latent, is_subsample, unmasked
 from pyro_mpis.programs.provenance import tracked
+from pyro_mpis.programs.stratified import Strata
 
 
 class Track(Messenger):
@@ -109,18 +110,20 @@ class DrawMapped(Messenger):
 
     :param names: the sites to draw.
     :param number: the particle's number, mapped at the level of the particles.
-    :param num_samples: how many there are.
+    :param strata: how many there are, and which are to be spread evenly, by site.
     """
 
-    def __init__(self, names: Collection[str], number: Tensor, num_samples: int) -> None:
+    def __init__(
+        self, names: Collection[str], number: Tensor, strata: Mapping[str, Strata]
+    ) -> None:
         super().__init__()
         self.names = names
         self.number = number
-        self.num_samples = num_samples
+        self.strata = strata
 
     def _pyro_sample(self, msg: SampleMessage) -> None:
         if is_latent(msg) and msg["name"] in self.names and not msg["done"]:
-            msg["value"] = draw_of(msg["fn"], self.number, self.num_samples)
+            msg["value"] = draw_of(msg["fn"], self.number, self.strata[msg["name"]])
             msg["done"] = True
 
 

@@ -36,6 +36,7 @@ from pyro_mpis.programs.handlers import (
 )
 from pyro_mpis.programs.mapped import LIBRARIES, Mapped, Values, run_mapped, unwrapped
 from pyro_mpis.programs.messages import is_delta, is_enumerated, is_latent, statements
+from pyro_mpis.programs.stratified import Strata
 
 Name: TypeAlias = Literal["model", "guide"]
 # Takes a site's message and the single values of all given sites; returns what to keep, by name.
@@ -235,6 +236,7 @@ def draw(
     programs: Programs,
     num_samples: int,
     *,
+    strata: Mapping[str, Strata],
     guide: Wanted,
     model: Wanted,
     shapes: Mapping[str, torch.Size],
@@ -244,6 +246,7 @@ def draw(
 
     Particle k of a site is drawn given particle k of all sites that it reads.
 
+    :param strata: which particles are to be spread evenly, by site.
     :param guide: which of the guide's sites to draw, and what to keep of them.
     :param model: likewise of the model's; a site that the guide has takes its value from there.
     :param shapes: as for :func:`evaluate`.
@@ -254,7 +257,7 @@ def draw(
 
     def at_single_values(values: dict[str, Tensor]) -> None:
         number = values.pop(PARTICLE)
-        trace = _drawn(programs, "guide", {}, guide, number, num_samples, from_guide)
+        trace = _drawn(programs, "guide", {}, guide, number, strata, from_guide)
         if not model.collect:
             return
         given = {
@@ -262,7 +265,7 @@ def draw(
             for name, site in statements(trace).items()
             if is_latent(site) and name in shapes
         }
-        _drawn(programs, "model", given, model, number, num_samples, from_model)
+        _drawn(programs, "model", given, model, number, strata, from_model)
 
     run_mapped(at_single_values, [{PARTICLE: torch.arange(num_samples)}], patched=programs.patched)
     return from_guide, from_model
@@ -277,12 +280,12 @@ def _drawn(
     given: Mapping[str, Tensor],
     wanted: Wanted,
     number: Tensor,
-    num_samples: int,
+    strata: Mapping[str, Strata],
     said: Said,
 ) -> Trace:
     """Run a program within a mapped run, and draw some of its sites."""
     until = () if name == "guide" else wanted.collect
-    with DrawMapped(wanted.collect, number, num_samples):
+    with DrawMapped(wanted.collect, number, strata):
         trace = _at(programs, name, given, until, wanted.all_sites)
     _keep(trace, wanted, {}, said)
     return trace

@@ -44,6 +44,7 @@ class Settings:
     shared_plates: tuple[str, ...]
     max_plate_nesting: int | None
     memory_limit: int | None
+    stratified: bool
     num_replicates: int
     disable_progbar: bool
 
