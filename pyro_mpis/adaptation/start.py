@@ -129,7 +129,7 @@ def start_of(plan: Plan, structure: Structure, trace: Trace) -> Start:
     programs = plan.programs
     sites = {name: site for name, site in statements(trace).items() if is_latent(site)}
     indices = tuple(replace(index, num_samples=PRIOR_DRAWS) for index in structure.indices)
-    drawn = draw_particles(replace(structure, indices=indices), programs)
+    drawn = draw_particles(replace(structure, indices=indices), programs, stratified=True)
     supports = {}
     for name, index in structure.index_of.items():
         support = drawn.draws[name].support

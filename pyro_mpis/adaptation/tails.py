@@ -36,11 +36,30 @@ class TailedNormal(TorchDistribution):
         """Return this distribution for another batch shape."""
         return TailedNormal(self.loc.expand((*batch_shape, *self.event_shape)), validate_args=False)
 
+    @property
+    def uniform_shape(self) -> torch.Size:
+        """The shape of the uniform numbers that a draw is made of."""
+        return torch.Size([self.event_shape[0] + 3])
+
+    def value_at(self, uniform: Tensor) -> Tensor:
+        """
+        Return the draw at given uniform numbers.
+
+        :param uniform: ``(*draws, D + 3)``: of the normal numbers, of whether one of them has a
+            heavy tail, of which, and of that.
+        """
+        size = self.event_shape[0]
+        normal = torch.special.ndtri(uniform[..., :size])
+        chosen, which, tail = uniform[..., size:].unbind(-1)
+        coordinate = (which * size).long().clamp(max=size - 1)
+        at = torch.nn.functional.one_hot(coordinate, size).bool() & (chosen < SHARE).unsqueeze(-1)
+        return torch.where(at, _student(tail).unsqueeze(-1), normal).to(self.loc.dtype)
+
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         """Draw."""
-        shape = self._extended_shape(sample_shape)
-        normal = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
-        return with_tails(normal)
+        shape = (*sample_shape, *self.batch_shape, *self.uniform_shape)
+        uniform = torch.rand(shape, dtype=torch.double, device=self.loc.device)
+        return self.value_at(uniform.clamp(2.0**-54, 1 - 2.0**-53))
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log density."""
@@ -60,15 +79,8 @@ _STUDENT = (
 )
 
 
-def with_tails(normal: Tensor) -> Tensor:
-    """
-    Give one coordinate of some standard normal draws heavy tails; draws random numbers.
-
-    :param normal: ``(*draws, D)``.
-    """
-    chosen = torch.rand(normal.shape[:-1], device=normal.device) < SHARE
-    coordinate = torch.randint(normal.shape[-1], normal.shape[:-1], device=normal.device)
-    student = torch.distributions.StudentT(DEGREES).sample(normal.shape[:-1])
-    student = (WIDTH * student).to(normal)
-    at = torch.nn.functional.one_hot(coordinate, normal.shape[-1]).bool() & chosen.unsqueeze(-1)
-    return torch.where(at, student.unsqueeze(-1), normal)
+def _student(uniform: Tensor) -> Tensor:
+    """Return the quantile of Student's t of four degrees of freedom, which has a closed form."""
+    alpha = 4 * uniform * (1 - uniform)
+    root = (alpha.sqrt().clamp(max=1).arccos() / 3).cos() / alpha.sqrt()
+    return WIDTH * 2 * (root - 1).clamp(min=0).sqrt() * (uniform - 0.5).sign()

@@ -155,7 +155,9 @@ class Runs:
         """Run a guide, where it is known what the programs read."""
         plan = self.plan
         with plan.environment.entered(), gc_paused(plan.cut.whole):
-            drawn = draw_particles(plan.structure, plan.programs)
+            drawn = draw_particles(
+                plan.structure, plan.programs, stratified=plan.options.stratified
+            )
             particles = weigh(
                 plan.structure, plan.programs, drawn, validate=False, from_factors=False
             )
