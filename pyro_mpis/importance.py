@@ -229,7 +229,10 @@ class MPImportance(ImportanceTraces):
         self._reset()
         notices = dict.fromkeys(n for total in sums for n in total.replicate.plan.notices)
         structure = sums[0].replicate.structure
-        weak = planning.weaknesses(structure, self.groups, guide_trace, model_trace)
+        groups = self.groups
+        if isinstance(self.guide, AutoPlateNormal):  # that sites share an index is meant
+            groups = (self.guide.latents,)
+        weak = planning.weaknesses(structure, groups, guide_trace, model_trace)
         for problem in (*notices, *([] if sums[0].traces else weak)):
             warn(problem)
         return self

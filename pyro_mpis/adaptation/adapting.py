@@ -12,7 +12,7 @@ From a model and its data to a proposal: the stages of :meth:`MPImportance.adapt
 Particles of trial runs are never used again.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -85,7 +85,7 @@ def adapted(
     :raises ValueError: if the model has no continuous latent, or does not fit the data.
     """
     with Progress(show_progress) as progress:
-        start = _started(model, args, kwargs, options)
+        start = started(model, args, kwargs, options)
         problems: list[str] = []
         learners = [_by_gradients, _by_moments]
         if start.supports and start.work > MUCH_WORK:
@@ -99,8 +99,9 @@ def adapted(
             if candidates and candidates[-1].is_good:
                 break
         if not candidates:
-            raise ValueError("\n".join(problems))
+            raise ValueError(f"adapt: {'; '.join(problems)}")
         best = max(candidates, key=lambda candidate: candidate.trial.log_evidence)
+    told = [] if best.is_good else [_poor(best, problems)]
     return Adapted(
         start.model,
         best.guide,
@@ -108,11 +109,25 @@ def adapted(
         best.replicates,
         best.trial.log_evidence,
         float(best.trial.ess.median()),
-        problems,
+        told,
     )
 
 
-def _started(
+def _poor(best: _Candidate, reasons: Sequence[str]) -> str:
+    """Say that no good proposal was found."""
+    log_evidences = best.trial.log_evidences
+    found = ", ".join(f"{float(log_p):.1f}" for log_p in log_evidences)
+    why = "".join(f" What failed: {reason.rstrip('.')}." for reason in reasons)
+    return (
+        "adapt found no good proposal: trial runs have log evidences "
+        f"{found}, and an ESS of {float(best.trial.ess.median()):.1f} outside of plates.{why} The "
+        "evidence of .run is unbiased all the same, but mostly too low. The posterior may have "
+        "several modes, or a shape far from a Gaussian: write the model in other coordinates, "
+        "raise num_samples and num_replicates, or give a guide of your own."
+    )
+
+
+def started(
     model: Program, args: tuple[object, ...], kwargs: Mapping[str, object], options: Options
 ) -> Start:
     """Run the model plainly, and find its structure and its prior."""

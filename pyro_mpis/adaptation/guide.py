@@ -2,6 +2,7 @@
 """The learned guide: a plate-structured Gaussian, an ordinary Pyro guide."""
 
 import contextlib
+import itertools
 from collections.abc import Mapping, Sequence
 
 import pyro
@@ -23,6 +24,7 @@ from pyro_mpis.programs.handlers import AllMet, Stop, isolated
 from pyro_mpis.programs.mapped import run_mapped, unwrapped
 
 QUANTILE_DRAWS = 4096
+_NUMBERS = itertools.count(1)
 
 class AutoPlateNormal(PyroModule):
     r"""
@@ -54,8 +56,10 @@ class AutoPlateNormal(PyroModule):
         supports: Mapping[str, object],
         others: Mapping[str, Tensor],
         tails: bool = True,
+        name: str = "",
     ) -> None:
-        super().__init__()
+        name = name or f"AutoPlateNormal_{next(_NUMBERS)}"  # so that no two share parameters
+        super().__init__(name)
         self._model = (model,)  # in a tuple: its parameters are not the guide's
         self.blocks = tuple(blocks)
         self._supports = dict(supports)  # of the sites for which it is always the same
@@ -87,6 +91,7 @@ class AutoPlateNormal(PyroModule):
             supports=self._supports,
             others=self._others,
             tails=self._tails,
+            name=self._pyro_name,
         )
 
     @property

@@ -33,9 +33,11 @@ class Stage:
     particles: int
     damping: float
     widening: float
+    may_end: bool  # before that many steps, where the evidence does not rise any more
 
 
-STAGES = (Stage(25, 6, 0.5, 1.0), Stage(8, 8, 0.4, 1.3))
+STAGES = (Stage(40, 6, 0.5, 1.0, True), Stage(10, 8, 0.4, 1.3, False))
+WINDOW = 6  # steps whose mean log evidences are compared
 FINAL_PARTICLES = 10
 
 Tell = Callable[[Trial], None]
@@ -55,16 +57,26 @@ def matched_by_moments(
     guide = start.guide(gaussian, frozenset(), tails=False)
     for stage in stages:
         runs = Runs(_planned(start, guide, options, stage.particles))
+        log_evidences: list[float] = []
         for _ in range(stage.steps):
             log_p, parts = runs(guide)
             if parts is None:
                 continue
+            log_evidences.append(float(log_p))
+            if stage.may_end and _settled(log_evidences):
+                break
             guide = _moved(guide, parts, stage)
             tell(Trial(log_p.reshape(1), {}, 1 / parts[0][0].square().sum(0).flatten()))
     gaussian = guide.gaussian()
     wide = replace(gaussian, scales=[LAST_WIDTH * scale for scale in gaussian.scales])
     guide = guide.with_gaussian(wide)
     return guide, _planned(start, guide, options, FINAL_PARTICLES)
+
+
+def _settled(log_evidences: Sequence[float]) -> bool:
+    """Whether the log evidence does not rise any more."""
+    now, before = log_evidences[-WINDOW:], log_evidences[-2 * WINDOW : -WINDOW]
+    return len(before) == WINDOW and sum(now) < sum(before) + WINDOW * 0.5
 
 
 def _planned(start: Start, guide: AutoPlateNormal, options: Options, particles: int) -> Plan:

@@ -21,6 +21,7 @@ from pyro_mpis.particles.drawing import draw_particles
 from pyro_mpis.particles.memory import gc_paused
 from pyro_mpis.particles.proposals import weigh
 from pyro_mpis.planning import Options, Plan, plan_of
+from pyro_mpis.programs.environment import Environment
 from pyro_mpis.programs.runs import Programs
 from pyro_mpis.programs.structure import Structure
 
@@ -135,7 +136,8 @@ class Runs:
             evidence is zero or the programs ran one by one.
         """
         programs = replace(self.plan.programs, guide=guide)
-        self.plan = replace(self.plan, programs=programs)
+        # a new environment: an old one keeps the parameters of the guide that last ran in it
+        self.plan = replace(self.plan, programs=programs, environment=Environment())
         if self._first is not None:
             return self._again(self._first, guide)
         total = run_plan(self.plan, _ALONE)
