@@ -68,6 +68,8 @@ Result = TypeVar("Result")
 Item = TypeVar("Item")
 Job = Callable[[], Result]
 
+KEPT_BYTES = 2**28  # of all replicates' factors: else queries evaluate them again
+
 _ONE_AT_A_TIME = threading.RLock()
 
 
@@ -433,15 +435,19 @@ def run_replicates(plan: Plan, num_replicates: int, workers: Workers) -> list[Bl
     if num_replicates == 1:
         return [run_plan(plan, workers)]
     seeds = torch.randint(2**31 - 1, (num_replicates,)).tolist()
-    return workers.run([partial(_replicate, plan, seed) for seed in seeds])
+    kept = KEPT_BYTES // num_replicates if workers.executor is None else 0
+    return workers.run([partial(_replicate, plan, seed, kept) for seed in seeds])
 
 
-def _replicate(plan: Plan, seed: int) -> BlockSum:
+def _replicate(plan: Plan, seed: int, kept: int) -> BlockSum:
+    """Run a replicate; ``kept`` is how many bytes of factors to keep."""
     with seeded(seed):
         total = run_plan(plan, Workers(show_progress=False))
     if total.traces:
         return replace(total, traces=())
-    # the factors are many times the particles: they are not kept for every replicate, nor sent
+    if sum(factor.tensor.nbytes for factor in total.whole.factors) <= kept:
+        return total
+    # large factors are many times the particles: they are not kept for every replicate, nor sent
     return replace(total, whole=replace(total.whole, factors=()))
 
 

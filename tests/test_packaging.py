@@ -104,7 +104,8 @@ BELOW = {
     "blocks": GROUND | {"programs", "factor_graph", "particles", "planning"},
 }
 BELOW["results"] = {*BELOW["blocks"], "blocks", "_version"}
-BELOW["importance"] = {*BELOW["results"], "results", "_warnings"}
+BELOW["adaptation"] = BELOW["blocks"] | {"blocks"}
+BELOW["importance"] = {*BELOW["results"], "results", "adaptation", "_warnings"}
 BELOW["plots"] = {*BELOW["importance"], "importance"}
 BELOW["__init__"] = {*BELOW}
 

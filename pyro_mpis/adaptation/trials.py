@@ -26,10 +26,10 @@ from pyro_mpis.programs.runs import Programs
 from pyro_mpis.programs.structure import Structure
 
 GLOBALS = 300  # particles of the index outside of plates
-LOCALS = (12, 8, 6)  # of indices in plates, by the number of blocks around them
+LOCALS = (10, 6, 6)  # of indices in plates, by the number of blocks around them
 LARGEST_RUN = 3e7  # densities of a run
-WORK = 1.5e8  # densities of all final runs together
-REPLICATES = (4, 16)
+WORK = 7e7  # densities of all final runs together
+REPLICATES = (4, 12)
 
 
 @dataclass(frozen=True)
