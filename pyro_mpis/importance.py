@@ -157,8 +157,7 @@ class MPImportance(ImportanceTraces):
 
     def adapt(self, *args: object, **kwargs: object) -> "MPImportance":
         """
-        Learn a proposal for these data, and choose numbers of particles; the arguments go to the
-        model.
+        Learn a proposal for these data, and choose numbers of particles, before :meth:`run`.
 
         The proposal is a guide of its own, :attr:`guide`: Gaussian in unconstrained numbers with
         the model's plates. :meth:`run` then draws fresh particles from it, so that the evidence is
@@ -168,9 +167,9 @@ class MPImportance(ImportanceTraces):
 
         Discrete latents of few values are summed exactly: :attr:`model` is then the model with
         marks of these. Sets :attr:`num_samples` and, to no less than was given,
-        :attr:`num_replicates`. Draws random numbers; leaves the param store and the handlers' stack as they
-        were. Warns (:class:`~pyro_mpis.MPISWarning`) where no good proposal was found. See
-        docs/adapting.md.
+        :attr:`num_replicates`. Draws random numbers; leaves the param store and the handlers' stack
+        as they were. Warns (:class:`~pyro_mpis.MPISWarning`) where no good proposal was found. See
+        docs/adapting.md. The arguments are those of the model.
 
         :return: this object.
         :raises ValueError: if the model has no continuous latent or has a guide already, or model
@@ -183,9 +182,7 @@ class MPImportance(ImportanceTraces):
                 "pyro.infer.SVI, for example, and then given to MPImportance(model, guide)."
             )
         options = replace(self._options, num_samples=None, numbers={})
-        found = adapted(
-            self.model, args, kwargs, options, show_progress=not self.disable_progbar
-        )
+        found = adapted(self.model, args, kwargs, options, show_progress=not self.disable_progbar)
         self.model, self.guide = found.model, found.guide
         self.num_samples = dict(found.num_samples)
         self.num_replicates = max(self.num_replicates, found.num_replicates)

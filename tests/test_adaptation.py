@@ -3,8 +3,9 @@
 
 import copy
 import math
-import warnings
+import pickle
 from collections.abc import Callable
+from pathlib import Path
 from statistics import NormalDist
 
 import pyro
@@ -146,7 +147,9 @@ def hidden_states() -> None:
     z = torch.tensor(0.0)
     for step, y in enumerate([0.1, 1.8, 2.2, -0.2]):
         z = pyro.sample(f"z{step}", dist.Bernoulli(torch.where(z == 1, stay, 1 - stay)))
-        pyro.sample(f"y{step}", dist.Normal(torch.where(z == 1, mu[1], mu[0]), 0.5), obs=y * torch.ones(()))
+        pyro.sample(
+            f"y{step}", dist.Normal(torch.where(z == 1, mu[1], mu[0]), 0.5), obs=y * torch.ones(())
+        )
 
 
 def by_hand(mu: Tensor, stay: Tensor) -> Tensor:
@@ -238,7 +241,11 @@ def test_a_tailed_normal_integrates_to_one_and_draws_from_its_density() -> None:
     pyro.set_rng_seed(0)
     draws = fn.sample((100_000,))
     for bound in (0.5, 2.0, 4.0):  # of a coordinate: three quarters and half a quarter are normal
-        t = float((dist.StudentT(torch.tensor(4.0)).sample((2_000_000,)).abs() * 1.3 > bound).double().mean())
+        t = float(
+            (dist.StudentT(torch.tensor(4.0)).sample((2_000_000,)).abs() * 1.3 > bound)
+            .double()
+            .mean()
+        )
         expected = 0.875 * 2 * NormalDist().cdf(-bound) + 0.125 * t
         share = float((draws[:, 0].abs() > bound).double().mean())
         sd = math.sqrt(expected * (1 - expected) * (1 / 100_000 + 0.125**2 / 2_000_000))
@@ -316,6 +323,18 @@ def test_the_guide_trains_on_and_its_state_can_be_kept() -> None:
     pyro.clear_param_store()
     guide.load_state_dict(kept)
     assert all(torch.equal(kept[name], value) for name, value in guide.state_dict().items())
+
+
+def test_the_result_and_the_guide_go_into_files(tmp_path: Path) -> None:
+    posterior = adapted(normals).run()
+    posterior.save(tmp_path / "result.mpis")
+    loaded = MPImportance.load(tmp_path / "result.mpis", posterior.model, posterior.guide)
+    assert float(loaded.evidence()) == float(posterior.evidence())
+    guide = posterior.guide
+    assert isinstance(guide, AutoPlateNormal)
+    again = pickle.loads(pickle.dumps(guide))
+    for name, value in guide.median().items():
+        assert torch.equal(again.median()[name], value)
 
 
 # --- as a whole

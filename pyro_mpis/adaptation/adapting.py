@@ -15,8 +15,6 @@ Particles of trial runs are never used again.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
-
 from pyro_mpis._typing import Program
 from pyro_mpis.adaptation.guide import AutoPlateNormal
 from pyro_mpis.adaptation.layout import by_site
@@ -27,10 +25,10 @@ from pyro_mpis.adaptation.prepared import prepared, summable
 from pyro_mpis.adaptation.progress import Progress
 from pyro_mpis.adaptation.start import Start, start_of
 from pyro_mpis.adaptation.trials import Runs, Trial, fitting, matched, replicates_for, tried
+from pyro_mpis.blocks import Workers, run_plan
 from pyro_mpis.planning import Options, plan_of, programs_of
 from pyro_mpis.programs.messages import is_latent, statements
 from pyro_mpis.programs.runs import NotMappableError
-from pyro_mpis.blocks import Workers, run_plan
 
 TRIALS = 3  # runs of a trial
 LOW_ESS = 5.0  # of a trial's particles outside of plates

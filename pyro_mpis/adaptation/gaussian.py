@@ -88,7 +88,9 @@ class Eliminated:
         for block in reversed(self.blocks):
             for around in self._around(block):
                 # B = -A^-1 Lam_ba, so that -Lam_ba^T A^-1 g is B^T g
-                product = self.couplings[block.number, around].mT @ right[block.number].unsqueeze(-1)
+                product = self.couplings[block.number, around].mT @ right[block.number].unsqueeze(
+                    -1
+                )
                 shape = self.blocks[around].shape
                 right[around] = right[around] + sum_to(product.squeeze(-1), shape, 1)
         result: list[Tensor] = []

@@ -26,10 +26,10 @@ from pyro_mpis.programs.mapped import run_mapped, unwrapped
 QUANTILE_DRAWS = 4096
 _NUMBERS = itertools.count(1)
 
+
 class AutoPlateNormal(PyroModule):
     r"""
-    A guide with the model's plates: Gaussian in unconstrained numbers, each latent given those
-    around it.
+    A guide with the model's plates, Gaussian in unconstrained numbers.
 
     All latents outside of plates are one Gaussian vector with a full covariance matrix; so are, in
     each element, the latents of the same plates, given those around them. Each vector is computed
@@ -199,7 +199,9 @@ class AutoPlateNormal(PyroModule):
         with torch.no_grad(), seeded(0):
             gaussian = self.gaussian()
             shapes = [(*block.shape, block.size) for block in self.blocks]
-            numbers = gaussian.at([antithetic(QUANTILE_DRAWS, s).to(gaussian.means[0]) for s in shapes])
+            numbers = gaussian.at(
+                [antithetic(QUANTILE_DRAWS, s).to(gaussian.means[0]) for s in shapes]
+            )
             level = {str(number): z for number, z in enumerate(numbers)}
             run_mapped(at_single_values, [level], patched=True)
         probabilities = torch.as_tensor(quantiles)

@@ -198,7 +198,9 @@ def blocks_of(
                     tuple(f for f in frames[name] if f.dim is not None),
                 )
             )
-        parents = tuple(n for n, other in enumerate(members[:number]) if plates_of[other[0]] < plates)
+        parents = tuple(
+            n for n, other in enumerate(members[:number]) if plates_of[other[0]] < plates
+        )
         blocks.append(
             Block(
                 number,

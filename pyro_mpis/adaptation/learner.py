@@ -61,9 +61,7 @@ def variance_ratios(start: Start, fitted: Fitted) -> dict[str, float]:
     """
     _, prior_sds = start.moments(start.can_be_non_centred())
     result = {}
-    for block, sd, prior_sd in zip(
-        start.blocks, fitted.gaussian.sds(), prior_sds, strict=True
-    ):
+    for block, sd, prior_sd in zip(start.blocks, fitted.gaussian.sds(), prior_sds, strict=True):
         ratio = (sd / prior_sd).square()
         for part in block.parts:
             result[part.name] = float(ratio[..., part.start : part.stop].mean())
@@ -95,4 +93,3 @@ def _fitted(
         settings,
         tell,
     )
-

@@ -178,7 +178,7 @@ class LogJoint:
         return Derivatives(log_joints.detach(), [g.detach().mean(0) for g in gradients], hessian)
 
     def _rows(self, block: Block, at: list[Tensor], gradient: Tensor) -> dict[Pair, Tensor]:
-        """Return the rows of a block, and those of the blocks inside of it that it has a part in."""
+        """Return the rows of a block, and its part of those of the blocks inside of it."""
         inside = [other for other in self.blocks if block.number in other.parents]
         wanted = [block, *inside]
         size = block.size

@@ -122,9 +122,7 @@ def fit(
     settled = tail is not None and not any(limited[-5:])
     last = elbos[-WINDOW:]
     error = max(errors[-WINDOW:]) / math.sqrt(len(last))
-    return Fitted(
-        state.gaussian, sum(last) / len(last), error, settled, elbos, state.precision
-    )
+    return Fitted(state.gaussian, sum(last) / len(last), error, settled, elbos, state.precision)
 
 
 def _settled(

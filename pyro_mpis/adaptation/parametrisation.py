@@ -174,4 +174,12 @@ def is_fixed(support: object, is_mapped: Callable[[Tensor], bool]) -> bool:
     return not any(map(is_mapped, parts)) and (base is None or is_fixed(base, is_mapped))
 
 
-__all__ = ["ComposeTransform", "Place", "Scaling", "constrained", "from_free", "is_fixed", "scaling_of"]
+__all__ = [
+    "ComposeTransform",
+    "Place",
+    "Scaling",
+    "constrained",
+    "from_free",
+    "is_fixed",
+    "scaling_of",
+]

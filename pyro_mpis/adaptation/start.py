@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import pyro
 import torch
 from pyro.ops.provenance import detach_provenance
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import biject_to
 
@@ -20,14 +21,13 @@ from pyro_mpis.adaptation.gaussian import Gaussian
 from pyro_mpis.adaptation.guide import AutoPlateNormal
 from pyro_mpis.adaptation.layout import Block, Grouping, blocks_of, by_plates
 from pyro_mpis.adaptation.parametrisation import is_fixed, scaling_of
+from pyro_mpis.particles.drawing import draw_particles
 from pyro_mpis.planning import Plan
 from pyro_mpis.programs.environment import Environment
-from pyro_mpis.particles.drawing import draw_particles
 from pyro_mpis.programs.mapped import is_mapped, tensors_of
 from pyro_mpis.programs.messages import is_delta, is_latent, statements
 from pyro_mpis.programs.runs import Programs, Wanted, evaluate
 from pyro_mpis.programs.structure import Structure
-from pyro.poutine.trace_struct import Trace
 
 PRIOR_DRAWS = 200
 LARGEST_SD = 5.0  # of the prior, in unconstrained numbers; and its median's largest size

@@ -151,9 +151,7 @@ class Runs:
         (weights,) = joint_weights_of([total], _symbols(total.replicate, guide), _ALONE)
         return log_p, _by_block(guide, total.replicate, total.whole, weights)
 
-    def _again(
-        self, first: Replicate, guide: AutoPlateNormal
-    ) -> tuple[Tensor, Weighted | None]:
+    def _again(self, first: Replicate, guide: AutoPlateNormal) -> tuple[Tensor, Weighted | None]:
         """Run a guide, where it is known what the programs read."""
         plan = self.plan
         with plan.environment.entered(), gc_paused(plan.cut.whole):
@@ -256,4 +254,3 @@ def matched(guide: AutoPlateNormal, noise: Mapping[int, Noise]) -> AutoPlateNorm
 
 
 LARGEST_MATCHED = 20  # numbers of a block, above which its covariance is left as it is
-
