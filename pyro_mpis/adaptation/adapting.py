@@ -24,7 +24,7 @@ from pyro_mpis.adaptation.natural import Settings
 from pyro_mpis.adaptation.prepared import prepared, summable
 from pyro_mpis.adaptation.progress import Progress
 from pyro_mpis.adaptation.start import Start, start_of
-from pyro_mpis.adaptation.trials import Runs, Trial, fitting, matched, replicates_for, tried
+from pyro_mpis.adaptation.trials import OTHERS, Runs, Trial, fitting, matched, replicates_for, tried
 from pyro_mpis.blocks import Workers, run_plan
 from pyro_mpis.planning import Options, plan_of, programs_of
 from pyro_mpis.programs.messages import is_latent, statements
@@ -44,7 +44,7 @@ class Adapted:
 
     model: Program  # with marks of what is to be summed
     guide: AutoPlateNormal
-    num_samples: dict[str, int]
+    num_samples: dict[str | None, int]
     num_replicates: int
     log_evidence: float  # of the last trial
     ess: float  # smallest of its particles
@@ -103,7 +103,7 @@ def adapted(
     return Adapted(
         start.model,
         best.guide,
-        best.numbers,
+        {**best.numbers, None: OTHERS},
         best.replicates,
         best.trial.log_evidence,
         float(best.trial.ess.median()),
@@ -169,7 +169,7 @@ def _by_gradients(start: Start, options: Options, progress: Progress) -> _Candid
             break
         guide, trial = moved, again
     plan, numbers = fitting(start.programs, options, guide)
-    return _Candidate(guide, trial, fitted.settled, numbers, replicates_for(plan, numbers))
+    return _Candidate(guide, trial, fitted.settled, numbers, replicates_for(plan, numbers, trial))
 
 
 def _by_moments(start: Start, options: Options, progress: Progress) -> _Candidate:
@@ -181,4 +181,4 @@ def _by_moments(start: Start, options: Options, progress: Progress) -> _Candidat
     )
     trial = tried(Runs(plan), guide, TRIALS)
     numbers = dict(plan.options.numbers)
-    return _Candidate(guide, trial, True, numbers, replicates_for(plan, numbers))
+    return _Candidate(guide, trial, True, numbers, replicates_for(plan, numbers, trial))

@@ -42,9 +42,13 @@ class AutoPlateNormal(PyroModule):
     :class:`~pyro.infer.Importance`, :class:`~pyro.infer.Predictive` and :class:`~pyro.infer.SVI`;
     its state is in ``state_dict()``.
 
+    :cvar nan_is_zero: that densities which are nan count as zero: heavy tails reach where the
+        arguments of the model's distributions overflow.
     :ivar latents: names of the model's sites that it has.
     :ivar non_centred: those whose numbers are standardised by the prior's location and scale.
     """
+
+    nan_is_zero = True
 
     def __init__(
         self,
@@ -178,7 +182,7 @@ class AutoPlateNormal(PyroModule):
         """
         with torch.no_grad():
             values = self._values(self.gaussian().means, args, kwargs)
-        return {name: value for name, (value, _) in values.items()}
+        return {name: value.detach() for name, (value, _) in values.items()}
 
     def quantiles(
         self, quantiles: Sequence[float] | Tensor, *args: object, **kwargs: object

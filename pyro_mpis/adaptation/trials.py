@@ -27,9 +27,12 @@ from pyro_mpis.programs.structure import Structure
 
 GLOBALS = 300  # particles of the index outside of plates
 LOCALS = (10, 6, 6)  # of indices in plates, by the number of blocks around them
+OTHERS = 30  # of latents that the guide lacks
 LARGEST_RUN = 3e7  # densities of a run
 WORK = 7e7  # densities of all final runs together
-REPLICATES = (4, 12)
+REPLICATES = (4, 24)
+SMALL_ERROR = 0.02  # of the log evidence, in nats
+LARGE_ESS = 1500.0  # of a trial's particles, over all final runs
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def numbers_of(guide: AutoPlateNormal, share: float = 1.0) -> dict[str, int]:
 def work_of(structure: Structure, numbers: Mapping[str, int]) -> float:
     """Return the number of densities that a run evaluates."""
     sizes = {
-        index.symbol: index.support or max(numbers.get(name, 1) for name in index.sites)
+        index.symbol: index.support or max(numbers.get(name, OTHERS) for name in index.sites)
         for index in structure.indices
     }
     return sum(
@@ -105,13 +108,20 @@ def fitting(
 
 def with_numbers(options: Options, numbers: Mapping[str, int]) -> Options:
     """Return options with numbers of particles of their own for some sites."""
-    return replace(options, num_samples=max(numbers.values()), numbers=dict(numbers))
+    return replace(options, num_samples=OTHERS, numbers=dict(numbers))
 
 
-def replicates_for(plan: Plan, numbers: Mapping[str, int]) -> int:
-    """Return how many final runs are worth it."""
+def replicates_for(plan: Plan, numbers: Mapping[str, int], trial: Trial) -> int:
+    """
+    Return how many final runs are worth it: fewer where trial runs agree, or runs take long.
+
+    :param trial: of fewer particles, or as many.
+    """
     few, many = REPLICATES
-    return int(min(many, max(few, WORK / max(work_of(plan.structure, numbers), 1.0))))
+    spread = (trial.spread / SMALL_ERROR) ** 2 if math.isfinite(trial.spread) else many
+    wanted = max(spread, LARGE_ESS / float(trial.ess.median().clamp(min=1)))
+    worth = WORK / max(work_of(plan.structure, numbers), 1.0)
+    return round(min(many, max(few, min(wanted, worth))))
 
 
 Weighted = list[tuple[Tensor, Tensor]]  # of each block: (K, *batch dims), (K, *batch dims, D)

@@ -77,7 +77,7 @@ def evaluate_programs(
             programs,
             by_level,
             guide=wanted_of_guide(structure, validate=validate),
-            model=wanted_of_model(structure, validate=validate),
+            model=wanted_of_model(structure, validate=validate, nan_is_zero=programs.nan_is_zero),
             shapes=structure.latent_shapes,
         )
     return Evaluated(said_by_guide, said_by_model, levels)
@@ -97,8 +97,12 @@ def wanted_of_guide(structure: Structure, *, validate: bool) -> Wanted | None:
     return Wanted(dict.fromkeys(names, collect), frozenset(structure.guide))
 
 
-def wanted_of_model(structure: Structure, *, validate: bool) -> Wanted:
-    """Return what the model is to say: the densities of its sites, the values of its latents."""
+def wanted_of_model(structure: Structure, *, validate: bool, nan_is_zero: bool = False) -> Wanted:
+    """
+    Return what the model is to say: the densities of its sites, the values of its latents.
+
+    :param nan_is_zero: whether a density that is nan counts as zero.
+    """
 
     def collecting(name: str) -> Collect:
         dims = structure.summed_dims(structure.model[name])
@@ -112,6 +116,8 @@ def wanted_of_model(structure: Structure, *, validate: bool) -> Wanted:
             result = {"value": site["value"]} if has_value else {}
             if has_density:
                 density = density_of(site["fn"], site["value"], validate=checked)
+                if nan_is_zero:
+                    density = torch.where(density.isnan(), -torch.inf, density)
                 log_prob = counted(site, density)
                 result["log_prob"] = summed_over(log_prob, dims)
                 if is_prior and not (isinstance(site["scale"], float) and site["scale"] == 1.0):

@@ -55,6 +55,11 @@ class Programs:
     sites: Mapping[Name, frozenset[str]] = field(default_factory=dict)  # that a plain run met
     patched: bool = False  # whether to rewrite operations that torch cannot map
 
+    @property
+    def nan_is_zero(self) -> bool:
+        """Whether the guide is learned: its tails reach where arguments overflow."""
+        return bool(getattr(self.guide, "nan_is_zero", False))
+
     def program(self, name: Name) -> Program:
         """Return the model or the guide."""
         return self.model if name == "model" else self.guide
