@@ -35,38 +35,6 @@ def table(lines: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
     )
 
 
-def html_table(lines: Sequence[Sequence[str]], caption: str = "") -> str:
-    """
-    Write a table for a notebook, in the notebook's own style.
-
-    :param lines: the cells of each line, the header's first; the first cell names the line.
-    """
-    header, *rows = ([html.escape(cell) for cell in line] for line in lines)
-    head = "".join(f"<th>{cell}</th>" for cell in header)
-    body = "".join(
-        f"<tr><th>{row[0]}</th>{''.join(f'<td>{cell}</td>' for cell in row[1:])}</tr>"
-        for row in rows
-    )
-    below = f"<p>{html.escape(caption)}</p>" if caption else ""
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{below}"
-
-
-def html_table(lines: Sequence[Sequence[str]], caption: str = "") -> str:
-    """
-    Write a table for a notebook, in the notebook's own style.
-
-    :param lines: the cells of each line, the header's first; the first cell names the line.
-    """
-    header, *rows = ([html.escape(cell) for cell in line] for line in lines)
-    head = "".join(f"<th>{cell}</th>" for cell in header)
-    body = "".join(
-        f"<tr><th>{row[0]}</th>{''.join(f'<td>{cell}</td>' for cell in row[1:])}</tr>"
-        for row in rows
-    )
-    below = f"<p>{html.escape(caption)}</p>" if caption else ""
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{below}"
-
-
 def broadcast_shape(*shapes: Sequence[int]) -> torch.Size:
     """Return the shape that others broadcast to; torch's own function loads half a library."""
     return torch.Size(util.broadcast_shape(*shapes))

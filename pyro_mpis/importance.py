@@ -181,6 +181,7 @@ class MPImportance(ImportanceTraces):
                 "Give none: MPImportance(model).adapt(...). A guide of yours is trained by "
                 "pyro.infer.SVI, for example, and then given to MPImportance(model, guide)."
             )
+        self.groups = ()  # the guide has one index for each set of plates
         options = replace(self._options, num_samples=None, numbers={})
         found = adapted(self.model, args, kwargs, options, show_progress=not self.disable_progbar)
         self.model, self.guide = found.model, found.guide

@@ -8,7 +8,6 @@ location and scale; a first fit with all of them standardised tells which.
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 
 from pyro_mpis.adaptation.log_joint import LogJoint, Pair
 from pyro_mpis.adaptation.natural import Fitted, Settings, fit
@@ -16,7 +15,7 @@ from pyro_mpis.adaptation.start import Start
 
 CENTRED_BELOW = 0.35  # posterior variance given the latents around, in units of the prior's
 UNCOUPLED_ABOVE = 0.5
-FIRST_LOOK = Settings(at_most=35, tail=8)
+FIRST_LOOK = Settings(points=4, at_most=35, tail=8)
 
 Tell = Callable[[float], None]
 
@@ -31,7 +30,7 @@ def learnt(start: Start, settings: Settings, tell: Tell) -> tuple[Fitted, frozen
     pairs = [(b.number, around) for b in start.blocks for around in b.parents]
     if not scalable:
         return _fitted(start, scalable, pairs, settings, tell), scalable
-    first = _fitted(start, scalable, pairs, replace(FIRST_LOOK, points=settings.points), tell)
+    first = _fitted(start, scalable, pairs, FIRST_LOOK, tell)
     ratios = variance_ratios(start, first)
     non_centred = frozenset(name for name in scalable if ratios[name] >= CENTRED_BELOW)
     coupled = []

@@ -27,6 +27,7 @@ from pyro_mpis.programs.structure import Structure
 
 GLOBALS = 300  # particles of the index outside of plates
 LOCALS = (10, 6, 6)  # of indices in plates, by the number of blocks around them
+CHEAP_EVENT = 4  # numbers of an event that take as long as another density
 OTHERS = 30  # of latents that the guide lacks
 LARGEST_RUN = 3e7  # densities of a run
 WORK = 7e7  # densities of all final runs together
@@ -83,10 +84,12 @@ def work_of(structure: Structure, numbers: Mapping[str, int]) -> float:
         index.symbol: index.support or max(numbers.get(name, OTHERS) for name in index.sites)
         for index in structure.indices
     }
-    return sum(
-        structure.elements(site) * math.prod(sizes[s] for s in structure.indices_read(site))
-        for site in structure.model.values()
-    )
+    work = 0.0
+    for site in structure.model.values():
+        combinations = math.prod(sizes[s] for s in structure.indices_read(site))
+        densities = structure.elements(site) / site.event_size
+        work += combinations * densities * max(1.0, site.event_size / CHEAP_EVENT)
+    return work
 
 
 def fitting(

@@ -3,9 +3,8 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,12 +12,6 @@ from torch import Tensor
 from pyro_mpis._text import range_of, table
 from pyro_mpis.factor_graph.marginals import Marginal
 from pyro_mpis.results.site_diagnosis import UNEVEN_ESS
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
 
 
 @dataclass(frozen=True)
@@ -47,54 +40,24 @@ class Summary:
 
     def __str__(self) -> str:
         """Return the table."""
-        return f"{table(self._lines())}\n{self._title()}"
-
-    def _repr_html_(self) -> str:
-        """Return the table as a notebook shows it."""
-        return html_table(self._lines(), self._title())
-
-    def to_dataframe(self) -> "DataFrame":
-        """
-        Return the rows as a pandas ``DataFrame``, indexed by the names of the scalars.
-
-        :raises ImportError: without pandas.
-        """
-        columns = [field.name for field in fields(Row)]
-        rows = {name: [getattr(row, name) for row in self.rows] for name in columns}
-        return data_frame(rows).set_index("name")
-
-    def _lines(self) -> list[tuple[str, ...]]:
         lower, upper = (f"{50 * (1 + sign * self.prob):.3g}%" for sign in (-1, 1))
-        lines: list[tuple[str, ...]] = [("", "mean", "sd", lower, "50%", upper, "ESS", "k-hat")]
+        header = ("", "mean", "sd", lower, "50%", upper, "ESS", "k-hat")
+        lines: list[tuple[str, ...]] = [header]
         for row in self.rows:
             numbers = [getattr(row, field.name) for field in fields(row)[1:6]]
             cells = [f"{x:.3g}" if abs(x) >= 1e4 else f"{x:.2f}" for x in numbers]
             ess = "-" if math.isnan(row.ess) else f"{row.ess:.1f}"
             k_hat = "-" if math.isnan(row.k_hat) else f"{row.k_hat:.2f}"
             lines.append((row.name, *cells, ess, k_hat))
-        return lines
-
-    def _title(self) -> str:
         error = (
             "" if self.evidence_error is None else f" (standard error {self.evidence_error:.2g})"
         )
         title = f"log evidence {self.log_evidence:.2f}{error}"
         if not all(math.isnan(row.ess) for row in self.rows):
-            title += f", {self.num_samples} particles a site"
-        return title
+            title += f", {range_of(self.num_samples)} particles a site"
+        return f"{table(lines)}\n{title}"
 
-    __repr__ = __str__
-
-
-def data_frame(columns: Mapping[str, Sequence[object]]) -> "DataFrame":
-    """Return a pandas ``DataFrame``."""
-    try:
-        import pandas
-    except ImportError as error:
-        raise ImportError(
-            "to_dataframe needs pandas, which is not installed: pip install pandas"
-        ) from error
-    return pandas.DataFrame(columns)
+    __repr__ = __str__  # a notebook shows the table
 
 
 def summarise(
