@@ -24,6 +24,7 @@ from pyro_mpis.programs.handlers import AllMet, Stop, isolated
 from pyro_mpis.programs.mapped import run_mapped, unwrapped
 
 QUANTILE_DRAWS = 4096
+LARGEST_WIDE = 10  # numbers outside of plates, up to which some are drawn as wide as the prior
 _NUMBERS = itertools.count(1)
 
 
@@ -60,6 +61,7 @@ class AutoPlateNormal(PyroModule):
         supports: Mapping[str, object],
         others: Mapping[str, Tensor],
         tails: bool = True,
+        prior: tuple[Tensor, Tensor] | None = None,
         name: str = "",
     ) -> None:
         name = name or f"AutoPlateNormal_{next(_NUMBERS)}"  # so that no two share parameters
@@ -69,6 +71,7 @@ class AutoPlateNormal(PyroModule):
         self._supports = dict(supports)  # of the sites for which it is always the same
         self._others = dict(others)
         self._tails = tails
+        self._prior = prior  # location and sd of the first block's numbers
         self._pairs: tuple[Pair, ...] = tuple(gaussian.couplings)
         self.non_centred = non_centred
         self.latents = tuple(part.name for block in blocks for part in block.parts)
@@ -95,6 +98,7 @@ class AutoPlateNormal(PyroModule):
             supports=self._supports,
             others=self._others,
             tails=self._tails,
+            prior=self._prior,
             name=self._pyro_name,
         )
 
@@ -139,12 +143,25 @@ class AutoPlateNormal(PyroModule):
     def _noise(self, block: Block, plates: Mapping[str, pyro.plate]) -> Tensor:
         """Sample the standard noise of a block."""
         zeros = getattr(self, f"loc_{block.number}").detach().new_zeros(block.size)
-        tailed = self._tails and not block.plates
-        fn = TailedNormal(zeros) if tailed else dist.Normal(zeros, 1.0).to_event(1)
+        fn = dist.Normal(zeros, 1.0).to_event(1)
+        if self._tails and not block.plates:
+            fn = TailedNormal(zeros, self._wide(block))
         with contextlib.ExitStack() as entered:
             for plate in block.plates:
                 entered.enter_context(plates[plate.name])
             return pyro.sample(self.noise_sites[block.number], fn, infer={"is_auxiliary": True})
+
+    def _wide(self, block: Block) -> tuple[Tensor, Tensor] | None:
+        """Return location and scale of the prior of a block of few numbers, as its noise."""
+        if self._prior is None or block.size > LARGEST_WIDE:
+            return None
+        loc, sd = (part.to(self.loc_0) for part in self._prior)
+        scale = self.scale_tril_0.detach().reshape((block.size, block.size))
+        shift = (loc - self.loc_0.detach()).reshape((block.size, 1))
+        wide = torch.linalg.solve_triangular(
+            scale, torch.cat([shift, torch.diag(sd.flatten())], -1), upper=False
+        )
+        return wide[:, 0], wide[:, 1:]
 
     def _values(
         self, numbers: Sequence[Tensor], args: tuple[object, ...], kwargs: Mapping[str, object]
@@ -198,7 +215,7 @@ class AutoPlateNormal(PyroModule):
 
         def at_single_values(numbers: dict[str, Tensor]) -> None:
             for name, (value, _) in self._values(list(numbers.values()), args, kwargs).items():
-                draws[name] = unwrapped(value).tensor
+                draws[name] = unwrapped(value).tensor.detach()
 
         with torch.no_grad(), seeded(0):
             gaussian = self.gaussian()

@@ -29,7 +29,7 @@ def learnt(start: Start, settings: Settings, tell: Tell) -> tuple[Fitted, frozen
     scalable = start.can_be_non_centred()
     pairs = [(b.number, around) for b in start.blocks for around in b.parents]
     if not scalable:
-        return _fitted(start, scalable, pairs, settings, tell), scalable
+        return _fitted_twice(start, scalable, pairs, settings, tell), scalable
     first = _fitted(start, scalable, pairs, FIRST_LOOK, tell)
     ratios = variance_ratios(start, first)
     non_centred = frozenset(name for name in scalable if ratios[name] >= CENTRED_BELOW)
@@ -39,7 +39,7 @@ def learnt(start: Start, settings: Settings, tell: Tell) -> tuple[Fitted, frozen
         ruled = names <= non_centred and all(ratios[name] > UNCOUPLED_ABOVE for name in names)
         if not ruled:
             coupled.append((block, around))
-    last = _fitted(start, non_centred, coupled, settings, tell)
+    last = _fitted_twice(start, non_centred, coupled, settings, tell)
     if _is_better(first, last):
         return _fitted(start, scalable, pairs, settings, tell), scalable
     return last, non_centred
@@ -65,6 +65,21 @@ def variance_ratios(start: Start, fitted: Fitted) -> dict[str, float]:
         for part in block.parts:
             result[part.name] = float(ratio[..., part.start : part.stop].mean())
     return result
+
+
+def _fitted_twice(
+    start: Start,
+    non_centred: frozenset[str],
+    coupled: list[Pair],
+    settings: Settings,
+    tell: Tell,
+) -> Fitted:
+    """Fit, and once more with other noise where that does not settle."""
+    fitted = _fitted(start, non_centred, coupled, settings, tell)
+    if fitted.settled:
+        return fitted
+    again = _fitted(start, non_centred, coupled, settings, tell)
+    return again if again.settled or again.elbo > fitted.elbo else fitted
 
 
 def _fitted(

@@ -19,7 +19,7 @@ from pyro_mpis.adaptation.gaussian import Eliminated, Gaussian, eliminated
 from pyro_mpis.adaptation.layout import Block
 from pyro_mpis.adaptation.log_joint import Derivatives, Pair
 
-FIRST_SCALE = 0.3  # sds at the start, in units of the prior's: vague priors have wild corners
+FIRST_SCALES = (0.3, 0.03)  # sds at the start, of the prior's: vague priors have wild corners
 LONGEST_STEP = 1.5  # of the mean, in sds
 LARGEST_RATE, FIRST_RATE, LAST_RATE = 0.3, 0.1, 0.06
 SMALLEST_RATE = 1e-4  # below, the fit has failed
@@ -84,16 +84,20 @@ def fit(
     :param tell: called with the ELBO of each iteration.
     """
     pairs = [*((b.number, b.number) for b in blocks), *coupled]
-    precision: dict[Pair, Tensor] = {}
-    for block, around in pairs:
-        own = torch.diag_embed((FIRST_SCALE * prior_sds[block]) ** -2)
-        shape = (*blocks[block].shape, blocks[block].size, blocks[around].size)
-        precision[block, around] = own if block == around else own.new_zeros(shape)
-    made = eliminated(blocks, precision, prior_sds)
-    start = Gaussian(list(means), made.scales(), made.couplings)
-    state = _evaluated(blocks, evaluate, start, precision, settings.points)
+    for scale in FIRST_SCALES:
+        precision: dict[Pair, Tensor] = {}
+        for block, around in pairs:
+            own = torch.diag_embed((scale * prior_sds[block]) ** -2)
+            shape = (*blocks[block].shape, blocks[block].size, blocks[around].size)
+            precision[block, around] = own if block == around else own.new_zeros(shape)
+        made = eliminated(blocks, precision, prior_sds)
+        start = Gaussian(list(means), made.scales(), made.couplings)
+        state = _evaluated(blocks, evaluate, start, precision, settings.points)
+        if state.is_finite:
+            break
     rate, elbos, errors, limited = FIRST_RATE, [state.elbo], [state.error], [True]
-    tail = None
+    tail: int | None = None
+    ended = False  # by itself
     for _ in range(settings.at_most + settings.tail):
         if not state.is_finite:
             break
@@ -117,9 +121,10 @@ def fit(
                 break
         else:
             rate = min(1.4 * rate, LARGEST_RATE)
-            if _settled(elbos, errors, limited, settings.at_least) or len(elbos) > settings.at_most:
+            ended = _settled(elbos, errors, limited, settings.at_least)
+            if ended or len(elbos) > settings.at_most:
                 tail = settings.tail
-    settled = tail is not None and not any(limited[-5:])
+    settled = ended and not any(limited[-5:])
     last = elbos[-WINDOW:]
     error = max(errors[-WINDOW:]) / math.sqrt(len(last))
     return Fitted(state.gaussian, sum(last) / len(last), error, settled, elbos, state.precision)

@@ -75,6 +75,7 @@ class Start:
         self, gaussian: Gaussian, non_centred: frozenset[str], *, tails: bool
     ) -> AutoPlateNormal:
         """Make a guide of a Gaussian of the blocks' numbers."""
+        medians, sds = self.moments(non_centred)
         with torch.no_grad():
             return AutoPlateNormal(
                 self.model,
@@ -84,6 +85,7 @@ class Start:
                 supports=self.fixed_supports,
                 others=self.others,
                 tails=tails,
+                prior=(medians[0], sds[0]),
             )
 
     @property
