@@ -185,7 +185,7 @@ class MPImportance(ImportanceTraces):
         options = replace(self._options, num_samples=None, numbers={})
         found = adapted(self.model, args, kwargs, options, show_progress=not self.disable_progbar)
         self.model, self.guide = found.model, found.guide
-        self.num_samples = found.num_samples
+        self.num_samples = dict(found.num_samples)
         self.num_replicates = max(self.num_replicates, found.num_replicates)
         self._is_number_given = True
         for problem in found.problems:

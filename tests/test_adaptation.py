@@ -14,6 +14,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI, Importance, Predictive, Trace_ELBO
+from pyro.optim import Adam  # type: ignore[attr-defined]
 from torch import Tensor
 
 from pyro_mpis import MPImportance, MPISWarning
@@ -26,6 +27,7 @@ from pyro_mpis.adaptation.moments import flattened
 from pyro_mpis.adaptation.start import Start
 from pyro_mpis.adaptation.tails import TailedNormal
 from pyro_mpis.planning import Options
+from pyro_mpis.programs.messages import statements
 
 DATA = torch.tensor([0.3, 1.2, -0.4, 2.0, 0.9])
 FALSE_ALARM = 1e-5
@@ -54,8 +56,9 @@ def nested() -> None:
         with pyro.plate("j", 2, dim=-1):
             b = pyro.sample("b", dist.Normal(a[..., 0] - a[..., 1], s))
             data = torch.tensor([[0.5, 1.0], [-1.0, 0.3], [2.0, 0.0]])
-            with poutine.mask(mask=torch.tensor([[True, False], [True, True], [True, True]])):
-                pyro.sample("y", dist.Normal(b, 0.7), obs=data)
+            seen = torch.tensor([[True, False], [True, True], [True, True]])
+        with poutine.mask(mask=seen):  # type: ignore[call-overload]
+            pyro.sample("y", dist.Normal(b, 0.7), obs=data)
 
 
 def start(model: Callable[..., object]) -> Start:
@@ -179,7 +182,8 @@ def test_states_are_marked_and_summed() -> None:
         stay = numbers["stay"].sigmoid()
         prior = dist.Normal(torch.tensor([0.0, 2.0]), 1.0).log_prob(numbers["mu"]).sum()
         prior = prior + dist.Beta(4.0, 2.0).log_prob(stay) + (stay * (1 - stay)).log()
-        return by_hand(numbers["mu"], stay) + prior
+        total: Tensor = by_hand(numbers["mu"], stay) + prior
+        return total
 
     expected = torch.stack([expected_at(z) for z in at[0]])
     assert torch.allclose(found, expected.double(), atol=1e-4)
@@ -273,7 +277,8 @@ def test_the_guides_density_is_that_of_its_transform() -> None:
     guide = adapted(nested).guide
     assert isinstance(guide, AutoPlateNormal)
     trace = poutine.trace(guide).get_trace()
-    noise = {name: trace.nodes[name]["value"] for name in guide.noise_sites}
+    sites = statements(trace)
+    noise = {name: sites[name]["value"] for name in guide.noise_sites}
     sizes = [value.numel() for value in noise.values()]
 
     def values_of(flat: Tensor) -> Tensor:
@@ -288,9 +293,10 @@ def test_the_guides_density_is_that_of_its_transform() -> None:
 
     flat = torch.cat([value.flatten() for value in noise.values()])
     jacobian = torch.autograd.functional.jacobian(values_of, flat)
-    of_noise = sum(float(trace.nodes[n]["fn"].log_prob(v).sum()) for n, v in noise.items())
+    of_noise = sum(float(sites[n]["fn"].log_prob(v).sum()) for n, v in noise.items())
     expected = of_noise - float(torch.linalg.slogdet(jacobian.double()).logabsdet)
-    assert float(trace.log_prob_sum().detach()) == pytest.approx(expected, abs=1e-3)
+    log_density = torch.as_tensor(trace.log_prob_sum()).detach()
+    assert float(log_density) == pytest.approx(expected, abs=1e-3)
 
 
 def test_the_guide_is_an_autoguide_by_behaviour() -> None:
@@ -316,7 +322,7 @@ def test_the_guide_trains_on_and_its_state_can_be_kept() -> None:
     assert isinstance(guide, AutoPlateNormal)
     kept = copy.deepcopy(guide.state_dict())
     pyro.clear_param_store()
-    svi = SVI(normals, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO(num_particles=2))
+    svi = SVI(normals, guide, Adam({"lr": 0.05}), Trace_ELBO(num_particles=2))
     for _ in range(3):
         svi.step()
     assert any(not torch.equal(kept[name], value) for name, value in guide.state_dict().items())

@@ -23,13 +23,14 @@ from pyro_mpis.adaptation.moments import matched_by_moments
 from pyro_mpis.adaptation.natural import Settings
 from pyro_mpis.adaptation.prepared import prepared, summable
 from pyro_mpis.adaptation.progress import Progress
-from pyro_mpis.adaptation.start import Start, start_of
+from pyro_mpis.adaptation.start import Start, is_discrete, start_of
 from pyro_mpis.adaptation.trials import OTHERS, Runs, Trial, fitting, matched, replicates_for, tried
 from pyro_mpis.blocks import Workers, run_plan
 from pyro_mpis.planning import Options, plan_of, programs_of
 from pyro_mpis.programs.messages import is_latent, statements
 from pyro_mpis.programs.runs import NotMappableError
 
+FEW_REPLICATES = 6
 TRIALS = 3  # runs of a trial
 LOW_ESS = 5.0  # of a trial's particles outside of plates
 WIDE_SPREAD = 1.0  # sd of log evidences, in nats
@@ -100,10 +101,12 @@ def adapted(
             raise ValueError(f"adapt: {'; '.join(problems)}")
         best = max(candidates, key=lambda candidate: candidate.trial.log_evidence)
     told = [] if best.is_good else [_poor(best, problems)]
+    numbers: dict[str | None, int] = {None: OTHERS}
+    numbers |= best.numbers
     return Adapted(
         start.model,
         best.guide,
-        {**best.numbers, None: OTHERS},
+        numbers,
         best.replicates,
         best.trial.log_evidence,
         float(best.trial.ess.median()),
@@ -137,7 +140,7 @@ def started(
     if summed or masked:
         model = prepared(model, summed, masked=masked)
         plan, _, trace = plan_of(programs_of(model, None, args, kwargs), few)
-    if not any(is_latent(site) and not site["fn"].support.is_discrete for site in sites.values()):
+    if not any(is_latent(site) and not is_discrete(site) for site in sites.values()):
         raise ValueError(
             "the model has no continuous latent, so there is no proposal to learn: .run(...) sums "
             "or samples its discrete latents as it is."
@@ -181,4 +184,6 @@ def _by_moments(start: Start, options: Options, progress: Progress) -> _Candidat
     )
     trial = tried(Runs(plan), guide, TRIALS)
     numbers = dict(plan.options.numbers)
-    return _Candidate(guide, trial, True, numbers, replicates_for(plan, numbers, trial))
+    # sums over many indices take longer than their densities
+    replicates = min(FEW_REPLICATES, replicates_for(plan, numbers, trial))
+    return _Candidate(guide, trial, True, numbers, replicates)

@@ -143,4 +143,5 @@ def _inverse(precision: Tensor, prior_sd: Tensor) -> Tensor:
     scaled = 0.5 * (precision + precision.mT) * unit
     values, vectors = torch.linalg.eigh(scaled)
     values = values.abs().clamp(min=SMALLEST_PRECISION)
-    return (vectors / values.unsqueeze(-2)) @ vectors.mT * unit
+    inverse: Tensor = (vectors / values.unsqueeze(-2)) @ vectors.mT * unit
+    return inverse

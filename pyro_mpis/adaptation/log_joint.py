@@ -98,7 +98,7 @@ class LogJoint:
 
     def _run(self, values: Mapping[str, Tensor]) -> tuple[Place, dict[str, SampleMessage]]:
         """Run the model at single values of the blocks' numbers and of summed sites."""
-        numbers = {}
+        numbers: dict[str, Tensor] = {}
         for block in self.blocks:
             numbers |= block.split(values[_name(block)])
         given = {**self.others, **{name: values[name] for name in self.supports}}
@@ -246,8 +246,8 @@ def _at_each_point(graph: FactorGraph, points: str) -> Tensor:
             dims = points + dims
         ordinal = graph.with_enclosing(factor.plates) | plate
         tree.setdefault(ordinal, []).append(packed(tensor.view_as(tensor), dims))
-    used = {symbol for terms in tree.values() for t in terms for symbol in t._pyro_dims}
-    result = contract_to_tensor(
+    used = {symbol for terms in tree.values() for t in terms for symbol in dims_of(t)}
+    result: Tensor = contract_to_tensor(
         tree, used & set(index_plates), target_ordinal=plate, ring=_SmoothRing(graph)
     )
     return result.double()

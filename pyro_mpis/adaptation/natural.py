@@ -157,7 +157,7 @@ def _next(
     try:
         made: Eliminated = eliminated(blocks, precision, prior_sds)
         scales = made.scales()
-    except torch.linalg.LinAlgError:
+    except RuntimeError:  # torch.linalg.LinAlgError: not finite, or not positive definite
         return None, True
     step, own = made.solve(state.derivatives.gradient)
     narrow = Gaussian(state.gaussian.means, scales, made.couplings)

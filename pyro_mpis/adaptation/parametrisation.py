@@ -17,7 +17,7 @@ from pyro.distributions.util import sum_rightmost
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to, constraints
-from torch.distributions.transforms import ComposeTransform, ExpTransform
+from torch.distributions.transforms import ExpTransform
 
 from pyro_mpis._typing import Distribution, SampleMessage
 from pyro_mpis.programs.messages import is_latent, is_subsample
@@ -39,13 +39,6 @@ class Scaling:
             return value, diagonal.log().expand(value.shape)
         value = self.loc + self.scale * standard
         return value, self.scale.log().expand(value.shape)
-
-    def standard(self, value: Tensor) -> Tensor:
-        """Undo :meth:`scaled`."""
-        if self.is_matrix:
-            difference = (value - self.loc).unsqueeze(-1)
-            return torch.linalg.solve_triangular(self.scale, difference, upper=False).squeeze(-1)
-        return (value - self.loc) / self.scale
 
 
 def _log_scale(name: str, sign: int = 1) -> Callable[[Distribution], Scaling]:
@@ -94,14 +87,11 @@ def scaling_of(fn: Distribution) -> Scaling | None:
     return None
 
 
-def constrained(
-    fn: Distribution, numbers: Tensor, *, centred: bool, support: object = None
-) -> tuple[Tensor, Tensor]:
+def constrained(fn: Distribution, numbers: Tensor, *, centred: bool) -> tuple[Tensor, Tensor]:
     """
     Map a site's numbers to its value.
 
-    :param fn: its prior, given the other latents; only needed of a non-centred site if ``support``
-        is given.
+    :param fn: its prior, given the other latents.
     :param numbers: ``(*batch_shape, *free_shape)``.
     :return: the value, and the log derivative of the map: ``(*batch_shape)``.
     """
@@ -172,14 +162,3 @@ def is_fixed(support: object, is_mapped: Callable[[Tensor], bool]) -> bool:
     base = getattr(support, "base_constraint", None)
     parts = [part for part in vars(support).values() if isinstance(part, Tensor)]
     return not any(map(is_mapped, parts)) and (base is None or is_fixed(base, is_mapped))
-
-
-__all__ = [
-    "ComposeTransform",
-    "Place",
-    "Scaling",
-    "constrained",
-    "from_free",
-    "is_fixed",
-    "scaling_of",
-]

@@ -140,7 +140,7 @@ def start_of(plan: Plan, structure: Structure, trace: Trace) -> Start:
     free_names = [
         name
         for name, origin in structure.origins.items()
-        if origin == "prior" and not sites[name]["fn"].support.is_discrete
+        if origin == "prior" and not is_discrete(sites[name])
     ]
     values = {name: draw.value for name, draw in drawn.draws.items()}
     fixed: set[str] = set()
@@ -188,6 +188,12 @@ def start_of(plan: Plan, structure: Structure, trace: Trace) -> Start:
         programs, structure, (), priors, supports, others, plan.environment, sites, fixed_supports
     )
     return replace(start, blocks=start.blocks_by(by_plates))
+
+
+def is_discrete(site: SampleMessage) -> bool:
+    """Whether a latent has discrete values."""
+    support = site["fn"].support
+    return support is not None and bool(support.is_discrete)
 
 
 def _reading(structure: Structure, names: set[str]) -> set[str]:
