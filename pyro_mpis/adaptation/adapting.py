@@ -102,7 +102,7 @@ def adapted(
         best = max(candidates, key=lambda candidate: candidate.trial.log_evidence)
     told = [] if best.is_good else [_poor(best, problems)]
     numbers: dict[str | None, int] = {None: OTHERS}
-    numbers |= best.numbers
+    numbers.update(best.numbers)
     return Adapted(
         start.model,
         best.guide,

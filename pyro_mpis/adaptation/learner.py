@@ -39,7 +39,10 @@ def learnt(start: Start, settings: Settings, tell: Tell) -> tuple[Fitted, frozen
         ruled = names <= non_centred and all(ratios[name] > UNCOUPLED_ABOVE for name in names)
         if not ruled:
             coupled.append((block, around))
-    last = _fitted_twice(start, non_centred, coupled, settings, tell)
+    same = non_centred == scalable and math.isfinite(first.elbo)
+    last = _fitted_twice(
+        start, non_centred, coupled, settings, tell, resumed=first if same else None
+    )
     if _is_better(first, last):
         return _fitted(start, scalable, pairs, settings, tell), scalable
     return last, non_centred
@@ -73,9 +76,10 @@ def _fitted_twice(
     coupled: list[Pair],
     settings: Settings,
     tell: Tell,
+    resumed: Fitted | None = None,
 ) -> Fitted:
     """Fit, and once more with other noise where that does not settle."""
-    fitted = _fitted(start, non_centred, coupled, settings, tell)
+    fitted = _fitted(start, non_centred, coupled, settings, tell, resumed)
     if fitted.settled:
         return fitted
     again = _fitted(start, non_centred, coupled, settings, tell)
@@ -88,6 +92,7 @@ def _fitted(
     coupled: list[Pair],
     settings: Settings,
     tell: Tell,
+    resumed: Fitted | None = None,
 ) -> Fitted:
     log_joint = LogJoint(
         start.programs,
@@ -106,4 +111,5 @@ def _fitted(
         coupled,
         settings,
         tell,
+        resumed,
     )

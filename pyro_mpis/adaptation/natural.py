@@ -73,6 +73,7 @@ def fit(
     coupled: Sequence[Pair],
     settings: Settings,
     tell: Callable[[float], None] = lambda elbo: None,
+    resumed: Fitted | None = None,
 ) -> Fitted:
     """
     Fit a Gaussian; draws random numbers.
@@ -82,6 +83,7 @@ def fit(
     :param prior_sds: the scales of the numbers, in the same shapes.
     :param coupled: the pairs of blocks that depend on each other.
     :param tell: called with the ELBO of each iteration.
+    :param resumed: a fit of the same numbers to go on from, in place of the start.
     """
     pairs = [*((b.number, b.number) for b in blocks), *coupled]
     for scale in FIRST_SCALES:
@@ -90,6 +92,9 @@ def fit(
             own = torch.diag_embed((scale * prior_sds[block]) ** -2)
             shape = (*blocks[block].shape, blocks[block].size, blocks[around].size)
             precision[block, around] = own if block == around else own.new_zeros(shape)
+        if resumed is not None:
+            precision = {pair: resumed.precision[pair] for pair in pairs}
+            means = resumed.gaussian.means
         made = eliminated(blocks, precision, prior_sds)
         start = Gaussian(list(means), made.scales(), made.couplings)
         state = _evaluated(blocks, evaluate, start, precision, settings.points)
