@@ -87,7 +87,7 @@ def adapted(
         start = started(model, args, kwargs, options)
         problems: list[str] = []
         learners = [_by_gradients, _by_moments]
-        if start.supports and start.work > MUCH_WORK:
+        if start.supports and POINTS[0] * start.work > MUCH_WORK:
             learners = [_by_moments]  # gradients of large sums are dear, and often lead nowhere
         candidates: list[_Candidate] = []
         for learner in learners:
