@@ -256,6 +256,41 @@ def test_a_tailed_normal_integrates_to_one_and_draws_from_its_density() -> None:
         assert abs(share - expected) < -NormalDist().inv_cdf(FALSE_ALARM / 6) * sd
 
 
+def test_a_tenth_of_a_tailed_normal_is_wide() -> None:
+    loc = torch.tensor([3.0, -2.0], dtype=torch.double)
+    scale = torch.tensor([[2.0, 0.0], [1.0, 4.0]], dtype=torch.double)
+    fn = TailedNormal(torch.zeros(2, dtype=torch.double), (loc, scale))
+    grid = torch.linspace(-60, 60, 2401, dtype=torch.double)
+    density = fn.log_prob(torch.cartesian_prod(grid, grid)).exp()
+    assert float(density.sum()) * 0.05**2 == pytest.approx(1.0, abs=1e-4)
+    pyro.set_rng_seed(0)
+    draws = fn.sample((100_000,))
+    limit = NormalDist().inv_cdf(1 - FALSE_ALARM / 4)
+    z = (draws.mean(0) - 0.1 * loc) / (draws.std(0) / math.sqrt(100_000))
+    assert bool((z.abs() < limit).all())
+    expanded = fn.expand((5, 3))
+    assert torch.allclose(
+        expanded.log_prob(draws[:15].reshape(5, 3, 2)).flatten(), fn.log_prob(draws[:15])
+    )
+
+
+def overflowing() -> None:
+    """A rate of exp(exp(.)) that heavy tails of the scale's proposal take to infinity."""
+    scale = pyro.sample("scale", dist.HalfNormal(torch.tensor(1.0)))
+    with pyro.plate("rows", 3):
+        x = pyro.sample("x", dist.Normal(0.0, 40 * scale))
+        rate = torch.nn.functional.softplus(x) + x.clamp(min=60.0).sub(60.0).exp() - 1.0
+        pyro.sample("y", dist.Poisson(rate + 0.01), obs=torch.tensor([2.0, 5.0, 30.0]))
+
+
+def test_densities_that_overflow_count_as_zero() -> None:
+    posterior = adapted(overflowing).run()
+    assert math.isfinite(float(posterior.evidence()))
+    guide = posterior.guide
+    assert isinstance(guide, AutoPlateNormal)
+    assert guide.nan_is_zero
+
+
 def test_flattened_weights_have_the_ess_asked_for() -> None:
     weight = torch.tensor([[0.97, 0.25], [0.01, 0.25], [0.01, 0.25], [0.01, 0.25]]).double()
     flat = flattened(weight)
@@ -450,11 +485,11 @@ def test_without_a_continuous_latent_there_is_nothing_to_learn() -> None:
 
 
 def test_failure_is_warned_of() -> None:
-    """Two narrow modes far apart, in many dimensions: no proposal of these finds them."""
+    """A thin shell in many dimensions: no Gaussian is near it."""
 
     def model() -> None:
-        x = pyro.sample("x", dist.Normal(torch.zeros(60), 10.0).to_event(1))
-        pyro.factor("two modes", -0.5 * ((x.abs() - 8.0) / 0.01).square().sum())
+        x = pyro.sample("x", dist.Normal(torch.zeros(30), 1.0).to_event(1))
+        pyro.factor("shell", -0.5 * ((x.norm() - 20.0) / 0.05).square())
 
-    with pytest.warns(MPISWarning, match="adapt"):
+    with pytest.warns(MPISWarning, match="adapt found no good proposal"):
         adapted(model)

@@ -36,9 +36,9 @@ class Stage:
     may_end: bool  # before that many steps, where the evidence does not rise any more
 
 
-STAGES = (Stage(40, 6, 0.5, 1.0, True), Stage(10, 8, 0.4, 1.3, False))
+STAGES = (Stage(40, 6, 0.5, 1.0, True), Stage(8, 8, 0.4, 1.3, False))
 WINDOW = 6  # steps whose mean log evidences are compared
-FINAL_PARTICLES = 10
+FINAL_PARTICLES = 8
 
 Tell = Callable[[Trial], None]
 
