@@ -98,6 +98,8 @@ class Start:
                 structure.index_of[name].symbol for name in self.supports
             }
             values = (structure.by_symbol[symbol].support or 1 for symbol in summed)
+            event_size = max(1, site.event_size)  # that of pyro.factor is none
+            site = replace(site, event_size=event_size)
             densities += structure.elements(site) * math.prod(values)
         return densities * sum(block.size for block in self.blocks)
 

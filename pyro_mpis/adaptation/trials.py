@@ -87,7 +87,7 @@ def work_of(structure: Structure, numbers: Mapping[str, int]) -> float:
     work = 0.0
     for site in structure.model.values():
         combinations = math.prod(sizes[s] for s in structure.indices_read(site))
-        densities = structure.elements(site) / site.event_size
+        densities = structure.elements(replace(site, event_size=1))  # pyro.factor's has none
         work += combinations * densities * max(1.0, site.event_size / CHEAP_EVENT)
     return work
 
