@@ -426,16 +426,20 @@ def _ordinary(plan: Plan, error: NotMappableError) -> BlockSum:
     return BlockSum(replicate, ({},), graph, log_evidence(graph).double().unsqueeze(0), traces)
 
 
-def run_replicates(plan: Plan, num_replicates: int, workers: Workers) -> list[BlockSum]:
+def run_replicates(
+    plan: Plan, num_replicates: int, workers: Workers, *, keep: bool = False
+) -> list[BlockSum]:
     """
     Run independent replicates, each with a seed drawn from the global generator.
 
     Each is a unit of work for an executor; a single one sends its blocks instead.
+
+    :param keep: whether to keep factors that are small, so that queries take less time.
     """
     if num_replicates == 1:
         return [run_plan(plan, workers)]
     seeds = torch.randint(2**31 - 1, (num_replicates,)).tolist()
-    kept = KEPT_BYTES // num_replicates if workers.executor is None else 0
+    kept = KEPT_BYTES // num_replicates if keep and workers.executor is None else 0
     return workers.run([partial(_replicate, plan, seed, kept) for seed in seeds])
 
 
@@ -445,7 +449,7 @@ def _replicate(plan: Plan, seed: int, kept: int) -> BlockSum:
         total = run_plan(plan, Workers(show_progress=False))
     if total.traces:
         return replace(total, traces=())
-    if sum(factor.tensor.nbytes for factor in total.whole.factors) <= kept:
+    if 0 < sum(factor.tensor.nbytes for factor in total.whole.factors) <= kept:
         return total
     # large factors are many times the particles: they are not kept for every replicate, nor sent
     return replace(total, whole=replace(total.whole, factors=()))

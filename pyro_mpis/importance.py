@@ -218,7 +218,8 @@ class MPImportance(ImportanceTraces):
         wait = memory.long_wait(plan.structure)
         if wait is not None and plan.device == "cpu":
             warn(wait)
-        sums = run_replicates(plan, self.num_replicates, self._workers)
+        is_learned = isinstance(self.guide, AutoPlateNormal)
+        sums = run_replicates(plan, self.num_replicates, self._workers, keep=is_learned)
         possible = [total for total in sums if bool(torch.isfinite(total.log_evidence))]
         if not possible:
             raise _impossible(sums[0])

@@ -5,6 +5,7 @@ import copy
 import math
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist
 
@@ -18,14 +19,16 @@ from pyro.optim import Adam  # type: ignore[attr-defined]
 from torch import Tensor
 
 from pyro_mpis import MPImportance, MPISWarning
+from pyro_mpis.adaptation import adapting
 from pyro_mpis.adaptation.adapting import started
 from pyro_mpis.adaptation.gaussian import Gaussian, eliminated
 from pyro_mpis.adaptation.guide import AutoPlateNormal
-from pyro_mpis.adaptation.layout import Block
+from pyro_mpis.adaptation.layout import Block, by_site
 from pyro_mpis.adaptation.log_joint import LogJoint, Pair
-from pyro_mpis.adaptation.moments import flattened
+from pyro_mpis.adaptation.moments import flattened, matched_by_moments
 from pyro_mpis.adaptation.start import Start
 from pyro_mpis.adaptation.tails import TailedNormal
+from pyro_mpis.adaptation.trials import Runs, tried
 from pyro_mpis.planning import Options
 from pyro_mpis.programs.messages import statements
 
@@ -484,12 +487,21 @@ def test_without_a_continuous_latent_there_is_nothing_to_learn() -> None:
         MPImportance(model, num_samples=10).adapt()
 
 
-def test_failure_is_warned_of() -> None:
-    """A thin shell in many dimensions: no Gaussian is near it."""
+def test_failure_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where trial runs of neither learner are good enough; the better of the two is kept."""
+    monkeypatch.setattr(adapting, "LOW_ESS", 1e6)
+    with pytest.warns(MPISWarning, match=r"adapt found no good proposal: .* ESS of \d+"):
+        posterior = adapted(normals)
+    assert float(posterior.run().evidence()) == pytest.approx(LOG_EVIDENCE, abs=0.1)
 
-    def model() -> None:
-        x = pyro.sample("x", dist.Normal(torch.zeros(30), 1.0).to_event(1))
-        pyro.factor("shell", -0.5 * ((x.norm() - 20.0) / 0.05).square())
 
-    with pytest.warns(MPISWarning, match="adapt found no good proposal"):
-        adapted(model)
+def test_moments_alone_find_a_proposal() -> None:
+    """The second learner comes to the evidence that the first does."""
+    begin = start(nested)
+    alone = replace(begin, blocks=begin.blocks_by(by_site))
+    assert [len(block.parts) for block in alone.blocks] == [1] * len(begin.priors)
+    guide, plan = matched_by_moments(alone, Options(num_samples=2), lambda trial: None)
+    trial = tried(Runs(plan), guide, 3)
+    expected = float(adapted(nested).run().evidence())
+    assert trial.log_evidence == pytest.approx(expected, abs=1.0)
+    assert guide.noise_sites == tuple(f"_mpis_noise_{n}" for n in range(len(begin.priors)))
