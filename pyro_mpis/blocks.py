@@ -32,6 +32,7 @@ from pyro_mpis.factor_graph.evidence import log_evidence, reduced
 from pyro_mpis.factor_graph.graph import FactorGraph, SiteValue
 from pyro_mpis.factor_graph.sampling import sample_sites
 from pyro_mpis.factor_graph.source_terms import joint_weights
+from pyro_mpis.particles.crossing import check_crossing
 from pyro_mpis.particles.drawing import Drawn, draw_particles
 from pyro_mpis.particles.evaluation import (
     MAX_LEVELS,
@@ -41,13 +42,7 @@ from pyro_mpis.particles.evaluation import (
     reads_found,
 )
 from pyro_mpis.particles.factors import build_graph
-from pyro_mpis.particles.indexed import (
-    ReadTogether,
-    check_crossing,
-    check_graph,
-    find_reads,
-    regroup_indexed,
-)
+from pyro_mpis.particles.indexed import check_graph, find_reads, regroup_indexed
 from pyro_mpis.particles.memory import gc_paused
 from pyro_mpis.particles.ordinary import run_ordinary
 from pyro_mpis.particles.probes import SiteReads
@@ -57,6 +52,7 @@ from pyro_mpis.particles.proposals import (
     weigh,
     weigh_from_factors,
 )
+from pyro_mpis.particles.together import ReadTogether
 from pyro_mpis.planning import Plan
 from pyro_mpis.programs.analysis import with_implicit_plates
 from pyro_mpis.programs.environment import Environment, seeded

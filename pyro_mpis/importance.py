@@ -2,6 +2,7 @@
 """The inference class: what the user holds."""
 
 import copy
+import html
 import logging
 import math
 import os
@@ -336,6 +337,10 @@ class MPImportance(ImportanceTraces):
         merged = [merge(parts, log_shares) for parts in zip(*found, strict=True)]
         return merged[0] if sites else dict(zip(self._sites(), merged, strict=True))
 
+    def __getitem__(self, site: str) -> Marginal:
+        """Return the posterior marginal of a site: ``posterior["mu"]``."""
+        return self.marginals(site)
+
     def sample(self, num_samples: int = 1) -> dict[str, Tensor]:
         """
         Draw joint posterior samples of all latent sites; draws random numbers.
@@ -356,19 +361,11 @@ class MPImportance(ImportanceTraces):
         if not 0 < prob < 1:
             raise ValueError(f"prob: expected a probability between 0 and 1, but found {prob!r}.")
         marginals = self.marginals()
-        diagnosis = self._diagnosis(marginals)
         if not self._told:
-            for problem in diagnosis.problems:
+            for problem in self._diagnosis(marginals).problems:
                 warn(str(problem))
         self._told = True
-        return summarise(
-            marginals,
-            self._sampled(),
-            diagnosis.log_evidence,
-            diagnosis.evidence_error,
-            {number * self.num_replicates for number in self._counts()},
-            prob,
-        )
+        return self._summary(marginals, prob)
 
     def diagnose(self, *, show: bool = True) -> Diagnosis:
         """
@@ -384,6 +381,17 @@ class MPImportance(ImportanceTraces):
             print(diagnosis)
         self._told = True
         return diagnosis
+
+    def _summary(self, marginals: Mapping[str, Marginal], prob: float = 0.9) -> Summary:
+        log_evidences = self._replicates()
+        return summarise(
+            marginals,
+            self._sampled(),
+            float(log_evidences.logsumexp(0)) - math.log(self.num_replicates),
+            evidence_error(log_evidences) if self.num_replicates > 1 else None,
+            {number * self.num_replicates for number in self._counts()},
+            prob,
+        )
 
     def _diagnosis(self, marginals: Mapping[str, Marginal]) -> Diagnosis:
         return diagnose(self._ran()[0], marginals, self._sampled(), self._replicates())
@@ -570,6 +578,12 @@ class MPImportance(ImportanceTraces):
         if not self._sums:
             return f"<MPImportance: {particles}, not run>"
         return f"<MPImportance: {particles}, log evidence {self.evidence().item():.2f}>"
+
+    def _repr_html_(self) -> str:
+        """Show the posterior's table in a notebook; warns of nothing."""
+        if not self._sums:
+            return html.escape(repr(self))
+        return self._summary(self.marginals())._repr_html_()
 
     def __copy__(self) -> "MPImportance":
         """Return a copy that shares the result and the executor."""

@@ -64,7 +64,8 @@ def test_a_chain_takes_rounds_to_the_logarithm_of_its_length(
         found = log_evidence(posterior._sums[0].whole)
         numbers.append(len(launches))
 
-        x = [posterior.marginals(f"x{t}").samples for t in range(num_steps)]
+        marginals = posterior.marginals()
+        x = [marginals[f"x{t}"].samples for t in range(num_steps)]
         message = torch.zeros(1, dtype=torch.float64)
         previous = torch.zeros(1, dtype=torch.float64)
         for t in range(num_steps):

@@ -131,38 +131,44 @@ def _mixture(
         largest, combined = max(largest, elements), max(combined, elements * read)
     rows = min(MANY_ROWS if discrete else ROWS, max(2, ELEMENTS // largest))
     rows = max(rows, min(MANY_ROWS, CHEAP // combined))
-    chosen = {}
+    alike: dict[tuple[tuple[int, ...], int], list[str]] = {}
     for index in structure.indices:
         if index.symbol not in apart:
             shape = [1] * structure.max_plate_nesting
             for symbol in index.plates:
                 shape[structure.plates[symbol].dim] = structure.plates[symbol].size
-            size = particles.sizes[index.symbol]
-            numbers = _telling_apart(math.prod(shape), size, rows, generator)
-            chosen[index.symbol] = numbers.reshape((rows, *shape))
+            alike.setdefault((tuple(shape), particles.sizes[index.symbol]), []).append(index.symbol)
+    chosen: dict[str, Tensor] = {}
+    for (dims, size), symbols in alike.items():
+        numbers = _telling_apart(len(symbols), math.prod(dims), size, rows, generator)
+        chosen |= zip(symbols, numbers.reshape((-1, rows, *dims)), strict=True)
     return Mixture([level for level in levels if level], chosen, rows)
 
 
-def _telling_apart(elements: int, size: int, rows: int, generator: torch.Generator) -> Tensor:
+def _telling_apart(
+    latents: int, elements: int, size: int, rows: int, generator: torch.Generator
+) -> Tensor:
     """
-    Choose particles such that any two elements have different ones in some row.
+    Choose particles such that any two elements of a latent have different ones in some row.
 
     The particles of an element are the digits of its number, one digit a row. When the digits are
     used up, elements are numbered anew; with too few rows, most pairs of elements are told apart.
 
+    :param latents: how many choices to make, independent of each other.
     :param size: number of particles.
-    :return: ``(rows, elements)``.
+    :return: ``(latents, rows, elements)``.
     """
-    result: list[Tensor] = []
-    while len(result) < rows:
-        numbers = torch.randperm(elements, generator=generator)
-        while len(result) < rows:
-            renamed = torch.randperm(size, generator=generator)
-            result.append(renamed[numbers % size])
-            numbers = numbers // size
-            if size == 1 or not bool(numbers.any()):
-                break
-    return torch.stack(result)
+    if elements == 1:
+        return torch.randint(size, (latents, rows, 1), generator=generator)
+    digits = 1
+    while 1 < size**digits < elements and digits < rows:
+        digits += 1
+    numberings = -(-rows // digits)
+    numbers = torch.rand((latents, numberings, 1, elements), generator=generator).argsort(-1)
+    places = size ** torch.arange(digits)
+    found = (numbers // places.unsqueeze(-1) % size).flatten(1, 2)[:, :rows]
+    renamed = torch.rand((latents, rows, size), generator=generator).argsort(-1)
+    return renamed.gather(-1, found)
 
 
 def _mixed_values(
