@@ -6,12 +6,14 @@ import html
 import logging
 import math
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar, overload
 
 import torch
+from pyro.ops.stats import waic
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
@@ -41,11 +43,13 @@ from pyro_mpis.planning import (
     positive,
     programs_of,
 )
-from pyro_mpis.programs.environment import Environment, seeded
+from pyro_mpis.programs.environment import Environment, one_at_a_time, seeded
 from pyro_mpis.programs.runs import trace_at
 from pyro_mpis.results import saving
 from pyro_mpis.results.arviz_export import Names, Wanted, build, model_groups, particle_arrays
+from pyro_mpis.results.at_draws import replay_draws
 from pyro_mpis.results.diagnostics import Diagnosis, diagnose, evidence_error
+from pyro_mpis.results.pointwise import components
 from pyro_mpis.results.summary import Summary, summarise
 from pyro_mpis.results.trace_posterior import Draws, ImportanceTraces, weighted_draws
 
@@ -156,6 +160,7 @@ class MPImportance(ImportanceTraces):
         self._told = False  # whether the user has been told of what is poor
         super().__init__()  # type: ignore[no-untyped-call]
 
+    @one_at_a_time
     def adapt(self, *args: object, **kwargs: object) -> "MPImportance":
         """
         Learn a proposal for these data, and choose numbers of particles, before :meth:`run`.
@@ -193,6 +198,7 @@ class MPImportance(ImportanceTraces):
             warn(problem)
         return self
 
+    @one_at_a_time
     def run(self, *args: object, **kwargs: object) -> "MPImportance":
         """
         Draw the particles and weigh them; the arguments go to model and guide.
@@ -341,6 +347,7 @@ class MPImportance(ImportanceTraces):
         """Return the posterior marginal of a site: ``posterior["mu"]``."""
         return self.marginals(site)
 
+    @one_at_a_time
     def sample(self, num_samples: int = 1) -> dict[str, Tensor]:
         """
         Draw joint posterior samples of all latent sites; draws random numbers.
@@ -393,9 +400,11 @@ class MPImportance(ImportanceTraces):
             prob,
         )
 
+    @one_at_a_time
     def _diagnosis(self, marginals: Mapping[str, Marginal]) -> Diagnosis:
         return diagnose(self._ran()[0], marginals, self._sampled(), self._replicates())
 
+    @one_at_a_time
     def to_arviz(
         self,
         num_samples: int = 1000,
@@ -440,6 +449,8 @@ class MPImportance(ImportanceTraces):
         number = positive("num_samples", num_samples)
         wanted = Wanted(number, names, log_likelihood, posterior_predictive, prior)
         total = self._ran()[0]
+        if log_likelihood:
+            self._warn_of_drawn_states()
         groups, sites = model_groups(total.replicate, self.sample(number), wanted)
         particles = total.whole.values
         groups |= particle_arrays(self.marginals(), particles, self._sampled(), sites, names)
@@ -451,6 +462,50 @@ class MPImportance(ImportanceTraces):
         if self.num_replicates > 1:
             attributes["log_evidence_error"] = self.evidence_error()
         return build(groups, attributes, names)
+
+    def _warn_of_drawn_states(self) -> None:
+        """Warn where an observation's log likelihood is given enumerated latents, not summed."""
+        _, left = components(self._ran()[0].replicate.structure)
+        if left:
+            warn(
+                f"site {quoted(left)}: its log likelihood is given drawn values of enumerated "
+                "latents that are too many to sum out together, such as the states of a hidden "
+                "Markov model. LOO and WAIC of it are unreliable: compare models by their evidence."
+            )
+
+    @one_at_a_time
+    def information_criterion(self, pointwise: bool = False) -> dict[str, Tensor]:
+        """
+        Return WAIC and its effective number of parameters, as ``Importance`` does.
+
+        The likelihoods are those of :meth:`to_arviz`: summed over enumerated latents.
+
+        :param pointwise: whether to return them for each observation, in place of the sum.
+        :raises ValueError: if the model has several observed sites.
+        """
+        if not self._sums or "enumerated" not in self._sums[0].replicate.structure.origins.values():
+            result: dict[str, Tensor] = super().information_criterion(pointwise)  # type: ignore[no-untyped-call]
+            return result
+        draws, replicate = self._known_draws(), self._sums[0].replicate
+        assert draws is not None
+        self._warn_of_drawn_states()
+        with replicate.environment.entered():
+            likelihoods = replay_draws(
+                replicate.structure,
+                replicate.programs,
+                draws.values,
+                len(draws.log_weights),
+                likelihood=True,
+                supports=replicate.particles.values,
+            ).log_likelihoods
+        if len(likelihoods) != 1:
+            raise ValueError(
+                "information_criterion is for models with one observed site, but this one has "
+                f"{quoted(likelihoods)}. Use az.waic or az.loo with .to_arviz()."
+            )
+        (log_likelihood,) = likelihoods.values()
+        criterion, effective = waic(log_likelihood, draws.log_weights, pointwise)
+        return OrderedDict([("waic", criterion), ("p_waic", effective)])
 
     def save(self, path: str | os.PathLike[str], *, factors: bool = True) -> None:
         """
@@ -488,6 +543,7 @@ class MPImportance(ImportanceTraces):
         saving.write(path, stored)
 
     @classmethod
+    @one_at_a_time
     def load(
         cls,
         path: str | os.PathLike[str],
@@ -619,11 +675,13 @@ class MPImportance(ImportanceTraces):
             return super().get_log_normalizer()  # type: ignore[no-untyped-call, no-any-return]
         return self.evidence()
 
+    @one_at_a_time
     def _weighted_draws(self) -> Draws | None:
         if not self._sums:
             return None
         return weighted_draws(self._sums, self.evidence(), max(self._counts()), self._workers)
 
+    @one_at_a_time
     def _traces_at(self, values: Sequence[Mapping[str, Tensor]]) -> list[Trace]:
         sums = self._ran()
         if len(sums) == 1 and sums[0].traces:  # sites may differ from run to run
@@ -676,6 +734,7 @@ class MPImportance(ImportanceTraces):
         """Return the log of each replicate's share of the evidence."""
         return torch.stack([total.log_evidence for total in self._ran()]).log_softmax(0)
 
+    @one_at_a_time
     def _in_each(
         self,
         tuples: Sequence[Sequence[str]],

@@ -12,6 +12,7 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import is_validation_enabled
@@ -19,9 +20,11 @@ from pyro.poutine.util import is_validation_enabled
 from pyro_mpis._text import first_line, quoted
 from pyro_mpis._typing import NumSamples, Ordinal, Program
 from pyro_mpis.particles import memory
+from pyro_mpis.particles.masked import find_masks
 from pyro_mpis.programs.agreement import check_same_site, unreachable
 from pyro_mpis.programs.analysis import analyse, device_of, with_implicit_plates
 from pyro_mpis.programs.environment import Environment
+from pyro_mpis.programs.masks import taken_apart
 from pyro_mpis.programs.messages import statements
 from pyro_mpis.programs.numbers import index_named, with_numbers
 from pyro_mpis.programs.runs import Name, Programs, run_plainly
@@ -184,9 +187,8 @@ def analysed(programs: Programs, options: Options) -> tuple[Programs, Structure,
 
     :return: the programs to go on with, the structure, the traces of guide and model.
     """
-    guide = programs.guide
     try:
-        programs, guide_trace, model_trace = run_plainly(programs, check_same_site)
+        guide_trace, model_trace = run_plainly(programs, check_same_site)
     except RuntimeError as error:
         if "Multiple sample sites" in str(error):
             raise ValueError(
@@ -195,13 +197,20 @@ def analysed(programs: Programs, options: Options) -> tuple[Programs, Structure,
                 "made once: plate = pyro.plate(...), then with plate: ..."
             ) from error
         raise
-    structure = analyse(
-        guide_trace,
-        model_trace,
-        guide=guide,
+    analysis = partial(
+        analyse,
+        guide=programs.guide,
         groups=options.groups,
         max_plate_nesting=options.max_plate_nesting,
     )
+    structure = analysis(guide_trace, model_trace)
+    masks = find_masks(programs, structure, guide_trace, model_trace)
+    if masks.seen:
+        programs = replace(programs, masks=masks)
+        for trace, counting in ((guide_trace, masks.of_guide), (model_trace, masks.of_model)):
+            for site in statements(trace).values():
+                site.update(counting(site))
+        structure = analysis(guide_trace, model_trace)
     rest = options.num_samples or DEFAULT_NUM_SAMPLES
     structure = with_numbers(structure, rest, options.numbers)
     structure = _with_shared_plates(structure, options.shared_plates)
@@ -268,7 +277,7 @@ def weaknesses(
         if origin == "guide":
             cut_off = unreachable(name, guide_sites[name]["fn"], model_sites[name]["fn"])
             result += [] if cut_off is None else [cut_off]
-    return result + _strange_plates(structure) + _flat_priors(structure, guide_trace, model_trace)
+    return result + _strange_plates(structure) + _flat_priors(model_trace, structure)
 
 
 def _strange_plates(structure: Structure) -> list[str]:
@@ -288,22 +297,20 @@ def _strange_plates(structure: Structure) -> list[str]:
     ]
 
 
-def _flat_priors(structure: Structure, guide_trace: Trace, model_trace: Trace) -> list[str]:
-    """Say which sites are masked in the model but not in the guide."""
-    guide_sites = statements(guide_trace)
+def _flat_priors(model_trace: Trace, structure: Structure) -> list[str]:
+    """Say which latents are masked although something reads them."""
     flat = {
         name
         for name, site in statements(model_trace).items()
-        if structure.origins.get(name) in ("guide", "guide_delta")
-        and site["mask"] is not None
-        and site["mask"] is not True
-        and guide_sites[name]["mask"] is None
+        if name in structure.origins and taken_apart(site["fn"]).mask is not None
     }
     if not flat:
         return []
     return [
-        f"{quoted(flat)}: masked in the model but not in the guide. Where masked, the prior "
-        "counts as flat; if those elements are padding, mask them in the guide too."
+        f"{quoted(flat)}: masked, but read by what is not. Where masked, the prior counts as flat, "
+        "as in SVI and HMC, and the evidence is that under a density of one there. A latent that "
+        "the guide lacks is still drawn from the distribution behind the mask: give a guide if it "
+        "is far from the posterior."
     ]
 
 

@@ -198,8 +198,8 @@ def _draw_scalar(ax: "Axes", marginal: Marginal, proposal: str) -> None:
     samples, weights = samples[0], weights[0]
     values, place = np.unique(samples, return_inverse=True)
     if len(values) <= MAX_BARS and bool((values == values.round()).all()):
-        heights = np.bincount(place, weights)
-        ax.bar(values, heights, width=0.6, color=POSTERIOR, alpha=0.5, label="posterior")
+        shares = np.bincount(place, weights)
+        ax.bar(values, shares, width=0.6, color=POSTERIOR, alpha=0.5, label="posterior")
         ax.set(xticks=values, ylabel="probability")
         return
     low, high = _limits(marginal)

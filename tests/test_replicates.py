@@ -192,14 +192,22 @@ def test_a_lost_worker_is_an_error() -> None:
         run(Failing(), num_replicates=3)
 
 
-def test_params_that_change_after_the_run_are_noticed() -> None:
-    """Blocks are evaluated again by a query: with other parameters they would be others."""
-    posterior = run(memory_limit=1_500)
-    with torch.no_grad():
-        pyro.get_param_store()["scale"].unconstrained().mul_(3.0)  # type: ignore[attr-defined]
-    with pytest.raises(RuntimeError, match=r"parameters have changed since \.run"):
+def test_a_program_that_changes_after_the_run_is_noticed() -> None:
+    """Blocks are evaluated again by a query: of another program they would be others."""
+    shift = torch.zeros(())
+
+    def shifted() -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 50):
+            x = pyro.sample("x", dist.Normal(mu, 1.0))
+            pyro.sample("y", dist.Normal(x + shift, 1.0), obs=torch.ones(50))
+
+    posterior = MPImportance(shifted, num_samples=20, memory_limit=80_000).run()
+    assert len(posterior._sums[0].blocks) > 1
+    shift += 3.0
+    with pytest.raises(RuntimeError, match=r"the model or its parameters have changed since \.run"):
         posterior.moments()
-    with pytest.raises(RuntimeError, match=r"parameters have changed since \.run"):
+    with pytest.raises(RuntimeError, match=r"the model or its parameters have changed since \.run"):
         posterior.sample(50)
 
 

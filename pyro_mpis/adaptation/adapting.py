@@ -27,6 +27,7 @@ from pyro_mpis.adaptation.start import Start, is_discrete, start_of
 from pyro_mpis.adaptation.trials import OTHERS, Runs, Trial, fitting, matched, replicates_for, tried
 from pyro_mpis.blocks import Workers, run_plan
 from pyro_mpis.planning import Options, plan_of, programs_of
+from pyro_mpis.programs.masks import is_masked
 from pyro_mpis.programs.messages import is_latent, statements
 from pyro_mpis.programs.runs import NotMappableError
 
@@ -136,7 +137,7 @@ def started(
     plan, _, trace = plan_of(programs_of(model, None, args, kwargs), few)
     sites = statements(trace)
     summed = summable(sites)
-    masked = plan.programs.model is not model
+    masked = any(is_latent(site) and is_masked(site) for site in sites.values())
     if summed or masked:
         model = prepared(model, summed, masked=masked)
         plan, _, trace = plan_of(programs_of(model, None, args, kwargs), few)

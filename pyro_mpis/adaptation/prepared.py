@@ -7,7 +7,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_mpis._typing import Program, SampleMessage
-from pyro_mpis.programs.handlers import LiftMasks
+from pyro_mpis.programs.masks import unmasked
 from pyro_mpis.programs.messages import is_delta, is_enumerated, is_latent
 
 LARGEST_SUPPORT = 64  # values of a site that is summed without being asked to
@@ -23,6 +23,14 @@ class Sum(Messenger):
     def _pyro_sample(self, msg: SampleMessage) -> None:
         if is_latent(msg) and msg["name"] in self.names:
             msg["infer"]["enumerate"] = "parallel"
+
+
+class Unmask(Messenger):
+    """Lift the masks of latent sites: where they are masked they then have their prior."""
+
+    def _pyro_sample(self, msg: SampleMessage) -> None:
+        if is_latent(msg):
+            msg["mask"], msg["fn"] = None, unmasked(msg["fn"])
 
 
 def summable(sites: Mapping[str, SampleMessage]) -> frozenset[str]:
@@ -70,5 +78,5 @@ def prepared(model: Program, summed: frozenset[str], *, masked: bool) -> Program
     if summed:
         model = Sum(summed)(model)
     if masked:
-        model = LiftMasks(frozenset())(model)
+        model = Unmask()(model)
     return model

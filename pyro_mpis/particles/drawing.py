@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyro_mpis._typing import SampleMessage
 from pyro_mpis.programs.mapped import Mapped, is_mapped, log_prob_of, tensors_of
+from pyro_mpis.programs.masks import unmasked
 from pyro_mpis.programs.messages import drawn_from
 from pyro_mpis.programs.runs import Collect, OtherSitesError, Programs, Wanted, draw
 from pyro_mpis.programs.stratified import Strata
@@ -166,7 +167,7 @@ def _collecting(site: Site, supports: dict[str, Tensor | None]) -> Collect:
     """Return what to keep of a site: value, density, and ``reads`` if its proposal reads sites."""
 
     def collect(message: SampleMessage, _: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        fn, value = message["fn"], message["value"]
+        fn, value = unmasked(message["fn"]), message["value"]
         if value.shape != site.shape:
             raise OtherSitesError(
                 f"site '{site.name}' has shape {tuple(value.shape)}, and {tuple(site.shape)} in "

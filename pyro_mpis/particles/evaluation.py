@@ -11,11 +11,13 @@ from dataclasses import dataclass, replace
 
 import pyro
 import torch
+from pyro.distributions.util import is_identically_one
 from torch import Tensor
 
 from pyro_mpis._typing import Ordinal, SampleMessage
 from pyro_mpis.programs.densities import density_of
 from pyro_mpis.programs.mapped import Mapped
+from pyro_mpis.programs.masks import is_masked, unmasked
 from pyro_mpis.programs.messages import counted, drawn_from
 from pyro_mpis.programs.runs import Collect, Programs, Said, Wanted, evaluate
 from pyro_mpis.programs.structure import Site, Structure, levels_of
@@ -89,7 +91,7 @@ def wanted_of_guide(structure: Structure, *, validate: bool) -> Wanted | None:
 
     def collect(site: SampleMessage, _: Mapping[str, Tensor]) -> dict[str, Tensor]:
         checked = validate and structure.guide[site["name"]].checked
-        density = density_of(site["fn"], site["value"], validate=checked)
+        density = density_of(unmasked(site["fn"]), site["value"], validate=checked)
         return {"log_prob": drawn_from(site, density)}
 
     if not names:
@@ -115,12 +117,15 @@ def wanted_of_model(structure: Structure, *, validate: bool, nan_is_zero: bool =
         def collect(site: SampleMessage, _: Mapping[str, Tensor]) -> dict[str, Tensor]:
             result = {"value": site["value"]} if has_value else {}
             if has_density:
-                density = density_of(site["fn"], site["value"], validate=checked)
+                fn, value = site["fn"], site["value"]
+                density = density_of(fn, value, validate=checked, latent=has_value)
                 if nan_is_zero:
                     density = torch.where(density.isnan(), -torch.inf, density)
-                log_prob = counted(site, density)
-                result["log_prob"] = summed_over(log_prob, dims)
-                if is_prior and not (isinstance(site["scale"], float) and site["scale"] == 1.0):
+                result["log_prob"] = summed_over(counted(site, density), dims)
+                flat = is_masked(site)
+                if is_prior and (flat or not is_identically_one(site["scale"])):
+                    if flat:
+                        density = density_of(unmasked(fn), value, validate=checked)
                     result["drawn_from"] = summed_over(drawn_from(site, density), dims)
             return result
 

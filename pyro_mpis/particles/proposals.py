@@ -31,6 +31,7 @@ from pyro_mpis.particles.drawing import Draw, Drawn
 from pyro_mpis.particles.evaluation import Evaluated
 from pyro_mpis.programs.densities import density_of
 from pyro_mpis.programs.mapped import Mapped
+from pyro_mpis.programs.masks import unmasked
 from pyro_mpis.programs.messages import drawn_from
 from pyro_mpis.programs.runs import Programs, Wanted, evaluate
 from pyro_mpis.programs.structure import Index, Site, Structure
@@ -321,7 +322,7 @@ def _evaluate_at(
     def collect(site: SampleMessage, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         value = values[prefix + site["name"]]
         checked = validate and structure.proposal_site(site["name"]).checked
-        density = density_of(site["fn"], value, validate=checked)
+        density = density_of(unmasked(site["fn"]), value, validate=checked)
         return {"log_prob": drawn_from(site, density)}
 
     needs_carried = bool(from_model and structure.carried)

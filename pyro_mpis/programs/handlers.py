@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Effect handlers: note what a plain run reads, give sites their values, lift masks."""
+"""Effect handlers: note what a plain run reads, give sites their values."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Set
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_mpis._typing import SampleMessage
 from pyro_mpis.programs.draws import draw_of
-from pyro_mpis.programs.messages import is_latent, is_subsample, unmasked
+from pyro_mpis.programs.messages import is_latent, is_subsample
 from pyro_mpis.programs.provenance import tracked
 from pyro_mpis.programs.stratified import Strata
 
@@ -52,31 +52,6 @@ class Compare(Messenger):
     def _pyro_sample(self, msg: SampleMessage) -> None:
         if is_latent(msg) and msg["name"] in self.sites:
             self.compare(self.sites[msg["name"]], msg)
-
-
-class LiftMasks(Messenger):
-    """
-    Lift the masks of latent sites that no guide proposes, and note which had any.
-
-    Such a site is drawn from the model's distribution even where it is masked. If that density did
-    not count, its particles would be combined with its parents' as if independent of them, and an
-    enumerated site would be summed with weight one for each value.
-
-    :param kept: sites that the guide draws or gives a ``Delta``.
-    """
-
-    def __init__(self, kept: Set[str]) -> None:
-        super().__init__()
-        self.kept = kept
-        self.lifted: set[str] = set()
-
-    def _pyro_sample(self, msg: SampleMessage) -> None:
-        if not is_latent(msg) or msg["name"] in self.kept:
-            return
-        fn = unmasked(msg["fn"])
-        if msg["mask"] is not None or fn is not msg["fn"]:
-            self.lifted.add(msg["name"])
-            msg["mask"], msg["fn"] = None, fn
 
 
 class AllMet(Exception):

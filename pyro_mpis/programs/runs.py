@@ -14,7 +14,7 @@ import contextlib
 import os
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence, Set
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 import pyro
@@ -29,13 +29,13 @@ from pyro_mpis.programs.handlers import (
     AllMet,
     Compare,
     DrawMapped,
-    LiftMasks,
     Stop,
     Substitute,
     Track,
 )
 from pyro_mpis.programs.mapped import LIBRARIES, Mapped, Values, run_mapped, unwrapped
-from pyro_mpis.programs.messages import is_delta, is_enumerated, is_latent, statements
+from pyro_mpis.programs.masks import GuideMasks, Masks, ModelMasks
+from pyro_mpis.programs.messages import is_delta, is_latent, statements
 from pyro_mpis.programs.stratified import Strata
 
 Name: TypeAlias = Literal["model", "guide"]
@@ -54,6 +54,7 @@ class Programs:
     kwargs: Mapping[str, object] = field(default_factory=dict)
     sites: Mapping[Name, frozenset[str]] = field(default_factory=dict)  # that a plain run met
     patched: bool = False  # whether to rewrite operations that torch cannot map
+    masks: Masks = field(default_factory=Masks)  # how those of latents count
 
     @property
     def nan_is_zero(self) -> bool:
@@ -61,8 +62,10 @@ class Programs:
         return bool(getattr(self.guide, "nan_is_zero", False))
 
     def program(self, name: Name) -> Program:
-        """Return the model or the guide."""
-        return self.model if name == "model" else self.guide
+        """Return the model or the guide, with masks of latents as they count."""
+        if name == "guide":
+            return GuideMasks(self.masks)(self.guide)
+        return ModelMasks(self.masks)(self.model) if self.masks.seen else self.model
 
     def call(self, name: Name) -> object:
         """Run the model or the guide."""
@@ -91,7 +94,7 @@ class OtherSitesError(NotMappableError):
 def run_plainly(
     programs: Programs,
     compare: Callable[[SampleMessage, SampleMessage], None],
-) -> tuple[Programs, Trace, Trace]:
+) -> tuple[Trace, Trace]:
     """
     Run the guide, then the model with the guide's values; draws random numbers.
 
@@ -99,8 +102,7 @@ def run_plainly(
 
     :param compare: called with the guide's and the model's message of each site that both sample;
         raises if they do not fit.
-    :return: the programs, the model without masks of latents that no guide proposes; the traces of
-        guide and model.
+    :return: the traces of guide and model, the model's with masks as it has them.
     """
     if isinstance(programs.guide, torch.nn.Module):
         with poutine.block():  # autoguides make their params from the first values that they see
@@ -118,17 +120,15 @@ def _run_both(
     compare: Callable[[SampleMessage, SampleMessage], None],
     *,
     tracking: bool,
-) -> tuple[Programs, Trace, Trace]:
+) -> tuple[Trace, Trace]:
     with Track(lambda site: tracking and not is_delta(site["fn"])):
-        guide_trace = poutine.trace(programs.guide).get_trace(*programs.args, **programs.kwargs)
+        guide = poutine.trace(programs.program("guide"))
+        guide_trace = guide.get_trace(*programs.args, **programs.kwargs)
     from_guide = {name: s for name, s in statements(guide_trace).items() if is_latent(s)}
     guide_values = guide_trace.copy()
     for name in guide_trace.nodes:
         if name not in from_guide:
             guide_values.remove_node(name)
-    lift = LiftMasks(
-        frozenset(n for n, s in from_guide.items() if is_delta(s["fn"]) or not is_enumerated(s))
-    )
     with (
         Compare(from_guide, compare),
         Track(
@@ -136,10 +136,8 @@ def _run_both(
         ),
     ):
         replayed = poutine.replay(programs.model, trace=guide_values)
-        model_trace = poutine.trace(lift(replayed)).get_trace(*programs.args, **programs.kwargs)
-    if lift.lifted:
-        programs = replace(programs, model=LiftMasks(lift.kept)(programs.model))
-    return programs, guide_trace, model_trace
+        model_trace = poutine.trace(replayed).get_trace(*programs.args, **programs.kwargs)
+    return guide_trace, model_trace
 
 
 def run_at(programs: Programs, name: Name, values: Mapping[str, Tensor]) -> Trace:

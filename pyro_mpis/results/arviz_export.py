@@ -115,7 +115,12 @@ def model_groups(
     number = wanted.num_samples
     with replicate.environment.entered():
         replayed = replay_draws(
-            structure, programs, draws, number, likelihood=wanted.log_likelihood
+            structure,
+            programs,
+            draws,
+            number,
+            likelihood=wanted.log_likelihood,
+            supports=replicate.particles.values,
         )
         sites = replayed.sites
         values = {"posterior": {**draws, **replayed.deterministics}}

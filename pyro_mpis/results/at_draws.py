@@ -8,7 +8,7 @@ every site.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -32,6 +32,7 @@ from pyro_mpis.programs.runs import (
     run_at,
 )
 from pyro_mpis.programs.structure import Structure
+from pyro_mpis.results.pointwise import Component, components, log_likelihoods
 
 CHUNK_ELEMENTS = 2**22  # of a site's value or argument, over the draws that are run together
 
@@ -87,19 +88,23 @@ def replay_draws(
     num_draws: int,
     *,
     likelihood: bool,
+    supports: Mapping[str, Tensor],
 ) -> Replayed:
     """
     Run the model at joint draws of its latent sites; draws nothing.
 
     A log likelihood is that of an observation alone: summed over event dims, not over plates,
     and without ``poutine.scale``. It is nan where ``poutine.mask`` hides the observation, and 0
-    at the draws that hide it, where the mask depends on a latent.
+    at the draws that hide it, where the mask depends on a latent. Enumerated latents are summed
+    (:mod:`~pyro_mpis.results.pointwise`).
 
     :param draws: ``{site: (draws, *shape)}``, as ``sample`` gives them.
     :param likelihood: whether to keep the log likelihoods.
+    :param supports: the values of enumerated latents, ``(values, *shape)``.
     """
     ordinary = ordinary_sites(structure, programs, {n: d[-1] for n, d in draws.items()})
-    size = _chunk_size(ordinary)
+    summed = components(structure)[0] if likelihood else []
+    size = _chunk_size(ordinary, max((part.num_values(structure) for part in summed), default=1))
     log_joint, kept, masks = [], [], []
     for start in range(0, num_draws, size):
         chunk = {name: draw[start : start + size] for name, draw in draws.items()}
@@ -107,6 +112,10 @@ def replay_draws(
         said = _said(structure, programs, ordinary, chunk, number)
         log_joint.append(_log_joint(said, number))
         kept.append(_kept(ordinary, said, likelihood=likelihood))
+        if summed:
+            found = _summed(structure, programs, chunk, supports, summed)
+            for name in found.keys() & kept[-1].keys():
+                kept[-1][name] = found[name].expand(kept[-1][name].shape)
         masks.append({name: parts["mask"] for name, parts in said.items() if "mask" in parts})
     together = {name: torch.cat([part[name] for part in kept]) for name in kept[0]}
     log_likelihoods = {
@@ -120,6 +129,20 @@ def replay_draws(
         log_likelihoods=log_likelihoods,
         deterministics={n: v for n, v in together.items() if n not in log_likelihoods},
     )
+
+
+def _summed(
+    structure: Structure,
+    programs: Programs,
+    draws: Mapping[str, Tensor],
+    supports: Mapping[str, Tensor],
+    summed: Sequence[Component],
+) -> dict[str, Tensor]:
+    """Return log likelihoods with enumerated latents summed; none where torch cannot map that."""
+    try:
+        return log_likelihoods(structure, programs, draws, supports, summed)
+    except NotMappableError:
+        return {}
 
 
 def predict(
@@ -223,9 +246,9 @@ def _deterministic_event_dim(value: Tensor, plates: Mapping[int, int], declared:
     return declared
 
 
-def _chunk_size(ordinary: Mapping[str, OrdinarySite]) -> int:
+def _chunk_size(ordinary: Mapping[str, OrdinarySite], num_values: int) -> int:
     largest = max((site.elements for site in ordinary.values()), default=1)
-    return max(1, CHUNK_ELEMENTS // max(largest, 1))
+    return max(1, CHUNK_ELEMENTS // max(largest * num_values, 1))
 
 
 def _over_plates(log_prob: Tensor, site: SampleMessage) -> Tensor:

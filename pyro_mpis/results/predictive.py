@@ -35,7 +35,7 @@ from pyro_mpis._text import first_line, quoted
 from pyro_mpis._typing import Program, SampleMessage
 from pyro_mpis.programs.agreement import refuse_subsampling
 from pyro_mpis.programs.analysis import find_max_plate_nesting
-from pyro_mpis.programs.environment import Environment
+from pyro_mpis.programs.environment import Environment, one_at_a_time
 from pyro_mpis.programs.messages import is_delta, is_latent, statements
 
 # What a program is called with: positional arguments, or keyword arguments by their names.
@@ -45,6 +45,7 @@ ELEMENTS = 2**22  # of the largest tensor that one chunk of samples makes
 SAMPLES, LOCAL_SAMPLES = "_mpis_samples", "_mpis_local_samples"  # names of plates
 
 
+@one_at_a_time
 def log_predictive(
     model: Program,
     posterior_samples: Mapping[str, Tensor],
