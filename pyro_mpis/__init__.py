@@ -20,6 +20,7 @@ Moments, Marginals and Samples", UAI, PMLR 244:394-417. Where its equations are:
 
 from pyro_mpis._version import __version__
 from pyro_mpis._warnings import MPISWarning
+from pyro_mpis.adaptation.guide import AutoPlateNormal
 from pyro_mpis.costs import Advice, Cost, RunPlan
 from pyro_mpis.factor_graph.marginals import Marginal
 from pyro_mpis.importance import MPImportance
@@ -29,6 +30,7 @@ from pyro_mpis.results.summary import Summary
 
 __all__ = [
     "Advice",
+    "AutoPlateNormal",
     "Cost",
     "Diagnosis",
     "MPISWarning",

@@ -55,6 +55,8 @@ from pyro_mpis.programs.runs import NotMappableError, Programs
 from pyro_mpis.programs.structure import UNIQUE_LEVELS, Structure
 from pyro_mpis.workers import Job, Result, Workers
 
+KEPT_BYTES = 2**28  # of all replicates' factors: else queries evaluate them again
+
 
 @dataclass(frozen=True)
 class Replicate:
@@ -333,26 +335,34 @@ def _ordinary(plan: Plan, error: NotMappableError) -> BlockSum:
     return BlockSum(replicate, ({},), graph, log_evidence(graph).double().unsqueeze(0), traces)
 
 
-def run_replicates(plan: Plan, num_replicates: int, workers: Workers) -> list[BlockSum]:
+def run_replicates(
+    plan: Plan, num_replicates: int, workers: Workers, *, keep: bool = False
+) -> list[BlockSum]:
     """
     Run independent replicates, each with a seed drawn from the global generator.
 
     Each is a unit of work for an executor; a single one sends its blocks instead.
+
+    :param keep: whether to keep factors that are small, so that queries take less time.
     """
     if num_replicates == 1:
         return [run_plan(plan, workers)]
     seeds = torch.randint(2**31 - 1, (num_replicates,)).tolist()
-    totals = workers.run([partial(_replicate, plan, seed) for seed in seeds])
+    kept = KEPT_BYTES // num_replicates if keep and workers.executor is None else 0
+    totals = workers.run([partial(_replicate, plan, seed, kept) for seed in seeds])
     return [_with_programs(total, plan) for total in totals]
 
 
-def _replicate(plan: Plan, seed: int) -> BlockSum:
+def _replicate(plan: Plan, seed: int, kept: int) -> BlockSum:
+    """Run a replicate; ``kept`` is how many bytes of factors to keep."""
     with seeded(seed):
         total = run_plan(plan, Workers(show_progress=False))
     total = _with_programs(total, None)
     if total.traces:
         return replace(total, traces=())
-    # the factors are many times the particles: they are not kept for every replicate, nor sent
+    if 0 < sum(factor.tensor.nbytes for factor in total.whole.factors) <= kept:
+        return total
+    # large factors are many times the particles: they are not kept for every replicate, nor sent
     return replace(total, whole=replace(total.whole, factors=()))
 
 
@@ -362,7 +372,7 @@ def _with_programs(total: BlockSum, plan: Plan | None) -> BlockSum:
     if plan is None:
         programs = Programs(_not_sent, _not_sent)
         params: StateDict = {"params": {}, "constraints": {}}
-        environment = replace(found.environment, params=params)
+        environment = replace(found.environment, params=params, values={})
     else:
         programs, environment = plan.programs, plan.environment
     programs = replace(programs, patched=found.programs.patched)

@@ -19,6 +19,8 @@ from pyro_mpis import planning
 from pyro_mpis._text import quoted, range_of
 from pyro_mpis._typing import MomentFunction, NumSamples, Program
 from pyro_mpis._warnings import warn
+from pyro_mpis.adaptation.adapting import adapted
+from pyro_mpis.adaptation.guide import AutoPlateNormal
 from pyro_mpis.blocks import BlockSum, impossible_elements, run_replicates
 from pyro_mpis.costs import RunPlan
 from pyro_mpis.factor_graph import moments as _moments
@@ -131,12 +133,6 @@ class MPImportance(ImportanceTraces):
             raise ValueError(
                 f"guide: expected a callable or None, but found {type(guide).__name__}."
             )
-        if num_samples is None:
-            num_samples = DEFAULT_NUM_SAMPLES
-            warn(
-                f"num_samples not given: {num_samples} particles of each latent site are drawn, "
-                "which is few. Give num_samples=100 for example."
-            )
         num_replicates = positive("num_replicates", num_replicates)
         if memory_limit is not None and (isinstance(memory_limit, bool) or memory_limit <= 0):
             raise ValueError(
@@ -144,7 +140,10 @@ class MPImportance(ImportanceTraces):
             )
         self.model = model
         self.guide = guide
-        self.num_samples = checked_numbers(num_samples)
+        self.num_samples = checked_numbers(
+            DEFAULT_NUM_SAMPLES if num_samples is None else num_samples
+        )
+        self._is_number_given = num_samples is not None
         self.groups = tuple(groups)
         self.shared_plates = tuple(shared_plates)
         self.max_plate_nesting = planning.number_of_dims(max_plate_nesting)
@@ -158,6 +157,44 @@ class MPImportance(ImportanceTraces):
         self._told = False  # whether the user has been told of what is poor
         self._told_of_error = False  # and of what makes the evidence's error wrong
         super().__init__()  # type: ignore[no-untyped-call]
+
+    @in_turn
+    def adapt(self, *args: object, **kwargs: object) -> "MPImportance":
+        """
+        Learn a proposal for these data, and choose numbers of particles, before :meth:`run`.
+
+        The proposal is a guide of its own, :attr:`guide`: Gaussian in unconstrained numbers with
+        the model's plates. :meth:`run` then draws fresh particles from it, so that the evidence is
+        unbiased. One line goes from a model to accurate results::
+
+            posterior = MPImportance(model).adapt(data).run(data)
+
+        Discrete latents of few values are summed exactly: :attr:`model` is then the model with
+        marks of these. Sets :attr:`num_samples` and, to no less than was given,
+        :attr:`num_replicates`. Draws random numbers; leaves the param store and the handlers' stack
+        as they were. Warns (:class:`~pyro_mpis.MPISWarning`) where no good proposal was found. See
+        docs/adapting.md. The arguments are those of the model.
+
+        :return: this object.
+        :raises ValueError: if the model has no continuous latent or has a guide already, or model
+            and data do not fit.
+        """
+        if self.guide is not None and not isinstance(self.guide, AutoPlateNormal):
+            raise ValueError(
+                f"guide: adapt learns a guide of its own, in place of {type(self.guide).__name__}. "
+                "Give none: MPImportance(model).adapt(...). A guide of yours is trained by "
+                "pyro.infer.SVI, for example, and then given to MPImportance(model, guide)."
+            )
+        self.groups = ()  # the guide has one index for each set of plates
+        options = replace(self._options, num_samples=None, numbers={})
+        found = adapted(self.model, args, kwargs, options, show_progress=not self.disable_progbar)
+        self.model, self.guide = found.model, found.guide
+        self.num_samples = dict(found.num_samples)
+        self.num_replicates = max(self.num_replicates, found.num_replicates)
+        self._is_number_given = True
+        for problem in found.problems:
+            warn(problem)
+        return self
 
     @in_turn
     def run(self, *args: object, **kwargs: object) -> "MPImportance":
@@ -174,6 +211,11 @@ class MPImportance(ImportanceTraces):
             what the sites read could not be followed.
         :raises MemoryError: if a factor does not fit into the given ``memory_limit``.
         """
+        if not self._is_number_given:
+            warn(
+                f"num_samples not given: {self.num_samples} particles of each latent site are "
+                "drawn, which is few. Give num_samples=100 for example, or call .adapt(...) before."
+            )
         programs = programs_of(self.model, self.guide, args, kwargs)
         plan, guide_trace, model_trace = plan_of(programs, self._options)
         if self.max_plate_nesting is None:
@@ -181,7 +223,8 @@ class MPImportance(ImportanceTraces):
         wait = memory.long_wait(plan.structure)
         if wait is not None and plan.device == "cpu":
             warn(wait)
-        sums = run_replicates(plan, self.num_replicates, self._workers)
+        is_learned = isinstance(self.guide, AutoPlateNormal)
+        sums = run_replicates(plan, self.num_replicates, self._workers, keep=is_learned)
         possible = [total for total in sums if bool(torch.isfinite(total.log_evidence))]
         if not possible:
             raise _impossible(sums[0])
@@ -190,7 +233,10 @@ class MPImportance(ImportanceTraces):
         self._reset()
         notices = dict.fromkeys(n for total in sums for n in total.replicate.plan.notices)
         structure = sums[0].replicate.structure
-        weak = planning.weaknesses(structure, self.groups, guide_trace, model_trace)
+        groups = self.groups
+        if isinstance(self.guide, AutoPlateNormal):  # that sites share an index is meant
+            groups = (self.guide.latents,)
+        weak = planning.weaknesses(structure, groups, guide_trace, model_trace)
         for problem in (*notices, *([] if sums[0].traces else weak)):
             warn(problem)
         return self

@@ -187,7 +187,8 @@ def guide(factor: float, scales: Callable[[Tensor], Tensor] = lambda c: c.diagon
 
 def mean_field(covariance: Tensor) -> Tensor:
     """The scales that minimise KL(q, p) of independent normals."""
-    return torch.linalg.inv(covariance).diagonal().rsqrt()
+    scales: Tensor = torch.linalg.inv(covariance).diagonal().rsqrt()
+    return scales
 
 
 def conditional() -> None:
@@ -204,7 +205,7 @@ def narrow(posterior: MPImportance) -> str:
     return " ".join(str(p) for p in problems if "outermost" in p.found)
 
 
-def runs(guide: Any, number: int, **options: int) -> list[str]:
+def runs(guide: Any, number: int, **options: Any) -> list[str]:
     found = []
     for seed in range(number):
         pyro.set_rng_seed(seed)

@@ -108,7 +108,8 @@ BELOW = {
 BELOW["blocks"] = {*BELOW["planning"], "factor_graph", "planning", "pieces", "workers"}
 BELOW["queries"] = {*BELOW["blocks"], "blocks"}
 BELOW["results"] = {*BELOW["queries"], "queries", "_version"}
-BELOW["importance"] = {*BELOW["results"], "results", "_warnings"}
+BELOW["adaptation"] = {*BELOW["queries"], "queries"}
+BELOW["importance"] = {*BELOW["results"], "results", "adaptation", "_warnings"}
 BELOW["plots"] = {*BELOW["importance"], "importance"}
 BELOW["__init__"] = {*BELOW}
 

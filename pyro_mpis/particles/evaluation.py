@@ -79,7 +79,7 @@ def evaluate_programs(
             programs,
             by_level,
             guide=wanted_of_guide(structure, validate=validate),
-            model=wanted_of_model(structure, validate=validate),
+            model=wanted_of_model(structure, validate=validate, nan_is_zero=programs.nan_is_zero),
             shapes=structure.latent_shapes,
         )
     return Evaluated(said_by_guide, said_by_model, levels)
@@ -99,8 +99,12 @@ def wanted_of_guide(structure: Structure, *, validate: bool) -> Wanted | None:
     return Wanted(dict.fromkeys(names, collect), frozenset(structure.guide))
 
 
-def wanted_of_model(structure: Structure, *, validate: bool) -> Wanted:
-    """Return what the model is to say: the densities of its sites, the values of its latents."""
+def wanted_of_model(structure: Structure, *, validate: bool, nan_is_zero: bool = False) -> Wanted:
+    """
+    Return what the model is to say: the densities of its sites, the values of its latents.
+
+    :param nan_is_zero: whether a density that is nan counts as zero.
+    """
 
     def collecting(name: str) -> Collect:
         dims = structure.summed_dims(structure.model[name])
@@ -115,6 +119,8 @@ def wanted_of_model(structure: Structure, *, validate: bool) -> Wanted:
             if has_density:
                 fn, value = site["fn"], site["value"]
                 density = density_of(fn, value, validate=checked, latent=has_value)
+                if nan_is_zero:
+                    density = torch.where(density.isnan(), -torch.inf, density)
                 result["log_prob"] = summed_over(counted(site, density), dims)
                 flat = is_masked(site)
                 if is_prior and (flat or not is_identically_one(site["scale"])):

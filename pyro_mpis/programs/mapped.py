@@ -177,6 +177,8 @@ class _Looped(torch.autograd.Function):
 
 
 def _looped(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    if not any(map(_functorch.is_batchedtensor, tensors)):
+        return function(*tensors)  # not by _Looped, so that it can be differentiated
     result: Tensor = _Looped.apply(function, *tensors)  # type: ignore[no-untyped-call]
     return result
 

@@ -56,6 +56,11 @@ class Programs:
     patched: bool = False  # whether to rewrite operations that torch cannot map
     masks: Masks = field(default_factory=Masks)  # how those of latents count
 
+    @property
+    def nan_is_zero(self) -> bool:
+        """Whether the guide is learned: its tails reach where arguments overflow."""
+        return bool(getattr(self.guide, "nan_is_zero", False))
+
     def program(self, name: Name) -> Program:
         """Return the model or the guide, with masks of latents as they count."""
         if name == "guide":

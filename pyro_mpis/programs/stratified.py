@@ -132,6 +132,8 @@ _BY_CLASS = {
 
 def uniform_shape(fn: Any) -> torch.Size | None:
     """Return the shape of the uniform numbers of one value; None if it is not drawn from such."""
+    if hasattr(fn, "uniform_shape"):  # a distribution of this package's own
+        return torch.Size(fn.batch_shape + fn.uniform_shape)
     if isinstance(fn, Independent | MaskedDistribution) or _is_transformed(fn):
         return uniform_shape(fn.base_dist)
     if type(fn) not in _BY_CLASS:
@@ -147,6 +149,8 @@ def value_at(fn: Any, uniform: Tensor) -> Tensor:
 
     :param fn: of any batch shape that has the numbers' dims.
     """
+    if hasattr(fn, "value_at"):
+        return fn.value_at(uniform)  # type: ignore[no-any-return]
     if type(fn) in _BY_CLASS:
         return _BY_CLASS[type(fn)](fn, uniform)
     value = value_at(fn.base_dist, uniform)
