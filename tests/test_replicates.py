@@ -159,8 +159,8 @@ def test_process_pool() -> None:
     """Replicates, and the blocks of a single run, in two processes: the same numbers as here."""
     with ProcessPoolExecutor(2) as pool:
         check_same(run(num_replicates=3), run(pool, num_replicates=3))
-        check_same(run(memory_limit=1_500), run(pool, memory_limit=1_500))
-    assert len(run(memory_limit=1_500)._sums[0].blocks) > 1
+        check_same(run(memory_limit=3_000), run(pool, memory_limit=3_000))
+    assert len(run(memory_limit=3_000)._sums[0].blocks) > 1
 
 
 @pytest.mark.parametrize("options", [{"num_replicates": 6}, {"memory_limit": 2_000}])
@@ -195,7 +195,7 @@ def test_a_lost_worker_is_an_error() -> None:
 
 def test_params_that_change_after_the_run_do_not_count() -> None:
     """Blocks are evaluated again by a query: with the parameters of the run."""
-    other, posterior = run(memory_limit=1_500), run(memory_limit=1_500)
+    other, posterior = run(memory_limit=3_000), run(memory_limit=3_000)
     expected = other.moments()
     with torch.no_grad():
         pyro.get_param_store()["scale"].unconstrained().mul_(3.0)  # type: ignore[attr-defined]

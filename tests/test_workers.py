@@ -63,7 +63,7 @@ def model(y: Tensor) -> None:
 
 def run(executor: Executor | None, **options: Any) -> MPImportance:
     pyro.set_rng_seed(0)
-    return MPImportance(model, num_samples=4, executor=executor, **options).run(DATA)
+    return MPImportance(model, num_samples=12, executor=executor, **options).run(DATA)
 
 
 def check_counts(counts: tuple[list[int], list[int]], tasks: int, back: int) -> None:
@@ -76,15 +76,15 @@ def check_counts(counts: tuple[list[int], list[int]], tasks: int, back: int) -> 
 
 @pytest.mark.parametrize("number", [1, 4, 16])
 def test_data_travel_once_to_a_worker(number: int) -> None:
-    """Not with each of the 32 blocks: in the run, and in each query."""
-    executor = Pickling(number)
-    here = run(None, memory_limit=250)
-    sent = run(executor, memory_limit=250)
-    assert len(sent._sums[0].blocks) == 32
-    check_counts(executor.taken(), number, 2 * SMALL)
+    """Not with each of the 64 blocks: in the run, and in each query."""
+    executor, back = Pickling(number), SMALL + 64 // number * 2_000
+    here = run(None, memory_limit=4_000)
+    sent = run(executor, memory_limit=4_000)
+    assert len(sent._sums[0].blocks) == 64
+    check_counts(executor.taken(), number, back)
     torch.testing.assert_close(sent.evidence(), here.evidence())
     torch.testing.assert_close(sent.moments(), here.moments())
-    check_counts(executor.taken(), number, 2 * SMALL)
+    check_counts(executor.taken(), number, back)
     draws = []
     for posterior in (here, sent):
         pyro.set_rng_seed(1)
@@ -110,10 +110,10 @@ def test_data_travel_once_for_many_replicates(number: int) -> None:
 
 def test_an_executor_that_does_not_say_how_many_workers_it_has_gets_a_task_for_each_job() -> None:
     executor = Pickling(None)
-    sent = run(executor, memory_limit=250)
+    sent = run(executor, memory_limit=4_000)
     (total,) = sent._sums
     check_counts(executor.taken(), len(total.blocks) - 1, SMALL)  # the first is evaluated here
-    torch.testing.assert_close(sent.evidence(), run(None, memory_limit=250).evidence())
+    torch.testing.assert_close(sent.evidence(), run(None, memory_limit=4_000).evidence())
 
 
 def test_numbers_of_workers() -> None:
