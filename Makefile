@@ -11,13 +11,14 @@ SOURCES := pyro_mpis tests tutorials $(wildcard benchmarks)
 # One thread for each process: the tensors are small, and the test workers share the cores.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help demo test test-slow lint types tests doctests wheel tutorials bench paper clean distclean
+.PHONY: help demo test test-slow lint types tests doctests wheel tutorials docs bench paper clean distclean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo       install into .venv and run tutorials/eight_schools.py"
+	@echo "make demo       install into .venv and run tutorials/01_eight_schools.py"
 	@echo "make test       lint, types, tests, doctests, wheel, tutorials at small size"
 	@echo "make test-slow  the tests left out of make test"
+	@echo "make docs       the site, with the tutorials as notebooks, into output/site"
 	@echo "make bench      speed and memory against Pyro's estimators, into docs/benchmarks.md"
 	@echo "make paper      the paper's experiments, into output/paper; half an hour, resumes"
 	@echo "make wheel      build the wheel, and use it outside of the source tree"
@@ -39,8 +40,12 @@ $(VENV)/.stamp-dev: setup.cfg pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -e '.[dev,tutorials]'
 	@touch $@ $(VENV)/.stamp-demo
 
+$(VENV)/.stamp-docs: setup.cfg pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
+	@touch $@
+
 demo: $(VENV)/.stamp-demo
-	$(BIN)/python tutorials/eight_schools.py
+	$(BIN)/python tutorials/01_eight_schools.py
 
 test: lint types tests doctests wheel tutorials
 
@@ -67,6 +72,10 @@ doctests: $(VENV)/.stamp-dev
 wheel: $(VENV)/.stamp-dev
 	.ci/check-wheel $(BIN)/python
 
+# The site, with the tutorials executed; opens from output/site/index.html.
+docs: $(VENV)/.stamp-docs
+	$(ONE_THREAD) $(BIN)/python -m sphinx -q -W --keep-going docs output/site
+
 bench: $(VENV)/.stamp-dev
 	$(BIN)/python benchmarks/speed.py
 
@@ -75,7 +84,9 @@ paper: $(VENV)/.stamp-dev
 
 # CI in the environment makes the tutorials small. What they assert counts here, not what they print.
 tutorials: $(VENV)/.stamp-dev
-	CI=1 $(BIN)/python tutorials/eight_schools.py > /dev/null
+	set -e; for script in tutorials/[0-9]*.py; do \
+	    CI=1 MPLBACKEND=Agg $(BIN)/python $$script > /dev/null; \
+	done
 	$(BIN)/python benchmarks/speed.py --quick --output output/benchmarks-quick.md > /dev/null
 	$(BIN)/python -m benchmarks.paper --quick --output output/paper-quick > /dev/null
 ifdef PYRO_MPIS_DATA

@@ -20,6 +20,8 @@ Moments, Marginals and Samples", UAI, PMLR 244:394-417. Where its equations are:
 
 from pyro_mpis._version import __version__
 from pyro_mpis._warnings import MPISWarning
+from pyro_mpis.adaptation.guide import AutoPlateNormal
+from pyro_mpis.costs import Advice, Cost, RunPlan
 from pyro_mpis.factor_graph.marginals import Marginal
 from pyro_mpis.importance import MPImportance
 from pyro_mpis.objectives import MPReweightedWakeSleep, TraceMP_ELBO
@@ -28,11 +30,15 @@ from pyro_mpis.results.predictive import log_predictive
 from pyro_mpis.results.summary import Summary
 
 __all__ = [
+    "Advice",
+    "AutoPlateNormal",
+    "Cost",
     "Diagnosis",
     "MPISWarning",
     "MPImportance",
     "MPReweightedWakeSleep",
     "Marginal",
+    "RunPlan",
     "Summary",
     "TraceMP_ELBO",
     "__version__",

@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What messages and tables are written with, and the one rule for shapes that broadcast."""
 
-from collections.abc import Iterable, Sequence, Set
+import html
+import itertools
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from typing import TYPE_CHECKING
 
 import torch
 from pyro.distributions import util
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 def first_line(error: BaseException) -> str:
@@ -35,6 +41,47 @@ def table(lines: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
     )
 
 
+def html_table(lines: Sequence[Sequence[str]], caption: str = "") -> str:
+    """
+    Write a table for a notebook, in the notebook's own style.
+
+    :param lines: the cells of each line, the header's first; the first cell names the line.
+    """
+    header, *rows = ([html.escape(cell) for cell in line] for line in lines)
+    head = "".join(f"<th>{cell}</th>" for cell in header)
+    body = "".join(
+        f"<tr><th>{row[0]}</th>{''.join(f'<td>{cell}</td>' for cell in row[1:])}</tr>"
+        for row in rows
+    )
+    below = f"<p>{html.escape(caption)}</p>" if caption else ""
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{below}"
+
+
+def scalars(name: str, shape: Sequence[int]) -> list[str]:
+    """Return the names of all scalars of a site, such as ``theta[0,1]``, the last dim fastest."""
+    positions = itertools.product(*(range(size) for size in shape))
+    return [f"{name}[{','.join(map(str, p))}]" if p else name for p in positions]
+
+
+def data_frame(columns: Mapping[str, Sequence[object]]) -> "DataFrame":
+    """
+    Return a pandas ``DataFrame``.
+
+    :raises ImportError: without pandas.
+    """
+    try:
+        import pandas
+    except ImportError as error:
+        raise ImportError("a DataFrame needs pandas: pip install pandas") from error
+    return pandas.DataFrame(columns)
+
+
 def broadcast_shape(*shapes: Sequence[int]) -> torch.Size:
     """Return the shape that others broadcast to; torch's own function loads half a library."""
     return torch.Size(util.broadcast_shape(*shapes))
+
+
+def range_of(numbers: Collection[int]) -> str:
+    """Return "3", or "3 to 10"."""
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low} to {high}"

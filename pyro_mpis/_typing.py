@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Names for the types that several modules share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeAlias, TypedDict
 
 import torch
@@ -13,6 +13,9 @@ Program: TypeAlias = Callable[..., object]
 
 # A function of one value of each of its sites: event shapes in, one tensor out.
 MomentFunction: TypeAlias = Callable[..., torch.Tensor]
+
+# How many particles: of each site, or by site and, under None, of all others.
+NumSamples: TypeAlias = int | Mapping[str, int] | Mapping[str | None, int]
 
 Distribution: TypeAlias = TorchDistribution
 

@@ -15,23 +15,18 @@ guide are.
 """
 
 import itertools
-import math
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
 
 import torch
+from pyro.params.param_store import StateDict
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyro_mpis.factor_graph.evidence import log_evidence, reduced
 from pyro_mpis.factor_graph.graph import FactorGraph, SiteValue
-from pyro_mpis.factor_graph.sampling import sample_sites
-from pyro_mpis.factor_graph.source_terms import joint_weights
+from pyro_mpis.particles.crossing import check_crossing
 from pyro_mpis.particles.drawing import Drawn, draw_particles
 from pyro_mpis.particles.evaluation import (
     MAX_LEVELS,
@@ -41,13 +36,7 @@ from pyro_mpis.particles.evaluation import (
     reads_found,
 )
 from pyro_mpis.particles.factors import build_graph
-from pyro_mpis.particles.indexed import (
-    ReadTogether,
-    check_crossing,
-    check_graph,
-    find_reads,
-    regroup_indexed,
-)
+from pyro_mpis.particles.indexed import check_graph, find_reads, regroup_indexed
 from pyro_mpis.particles.memory import gc_paused
 from pyro_mpis.particles.ordinary import run_ordinary
 from pyro_mpis.particles.probes import SiteReads
@@ -57,18 +46,16 @@ from pyro_mpis.particles.proposals import (
     weigh,
     weigh_from_factors,
 )
+from pyro_mpis.particles.together import ReadTogether
+from pyro_mpis.pieces import Ranges, put_together, split, with_values
 from pyro_mpis.planning import Plan
 from pyro_mpis.programs.analysis import with_implicit_plates
 from pyro_mpis.programs.environment import Environment, seeded
 from pyro_mpis.programs.runs import NotMappableError, Programs
 from pyro_mpis.programs.structure import UNIQUE_LEVELS, Structure
+from pyro_mpis.workers import Job, Result, Workers
 
-Ranges = Mapping[str, slice]  # symbol of an index -> its particles in a block
-Result = TypeVar("Result")
-Item = TypeVar("Item")
-Job = Callable[[], Result]
-
-_ONE_AT_A_TIME = threading.RLock()
+KEPT_BYTES = 2**28  # of all replicates' factors: else queries evaluate them again
 
 
 @dataclass(frozen=True)
@@ -103,16 +90,20 @@ class Replicate:
         """
         block, parts = self.cut(ranges)
         graphs = self.evaluated(block, ranges, parts, check=check)
-        return _put_together(map(reduced, graphs), parts, block.sizes)
+        return put_together(map(reduced, graphs), parts, block.sizes)
 
-    def evaluate_first(self, ranges: Ranges, drawn: Drawn) -> "tuple[Replicate, FactorGraph]":
+    def evaluate_first(
+        self, ranges: Ranges, drawn: Drawn, *, piece: bool = False
+    ) -> "tuple[Replicate, FactorGraph]":
         """
         Evaluate the first block, and find what holds for all.
 
+        :param piece: whether to leave it at the block's first piece.
         :raises ReadTogether: if elements of a plate cannot have an index each.
         """
         structure, validate = self.structure, self.environment.validate
         block, parts = self.cut(ranges)
+        parts = parts[:1] if piece else parts
         first = block.block(structure, parts[0])
         evaluated = self._evaluate(first)
         if self.plan.cut.whole:
@@ -128,7 +119,7 @@ class Replicate:
         replicate = replace(self, reads=reads)
         others = replicate.evaluated(block, ranges, parts[1:], check=validate)
         graphs = itertools.chain([graph], others)
-        return replicate, _put_together(map(reduced, graphs), parts, block.sizes)
+        return replicate, put_together(map(reduced, graphs), parts, block.sizes)
 
     def find_reads(
         self, graph: FactorGraph, first: Particles, drawn: Drawn, *, check: bool = True
@@ -229,88 +220,11 @@ class BlockSum:
         return partial(_apply, self.replicate, self.blocks[number], function)
 
 
-@dataclass(frozen=True)
-class Workers:
-    """Where jobs run: here, one after the other, or where an executor sends them."""
-
-    executor: Executor | None = None
-    show_progress: bool = True
-
-    def run(self, jobs: Sequence[Job[Result]]) -> list[Result]:
-        """Run jobs and return their results in order; shows a bar in a terminal."""
-        if self.executor is None or len(jobs) == 1:
-            return [job() for job in self._progress(jobs)]
-        futures = [self.executor.submit(_alone, job) for job in jobs]
-        return [future.result() for future in self._progress(futures)]
-
-    def _progress(self, items: Sequence[Item]) -> Iterable[Item]:
-        disable = None if self.show_progress and len(items) > 1 else True  # None: in a terminal
-        bar: Iterable[Item] = tqdm(items, desc="blocks", disable=disable, leave=False)
-        return bar
-
-
-def _alone(job: Job[Result]) -> Result:
-    """
-    Run a job while no other thread of this process runs one.
-
-    Pyro's handlers and parameters and torch's generator are those of a process: threads, which
-    Dask's workers have several of too, would act on each other's programs.
-    """
-    with _ONE_AT_A_TIME:
-        return job()
-
-
 def _apply(
     replicate: Replicate, ranges: Ranges, function: Callable[[FactorGraph], Result]
 ) -> Result:
     with replicate.environment.entered():
-        return function(replicate(ranges, check=function is _first_pass))
-
-
-def split(
-    particles: Mapping[str, int], block_sizes: Mapping[str, int], smallest: int = 1
-) -> tuple[Ranges, ...]:
-    """
-    Cut the particles of some indices into blocks, as even as can be.
-
-    :param particles: number of particles of each index.
-    :param block_sizes: number in a block, of the indices to cut.
-    :param smallest: number below which no block is cut.
-    :return: the ranges of each block; one without any where nothing is to be cut.
-    """
-    cuts = []
-    for symbol, size in block_sizes.items():
-        whole = particles[symbol]
-        number = max(1, min(math.ceil(whole / size), whole // smallest))
-        ends = [whole * step // number for step in range(number + 1)]
-        cuts.append([(symbol, slice(*ends)) for ends in itertools.pairwise(ends)])
-    return tuple(dict(combination) for combination in itertools.product(*cuts))
-
-
-def _put_together(
-    graphs: Iterable[FactorGraph], parts: Sequence[Ranges], sizes: Mapping[str, int]
-) -> FactorGraph:
-    """
-    Put the pieces of a block together.
-
-    :param parts: the particles of each piece, two or more of each index that is cut: dims of size
-        one are not there to tell whether a factor has them.
-    :param sizes: numbers of particles of the block.
-    """
-    graphs = iter(graphs)
-    whole = next(graphs)
-    if len(parts) == 1:
-        return whole
-    sizes = {**whole.sizes, **sizes}
-    factors = [
-        replace(factor, tensor=_room(factor.tensor, factor.dims, sizes)) for factor in whole.factors
-    ]
-    values: dict[str, SiteValue] = {}
-    for graph, part in zip(itertools.chain([whole], graphs), parts, strict=True):
-        for factor, piece in zip(factors, graph.factors, strict=True):
-            factor.tensor[_part(piece.dims, part)] = piece.tensor
-        values = _with_values(values, sizes, graph.values, part)
-    return replace(whole, factors=tuple(factors), sizes=sizes, values=values)
+        return function(replicate(ranges))
 
 
 def impossible_elements(total: BlockSum) -> dict[str, Tensor]:
@@ -337,10 +251,6 @@ def _graphs(total: BlockSum) -> Iterable[FactorGraph]:
     return total.replicate.evaluated(block, total.blocks[0], parts)
 
 
-def _room(tensor: Tensor, dims: str, sizes: Mapping[str, int]) -> Tensor:
-    return tensor.new_empty([sizes[symbol] for symbol in dims])
-
-
 def run_plan(plan: Plan, workers: Workers) -> BlockSum:
     """Draw particles and evaluate them block by block; draws random numbers."""
     with plan.environment.entered(), gc_paused(plan.cut.whole):
@@ -350,7 +260,9 @@ def run_plan(plan: Plan, workers: Workers) -> BlockSum:
         for patched in (False, True):
             plan = replace(plan, programs=replace(plan.programs, patched=patched))
             try:
-                drawn = draw_particles(plan.structure, plan.programs, plan.num_samples)
+                drawn = draw_particles(
+                    plan.structure, plan.programs, stratified=plan.options.stratified
+                )
                 return _evaluated(plan, drawn, workers)
             except NotMappableError as error:
                 if patched:
@@ -373,6 +285,7 @@ def _evaluated(plan: Plan, drawn: Drawn, workers: Workers) -> BlockSum:
                 drawn,
                 validate=plan.environment.validate,
                 from_factors=plan.cut.whole,
+                memory_limit=plan.memory_limit,
             )
             blocks = split(particles.sizes, plan.cut.blocks)
             return evaluate(Replicate(plan, particles), blocks, drawn, workers)
@@ -382,16 +295,17 @@ def _evaluated(plan: Plan, drawn: Drawn, workers: Workers) -> BlockSum:
                 continue
             if found.differs and not followed and _may_have_missed(plan.structure):
                 followed = True
-                plan = _followed(plan, drawn)
+                plan, drawn = _followed(plan, drawn)
             elif not found.symbols:
                 raise NotMappableError(f"{found.reason}, which cannot be followed") from None
             else:
                 plan = plan.sharing(found.symbols, found.plates, found.reason)
+                drawn = drawn.chosen_anew(plan.structure)
         except MissedReadError as error:
             if followed:
                 raise NotMappableError(f"what site '{error}' reads cannot be followed") from None
             followed = True
-            plan = _followed(plan, drawn)
+            plan, drawn = _followed(plan, drawn)
 
 
 def _may_have_missed(structure: Structure) -> bool:
@@ -399,11 +313,12 @@ def _may_have_missed(structure: Structure) -> bool:
     return UNIQUE_LEVELS < len(structure.indices) <= MAX_LEVELS
 
 
-def _followed(plan: Plan, drawn: Drawn) -> Plan:
+def _followed(plan: Plan, drawn: Drawn) -> tuple[Plan, Drawn]:
     """Return a plan for what the sites are found to read by a level for each index."""
     values = {name: draw.value for name, draw in drawn.draws.items()}
     structure = reads_found(plan.structure, values, plan.programs)
-    return plan.with_structure(with_implicit_plates(structure))
+    plan = plan.with_structure(with_implicit_plates(structure))
+    return plan, drawn.chosen_anew(plan.structure)
 
 
 def _ordinary(plan: Plan, error: NotMappableError) -> BlockSum:
@@ -416,155 +331,92 @@ def _ordinary(plan: Plan, error: NotMappableError) -> BlockSum:
         "one particle index, and this is ordinary importance sampling, which needs more particles. "
         f"What cannot run at many values at once: {error}. To combine particles: {error.remedy}."
     )
+    if plan.options.numbers:
+        notice += f" All have as many particles as the site with most: {plan.num_samples}."
     plan = replace(plan, structure=structure, notices=(*plan.notices, notice))
     replicate = Replicate(plan, particles, reads={})
     return BlockSum(replicate, ({},), graph, log_evidence(graph).double().unsqueeze(0), traces)
 
 
-def run_replicates(plan: Plan, num_replicates: int, workers: Workers) -> list[BlockSum]:
+def run_replicates(
+    plan: Plan, num_replicates: int, workers: Workers, *, keep: bool = False
+) -> list[BlockSum]:
     """
     Run independent replicates, each with a seed drawn from the global generator.
 
     Each is a unit of work for an executor; a single one sends its blocks instead.
+
+    :param keep: whether to keep factors that are small, so that queries take less time.
     """
     if num_replicates == 1:
         return [run_plan(plan, workers)]
     seeds = torch.randint(2**31 - 1, (num_replicates,)).tolist()
-    return workers.run([partial(_replicate, plan, seed) for seed in seeds])
+    kept = KEPT_BYTES // num_replicates if keep and workers.executor is None else 0
+    totals = workers.run([partial(_replicate, plan, seed, kept) for seed in seeds])
+    return [_with_programs(total, plan) for total in totals]
 
 
-def _replicate(plan: Plan, seed: int) -> BlockSum:
+def _replicate(plan: Plan, seed: int, kept: int) -> BlockSum:
+    """Run a replicate; ``kept`` is how many bytes of factors to keep."""
     with seeded(seed):
         total = run_plan(plan, Workers(show_progress=False))
+    total = _with_programs(total, None)
     if total.traces:
         return replace(total, traces=())
-    # the factors are many times the particles: they are not kept for every replicate, nor sent
+    if 0 < sum(factor.tensor.nbytes for factor in total.whole.factors) <= kept:
+        return total
+    # large factors are many times the particles: they are not kept for every replicate, nor sent
     return replace(total, whole=replace(total.whole, factors=()))
+
+
+def _with_programs(total: BlockSum, plan: Plan | None) -> BlockSum:
+    """Put programs, data and parameters back into what a worker sends without them, or out."""
+    found = total.replicate.plan
+    if plan is None:
+        programs = Programs(_not_sent, _not_sent)
+        params: StateDict = {"params": {}, "constraints": {}}
+        environment = replace(found.environment, params=params, values={})
+    else:
+        programs, environment = plan.programs, plan.environment
+    programs = replace(programs, patched=found.programs.patched)
+    found = replace(found, programs=programs, environment=environment)
+    return replace(total, replicate=replace(total.replicate, plan=found))
+
+
+def _not_sent() -> None:
+    raise AssertionError
 
 
 def evaluate(
     replicate: Replicate, blocks: Sequence[Ranges], drawn: Drawn, workers: Workers
 ) -> BlockSum:
     """Evaluate every block once: evidences, and the values of the sites at all particles."""
-    replicate, graph = replicate.evaluate_first(blocks[0], drawn)
+    sent = workers.sends(len(blocks)) and len(replicate.cut(blocks[0])[1]) > 1
+    replicate, graph = replicate.evaluate_first(blocks[0], drawn, piece=sent)
     if len(blocks) == 1:
         return BlockSum(replicate, tuple(blocks), graph, log_evidence(graph).double().unsqueeze(0))
-    results = [_first_pass(graph)]
+    results = [] if sent else [_first_pass(graph)]
     whole = replace(
         graph, factors=(), sizes={**graph.sizes, **replicate.particles.sizes}, values={}
     )
     del graph
-    results += workers.run([partial(_apply, replicate, part, _first_pass) for part in blocks[1:]])
+    others = blocks[len(results) :]
+    results += workers.run([partial(_block, replicate, part, part is blocks[0]) for part in others])
     for (_, values), ranges in zip(results, blocks, strict=True):
-        whole = replace(whole, values=_with_values(whole.values, whole.sizes, values, ranges))
+        whole = replace(whole, values=with_values(whole.values, whole.sizes, values, ranges))
     log_evidences = torch.stack([log_p for log_p, _ in results])
     return BlockSum(replicate, tuple(blocks), whole, log_evidences)
 
 
+def _block(
+    replicate: Replicate, ranges: Ranges, all_values: bool
+) -> tuple[Tensor, Mapping[str, SiteValue]]:
+    """Return the evidence of a block, and the values of all sites or of those that it cuts."""
+    with replicate.environment.entered():
+        log_p, values = _first_pass(replicate(ranges, check=True))
+    cut = {name: site for name, site in values.items() if set(site.indices) & set(ranges)}
+    return log_p, values if all_values else cut
+
+
 def _first_pass(graph: FactorGraph) -> tuple[Tensor, Mapping[str, SiteValue]]:
     return log_evidence(graph).double(), graph.values
-
-
-def joint_weights_of(
-    sums: Sequence[BlockSum], tuples: Sequence[str], workers: Workers
-) -> list[dict[str, Tensor]]:
-    """
-    Compute :func:`joint_weights` over the blocks of several sums.
-
-    :return: for each of the sums; weights add up to one in each.
-    """
-    shares = [(total.log_evidences - total.log_evidence).exp() for total in sums]
-    units = [
-        (replicate, int(block))
-        for replicate, share in enumerate(shares)
-        for block in (share > 0).nonzero().squeeze(-1).tolist()
-    ]
-    function = partial(joint_weights, tuples=tuple(tuples))
-    found = workers.run([sums[replicate].job(block, function) for replicate, block in units])
-    results: list[dict[str, Tensor]] = [{} for _ in sums]
-    for (replicate, block), (log_p, weights) in zip(units, found, strict=True):
-        total, result = sums[replicate], results[replicate]
-        _check_unchanged(log_p, total.log_evidences[block])
-        for symbols, weight in weights.items():
-            if symbols not in result:
-                sizes = [total.whole.sizes[symbol] for symbol in symbols]
-                result[symbols] = weight.new_zeros((*sizes, *weight.shape[len(symbols) :]))
-            result[symbols][_part(symbols, total.blocks[block])] += (
-                shares[replicate][block] * weight
-            )
-    return results
-
-
-def _check_unchanged(log_p: Tensor, known: Tensor) -> None:
-    """Refuse a block that has another evidence than it had when it was first evaluated."""
-    if not torch.allclose(log_p.double(), known, rtol=1e-6, atol=1e-3):
-        raise RuntimeError(
-            "the model or its parameters have changed since .run: particles that were weighed at "
-            f"log evidence {float(known):.4f} are now at {float(log_p):.4f}. Run again."
-        )
-
-
-def sample_of(sums: Sequence[BlockSum], num_draws: int, workers: Workers) -> dict[str, Tensor]:
-    """
-    Draw joint samples over the blocks of several sums of equal prior weight.
-
-    Draws random numbers: from the global generator alone, and from seeds drawn from it if there
-    are several blocks or sums, wherever they run.
-    """
-    units = [
-        (replicate, block)
-        for replicate, total in enumerate(sums)
-        for block in range(len(total.blocks))
-    ]
-    if len(units) == 1:
-        job = sums[0].job(0, partial(sample_sites, num_draws=num_draws))
-        ((log_p, sample),) = workers.run([job])
-        _check_unchanged(log_p, sums[0].log_evidences[0])
-        return sample
-    log_evidences = torch.cat([total.log_evidences for total in sums])
-    chosen = log_evidences.softmax(0).multinomial(num_draws, replacement=True)
-    counts = chosen.bincount(minlength=len(units)).tolist()
-    seeds = torch.randint(2**31 - 1, (len(units),)).tolist()
-    drawn = [number for number, count in enumerate(counts) if count]
-    jobs = []
-    for number in drawn:
-        replicate, block = units[number]
-        function = partial(_seeded_sample, num_draws=counts[number], seed=seeds[number])
-        jobs.append(sums[replicate].job(block, function))
-    found = workers.run(jobs)
-    for number, (log_p, _) in zip(drawn, found, strict=True):
-        _check_unchanged(log_p, log_evidences[number])
-    parts = [sample for _, sample in found]
-    order = chosen.argsort(stable=True).argsort()  # the draws' own order, not the blocks'
-    return {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
-
-
-def _seeded_sample(
-    graph: FactorGraph, num_draws: int, seed: int
-) -> tuple[Tensor, dict[str, Tensor]]:
-    with seeded(seed):
-        return sample_sites(graph, num_draws)
-
-
-def _part(symbols: str, ranges: Ranges) -> tuple[slice, ...]:
-    return tuple(ranges.get(symbol, slice(None)) for symbol in symbols)
-
-
-def _with_values(
-    values: Mapping[str, SiteValue],
-    sizes: Mapping[str, int],
-    found: Mapping[str, SiteValue],
-    ranges: Ranges,
-) -> dict[str, SiteValue]:
-    """Put a block's values of the sites into their places among all particles."""
-    values = dict(values)
-    for name, site in found.items():
-        if not set(site.indices) & set(ranges):
-            values.setdefault(name, site)
-            continue
-        if name not in values:
-            shape = [sizes[symbol] for symbol in site.indices]
-            rest = site.tensor.shape[len(shape) :]
-            values[name] = replace(site, tensor=site.tensor.new_empty((*shape, *rest)))
-        values[name].tensor[_part(site.indices, ranges)] = site.tensor
-    return values

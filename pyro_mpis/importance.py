@@ -2,6 +2,7 @@
 """The inference class: what the user holds."""
 
 import copy
+import html
 import logging
 import math
 import os
@@ -15,29 +16,37 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_mpis import planning
-from pyro_mpis._text import quoted
-from pyro_mpis._typing import MomentFunction, Program
+from pyro_mpis._text import quoted, range_of
+from pyro_mpis._typing import MomentFunction, NumSamples, Program
 from pyro_mpis._warnings import warn
-from pyro_mpis.blocks import (
-    BlockSum,
-    Workers,
-    impossible_elements,
-    joint_weights_of,
-    run_replicates,
-    sample_of,
-)
+from pyro_mpis.adaptation.adapting import adapted
+from pyro_mpis.adaptation.guide import AutoPlateNormal
+from pyro_mpis.blocks import BlockSum, impossible_elements, run_replicates
+from pyro_mpis.costs import RunPlan
 from pyro_mpis.factor_graph import moments as _moments
 from pyro_mpis.factor_graph.graph import FactorGraph
 from pyro_mpis.factor_graph.marginals import Marginal, merge
 from pyro_mpis.particles import memory
-from pyro_mpis.planning import Options, plan_of, positive, programs_of
+from pyro_mpis.planning import (
+    DEFAULT_NUM_SAMPLES,
+    Options,
+    checked_numbers,
+    plan_of,
+    positive,
+    programs_of,
+)
 from pyro_mpis.programs.environment import Environment, seeded
 from pyro_mpis.programs.runs import trace_at
+from pyro_mpis.programs.turns import in_turn
+from pyro_mpis.queries import joint_weights_of, sample_of
 from pyro_mpis.results import saving
 from pyro_mpis.results.arviz_export import Names, Wanted, build, model_groups, particle_arrays
-from pyro_mpis.results.diagnostics import Diagnosis, diagnose, evidence_error
+from pyro_mpis.results.at_draws import replay_draws
+from pyro_mpis.results.diagnostics import Diagnosis, diagnose, doubts_of_error, evidence_error
+from pyro_mpis.results.pointwise import own_latents
 from pyro_mpis.results.summary import Summary, summarise
 from pyro_mpis.results.trace_posterior import Draws, ImportanceTraces, weighted_draws
+from pyro_mpis.workers import Workers
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -47,8 +56,6 @@ if TYPE_CHECKING:
 Answer = TypeVar("Answer")
 
 _logger = logging.getLogger("pyro_mpis")
-
-DEFAULT_NUM_SAMPLES = 10  # as pyro.infer.Importance has it
 
 
 class MPImportance(ImportanceTraces):
@@ -76,7 +83,9 @@ class MPImportance(ImportanceTraces):
     :param model: a Pyro model. It runs at single values, in the shapes of an ordinary run.
     :param guide: a guide for all, some or none of the model's latent sites, autoguides included;
         the rest is drawn from the prior, as all are without a guide.
-    :param num_samples: K, the number of particles of each latent site.
+    :param num_samples: K, the number of particles of each latent site. Sites may have numbers of
+        their own, and ``None`` stands for all others: ``num_samples={"mu": 300, None: 10}``. A
+        group is named by any of its members.
     :param groups: groups of latent sites that share one particle index, for sites that are
         strongly dependent or that one likelihood reads many of.
     :param shared_plates: names of plates whose latents have one particle index for all elements, in
@@ -84,15 +93,21 @@ class MPImportance(ImportanceTraces):
         cross others, are shared; a warning says which.
     :param max_plate_nesting: number of batch dims for plates; found by default (and for infinity,
         the default of Pyro's ELBOs).
-    :param memory_limit: bytes that the largest tensors may take together; half of what is free by
-        default. A larger sum is evaluated in blocks of particles, with the same result. If no block
-        is small enough, a given limit is an error; by default latents then share an index.
+    :param memory_limit: bytes that a run, or a query, may take, to a factor of 1.5 and 100 MB for
+        libraries; by default half of what the process may still take. A larger sum is evaluated in
+        blocks of particles, with the same result. If no block is small enough, a given limit is an
+        error; by default latents then share an index. See :meth:`plan`.
+    :param stratified: whether the particles of a site are spread evenly over its proposal, as a
+        Latin hypercube, where its family has a quantile function: Normal, LogNormal, Uniform and
+        others. The evidence is exactly unbiased, and its spread smaller. Others are drawn
+        independently, as all are with ``stratified=False``.
     :param num_replicates: number of independent sets of particles. Evidences are averaged, moments
         and marginals weighted by evidence; their spread gives :meth:`evidence_error`.
     :param executor: any :class:`concurrent.futures.Executor` (a process pool, or Dask's, loky's,
         mpi4py's) to send replicates, or the blocks of a single one, to. Model and guide must then
         be what it can pickle; the result is the same. Threads of one process take turns, as Pyro's
-        handlers are global: processes are faster.
+        handlers are global: processes are faster. Each process gets programs, data and particles
+        once in a run, and once in a query: docs/many_processes.md.
     :param disable_progbar: whether to show no progress bar over blocks in a terminal.
     :raises ValueError: if an argument is not as described.
     """
@@ -101,12 +116,13 @@ class MPImportance(ImportanceTraces):
         self,
         model: Program,
         guide: Program | None = None,
-        num_samples: int | None = None,
+        num_samples: NumSamples | None = None,
         *,
         groups: Sequence[Sequence[str]] = (),
         shared_plates: Sequence[str] = (),
         max_plate_nesting: float | None = None,
         memory_limit: int | None = None,
+        stratified: bool = True,
         num_replicates: int = 1,
         executor: Executor | None = None,
         disable_progbar: bool = False,
@@ -117,13 +133,6 @@ class MPImportance(ImportanceTraces):
             raise ValueError(
                 f"guide: expected a callable or None, but found {type(guide).__name__}."
             )
-        if num_samples is None:
-            num_samples = DEFAULT_NUM_SAMPLES
-            warn(
-                f"num_samples not given: {num_samples} particles of each latent site are drawn, "
-                "which is few. Give num_samples=100 for example."
-            )
-        num_samples = positive("num_samples", num_samples)
         num_replicates = positive("num_replicates", num_replicates)
         if memory_limit is not None and (isinstance(memory_limit, bool) or memory_limit <= 0):
             raise ValueError(
@@ -131,19 +140,63 @@ class MPImportance(ImportanceTraces):
             )
         self.model = model
         self.guide = guide
-        self.num_samples = num_samples
+        self.num_samples = checked_numbers(
+            DEFAULT_NUM_SAMPLES if num_samples is None else num_samples
+        )
+        self._is_number_given = num_samples is not None
         self.groups = tuple(groups)
         self.shared_plates = tuple(shared_plates)
         self.max_plate_nesting = planning.number_of_dims(max_plate_nesting)
         self.memory_limit = memory_limit
+        self.stratified = bool(stratified)
         self.num_replicates = num_replicates
         self.executor = executor
         self.disable_progbar = disable_progbar
         self._sums: list[BlockSum] = []
         self._weights: list[dict[str, Tensor]] = []
         self._told = False  # whether the user has been told of what is poor
+        self._told_of_error = False  # and of what makes the evidence's error wrong
         super().__init__()  # type: ignore[no-untyped-call]
 
+    @in_turn
+    def adapt(self, *args: object, **kwargs: object) -> "MPImportance":
+        """
+        Learn a proposal for these data, and choose numbers of particles, before :meth:`run`.
+
+        The proposal is a guide of its own, :attr:`guide`: Gaussian in unconstrained numbers with
+        the model's plates. :meth:`run` then draws fresh particles from it, so that the evidence is
+        unbiased. One line goes from a model to accurate results::
+
+            posterior = MPImportance(model).adapt(data).run(data)
+
+        Discrete latents of few values are summed exactly: :attr:`model` is then the model with
+        marks of these. Sets :attr:`num_samples` and, to no less than was given,
+        :attr:`num_replicates`. Draws random numbers; leaves the param store and the handlers' stack
+        as they were. Warns (:class:`~pyro_mpis.MPISWarning`) where no good proposal was found. See
+        docs/adapting.md. The arguments are those of the model.
+
+        :return: this object.
+        :raises ValueError: if the model has no continuous latent or has a guide already, or model
+            and data do not fit.
+        """
+        if self.guide is not None and not isinstance(self.guide, AutoPlateNormal):
+            raise ValueError(
+                f"guide: adapt learns a guide of its own, in place of {type(self.guide).__name__}. "
+                "Give none: MPImportance(model).adapt(...). A guide of yours is trained by "
+                "pyro.infer.SVI, for example, and then given to MPImportance(model, guide)."
+            )
+        self.groups = ()  # the guide has one index for each set of plates
+        options = replace(self._options, num_samples=None, numbers={})
+        found = adapted(self.model, args, kwargs, options, show_progress=not self.disable_progbar)
+        self.model, self.guide = found.model, found.guide
+        self.num_samples = dict(found.num_samples)
+        self.num_replicates = max(self.num_replicates, found.num_replicates)
+        self._is_number_given = True
+        for problem in found.problems:
+            warn(problem)
+        return self
+
+    @in_turn
     def run(self, *args: object, **kwargs: object) -> "MPImportance":
         """
         Draw the particles and weigh them; the arguments go to model and guide.
@@ -158,27 +211,55 @@ class MPImportance(ImportanceTraces):
             what the sites read could not be followed.
         :raises MemoryError: if a factor does not fit into the given ``memory_limit``.
         """
+        if not self._is_number_given:
+            warn(
+                f"num_samples not given: {self.num_samples} particles of each latent site are "
+                "drawn, which is few. Give num_samples=100 for example, or call .adapt(...) before."
+            )
         programs = programs_of(self.model, self.guide, args, kwargs)
         plan, guide_trace, model_trace = plan_of(programs, self._options)
         if self.max_plate_nesting is None:
             _logger.info("Guessed max_plate_nesting = %d", plan.structure.max_plate_nesting)
-        wait = memory.long_wait(plan.structure, self.num_samples)
+        wait = memory.long_wait(plan.structure)
         if wait is not None and plan.device == "cpu":
             warn(wait)
-        sums = run_replicates(plan, self.num_replicates, self._workers)
+        is_learned = isinstance(self.guide, AutoPlateNormal)
+        sums = run_replicates(plan, self.num_replicates, self._workers, keep=is_learned)
         possible = [total for total in sums if bool(torch.isfinite(total.log_evidence))]
         if not possible:
             raise _impossible(sums[0])
         self._sums, self._weights = possible, [{} for _ in possible]
-        self._told = False
+        self._told = self._told_of_error = False
         self._reset()
         notices = dict.fromkeys(n for total in sums for n in total.replicate.plan.notices)
         structure = sums[0].replicate.structure
-        weak = planning.weaknesses(structure, self.groups, guide_trace, model_trace)
+        groups = self.groups
+        if isinstance(self.guide, AutoPlateNormal):  # that sites share an index is meant
+            groups = (self.guide.latents,)
+        weak = planning.weaknesses(structure, groups, guide_trace, model_trace)
         for problem in (*notices, *([] if sums[0].traces else weak)):
             warn(problem)
         return self
 
+    @in_turn
+    def plan(self, *args: object, **kwargs: object) -> RunPlan:
+        """
+        Say what :meth:`run` would take, and what would help; the arguments go to model and guide.
+
+        Draws no particles: guide and model run a few times, at single values, and the global
+        generator is left as it was. Sizes are exact for programs that run at many values at once;
+        seconds are within a factor of three or so on this machine. ::
+
+            print(MPImportance(model, num_samples=100).plan(data))
+
+        :return: entries, memory, and seconds at several numbers of particles; what takes most of
+            it; and which sites to group, which to enumerate, how many particles then fit.
+        :raises ValueError: if model, guide or data do not fit; the message names the site.
+        """
+        programs = programs_of(self.model, self.guide, args, kwargs)
+        return planning.run_plan(programs, self._options)
+
+    @in_turn
     def evidence(self, log_scale: bool = True) -> Tensor:
         """
         Estimate the evidence p(x): (18) of [1], the mean over replicates.
@@ -192,9 +273,15 @@ class MPImportance(ImportanceTraces):
         log_p = log_evidences.logsumexp(0) - math.log(self.num_replicates)
         return (log_p if log_scale else log_p.exp()).to(sums[0].whole.dtype)
 
+    @in_turn
     def evidence_error(self) -> float:
         """
         Return the standard error of the log evidence, in nats, from the spread of the replicates.
+
+        Warns (:class:`~pyro_mpis.MPISWarning`), once a run, if it is not to be trusted: of few
+        replicates, if one of them has most of the evidence, and if :meth:`diagnose` finds particles
+        that are narrower than the posterior, or weights with a heavy tail. For this it takes the
+        marginals of all sites.
 
         :raises ValueError: with a single replicate.
         """
@@ -204,7 +291,13 @@ class MPImportance(ImportanceTraces):
                 "num_replicates: one set of particles has no spread to tell an error from. Ask for "
                 "several, num_replicates=8 for example."
             )
-        return evidence_error(self._replicates())
+        error = evidence_error(self._replicates())
+        if not self._told_of_error:
+            doubts = doubts_of_error(self._diagnosis(self.marginals()))
+            if doubts:
+                warn(f"evidence_error: {error:.2g} is not to be trusted. {' '.join(doubts)}")
+        self._told_of_error = True
+        return error
 
     @overload
     def moments(self) -> dict[str, Tensor]: ...
@@ -215,6 +308,7 @@ class MPImportance(ImportanceTraces):
         self, functions: Mapping[str, tuple[MomentFunction | str, ...]]
     ) -> dict[str, Tensor]: ...
 
+    @in_turn
     def moments(
         self,
         functions: MomentFunction | Mapping[str, tuple[MomentFunction | str, ...]] | None = None,
@@ -261,6 +355,7 @@ class MPImportance(ImportanceTraces):
     @overload
     def marginals(self, site: str, /, *sites: str) -> Marginal: ...
 
+    @in_turn
     def marginals(self, *sites: str) -> Marginal | dict[str, Marginal]:
         """
         Return posterior marginals on the particles: (32)-(35), joint ones (43)-(44) of [1].
@@ -279,6 +374,11 @@ class MPImportance(ImportanceTraces):
         merged = [merge(parts, log_shares) for parts in zip(*found, strict=True)]
         return merged[0] if sites else dict(zip(self._sites(), merged, strict=True))
 
+    def __getitem__(self, site: str) -> Marginal:
+        """Return the posterior marginal of a site: ``posterior["mu"]``."""
+        return self.marginals(site)
+
+    @in_turn
     def sample(self, num_samples: int = 1) -> dict[str, Tensor]:
         """
         Draw joint posterior samples of all latent sites; draws random numbers.
@@ -288,6 +388,7 @@ class MPImportance(ImportanceTraces):
         """
         return sample_of(self._ran(), positive("num_samples", num_samples), self._workers)
 
+    @in_turn
     def summary(self, prob: float = 0.9) -> Summary:
         """
         Make a table of mean, sd, quantiles, ESS and Pareto k-hat of every scalar.
@@ -299,26 +400,21 @@ class MPImportance(ImportanceTraces):
         if not 0 < prob < 1:
             raise ValueError(f"prob: expected a probability between 0 and 1, but found {prob!r}.")
         marginals = self.marginals()
-        diagnosis = self._diagnosis(marginals)
         if not self._told:
-            for problem in diagnosis.problems:
+            for problem in self._diagnosis(marginals).problems:
                 warn(str(problem))
         self._told = True
-        return summarise(
-            marginals,
-            self._sampled(),
-            diagnosis.log_evidence,
-            diagnosis.evidence_error,
-            self.num_samples * self.num_replicates,
-            prob,
-        )
+        return self._summary(marginals, prob)
 
+    @in_turn
     def diagnose(self, *, show: bool = True) -> Diagnosis:
         """
         Say how far to trust the answers: what is poor, at which site, and what would help.
 
         Looks at the effective sample size of every site and plate element, at Pareto k-hat where
-        there are particles enough (about 50), and at the replicates' spread. Draws nothing.
+        there are particles enough (about 50), at whether weights rise towards the outermost
+        particles, as they do where a guide is too narrow, and at the replicates' spread. Draws
+        nothing.
 
         :param show: whether to print it.
         """
@@ -328,9 +424,21 @@ class MPImportance(ImportanceTraces):
         self._told = True
         return diagnosis
 
+    def _summary(self, marginals: Mapping[str, Marginal], prob: float = 0.9) -> Summary:
+        log_evidences = self._replicates()
+        return summarise(
+            marginals,
+            self._sampled(),
+            float(log_evidences.logsumexp(0)) - math.log(self.num_replicates),
+            evidence_error(log_evidences) if self.num_replicates > 1 else None,
+            {number * self.num_replicates for number in self._counts()},
+            prob,
+        )
+
     def _diagnosis(self, marginals: Mapping[str, Marginal]) -> Diagnosis:
         return diagnose(self._ran()[0], marginals, self._sampled(), self._replicates())
 
+    @in_turn
     def to_arviz(
         self,
         num_samples: int = 1000,
@@ -359,7 +467,7 @@ class MPImportance(ImportanceTraces):
         * ``particles``, ``particle_weights``, ``particle_ess``: what the draws were drawn from.
 
         The attributes hold the log evidence, its standard error (of several replicates), the
-        number of particles, and the version.
+        number of particles (the largest of a site), and the version.
 
         :param num_samples: number of draws.
         :param coords: dim -> names of its elements.
@@ -380,13 +488,14 @@ class MPImportance(ImportanceTraces):
         groups |= particle_arrays(self.marginals(), particles, self._sampled(), sites, names)
         attributes: dict[str, object] = {
             "log_evidence": float(self.evidence()),
-            "num_particles": self.num_samples,
+            "num_particles": max(self._counts()),
             "num_replicates": self.num_replicates,
         }
         if self.num_replicates > 1:
-            attributes["log_evidence_error"] = self.evidence_error()
+            attributes["log_evidence_error"] = evidence_error(self._replicates())
         return build(groups, attributes, names)
 
+    @in_turn
     def save(self, path: str | os.PathLike[str], *, factors: bool = True) -> None:
         """
         Write the result to a file, for :meth:`load`: tensors and plain data, no code.
@@ -415,6 +524,7 @@ class MPImportance(ImportanceTraces):
             shared_plates=self.shared_plates,
             max_plate_nesting=self.max_plate_nesting,
             memory_limit=self.memory_limit,
+            stratified=self.stratified,
             num_replicates=self.num_replicates,
             disable_progbar=self.disable_progbar,
         )
@@ -428,6 +538,7 @@ class MPImportance(ImportanceTraces):
         saving.write(path, stored)
 
     @classmethod
+    @in_turn
     def load(
         cls,
         path: str | os.PathLike[str],
@@ -477,6 +588,7 @@ class MPImportance(ImportanceTraces):
         saving.check_evaluation(path, posterior._sums[0])
         return posterior
 
+    @in_turn
     def to(self, device: torch.device | str) -> "MPImportance":
         """
         Return the result on another device; this one stays where it is, as with a tensor's ``to``.
@@ -509,12 +621,21 @@ class MPImportance(ImportanceTraces):
 
     def __repr__(self) -> str:
         """Say what was drawn, and the log evidence."""
-        particles = f"{self.num_samples} particles a site"
+        options = self._options
+        given = {options.num_samples or DEFAULT_NUM_SAMPLES, *options.numbers.values()}
+        counts = self._counts() if self._sums else given
+        particles = f"{range_of(counts)} particles a site"
         if self.num_replicates > 1:
             particles += f", {self.num_replicates} replicates"
         if not self._sums:
             return f"<MPImportance: {particles}, not run>"
         return f"<MPImportance: {particles}, log evidence {self.evidence().item():.2f}>"
+
+    def _repr_html_(self) -> str:
+        """Show the posterior's table in a notebook; warns of nothing."""
+        if not self._sums:
+            return html.escape(repr(self))
+        return self._summary(self.marginals())._repr_html_()
 
     def __copy__(self) -> "MPImportance":
         """Return a copy that shares the result and the executor."""
@@ -531,12 +652,17 @@ class MPImportance(ImportanceTraces):
         for group in self.groups:
             if isinstance(group, str):
                 raise ValueError(f"groups: expected sequences of site names, but found '{group}'.")
+        numbers = (
+            {None: self.num_samples} if isinstance(self.num_samples, int) else self.num_samples
+        )
         return Options(
-            num_samples=self.num_samples,
+            num_samples=numbers.get(None),
+            numbers={name: number for name, number in numbers.items() if name is not None},
             groups=tuple(tuple(group) for group in self.groups),
             shared_plates=self.shared_plates,
             max_plate_nesting=self.max_plate_nesting,
             memory_limit=self.memory_limit,
+            stratified=self.stratified,
         )
 
     def get_log_normalizer(self) -> Tensor:
@@ -548,7 +674,7 @@ class MPImportance(ImportanceTraces):
     def _weighted_draws(self) -> Draws | None:
         if not self._sums:
             return None
-        return weighted_draws(self._sums, self.evidence(), self.num_samples, self._workers)
+        return weighted_draws(self._sums, self.evidence(), max(self._counts()), self._workers)
 
     def _traces_at(self, values: Sequence[Mapping[str, Tensor]]) -> list[Trace]:
         sums = self._ran()
@@ -558,10 +684,26 @@ class MPImportance(ImportanceTraces):
         with sums[0].replicate.environment.entered():
             return [trace_at(programs, row) for row in values]
 
+    def _summed_log_likelihoods(self, draws: Draws) -> Mapping[str, Tensor]:
+        replicate, number = self._ran()[0].replicate, len(draws.log_weights)
+        own = own_latents(replicate)
+        if not own.latents:
+            return {}
+        with replicate.environment.entered():
+            replayed = replay_draws(
+                replicate.structure,
+                replicate.programs,
+                draws.values,
+                number,
+                likelihood=True,
+                own=own,
+            )
+        return replayed.log_likelihoods
+
     def _effective_samples(self) -> Tensor:
         sampled = self._sampled()
         sizes = [m.ess.min() for name, m in self.marginals().items() if name in sampled]
-        return torch.stack(sizes).min() if sizes else torch.tensor(float(self.num_samples))
+        return torch.stack(sizes).min() if sizes else torch.tensor(float(max(self._counts())))
 
     @property
     def _workers(self) -> Workers:
@@ -578,6 +720,12 @@ class MPImportance(ImportanceTraces):
         for number, total in enumerate(self._ran()):
             log_evidences[number] = total.log_evidence
         return log_evidences
+
+    def _counts(self) -> set[int]:
+        """Return the numbers of particles that the indices of the run have."""
+        structure = self._ran()[0].replicate.structure
+        counts = {index.num_samples for index in structure.indices if not index.enumerated}
+        return counts or {self._sums[0].replicate.plan.num_samples}
 
     def _sites(self) -> list[str]:
         return list(self._ran()[0].whole.values)

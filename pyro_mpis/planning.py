@@ -12,31 +12,41 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import is_validation_enabled
 
 from pyro_mpis._text import first_line, quoted
-from pyro_mpis._typing import Ordinal, Program
+from pyro_mpis._typing import NumSamples, Ordinal, Program
+from pyro_mpis.costs import RunPlan, run_plan_of
 from pyro_mpis.particles import memory
+from pyro_mpis.particles.footprint import Footprint, measured
+from pyro_mpis.particles.masked import find_masks
 from pyro_mpis.programs.agreement import check_same_site, unreachable
 from pyro_mpis.programs.analysis import analyse, device_of, with_implicit_plates
-from pyro_mpis.programs.environment import Environment
+from pyro_mpis.programs.environment import Environment, seeded
+from pyro_mpis.programs.masks import taken_apart
 from pyro_mpis.programs.messages import statements
+from pyro_mpis.programs.numbers import index_named, with_numbers
 from pyro_mpis.programs.runs import Name, Programs, run_plainly, with_one_subsample
 from pyro_mpis.programs.structure import Index, Obstacle, Structure
 from pyro_mpis.programs.subsampling import subsamples_of
+
+DEFAULT_NUM_SAMPLES = 10  # as pyro.infer.Importance has it
 
 
 @dataclass(frozen=True)
 class Options:
     """What a run is asked for, checked when it is made."""
 
-    num_samples: int
+    num_samples: int | None  # of each index that has no number of its own; None if not given
+    numbers: Mapping[str, int] = field(default_factory=dict)  # site -> number of its index
     groups: tuple[tuple[str, ...], ...] = ()
     shared_plates: tuple[str, ...] = ()
     max_plate_nesting: int | None = None
     memory_limit: int | None = None
+    stratified: bool = True
 
 
 @dataclass(frozen=True)
@@ -50,18 +60,24 @@ class Plan:
     device: str = "cpu"
     environment: Environment = field(default_factory=Environment)
     notices: tuple[str, ...] = ()  # what the user is to be told
-    switched: tuple[
-        str, ...
-    ] = ()  # sites that read other elements at some particles than at others
+    # sites that read other elements at some particles than at others
+    switched: tuple[str, ...] = ()
+    footprint: Footprint | None = None  # what the programs hold, where it may matter
 
     @property
     def num_samples(self) -> int:
-        """K, the number of particles of each index."""
-        return self.options.num_samples
+        """K, the largest number of particles of an index."""
+        rest = self.options.num_samples or DEFAULT_NUM_SAMPLES
+        return max((index.num_samples for index in self.structure.indices), default=rest)
+
+    @property
+    def memory_limit(self) -> int | None:
+        """The bytes that a run may take; None where nothing is known."""
+        return memory_limit(self.options, self.device)
 
     def with_structure(self, structure: Structure, *notices: str) -> "Plan":
         """Return a plan for another structure of the same programs."""
-        structure, cut, more = fitted(structure, self.options, self.device)
+        structure, cut, more = fitted(structure, self.options, self.device, self.footprint)
         notices = (*self.notices, *notices, *more)
         return replace(self, structure=structure, cut=cut, notices=notices)
 
@@ -81,14 +97,14 @@ class Plan:
 
 
 def memory_limit(options: Options, device: str) -> int | None:
-    """Return the bytes that a run may take; None where nothing is known."""
+    """Return the bytes a run may take; None where nothing is known."""
     if options.memory_limit is not None:
         return options.memory_limit
     return memory.default_limit(device)
 
 
 def fitted(
-    structure: Structure, options: Options, device: str
+    structure: Structure, options: Options, device: str, footprint: Footprint | None = None
 ) -> tuple[Structure, memory.Cut, list[str]]:
     """
     Find what fits into memory.
@@ -96,6 +112,7 @@ def fitted(
     Where nothing does, and the user has set no limit, latents share an index: two after the other
     of those that the largest factor reads, the ones with the fewest values first.
 
+    :param footprint: of the programs; see :func:`~pyro_mpis.particles.memory.fit`.
     :return: the structure, how its particles are cut, and what the user is to be told.
     :raises MemoryError: if the user has set a limit that nothing fits into.
     """
@@ -103,16 +120,16 @@ def fitted(
     merged: list[str] = []
     while True:
         try:
-            cut = memory.fit(structure, options.num_samples, limit, device)
-            if not merged or not memory.takes_long(structure, options.num_samples):
+            cut = memory.fit(structure, limit, device, footprint)
+            if not merged or not memory.takes_long(structure):
                 break
-            largest, _ = memory.largest_factor(structure, options.num_samples)
-            site = largest.name
+            largest, _ = memory.largest_factor(structure)
+            site, read = largest.name, structure.indices_read(largest)
         except memory.TooLargeError as error:
             if options.memory_limit is not None:
                 raise
-            site = error.site
-        pair = _mergeable(structure, site)
+            site, read = error.site, error.symbols
+        pair = _mergeable(structure, read)
         if pair is None:
             return _one_by_one(structure, site), memory.Cut({}, {}), []
         merged += [name for index in pair for name in index.sites if name not in merged]
@@ -137,13 +154,12 @@ def _one_by_one(structure: Structure, site: str) -> Structure:
     return replace(structure, model=model)
 
 
-def _mergeable(structure: Structure, name: str) -> tuple[Index, Index] | None:
-    """Return two indices of a factor that may become one: those with the fewest values."""
+def _mergeable(structure: Structure, read: Ordinal) -> tuple[Index, Index] | None:
+    """Return two of some indices that may become one: those with the fewest values."""
 
     def size(index: Index) -> int:
         return sum(structure.proposal_site(site).shape.numel() for site in index.sites)
 
-    read = structure.indices_read(structure.model[name])
     indices = [i for i in structure.indices if i.symbol in read and not i.enumerated]
     pairs = [
         (one, other)
@@ -165,10 +181,75 @@ def plan_of(programs: Programs, options: Options) -> tuple[Plan, Trace, Trace]:
     environment = Environment()
     with environment.entered(), memory.gc_paused():
         programs, structure, guide_trace, model_trace = analysed(programs, options)
+        environment = environment.with_params()  # those too that the programs have just made
         device = device_of(model_trace).type
-        structure, cut, notices = fitted(structure, options, device)
-        plan = Plan(structure, programs, options, cut, device, environment, tuple(notices))
+        not_given = unnumbered(structure, options)
+        traces = guide_trace, model_trace
+        footprint = None
+        sizes = structure.num_particles
+        limit = memory_limit(options, device)
+        if structure.obstacle is None and memory.is_worth_measuring(
+            structure, sizes, limit, traces
+        ):
+            structure, footprint = measured(
+                structure, programs, traces, validate=environment.validate
+            )
+        try:
+            structure, cut, notices = fitted(structure, options, device, footprint)
+            notices = [*not_given, *notices]
+        except memory.TooLargeError as error:
+            costs = _costs(structure, programs, traces, footprint, options, device)
+            message = f"{error}\n{costs}"
+            raise memory.TooLargeError(message, error.site, error.symbols) from None
+        plan = Plan(
+            structure,
+            programs,
+            options,
+            cut,
+            device,
+            environment,
+            tuple(notices),
+            footprint=footprint,
+        )
     return plan, guide_trace, model_trace
+
+
+def run_plan(programs: Programs, options: Options) -> RunPlan:
+    """
+    Say what a run would take, and what would help.
+
+    Runs guide and model once, and at a single particle. Leaves random numbers, the param store and
+    the handlers' stack as they were.
+    """
+    environment = Environment()
+    with seeded(0), environment.entered(), memory.gc_paused():
+        programs, structure, *traces = analysed(programs, options)
+        footprint = None
+        if structure.obstacle is None:
+            structure, footprint = measured(
+                structure, programs, (traces[0], traces[1]), validate=environment.validate
+            )
+        device = device_of(traces[1]).type
+        return _costs(structure, programs, (traces[0], traces[1]), footprint, options, device)
+
+
+def _costs(
+    structure: Structure,
+    programs: Programs,
+    traces: tuple[Trace, Trace],
+    footprint: Footprint | None,
+    options: Options,
+    device: str,
+) -> RunPlan:
+    return run_plan_of(
+        structure,
+        programs,
+        traces,
+        footprint,
+        num_samples=options.num_samples or DEFAULT_NUM_SAMPLES,
+        memory_limit=memory_limit(options, device),
+        device=device,
+    )
 
 
 def analysed(programs: Programs, options: Options) -> tuple[Programs, Structure, Trace, Trace]:
@@ -177,12 +258,11 @@ def analysed(programs: Programs, options: Options) -> tuple[Programs, Structure,
 
     :return: the programs to go on with, the structure, the traces of guide and model.
     """
-    guide = programs.guide
     try:
-        ran = run_plainly(programs, check_same_site)
-        if subsamples_of(ran[1:]):
-            ran = run_plainly(with_one_subsample(programs), check_same_site)
-        programs, guide_trace, model_trace = ran
+        guide_trace, model_trace = run_plainly(programs, check_same_site)
+        if subsamples_of((guide_trace, model_trace)):
+            programs = with_one_subsample(programs)
+            guide_trace, model_trace = run_plainly(programs, check_same_site)
     except RuntimeError as error:
         if "Multiple sample sites" in str(error):
             raise ValueError(
@@ -191,13 +271,22 @@ def analysed(programs: Programs, options: Options) -> tuple[Programs, Structure,
                 "made once: plate = pyro.plate(...), then with plate: ..."
             ) from error
         raise
-    structure = analyse(
-        guide_trace,
-        model_trace,
-        guide=guide,
+    analysis = partial(
+        analyse,
+        guide=programs.guide,
         groups=options.groups,
         max_plate_nesting=options.max_plate_nesting,
     )
+    structure = analysis(guide_trace, model_trace)
+    masks = find_masks(programs, structure, guide_trace, model_trace)
+    if masks.seen:
+        programs = replace(programs, masks=masks)
+        for trace, counting in ((guide_trace, masks.of_guide), (model_trace, masks.of_model)):
+            for site in statements(trace).values():
+                site.update(counting(site))
+        structure = analysis(guide_trace, model_trace)
+    rest = options.num_samples or DEFAULT_NUM_SAMPLES
+    structure = with_numbers(structure, rest, options.numbers)
     structure = _with_shared_plates(structure, options.shared_plates)
     if is_validation_enabled():  # which checks that a program has no sites beyond these
         met: dict[Name, frozenset[str]] = {
@@ -269,7 +358,7 @@ def weaknesses(
         if origin == "guide":
             cut_off = unreachable(name, guide_sites[name]["fn"], model_sites[name]["fn"])
             result += [] if cut_off is None else [cut_off]
-    return result + _strange_plates(structure) + _flat_priors(structure, guide_trace, model_trace)
+    return result + _strange_plates(structure) + _flat_priors(model_trace, structure)
 
 
 def _strange_plates(structure: Structure) -> list[str]:
@@ -289,22 +378,20 @@ def _strange_plates(structure: Structure) -> list[str]:
     ]
 
 
-def _flat_priors(structure: Structure, guide_trace: Trace, model_trace: Trace) -> list[str]:
-    """Say which sites are masked in the model but not in the guide."""
-    guide_sites = statements(guide_trace)
+def _flat_priors(model_trace: Trace, structure: Structure) -> list[str]:
+    """Say which latents are masked although something reads them."""
     flat = {
         name
         for name, site in statements(model_trace).items()
-        if structure.origins.get(name) in ("guide", "guide_delta")
-        and site["mask"] is not None
-        and site["mask"] is not True
-        and guide_sites[name]["mask"] is None
+        if name in structure.origins and taken_apart(site["fn"]).mask is not None
     }
     if not flat:
         return []
     return [
-        f"{quoted(flat)}: masked in the model but not in the guide. Where masked, the prior "
-        "counts as flat; if those elements are padding, mask them in the guide too."
+        f"{quoted(flat)}: masked, but read by what is not. Where masked, the prior counts as flat, "
+        "as in SVI and HMC, and the evidence is that under a density of one there. A latent that "
+        "the guide lacks is still drawn from the distribution behind the mask: give a guide if it "
+        "is far from the posterior."
     ]
 
 
@@ -320,6 +407,40 @@ def programs_of(
 
 def no_guide(*args: object, **kwargs: object) -> None:
     """Sample nothing: every latent is proposed from the prior."""
+
+
+def unnumbered(structure: Structure, options: Options) -> list[str]:
+    """Say which sites have no number of particles given, if there are any."""
+    if options.num_samples is not None:
+        return []
+    named = {index_named(structure, name) for name in options.numbers}
+    sites = {
+        site
+        for index in structure.indices
+        if not index.enumerated and index.symbol not in named
+        for site in index.sites
+    }
+    if not sites:
+        return []
+    return [
+        f"num_samples gives no number for {quoted(sites)}: {DEFAULT_NUM_SAMPLES} particles of "
+        "each are drawn, which is few. Give one to all others: num_samples={..., None: 100}."
+    ]
+
+
+def checked_numbers(num_samples: NumSamples) -> int | dict[str | None, int]:
+    """Check a number of particles, or those of sites and, under ``None``, of all others."""
+    if not isinstance(num_samples, Mapping):
+        return positive("num_samples", num_samples)
+    numbers: dict[str | None, int] = {}
+    for name, number in num_samples.items():
+        if name is not None and not isinstance(name, str):
+            raise ValueError(
+                f"num_samples: expected names of sites, or None for all others, but found {name!r}."
+            )
+        where = "all others (None)" if name is None else f"'{name}'"
+        numbers[name] = positive(f"num_samples of {where}", number)
+    return numbers
 
 
 def positive(name: str, number: int) -> int:

@@ -7,8 +7,9 @@ functions show what no ArviZ plot takes, the weights. Each returns its axes, for
 change; none changes matplotlib's settings.
 """
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,23 +27,29 @@ if TYPE_CHECKING:
 MAX_ROWS = 40  # elements of a site that a panel has lines for
 MAX_BARS = 30  # values of a discrete site
 COLUMNS = 3  # panels in a row
-PARTICLES, POSTERIOR, POOR = "C3", "C0", "C1"  # colours
+PARTICLES, POSTERIOR, POOR, PROPOSAL = "C3", "C0", "C1", "0.45"  # colours
 
 
 def plot_marginals(
-    posterior: MPImportance, *sites: str, axes: "Sequence[Axes] | None" = None
+    posterior: MPImportance,
+    *sites: str,
+    coords: Mapping[str, Sequence[object]] | None = None,
+    axes: "Sequence[Axes] | None" = None,
 ) -> "list[Axes]":
     """
     Draw posterior marginals with the particles and weights that they consist of.
 
-    A panel for each site. Of a scalar: the weighted histogram, above a line at each particle as
-    high as its weight. Of more: a line for each element (at most 40), with particles as dots, their
-    area being their weight, and the interval from the 5 % to the 95 % quantile around the median.
-    Limits are those of the posterior: proposals may reach far beyond.
+    A panel for each site. Of a scalar: the weighted histogram, a line at each particle as high as
+    its weight, and the outline of what the particles were drawn from, the prior or a guide. Of
+    more: a row for each element (at most 40), with particles as dots, their area being their
+    weight, and the interval from the 5 % to the 95 % quantile around the median. Limits are those
+    of the posterior: proposals may reach far beyond.
 
     :param sites: which; all without any.
+    :param coords: plate -> names of its elements, as :meth:`MPImportance.to_arviz` takes them.
     :param axes: to draw into, one for each site; a new figure by default.
-    :raises ValueError: if a site is unknown, or there are not as many axes as sites.
+    :raises ValueError: if a site is unknown, there are not as many axes as sites, or a plate has
+        not as many elements as names.
     :raises ImportError: without matplotlib.
     """
     marginals = {site: posterior.marginals(site) for site in sites} or posterior.marginals()
@@ -50,13 +57,16 @@ def plot_marginals(
         axes = _panels([_num_rows(marginal) for marginal in marginals.values()])
     if len(axes) != len(marginals):
         raise ValueError(f"axes: expected one for each of {len(marginals)} sites, not {len(axes)}.")
-    plates = {site.name: site.plates for site in posterior.diagnose(show=False).sites}
+    known = {site.name: site for site in posterior.diagnose(show=False).sites}
+    explained: set[str] = set()  # what some panel's legend has said
     for ax, (name, marginal) in zip(axes, marginals.items(), strict=True):
+        site = known.get(name)
         if _num_rows(marginal) == 1:
-            _draw_scalar(ax, marginal)
+            _draw_scalar(ax, marginal, site.proposal if site else "")
         else:
-            _draw_elements(ax, marginal, plates.get(name, ()))
+            _draw_elements(ax, marginal, site.plates if site else (), coords or {})
         ax.set_title(name)
+        _explain(ax, explained)
     return list(axes)
 
 
@@ -169,32 +179,57 @@ def _num_rows(marginal: Marginal) -> int:
     return min(MAX_ROWS, int((marginal.batch_shape + marginal.event_shape).numel()))
 
 
-def _draw_scalar(ax: "Axes", marginal: Marginal) -> None:
-    """Draw the weighted histogram, or the probability of each value, and the particles."""
+def _explain(ax: "Axes", explained: set[str]) -> None:
+    """Give a panel a legend of what no panel before it has explained."""
+    handles, labels = ax.get_legend_handles_labels()
+    new = [(h, label) for h, label in zip(handles, labels, strict=True) if label not in explained]
+    if new:
+        explained.update(label for _, label in new)
+        ax.legend(*zip(*new, strict=True), frameon=False, fontsize="small", loc="upper right")
+
+
+def _draw_scalar(ax: "Axes", marginal: Marginal, proposal: str) -> None:
+    """
+    Draw the weighted histogram, or the probability of each value, and the particles.
+
+    :param proposal: what the particles were drawn from; empty if all values are summed.
+    """
     samples, weights = _scalars(marginal)
     samples, weights = samples[0], weights[0]
     values, place = np.unique(samples, return_inverse=True)
     if len(values) <= MAX_BARS and bool((values == values.round()).all()):
-        ax.bar(values, np.bincount(place, weights), width=0.6, color=POSTERIOR, alpha=0.5)
+        shares = np.bincount(place, weights)
+        ax.bar(values, shares, width=0.6, color=POSTERIOR, alpha=0.5, label="posterior")
         ax.set(xticks=values, ylabel="probability")
         return
     low, high = _limits(marginal)
     ess = float(1 / np.square(weights).sum())
     bins = min(30, max(5, math.ceil(2 * math.sqrt(ess))))
-    heights, edges = np.histogram(samples, bins, (low, high), density=True, weights=weights)
+    within = max(low, float(samples.min())), min(high, float(samples.max()))  # in the support
+    edges = np.histogram_bin_edges(samples, bins, within if within[0] < within[1] else (low, high))
+    widths = np.diff(edges)
+    heights = np.histogram(samples, edges, weights=weights)[0] / widths
+    drawn_from = np.histogram(samples, edges)[0] / widths / len(samples)
     top = float(heights.max())
-    ax.stairs(heights, edges, fill=True, color=POSTERIOR, alpha=0.35)
+    ax.stairs(heights, edges, fill=True, color=POSTERIOR, alpha=0.35, label="posterior")
+    if proposal:
+        ax.stairs(drawn_from, edges, color=PROPOSAL, lw=1.2, label=f"proposal: {proposal}")
     inside = (samples >= low) & (samples <= high)
     stems = 0.3 * top * weights[inside] / weights.max()
-    ax.vlines(samples[inside], 0, stems, color=PARTICLES, lw=0.9)
+    ax.vlines(samples[inside], 0, stems, color=PARTICLES, lw=0.9, label="particles, by weight")
     mean = float(weights @ samples)
-    ax.axvline(mean, color=POSTERIOR, lw=1.2)
-    ax.set(xlim=(low, high), ylim=(0, 1.15 * top), yticks=[])
+    ax.axvline(mean, color=POSTERIOR, lw=1.2, label="mean")
+    ax.set(xlim=(low, high), ylim=(0, 1.4 * max(top, float(drawn_from.max()))), yticks=[])
     ax.set_xlabel(f"mean {mean:.3g}, ESS {ess:.1f}")
 
 
-def _draw_elements(ax: "Axes", marginal: Marginal, plates: Sequence[str]) -> None:
-    """Draw a line for each scalar of a site."""
+def _draw_elements(
+    ax: "Axes",
+    marginal: Marginal,
+    plates: Sequence[str],
+    coords: Mapping[str, Sequence[object]],
+) -> None:
+    """Draw a row for each scalar of a site."""
     shape = marginal.batch_shape + marginal.event_shape
     samples, weights = _scalars(marginal)
     quantiles = marginal.quantile([0.05, 0.5, 0.95]).double().flatten(1).cpu()
@@ -205,12 +240,21 @@ def _draw_elements(ax: "Axes", marginal: Marginal, plates: Sequence[str]) -> Non
         values, place = np.unique(samples[row], return_inverse=True)
         heights = np.full(values.shape, float(row))
         areas = 120 * np.bincount(place, weights[row]) / largest
-        ax.scatter(values, heights, s=areas, color=PARTICLES, alpha=0.35, lw=0)
+        label = None if row else "particles, area by weight"
+        ax.scatter(values, heights, s=areas, color=PARTICLES, alpha=0.35, lw=0, label=label)
         left, middle, right = quantiles[:, row].tolist()
-        ax.plot([left, right], 2 * [row + 0.28], color=POSTERIOR, lw=1.6, solid_capstyle="butt")
+        ax.plot(
+            [left, right],
+            2 * [row + 0.28],
+            color=POSTERIOR,
+            lw=1.6,
+            solid_capstyle="butt",
+            label=None if row else "5 % to 95 %, median",
+        )
         ax.plot(middle, row + 0.28, marker="|", color=POSTERIOR, ms=7, mew=1.6)
-    labels = [",".join(map(str, _position(row, shape))) for row in range(shown)]
-    ax.set(xlim=(low, high), ylim=(shown - 0.3, -0.7), yticks=range(shown), yticklabels=labels)
+    labels = _labels(shape, plates, coords)[:shown]
+    top = -0.7 - 0.14 * (shown + 4)  # room for the legend
+    ax.set(xlim=(low, high), ylim=(shown - 0.3, top), yticks=range(shown), yticklabels=labels)
     if shown > 12:
         ax.tick_params(axis="y", labelsize=7)
     parts = [plate for plate in plates if plate]
@@ -234,14 +278,20 @@ def _scalars(marginal: Marginal) -> "tuple[NDArray[np.double], NDArray[np.double
     return values, shares
 
 
-def _position(number: int, shape: Sequence[int]) -> list[int]:
-    """Return the position of a scalar in a site, dims of size one left out."""
-    result = []
-    for size in reversed(shape):
-        number, index = divmod(number, size)
+def _labels(
+    shape: Sequence[int], plates: Sequence[str], coords: Mapping[str, Sequence[object]]
+) -> list[str]:
+    """Return the names of the scalars of a site, dims of size one left out."""
+    names: list[Sequence[object]] = []
+    for dim, size in enumerate(shape):
+        plate = plates[dim] if dim < len(plates) else ""
+        if plate in coords and len(coords[plate]) != size:
+            raise ValueError(
+                f"coords: plate '{plate}' has {size} elements, but {len(coords[plate])} names."
+            )
         if size > 1:
-            result.append(index)
-    return result[::-1]
+            names.append(coords[plate] if plate in coords else range(size))
+    return [",".join(map(str, position)) for position in itertools.product(*names)]
 
 
 def _limits(marginal: Marginal) -> tuple[float, float]:

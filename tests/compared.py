@@ -3,7 +3,7 @@
 
 import itertools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from singles import Exact, Program, Singles, Values, exact, is_delta, is_latent
 from torch import Tensor
 
 from pyro_mpis import MPImportance, blocks
+from pyro_mpis._typing import NumSamples
 from pyro_mpis.particles import ordinary
 from pyro_mpis.particles.drawing import Drawn
 from pyro_mpis.programs.runs import Programs
@@ -70,8 +71,14 @@ def problem_of(
     model: Program,
     guide: Program | None,
     groups: Sequence[Sequence[str]] = (),
+    num_draws: Mapping[str, int] | None = None,
 ) -> Singles:
-    """Return the brute-force problem of a run: its particles, and which indices are shared."""
+    """
+    Return the brute-force problem of a run: its particles, and which indices are shared.
+
+    :param num_draws: the number of draws that particles are chosen from, of sites where there are
+        more than particles; the mixtures are over these.
+    """
     total = posterior._sums[0]
     structure, particles = total.replicate.structure, total.replicate.particles
     if total.traces:  # one particle index for all
@@ -83,9 +90,31 @@ def problem_of(
         for name, index in structure.index_of.items()
         if index.enumerated
     }
-    for name in particles.values.keys() - supports.keys():
-        torch.testing.assert_close(particles.values[name], drawn[name], rtol=0, atol=0)
-    return Singles(model, guide, drawn, supports, structure.shared, groups)
+    found = {name: particles.values[name] for name in particles.values.keys() - supports.keys()}
+    for name, value in found.items():
+        if name not in (num_draws or {}):
+            torch.testing.assert_close(value, drawn[name][: len(value)], rtol=0, atol=0)
+        check_are_draws(value, drawn[name])
+    return Singles(
+        model,
+        guide,
+        drawn,
+        supports,
+        structure.shared,
+        groups,
+        particles=found,
+        num_draws=num_draws or {},
+    )
+
+
+def check_are_draws(particles: Tensor, draws: Tensor) -> None:
+    """Each element of a particle is one of its draws, and no draw is taken twice."""
+    flat, among = particles.reshape(len(particles), -1).T, draws.reshape(len(draws), -1).T
+    counts = (flat.unsqueeze(-1) == among.unsqueeze(-2)).sum(-1)
+    assert bool((counts >= 1).all())
+    if particles.is_floating_point() and not bool((among == among.round()).all()):
+        assert bool((counts == 1).all())
+        assert all(len(row.unique()) == len(row) for row in flat)
 
 
 def check_posterior(posterior: MPImportance, truth: Exact) -> None:
@@ -171,9 +200,10 @@ def check_draws(posterior: MPImportance, truth: Exact, num_draws: int = 1000) ->
 def compare(
     model: Program,
     guide: Program | None,
-    num_samples: int,
+    num_samples: NumSamples,
     groups: Sequence[Sequence[str]] = (),
     *,
+    num_draws: Mapping[str, int] | None = None,
     seed: int = 0,
     wrong: Callable[[Singles], Exact] = exact,
     draws: bool = False,
@@ -183,7 +213,7 @@ def compare(
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
     posterior, drawn = run_recorded(model, guide, num_samples=num_samples, groups=groups, **options)
-    problem = problem_of(posterior, drawn, model, guide, groups)
+    problem = problem_of(posterior, drawn, model, guide, groups, num_draws)
     truth = wrong(problem)
     check_posterior(posterior, truth)
     if draws:

@@ -44,6 +44,8 @@ class GuideWriter:
         loc = writer.real(plates, 2) if self.rng.random() < 0.6 else writer.number()
         zeros = f"torch.zeros({writer.shape(plates)})" if plates else "torch.zeros(())"
         long = []
+        if name in writer.masked:
+            auxiliary = 1.0  # left out where nothing reads it: the sums know of drawn sites alone
         if "Bernoulli" in statement:
             text = f"Bernoulli(logits={loc})"
             if latent.values:
@@ -104,6 +106,7 @@ def generate(seed: int, max_combinations: int = 260) -> Generated:
     groups: list[tuple[str, ...]] = []
     free = [v for v in writer.latents if PARALLEL not in model_line(model, v.name)]
     free = [v for v in free if PARALLEL not in model_line(guide, v.name)]
+    free = [v for v in free if v.name not in writer.masked]
     if len(free) > 1 and writer.chance(0.2):
         one, other = writer.rng.sample(free, 2)
         groups = [(one.name, other.name)]

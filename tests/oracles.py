@@ -351,14 +351,10 @@ def _log_proposal(runs: list[dict[str, dict[str, Any]]], name: str, value: Tenso
     """
     Log density in the guide's distribution, or in the model's where the guide has none.
 
-    What is masked out in the guide counts neither in the model nor in the proposal; what is drawn
-    from the model's own distribution counts, masked or not. A scale is the model's.
+    What was drawn counts, masked or not. A scale is the model's.
     """
     site = next(run[name] for run in runs if name in run)
-    if name not in runs[0] or len(runs) == 1:
-        return _unmasked_log_prob(site["fn"], value)
-    log_prob: Tensor = scale_and_mask(site["fn"].log_prob(value), mask=site["mask"])
-    return log_prob
+    return _unmasked_log_prob(site["fn"], value)
 
 
 def _unmasked_log_prob(fn: Any, value: Tensor) -> Tensor:

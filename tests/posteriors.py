@@ -79,7 +79,13 @@ def diagnosed(
     model: Program, guide: Program | None = None, K: int = 20, **options: int
 ) -> Diagnosis:
     pyro.set_rng_seed(0)
-    posterior = MPImportance(model, guide, num_samples=K, num_replicates=options.get("R", 1))
+    posterior = MPImportance(
+        model,
+        guide,
+        num_samples=K,
+        num_replicates=options.get("R", 1),
+        stratified=bool(options.get("stratified", True)),
+    )
     return posterior.run().diagnose(show=False)
 
 

@@ -47,6 +47,7 @@ class Expressions:
     latents: list[Latent] = field(default_factory=list)
     may_share: bool = False
     branches: bool = False
+    masked: set[str] = field(default_factory=set)  # latents under a mask
     reads_by_index: bool = False  # once: a second time plates may cross
 
     def __post_init__(self) -> None:

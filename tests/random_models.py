@@ -78,10 +78,26 @@ class Writer(Expressions):
                 text = f"MultivariateNormal({loc}, torch.eye({event}) + 0.3)"
         self.latents.append(Latent(name, plates, event, values, kind == "pos", kind == "dir"))
         convert = f"{name} = {name}.long()" if kind == "bern" and self.chance(0.5) else ""
+        handler = ""
+        if self.chance(0.15):
+            handler, text = self.hidden(plates, text)
+            self.masked |= set() if "scale" in handler else {name}
         lines = self.inside(plates, f"{name} = pyro.sample('{name}', dist.{text}{mark})")
+        if handler:
+            lines = [f"    with {handler}:", *(f"    {line}" for line in lines)]
         if kind == "bern" and not convert:  # a number, not an index
             self.latents[-1] = Latent(name, plates)
         return lines + ([f"    {convert}"] if convert else [])
+
+    def hidden(self, plates: tuple[str, ...], text: str) -> tuple[str, str]:
+        """Put a latent under a mask of either kind, or a scale; return a handler and its text."""
+        mask = f"{self.integers(2, *self.shape(plates))}.bool()" if plates else "False"
+        kind = self.rng.choice(["mask", "mask", "own", "own", "scale"])
+        if kind == "own":
+            return "", f"{text}.mask({mask})"
+        scales = [v.name for v in self.latents[:-1] if v.positive and not (v.plates or v.event)]
+        scale = self.rng.choice([*scales, "0.7", "1.6"])
+        return f"poutine.{kind}({kind}={mask if kind == 'mask' else scale})", text
 
     def observation(self, number: int) -> list[str]:
         name = f"y{number}"

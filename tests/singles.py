@@ -62,7 +62,9 @@ class Singles:
     """
     A model, a guide, and the particles of one run.
 
-    :ivar drawn: for every random site its K particles, ``(K, *shape)``.
+    :ivar drawn: for every random site its draws, ``(draws, *shape)``: its K particles by default.
+    :ivar particles: those of them that are particles, ``(K, *shape)``, of sites where not all are.
+    :ivar num_draws: how many draws the mixture of a site is over, where more than its particles.
     :ivar supports: for every site that is summed over its support its values, likewise.
     :ivar shared: plates, by name, that the elements of a site share an index in.
     """
@@ -74,6 +76,8 @@ class Singles:
     shared: Mapping[str, Sequence[str]] = field(default_factory=dict)
     groups: Sequence[Sequence[str]] = ()
     args: tuple[object, ...] = ()
+    particles: Values = field(default_factory=dict)
+    num_draws: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         first = {name: value[0] for name, value in self.drawn.items()}
@@ -83,7 +87,16 @@ class Singles:
         self.carried = [
             name for name in self.latents if name in self.guide_sites and self._is_delta(name)
         ]
+        self.particles = {**self.drawn, **self.particles}
         self.num_particles = len(next(iter(self.drawn.values()))) if self.drawn else 1
+        self.unread = self._unread()
+        computed = set().union(*self._carriers(first).values())  # the guide computes others of it
+        self.left_out = {
+            name
+            for name in self.unread.keys() & self.guide_sites.keys()
+            if name not in {*self.carried, *computed, *self.supports}
+            and self.guide_sites[name]["fn"].batch_shape == self.model_sites[name]["fn"].batch_shape
+        }
         self.indices = self._indices(first)
         self.index_of = {name: index for index in self.indices for name in index.sites}
 
@@ -179,7 +192,7 @@ class Singles:
             common = set.intersection(*(self._plates(site, carriers) for site in sites))
             plates = {dim: size for _, dim, size in sorted(common, key=lambda plate: plate[1])}
             enumerated = name in self.supports
-            size = len(self.supports[name]) if enumerated else self.num_particles
+            size = len(self.supports[name] if enumerated else self.particles[name])
             indices.append(OneIndex(sites, plates, size, enumerated))
         return indices
 
@@ -188,25 +201,25 @@ class Singles:
     def log_mixtures(self, index: OneIndex) -> Tensor:
         """Log Q of an index at its own particles: (K, cell)."""
         rows = []
-        for k in range(self.num_particles):
+        num_draws = self.num_draws.get(index.sites[0], index.size)
+        for k in range(index.size):
             columns = []
-            for j in range(self.num_particles):
+            for j in range(num_draws):
                 values = {name: value[j] for name, value in self.drawn.items()}
                 if len(index.sites) > 1:
-                    values |= {name: self.drawn[name][k] for name in index.sites}
+                    values |= {name: self.particles[name][k] for name in index.sites}
                 guide_sites = self.run_guide(values)
                 model_sites = self.run_model(values, guide_sites)
                 total = torch.zeros(len(index.elements))
                 for name in index.sites:
-                    value = self.drawn[name][k]
-                    if name in guide_sites:
-                        site = guide_sites[name]
-                        log_prob = scale_and_mask(site["fn"].log_prob(value), mask=site["mask"])
-                    else:
-                        log_prob = unmasked(model_sites[name]["fn"], value)
+                    value = self.particles[name][k]
+                    site = guide_sites.get(name) or model_sites[name]
+                    log_prob = unmasked(site["fn"], value)
+                    if name in self.left_out:
+                        log_prob = torch.where(self.unread[name], 0.0, log_prob)
                     total = total + self._by_cell(index, name, log_prob)
                 columns.append(total)
-            rows.append(torch.stack(columns).logsumexp(0) - math.log(self.num_particles))
+            rows.append(torch.stack(columns).logsumexp(0) - math.log(num_draws))
         return torch.stack(rows)
 
     def _by_cell(self, index: OneIndex, name: str, log_prob: Tensor) -> Tensor:
@@ -236,7 +249,7 @@ class Singles:
         values = {}
         for index, chosen in zip(self.indices, self.split(combination), strict=True):
             for name in index.sites:
-                particles = self.supports[name] if index.enumerated else self.drawn[name]
+                particles = (self.supports if index.enumerated else self.particles)[name]
                 batch = self.proposal_site(name)["fn"].batch_shape
                 numbers = index.numbers(chosen, batch)
                 event_dim = particles.dim() - 1 - len(batch)
@@ -251,14 +264,61 @@ class Singles:
         guide_sites = self.run_guide(values)
         sites = self.run_model(values, guide_sites)
         total = torch.zeros(())
-        for name, site in sites.items():
-            own = name in self.latents and name not in self.guide_sites
-            total = total + (log_prob_of(site, lifted=own) if not self._is_silent(site) else 0.0)
+        densities = [
+            self._masked(name, site) if name in self.unread else log_prob_of(site)
+            for name, site in sites.items()
+            if not self._is_silent(site)
+        ]
+        if any(bool(density == -math.inf) for density in densities):  # others may be nan there
+            densities = [torch.tensor(-math.inf)]
+        total = sum(densities, total)
         for name in self.carried:
-            site = guide_sites[name]
-            density = scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"])
-            total = total - density.sum()
+            total = total - unmasked(guide_sites[name]["fn"], guide_sites[name]["value"]).sum()
         return total, {name: sites[name]["value"] for name in self.latents}
+
+    def _masked(self, name: str, site: dict[str, Any]) -> Tensor:
+        """Density of a masked latent: flat where it is read, as drawn where it is the model's."""
+        log_prob = scale_and_mask(unmasked(site["fn"], site["value"]), site["scale"])
+        keep, hidden = mask_of(site), torch.where(inside(site["fn"], site["value"]), 0.0, -math.inf)
+        if name in self.left_out:
+            hidden = torch.where(self.unread[name], 0.0, hidden)
+        else:
+            keep = keep | self.unread[name]
+        return torch.where(keep, log_prob, hidden).sum()
+
+    def _unread(self) -> dict[str, Tensor]:
+        """Find where latents are masked and nothing that counts reads them: one by one."""
+        result = {}
+        for name in self.latents:
+            site = self.model_sites[name]
+            if self._is_silent(site) or bool(mask_of(site).all()):
+                continue
+            result[name] = ~mask_of(site)
+            for element in result[name].nonzero():
+                place = tuple(element.tolist())
+                result[name][place] = not self._is_read(name, place)
+        return result
+
+    def _is_read(self, name: str, place: tuple[int, ...]) -> bool:
+        """Whether any density but a site's own changes with one element, at any particle."""
+        for values in ({n: v[k] for n, v in self.drawn.items()} for k in range(self.num_particles)):
+            before = self.run_model(values, self.run_guide(values))
+            known = {n: before[n]["value"] for n in self.latents}
+            fn = before[name]["fn"]
+            event = known[name][place]  # of its elements, each changes by another number
+            others = [event + torch.arange(1.0, event.numel() + 1).reshape(event.shape)]
+            if fn.has_enumerate_support:
+                others = [value[place] for value in fn.enumerate_support(expand=True)]
+            for other in others:
+                changed = known[name].clone()
+                changed[place] = other
+                free = {n: v for n, v in known.items() if not self._is_silent(before[n])}
+                after = sites_at(self.model, {**free, name: changed}, self.args)
+                for one, site in before.items():
+                    if one != name and not self._is_silent(site):
+                        if not torch.equal(log_prob_of(site), log_prob_of(after[one])):
+                            return True
+        return False
 
     @staticmethod
     def _is_silent(site: dict[str, Any]) -> bool:
@@ -315,11 +375,15 @@ def exact(problem: Singles) -> Exact:
             rows.append(values)
     log_ratio = torch.stack(log_ratios)
     log_total = log_ratio.logsumexp(0)
-    cells = sum(len(index.elements) for index in problem.indices if not index.enumerated)
+    log_sizes = sum(
+        len(index.elements) * math.log(index.size)
+        for index in problem.indices
+        if not index.enumerated
+    )
     values = {name: torch.stack([row[name] for row in rows]) for name in problem.latents}
     return Exact(
         problem,
-        log_total - cells * math.log(problem.num_particles),
+        log_total - log_sizes,
         (log_ratio - log_total).exp(),
         torch.tensor(combinations).reshape(len(combinations), -1),
         values,
@@ -346,13 +410,39 @@ def unmasked(fn: Any, value: Tensor) -> Tensor:
     return log_prob.sum(tuple(range(-event_dims, 0))) if event_dims else log_prob
 
 
-def log_prob_of(site: dict[str, Any], *, lifted: bool = False) -> Tensor:
-    """Log density of a site as its program counts it; one that the model draws is not masked."""
-    if lifted:
-        return torch.as_tensor(
-            scale_and_mask(unmasked(site["fn"], site["value"]), site["scale"]).sum()
-        )
+def inside(fn: Any, value: Tensor) -> Tensor:
+    """Where a value lies in the support, over the batch shape; everywhere if there is no saying."""
+    try:
+        check: Tensor = fn.support.check(value)
+    except NotImplementedError:
+        return torch.tensor(True)
+    dims = check.dim() - len(fn.batch_shape)  # of some constraints the dims of the event
+    return check.flatten(-dims).all(-1) if dims > 0 else check
+
+
+def mask_of(site: dict[str, Any]) -> Tensor:
+    """Where a site counts, over its batch shape; masks within an event have to be of all of it."""
+    fn, keep = site["fn"], torch.as_tensor(True if site["mask"] is None else site["mask"])
+    dims = 0
+    while isinstance(fn, dist.MaskedDistribution | dist.Independent):
+        if isinstance(fn, dist.MaskedDistribution):
+            mask = torch.as_tensor(fn._mask).expand(fn.batch_shape)
+            assert not dims or bool(
+                (
+                    mask == mask.flatten(-dims)[..., :1].reshape((*mask.shape[:-dims], *[1] * dims))
+                ).all()
+            )
+            keep = keep & (mask.flatten(-dims)[..., 0] if dims else mask)
+        dims += getattr(fn, "reinterpreted_batch_ndims", 0)
+        fn = fn.base_dist
+    return keep.expand(site["fn"].batch_shape)
+
+
+def log_prob_of(site: dict[str, Any]) -> Tensor:
+    """Log density of a site as its program counts it: zero outside of the support."""
     log_prob = site["fn"].log_prob(site["value"])
+    shown = inside(site["fn"], site["value"]) | ~mask_of(site)
+    log_prob = torch.where(shown, log_prob, -math.inf)
     return torch.as_tensor(scale_and_mask(log_prob, site["scale"], site["mask"]).sum())
 
 

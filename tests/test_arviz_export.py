@@ -73,7 +73,7 @@ def test_evidence_and_versions_are_attributes() -> None:
     data = posterior.to_arviz(5)
     for attributes in (data.attrs, data.posterior.attrs):  # type: ignore[union-attr]
         assert attributes["log_evidence"] == float(posterior.evidence())
-        assert attributes["log_evidence_error"] == posterior.evidence_error()
+        assert attributes["log_evidence_error"] == posterior.diagnose(show=False).evidence_error
         assert (attributes["num_particles"], attributes["num_replicates"]) == (50, 3)
         assert attributes["inference_library"] == "pyro_mpis"
         assert attributes["inference_library_version"]

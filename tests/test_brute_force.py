@@ -355,18 +355,6 @@ def masked() -> None:
         pyro.sample("y", fn, obs=torch.tensor([0.5, 100.0]))
 
 
-def masked_latents() -> None:
-    a = pyro.sample("a", dist.Normal(0.0, 1.0))
-    with poutine.mask(mask=False):
-        b = pyro.sample("b", dist.Normal(a, 0.5))
-    with pyro.plate("data", 2):
-        with poutine.mask(mask=torch.BoolTensor([True, False])):
-            c = pyro.sample("c", dist.Normal(b, 1.0))
-        fn = dist.Normal(b.unsqueeze(-1), torch.ones(2, 1))
-        d = pyro.sample("d", fn.mask(torch.tensor([[True], [False]])).to_event(1))
-        pyro.sample("x", dist.Normal(c + d[..., 0], 1.0), obs=torch.tensor([1.5, 2.0]))
-
-
 def masked_chain() -> None:
     transition = torch.tensor([[0.8, 0.2], [0.3, 0.7]])
     with pyro.plate("data", 2):
@@ -546,7 +534,6 @@ BY_HAND: dict[str, tuple[Program, Program | None, int, list[tuple[str, ...]]]] =
     "structured markov chain": (markov_chain, markov_chain_guide, 4, []),
     "plated markov chain": (plated_markov_chain, None, 3, []),
     "mask": (masked, None, 4, []),
-    "masked latents": (masked_latents, None, 3, []),
     "masked enumerated chain": (masked_chain, None, 3, []),
     "scale": (scaled, None, 4, []),
     "factors": (with_factors, None, 4, []),

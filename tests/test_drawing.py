@@ -23,7 +23,7 @@ NARROW = 1e-7  # scale of what is to lie at its location
 def drawn(model: Callable[[], None], num_samples: int) -> Drawn:
     pyro.set_rng_seed(0)
     plan, _, _ = plan_of(programs_of(model, None, (), {}), Options(num_samples=num_samples))
-    return draw_particles(plan.structure, plan.programs, num_samples)
+    return draw_particles(plan.structure, plan.programs, stratified=True)
 
 
 class Own:

@@ -31,7 +31,7 @@ def test_constructor_and_default_number_of_samples() -> None:
 
     assert MPImportance(single, guide, 5).num_samples == 5
     with pytest.warns(MPISWarning, match="num_samples not given"):
-        assert MPImportance(single).num_samples == Importance_default()
+        assert MPImportance(single).run().num_samples == Importance_default()
 
 
 def Importance_default() -> int:

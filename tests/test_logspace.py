@@ -284,3 +284,16 @@ def test_pyro_s_kernel_underflows() -> None:
     theirs = pyro.ops.einsum.torch_log.einsum("ab,bc->ac", a, b)
     assert theirs.item() == -math.inf
     assert log_matmul(a[None], b[None]).item() == pytest.approx(math.log(200.0), abs=1e-12)
+
+
+def test_autocast_changes_nothing() -> None:
+    """Neither the product nor its derivatives are rounded to bfloat16."""
+    results = []
+    for enabled in (False, True):
+        a, b = (torch.randn(1, 9, 9, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+        a, b = a.requires_grad_(), b.requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            product = log_matmul(a, b)
+            results.append((product.detach(), *torch.autograd.grad(product.sin().sum(), (a, b))))
+    for plain, cast in zip(*results, strict=True):
+        assert torch.equal(plain, cast)

@@ -9,13 +9,11 @@ import pyro.distributions as dist
 import pytest
 import torch
 from checks import check_frequencies
-from torch import Tensor
 
 from pyro_mpis import MPImportance
 from pyro_mpis.factor_graph import order
 from pyro_mpis.factor_graph.evidence import LogSpaceRing, log_evidence
 from pyro_mpis.factor_graph.order import absorb
-from pyro_mpis.factor_graph.packed import dims_of, packed
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -64,7 +62,8 @@ def test_a_chain_takes_rounds_to_the_logarithm_of_its_length(
         found = log_evidence(posterior._sums[0].whole)
         numbers.append(len(launches))
 
-        x = [posterior.marginals(f"x{t}").samples for t in range(num_steps)]
+        marginals = posterior.marginals()
+        x = [marginals[f"x{t}"].samples for t in range(num_steps)]
         message = torch.zeros(1, dtype=torch.float64)
         previous = torch.zeros(1, dtype=torch.float64)
         for t in range(num_steps):
@@ -119,32 +118,45 @@ def test_a_chain_with_globals_takes_rounds_too(monkeypatch: pytest.MonkeyPatch) 
 def test_each_factor_is_absorbed_by_the_smallest_that_holds_it() -> None:
     sizes = {"a": 2, "b": 3, "c": 4, "d": 5}
     layouts = ("ab", "bc", "cd", "a", "d", "bd", "", "b")
-    terms = [packed(torch.zeros([sizes[s] for s in dims]), dims) for dims in layouts]
-    groups = [[layouts[operand] for operand in step.operands] for step in absorb(terms)]
+    groups = [[layouts[operand] for operand in step.operands] for step in absorb(layouts, sizes)]
     # the number goes into the smallest of all, which goes into the smallest of its own
     assert groups == [["b", "", "a", "ab"], ["bc"], ["cd"], ["d", "bd"]]
 
 
-def test_many_terms_of_the_same_dims_are_looked_at_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_terms_of_the_same_dims_are_looked_at_as_one() -> None:
     """A thousand observations that read the same latents: the work is linear in their number."""
-    looked_at = []
+    looked_up = []
 
-    def counted(term: Tensor) -> str:
-        looked_at.append(term)
-        return dims_of(term)
+    class Sizes(dict[str, int]):
+        def __getitem__(self, symbol: str) -> int:
+            looked_up.append(symbol)
+            return super().__getitem__(symbol)
 
-    monkeypatch.setattr(order, "dims_of", counted)
-    ab, a, scalar = torch.zeros(2, 3), torch.zeros(2), torch.zeros(())
-    terms = [
-        packed(term.clone(), dims)
-        for _ in range(1000)
-        for term, dims in ((ab, "ab"), (a, "a"), (scalar, ""))
-    ]
-    (step,) = absorb(terms)
+    (step,) = absorb(["ab", "a", ""] * 1000, Sizes(a=2, b=3))
     assert sorted(step.operands) == list(range(3000))
     assert [step.operands[number] % 3 for number in (0, 999, 1000, 1999, 2000, 2999)] == [
         *(2, 2),  # scalars first,
         *(1, 1),  # then those that read a alone,
         *(0, 0),  # and the largest last
     ]
-    assert len(looked_at) <= 2 * len(terms)
+    assert len(looked_up) <= 6
+
+
+def test_an_order_is_searched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Moments and draws take the order of the evidence, source terms or not."""
+    searched = []
+    path = order._path
+
+    def counted(*args: Any) -> Any:
+        searched.append(args)
+        return path(*args)
+
+    monkeypatch.setattr(order, "_path", counted)
+    order._steps.cache_clear()
+    pyro.set_rng_seed(0)
+    posterior = MPImportance(chain_with_globals, chain_guide, num_samples=3).run(20)
+    number = len(searched)
+    assert number > 0
+    posterior.moments()
+    posterior.sample(3)
+    assert len(searched) == number

@@ -100,12 +100,17 @@ BELOW = {
     "programs": GROUND,
     "factor_graph": GROUND,
     "particles": GROUND | {"programs", "factor_graph"},
-    "planning": GROUND | {"programs", "particles"},
-    "blocks": GROUND | {"programs", "factor_graph", "particles", "planning"},
+    "pieces": {"factor_graph"},
+    "workers": {"programs"},
+    "costs": GROUND | {"programs", "factor_graph", "particles"},
+    "planning": GROUND | {"programs", "particles", "costs"},
 }
-BELOW["results"] = {*BELOW["blocks"], "blocks", "_version"}
-BELOW["objectives"] = {*BELOW["blocks"], "blocks", "_warnings"}
-BELOW["importance"] = {*BELOW["results"], "results", "_warnings"}
+BELOW["blocks"] = {*BELOW["planning"], "factor_graph", "planning", "pieces", "workers"}
+BELOW["queries"] = {*BELOW["blocks"], "blocks"}
+BELOW["results"] = {*BELOW["queries"], "queries", "_version"}
+BELOW["adaptation"] = {*BELOW["queries"], "queries"}
+BELOW["objectives"] = {*BELOW["queries"], "queries", "_warnings"}
+BELOW["importance"] = {*BELOW["results"], "results", "adaptation", "_warnings"}
 BELOW["plots"] = {*BELOW["importance"], "importance"}
 BELOW["__init__"] = {*BELOW}
 

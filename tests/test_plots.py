@@ -65,6 +65,12 @@ def test_marginals(posterior: MPImportance) -> None:
     np.testing.assert_allclose(heights, by_value, rtol=1e-5)
 
     assert [label.get_text() for label in vector.get_yticklabels()] == ["0", "1"]
+    legend = [text.get_text() for text in scalar.get_legend().get_texts()]
+    assert legend == ["posterior", "proposal: prior", "particles, by weight", "mean"]
+    assert discrete.get_legend() is None  # the scalar's says what it shows
+    explained = [text.get_text() for text in vector.get_legend().get_texts()]
+    assert explained == ["particles, area by weight", "5 % to 95 %, median"]
+
     dots = vector.collections[1]
     w = posterior.marginals("w")
     order = w.samples[:, 1].argsort()
@@ -87,6 +93,36 @@ def test_marginals_of_some_sites_into_given_axes(posterior: MPImportance) -> Non
         plot_marginals(posterior, "mu", axes=given)
     with pytest.raises(ValueError, match="no such latent site"):
         plot_marginals(posterior, "nu")
+
+
+def test_histograms_stay_in_the_support() -> None:
+    """Of a positive site none begins below zero; its outline is that of the particles."""
+
+    def positive() -> None:
+        z = pyro.sample("z", dist.HalfNormal(1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor(0.2))
+
+    pyro.set_rng_seed(0)
+    posterior = MPImportance(positive, num_samples=200).run()
+    (ax,) = plot_marginals(posterior)
+    filled, outline = (patch for patch in ax.patches)  # both stairs
+    for stairs in (filled, outline):
+        assert stairs.get_data().edges[0] >= posterior["z"].samples.min()  # type: ignore[attr-defined]
+    data = outline.get_data()  # type: ignore[attr-defined]
+    z = posterior["z"].samples
+    shares = [
+        ((z >= left) & (z <= right)).double().mean()
+        for left, right in zip(data.edges, data.edges[1:], strict=False)
+    ]
+    np.testing.assert_allclose(data.values * np.diff(data.edges), shares, atol=0.011)
+
+
+def test_coords(posterior: MPImportance) -> None:
+    names = [f"element {number}" for number in range(50)]
+    (ax,) = plot_marginals(posterior, "x", coords={"many": names})
+    assert [label.get_text() for label in ax.get_yticklabels()] == names[:MAX_ROWS]
+    with pytest.raises(ValueError, match="coords: plate 'many' has 50 elements, but 2 names"):
+        plot_marginals(posterior, "x", coords={"many": ["one", "two"]})
 
 
 def test_ess(posterior: MPImportance) -> None:

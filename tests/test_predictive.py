@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import cast
 
 import pyro
@@ -363,7 +364,10 @@ EFFECTS = {"mu": torch.zeros(4), "z": torch.zeros(4, 3)}
         ({"mu": torch.zeros(4, 2), "z": torch.zeros(4, 3)}, r"shape \(2,\) for each sample"),
         ({"mu": torch.zeros(4), "z": torch.zeros(4)}, r"'z': posterior_samples have shape \(\)"),
         ({"mu": torch.zeros(4), "z": torch.zeros(4, 9)}, "plate 'i' has 3 elements in test, but"),
-        ({"mu": torch.full((4,), math.nan), "z": torch.zeros(4, 3)}, "site 'y'|single values"),
+        (
+            {"mu": torch.full((4,), math.nan), "z": torch.zeros(4, 3)},
+            "site 'mu': posterior_samples have nan",
+        ),
     ],
 )
 def test_samples_that_do_not_fit(samples: Samples, message: str) -> None:
@@ -403,28 +407,99 @@ def test_plates_that_do_not_fit() -> None:
         log_predictive(minibatch, {"mu": torch.zeros(4)}, (ALL,))
 
 
-def test_models_that_are_not_vectorised() -> None:
+def test_models_written_for_single_values() -> None:
+    """Indexed from the left, with a branch on a value, one random number besides the sites'."""
+
     def first_row(y: Tensor) -> None:
         w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-        pyro.sample("y", dist.Normal(w.reshape(-1)[0], 1.0), obs=y)
+        pyro.sample("y", dist.Normal(w[0], 1.0), obs=y)
 
     def branches(y: Tensor) -> None:
         mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
         pyro.sample("y", dist.Normal(0.0 if mu > 0 else 1.0, 1.0), obs=y)
 
     y = torch.tensor(0.5)
+    w, mu = torch.tensor([[0.1, 9.0], [-2.0, 9.0]]), torch.tensor([-1.0, 2.0, -3.0])
+    expected = dist.Normal(w[:, 0], 1.0).log_prob(y).logsumexp(0) - math.log(2)
+    torch.testing.assert_close(log_predictive(first_row, {"w": w}, (y,)), expected)
+    expected = dist.Normal((mu < 0).double(), 1.0).log_prob(y).logsumexp(0) - math.log(3)
+    torch.testing.assert_close(log_predictive(branches, {"mu": mu}, (y,)), expected)
+
+
+def test_sites_that_only_some_runs_have() -> None:
+    """The data of each sample's own run count."""
+
+    def model(y: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        if mu > 0:
+            pyro.sample("more", dist.Normal(0.0, 1.0), obs=y)
+
+    y, mu = torch.tensor(0.5), torch.tensor([-1.0, 2.0])
+    more = dist.Normal(0.0, 1.0).log_prob(y) * (mu > 0)
+    expected = (dist.Normal(mu, 1.0).log_prob(y) + more).logsumexp(0) - math.log(2)
     pyro.set_rng_seed(0)
-    with pytest.raises(ValueError, match=r"site 'y': its log_prob .* the model is not vectorised"):
-        log_predictive(first_row, {"w": torch.randn(4, 2)}, (y,))
-    with pytest.raises(ValueError, match="on single values with test, but not on 4 posterior"):
-        log_predictive(branches, {"mu": torch.randn(4)}, (y,))
+    torch.testing.assert_close(log_predictive(model, {"mu": mu}, (y,)), expected)
+
+
+def test_steps_that_only_held_out_data_have() -> None:
+    """
+    A random walk written as a loop: later states come from the prior, given the last one.
+
+    Given the last state, the new data are normal with the variances of two steps and the noise.
+    False-alarm probability 1e-6; states that start again at zero fail.
+    """
+
+    def walk(y: Tensor, start: float = 1.0) -> None:
+        state = torch.zeros(())
+        for step in range(len(y)):
+            mean = start * state if step == 2 else state
+            state = pyro.sample(f"state_{step}", dist.Normal(mean, 1.0))
+            pyro.sample(f"y_{step}", dist.Normal(state, 0.5), obs=y[step])
+
+    y = torch.tensor([0.4, 1.5, 2.0, 1.0])
+    samples = {"state_0": torch.tensor([0.3]), "state_1": torch.tensor([1.2])}
+    covariance = torch.tensor([[1.0, 1.0], [1.0, 2.0]]) + 0.25 * torch.eye(2)
+    normal = torch.distributions.MultivariateNormal(torch.full((2,), 1.2), covariance)
+    many = {name: value.expand(2000) for name, value in samples.items()}
+    truth = float(normal.log_prob(y[2:]))
+    pyro.set_rng_seed(0)
+    for start, fits in ((1.0, True), (0.0, False)):
+        test: dict[str, object] = {"y": y, "start": start}
+        draw = partial(log_predictive, walk, many, test, train={"y": y[:2]})
+        found = ratios(truth, draw, 30)
+        if fits:
+            check_mean(found, 1.0)
+        else:
+            with pytest.raises(AssertionError):
+                check_mean(found, 1.0)
+
+
+def test_plates_without_a_size_and_enumerated_sites() -> None:
+    """Indicators that samples have are given; new ones come from the prior, here a certain one."""
+
+    def model(y: Tensor) -> None:
+        loc = pyro.sample("loc", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("n"):
+            shape = torch.tensor([0.0, 1.0]).expand(len(y), 2)
+            z = pyro.sample("z", dist.Categorical(shape), infer={"enumerate": "parallel"})
+            pyro.sample("y", dist.Normal(loc[z], 1.0), obs=y)
+
+    y, loc = torch.tensor([0.5, -1.0, 2.0]), torch.tensor([[0.0, 1.0], [2.0, 3.0]])
+    each = dist.Normal(loc[:, 1:], 1.0).log_prob(y)
+    found = log_predictive(model, {"loc": loc}, (y,))
+    torch.testing.assert_close(found, each.sum(-1).logsumexp(0) - math.log(2))
+    z = torch.zeros(2, 2, dtype=torch.long)
+    each[:, :2] = dist.Normal(loc[:, :1], 1.0).log_prob(y[:2])
+    found = log_predictive(model, {"loc": loc, "z": z}, (y,))
+    torch.testing.assert_close(found, each.sum(-1).logsumexp(0) - math.log(2))
 
 
 def test_log_prob_that_is_nan() -> None:
     def model(y: Tensor) -> None:
         mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-        pyro.sample("y", dist.Normal(mu, 1.0, validate_args=False), obs=y)
+        pyro.sample("y", dist.Normal(mu.log(), 1.0, validate_args=False), obs=y)
 
-    samples = {"mu": torch.tensor([0.0, math.nan])}
+    samples = {"mu": torch.tensor([1.0, -1.0])}
     with pytest.raises(ValueError, match="site 'y': log_prob is nan at some posterior samples"):
         log_predictive(model, samples, (torch.tensor(1.0),))

@@ -13,11 +13,11 @@ from compare import compare
 from torch import Tensor
 
 from pyro_mpis import MPImportance, blocks
-from pyro_mpis.blocks import Workers
-from pyro_mpis.particles import proposals
+from pyro_mpis.particles import pairs
 from pyro_mpis.particles.drawing import draw_particles
 from pyro_mpis.particles.proposals import Particles, weigh
 from pyro_mpis.planning import Options, Plan, plan_of, programs_of
+from pyro_mpis.workers import Workers
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -60,7 +60,7 @@ def test_expected_evidence_is_exact(
     structure, programs = planned.structure, planned.programs
 
     def evidence() -> float:
-        drawn = draw_particles(structure, programs, 2)
+        drawn = draw_particles(structure, programs, stratified=True)
         return float(blocks._evaluated(planned, drawn, Workers()).log_evidence.exp())
 
     found = list(outcomes(coins, evidence))
@@ -89,7 +89,7 @@ def particles_of(
 ) -> tuple[Plan, Particles]:
     pyro.set_rng_seed(0)
     planned = plan(model, guide, num_samples=num_samples)
-    drawn = draw_particles(planned.structure, planned.programs, num_samples)
+    drawn = draw_particles(planned.structure, planned.programs, stratified=True)
     structure, programs = planned.structure, planned.programs
     return planned, weigh(structure, programs, drawn, validate=True, from_factors=False)
 
@@ -110,7 +110,7 @@ def test_mixture_over_the_parents() -> None:
 def test_mixture_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of many particles, some at a time."""
     _, whole = particles_of(vector_model, vector_guide, 7)
-    monkeypatch.setattr(proposals, "MIXTURE_ELEMENTS", 15)
+    monkeypatch.setattr(pairs, "MIXTURE_ELEMENTS", 15)
     _, parts = particles_of(vector_model, vector_guide, 7)
     for symbol, log_proposal in whole.log_proposals.items():
         torch.testing.assert_close(parts.log_proposals[symbol], log_proposal)

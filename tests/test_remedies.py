@@ -131,7 +131,9 @@ def test_few_particles_of_other_sites() -> None:
 
     def lowest(guide: Program | None, seed: int) -> tuple[float, str]:
         pyro.set_rng_seed(seed)
-        diagnosis = MPImportance(model, guide, num_samples=10).run().diagnose(show=False)
+        # independent particles: those that are spread evenly are seldom as poor
+        posterior = MPImportance(model, guide, num_samples=10, stratified=False)
+        diagnosis = posterior.run().diagnose(show=False)
         assert diagnosis.bottleneck is not None
         return diagnosis.bottleneck.lowest_ess, " ".join(str(diagnosis).split())
 
@@ -229,14 +231,16 @@ def test_sites_of_even_weights_to_group() -> None:
         d = pyro.sample("d", dist.Normal(0.0, 50.0))
         pyro.sample("y", dist.Normal(a + b + c + d, 1.0), obs=torch.tensor(0.0))
 
-    text = helps(diagnosed(model, K=8))
+    # Independent particles, one of which lies where d has to be. Of eight that are spread evenly
+    # none does, and a, b and c, which are to make up for it, have uneven weights too.
+    text = helps(diagnosed(model, K=8, stratified=False))
     assert "factor of 'y' reads 4 particle indices" in text
     assert "With groups=[('a', 'b', 'c')]" in text
     assert "as the power of 2" in text
     sizes = []
     for K in (8, 16):
         posterior = MPImportance(model, num_samples=K, groups=[("a", "b", "c")]).run()
-        sizes.append(largest_factor(posterior._sums[0].replicate.structure, K)[1])
+        sizes.append(largest_factor(posterior._sums[0].replicate.structure)[1])
     assert sizes[1] == 2**2 * sizes[0]
 
     def uneven() -> None:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draws of indices against the exact joint distribution of small graphs: false alarms 1e-6."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from checks import check_frequencies
@@ -89,3 +91,49 @@ def test_terms_larger_than_what_is_looked_up(monkeypatch: pytest.MonkeyPatch) ->
     few = torch.stack([sample_indices(graph, 10)[1]["y"] for _ in range(300)]).flatten()
     assert any(table.all_shares is None for table in tables)
     check_frequencies(few.bincount(minlength=5), joint_probs(graph).sum((0, 2)))
+
+
+def test_no_step_of_a_draw_is_larger_than_that_of_the_sum() -> None:
+    """Of a path of four indices: dims of one term alone are not drawn together with shared ones."""
+    size = 300
+    tables = {pair: noise(size, size, seed=n) for n, pair in enumerate(("wx", "xy", "yz"))}
+    graph = graph_of(tables.items(), dict.fromkeys("wxyz", ""))
+    largest = []
+    original = sampling._log_product
+
+    def noting(terms: Sequence[Tensor], layout: str) -> Tensor:
+        result = original(terms, layout)
+        largest.append(result.numel())
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "_log_product", noting)
+        torch.manual_seed(0)
+        _, drawn = sample_indices(graph, NUM_DRAWS)
+    assert max(largest) <= size**2
+    wx, xy, yz = tables.values()
+    probs = (wx.logsumexp(0).unsqueeze(-1) + xy + yz.logsumexp(1)).flatten().softmax(0)
+    cell = (drawn["x"] * size + drawn["y"]) // 100
+    check_frequencies(cell.bincount(minlength=size * 3), probs.reshape(-1, 100).sum(1))
+    assert drawn["w"].shape == drawn["z"].shape == (NUM_DRAWS,)
+
+
+def test_indices_that_one_step_sums_are_drawn_together() -> None:
+    """Two indices in both terms of a step, of a plate, given a third."""
+    x, y, z, p = 3, 4, 2, 3
+    tables = {
+        "xyp": noise(x, y, p, seed=0) * 3.0,
+        "xyzp": noise(x, y, z, p, seed=1) * 3.0,
+        "z": noise(z, seed=2),
+    }
+    graph = graph_of(tables.items(), {"x": "p", "y": "p", "z": ""})
+    logits = tables["xyp"].unsqueeze(2) + tables["xyzp"]
+    log_z = logits.logsumexp((0, 1)).sum(-1) + tables["z"]
+    torch.manual_seed(0)
+    log_p, drawn = sample_indices(graph, NUM_DRAWS)
+    torch.testing.assert_close(log_p, log_z.logsumexp(0))
+    check_frequencies(drawn["z"].bincount(minlength=z), log_z.softmax(0))
+    of_plate = (logits - logits.logsumexp((0, 1))).exp() * log_z.softmax(0).unsqueeze(-1)
+    for element in range(p):
+        cell = (drawn["x"][:, element] * y + drawn["y"][:, element]) * z + drawn["z"]
+        check_frequencies(cell.bincount(minlength=x * y * z), of_plate[..., element].flatten())

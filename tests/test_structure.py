@@ -68,7 +68,7 @@ def test_plates_and_reads() -> None:
     assert structure.elements(y) == 6
     theta = structure.index_of["theta"]
     assert structure.indices_read(y) == {theta.symbol}
-    assert structure.num_particles(7) == {index.symbol: 7 for index in structure.indices}
+    assert structure.num_particles == {index.symbol: 3 for index in structure.indices}
 
 
 def test_sites_of_a_guide() -> None:
@@ -258,7 +258,7 @@ def chain(length: int) -> Program:
 def test_levels_of_a_chain(length: int) -> None:
     """Few indices have a level each; many share two."""
     structure = structure_of(chain(length))
-    levels = check_levels(structure, structure.num_particles(3))
+    levels = check_levels(structure, structure.num_particles)
     assert len(levels) == (length if length <= UNIQUE_LEVELS else 2)
 
 
@@ -271,10 +271,10 @@ def test_levels_of_other_sizes() -> None:
         pyro.sample("z", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
 
     structure = structure_of(model)
-    sizes = structure.num_particles(5)
+    sizes = structure.num_particles
     assert [len(level) for level in check_levels(structure, sizes)] == [6, 1]
     first = structure.index_of["x_0"].symbol
-    assert [len(level) for level in check_levels(structure, {**sizes, first: 3})] == [1, 5, 1]
+    assert [len(level) for level in check_levels(structure, {**sizes, first: 4})] == [1, 5, 1]
     assert [len(level) for level in check_levels(structure, {**sizes, first: 2})] == [2, 5]
 
 
@@ -282,7 +282,7 @@ def test_levels_of_other_sizes() -> None:
 def test_levels_of_random_programs(seed: int) -> None:
     case = random_case(seed)
     structure = structure_of(case.model, case.guide)
-    check_levels(structure, structure.num_particles(3))
+    check_levels(structure, structure.num_particles)
 
 
 def test_many_latents_of_one_site_have_a_level_each() -> None:
@@ -291,7 +291,7 @@ def test_many_latents_of_one_site_have_a_level_each() -> None:
         pyro.sample("y", dist.Normal(total, 1.0), obs=torch.tensor(0.0))
 
     structure = structure_of(model)
-    assert len(check_levels(structure, structure.num_particles(2))) == 7
+    assert len(check_levels(structure, structure.num_particles)) == 7
     compare(model, num_samples=2)
 
 
@@ -308,7 +308,7 @@ def test_proposals_count_for_levels() -> None:
             pyro.sample(f"x_{i}", dist.Normal(0.5 * x, 1.0))
 
     structure = structure_of(model, guide)
-    levels = check_levels(structure, structure.num_particles(3))
+    levels = check_levels(structure, structure.num_particles)
     assert [structure.index_of["x_0"].symbol] in levels
     assert len(levels) == 2
     compare(model, guide, num_samples=2)

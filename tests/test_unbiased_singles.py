@@ -16,10 +16,14 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from checks import check_exact_mean
+from checks import check_exact_mean, check_frequencies
 from compared import problem_of, run_recorded
 from singles import Exact, Program, Singles, exact, sites_at
 from torch import Tensor
+
+from pyro_mpis.particles import drawing
+from pyro_mpis.planning import Options, plan_of, programs_of
+from pyro_mpis.programs.structure import Structure
 
 K = 2  # particles
 Draws = dict[str, Tensor]  # site -> (K, *shape)
@@ -315,3 +319,66 @@ def test_density_given_one_particle_is_rejected() -> None:
     mean, truth = expected(not_vectorised, [], with_mistake(given_one_particle))
     with pytest.raises(AssertionError):
         check_exact_mean(mean, truth)
+
+
+# Fewer particles of a site than of what it is proposed from.
+
+
+def below_a_plate(script: Script) -> Case:
+    """One particle of each element of b, chosen from the draws given the two particles of a."""
+
+    def model() -> None:
+        a = draw(script, "a", 0.3)
+        with pyro.plate("p", 2):
+            b = draw(script, "b", 0.2 + 0.6 * a)
+            x = torch.tensor([1.0, 0.0])
+            pyro.sample("x", dist.Bernoulli(0.1 + 0.7 * b), obs=x)
+
+    return model, None, {"a": (), "b": (2,)}
+
+
+def expected_over_choices(choices: Sequence[Tensor], monkeypatch: pytest.MonkeyPatch) -> float:
+    """Return the expected evidence over draws and choices of the particles of b, equally likely."""
+    script = Script()
+    model, guide, shapes = below_a_plate(script)
+    mean = 0.0
+    for draws, choice in itertools.product(outcomes(shapes, K), choices):
+
+        def chosen(structure: Structure, choice: Tensor = choice) -> Draws:
+            assert structure.num_draws[structure.index_of["b"].symbol] == K
+            return {structure.index_of["b"].symbol: choice}
+
+        script.start(draws)
+        monkeypatch.setattr(drawing, "_chosen", chosen)
+        posterior, _ = run_recorded(model, guide, num_samples={"a": K, "b": 1})
+        evidence = float(posterior.evidence(log_scale=False))
+        mean += probability(model, guide, draws) * evidence / len(choices)
+        script.start({})
+    return mean
+
+
+def test_expected_evidence_where_particles_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exact if every element chooses by itself, and not if all choose alike."""
+    model, _, shapes = below_a_plate(Script())
+    truth = sum(
+        joint(model, {name: v[0] for name, v in values.items()}) for values in outcomes(shapes, 1)
+    )
+    choices = [torch.tensor([pair]) for pair in itertools.product(range(K), repeat=2)]
+    check_exact_mean(expected_over_choices(choices, monkeypatch), truth)
+    alike = [torch.full((1, 2), number) for number in range(K)]
+    with pytest.raises(AssertionError):
+        check_exact_mean(expected_over_choices(alike, monkeypatch), truth)
+
+
+def test_choices_are_equally_likely() -> None:
+    """Of two draws of two elements and of both together: chi-square, alarm 1e-6."""
+    model, _, _ = below_a_plate(Script())
+    options = Options(num_samples=1, numbers={"a": K})
+    structure = plan_of(programs_of(model, None, (), {}), options)[0].structure
+    pyro.set_rng_seed(0)
+    chosen = [drawing._chosen(structure)[structure.index_of["b"].symbol] for _ in range(4000)]
+    assert chosen[0].shape == (1, 2)
+    counts = (torch.cat(chosen) @ torch.tensor([2, 1])).bincount(minlength=4)
+    check_frequencies(counts, torch.full((4,), 0.25))
+    with pytest.raises(AssertionError):
+        check_frequencies(counts + torch.tensor([200, -200, -200, 200]), torch.full((4,), 0.25))

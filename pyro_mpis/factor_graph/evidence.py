@@ -94,10 +94,10 @@ def over_plates(graph: FactorGraph, factor: LogFactor, plates: Ordinal) -> LogFa
 
 @dataclass(frozen=True)
 class Elimination:
-    """One step of a contraction: sum the product of ``terms`` over one dim."""
+    """One step of a contraction: sum the product of ``terms`` over some dims."""
 
-    terms: tuple[Tensor, ...]  # packed, each with that dim
-    symbol: str
+    terms: tuple[Tensor, ...]  # packed
+    summed: str  # the dims
 
 
 class LogSpaceRing(Ring):
@@ -105,7 +105,7 @@ class LogSpaceRing(Ring):
     Sums and products of packed tensors in log space.
 
     :param graph: for the sizes of the dims and the ragged plates.
-    :param record: where to note each elimination, one dim at a time and in order, for sampling.
+    :param record: where to note each elimination, in order, for sampling.
     """
 
     def __init__(
@@ -123,19 +123,13 @@ class LogSpaceRing(Ring):
         if not terms:
             return packed(torch.zeros((), dtype=self._graph.dtype, device=self._graph.device), "")
         on_cpu = self._graph.device.type == "cpu"
-        absorbed = order.absorb(terms)
-        steps = [step for step in absorbed if len(step.operands) > 1]
-        steps += order.find_steps(
-            {step.result: step.dims for step in absorbed},
-            set(dims),
-            self._dim_to_size,
-            limit=order.ROUND_COMBINATIONS if on_cpu else order.ROUND_OF_GPU,
-            first_result=2 * len(terms),
+        steps = order.all_steps(
+            [dims_of(term) for term in terms], set(dims), self._dim_to_size, on_cpu
         )
         tensors = dict(enumerate(terms))
-        for step in absorbed:
-            for number in step.operands[:-1]:
-                if self._is_large(tensors[number]):
+        for step in steps:
+            for number in step.operands[:-1] if not step.summed else ():
+                if number < len(terms) and self._is_large(tensors[number]):
                     tensors[number] = _in_double(tensors[number])
         for wave in order.in_waves(steps):
             for group in _alike(wave, tensors):
@@ -154,10 +148,10 @@ class LogSpaceRing(Ring):
         :return: the results, by their numbers.
         """
         if self._record is not None:
-            return {
-                step.result: self._eliminate_one_by_one(operands, step.summed)
+            terms = [
+                self._noted(operands, step.summed)
                 for step, operands in zip(steps, terms, strict=True)
-            }
+            ]
         first = steps[0]
         if len(steps) == 1:
             return {first.result: self._sum_product(terms[0], first.summed)}
@@ -175,16 +169,26 @@ class LogSpaceRing(Ring):
             results[step.result] = packed(part, "".join(back[canonical[s]] for s in layout))
         return results
 
-    def _eliminate_one_by_one(self, terms: Sequence[Tensor], dims: str) -> Tensor:
-        """Sum over one dim after the other and note each, so that each can be drawn by itself."""
+    def _noted(self, terms: Sequence[Tensor], dims: str) -> list[Tensor]:
+        """
+        Note a step, and sum each dim that only one of its terms has.
+
+        These are eliminations of their own: together with the dims that terms share, they would
+        have more combinations than any of the terms has entries.
+        """
         assert self._record is not None
-        pending = list(terms)
-        for symbol in sorted(dims, key=lambda s: sum(s in dims_of(term) for term in terms)):
-            involved = [term for term in pending if symbol in dims_of(term)]
-            pending = [term for term in pending if symbol not in dims_of(term)]
-            self._record.append(Elimination(tuple(involved), symbol))
-            pending.append(self._sum_product(involved, symbol))
-        return self._sum_product(pending, "")
+        uses = Counter(symbol for term in terms for symbol in dims_of(term))
+        alone = "".join(symbol for symbol in dims if uses[symbol] == 1)
+        left = []
+        for term in terms:
+            own = "".join(symbol for symbol in dims_of(term) if symbol in alone)
+            if own:
+                self._record.append(Elimination((term,), own))
+            left.append(_sum_alone(term, own))
+        shared = "".join(symbol for symbol in dims if uses[symbol] > 1)
+        if shared:
+            self._record.append(Elimination(tuple(left), shared))
+        return left
 
     def _sum_product(self, terms: Sequence[Tensor], dims: str) -> Tensor:
         """Multiply and sum, in float64 if the result is large."""

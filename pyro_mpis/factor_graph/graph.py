@@ -147,16 +147,8 @@ class FactorGraph:
 
     def with_enclosing(self, plates: Ordinal) -> Ordinal:
         """Add the plates that ragged plates lie in."""
-        while True:
-            around = {
-                symbol
-                for inner, plate in self.ragged.items()
-                if inner <= plates
-                for symbol in plate.outer
-            }
-            if around <= plates:
-                return plates
-            plates |= around
+        outer = {inner: frozenset(plate.outer) for inner, plate in self.ragged.items()}
+        return with_enclosing(outer, plates)
 
     def tensor_plates(self, plates: Ordinal) -> str:
         """Return the plates that the tensors of an ordinal have dims for."""
@@ -201,6 +193,19 @@ class FactorGraph:
                 tensor = tensor.unsqueeze(left + len(batch_shape) + dim)
         tail = tensor.shape[left + len(batch_shape) :]
         return tensor.expand((*tensor.shape[:left], *batch_shape, *tail))
+
+
+def with_enclosing(ragged: Mapping[Ordinal, Ordinal], plates: Ordinal) -> Ordinal:
+    """
+    Add the plates that ragged plates lie in.
+
+    :param ragged: the plates around each ragged plate.
+    """
+    while True:
+        around = {symbol for inner, outer in ragged.items() if inner <= plates for symbol in outer}
+        if around <= plates:
+            return plates
+        plates |= around
 
 
 def exchange_dims(tensor: Tensor, middle: int, undeclared: Sequence[int]) -> Tensor:

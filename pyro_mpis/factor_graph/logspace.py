@@ -188,7 +188,7 @@ class _Multiplied(NamedTuple):
 def _multiplied(a: Tensor, b: Tensor, dtype: torch.dtype) -> _Multiplied:
     """Multiply shifted exponentials; in double precision if single loses more than a few."""
     a_max, b_max, ea, eb = _shifted(a, b, dtype)
-    product = ea @ eb
+    product = _matmul(ea, eb)
     small = product < _SAFE[dtype]
     if not bool(small.any()):
         return _Multiplied(dtype, a_max, b_max, ea, eb, product, None, None)
@@ -200,6 +200,12 @@ def _multiplied(a: Tensor, b: Tensor, dtype: torch.dtype) -> _Multiplied:
     if num_lost > _FEW * lost.numel() and dtype != torch.float64:
         return _multiplied(a, b, torch.float64)
     return _Multiplied(dtype, a_max, b_max, ea, eb, product, small, lost if num_lost else None)
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Multiply matrices in their own precision, under ``torch.autocast`` too."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
 
 
 def _is_possible(a: Tensor, b: Tensor) -> Tensor:
@@ -232,8 +238,8 @@ def _product_grads(
     scaled = torch.div(grad, made.product, out=made.product)
     if made.small is not None:
         scaled.masked_fill_(made.small, 0.0)
-    grad_a = (scaled @ made.eb.mT).mul_(made.ea) if needed[0] else None
-    grad_b = (made.ea.mT @ scaled).mul_(made.eb) if needed[1] else None
+    grad_a = _matmul(scaled, made.eb.mT).mul_(made.ea) if needed[0] else None
+    grad_b = _matmul(made.ea.mT, scaled).mul_(made.eb) if needed[1] else None
     if made.lost is not None:
         for batch, m, n, terms in _terms(a, b, made.dtype, made.lost):
             share = grad[batch, m, n].unsqueeze(1) * _shares(terms)

@@ -13,11 +13,17 @@ needs about 50 particles to be a number worth reading.
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from pyro.distributions import Empirical
 from pyro.ops.stats import fit_generalized_pareto
 from torch import Tensor
+
+from pyro_mpis._text import data_frame, html_table, scalars
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 MIN_TAIL = 10  # weights in the tail, below which no k-hat is given (Pyro's psis_diagnostic too)
 NEGLIGIBLE = 1e-15  # relative to the heaviest
@@ -122,6 +128,50 @@ class Marginal(Empirical):
         position = torch.searchsorted(cumulative, shares)
         result = values.gather(-1, position).movedim(-1, 0)
         return result.reshape(probs.shape + result.shape[1:])
+
+    def to_dataframe(self) -> "DataFrame":
+        """
+        Return particles and weights as a pandas ``DataFrame``, a row for each particle and scalar.
+
+        Its columns are ``scalar``, such as ``theta[3]``, ``particle``, ``value`` and ``weight``.
+
+        :raises ImportError: without pandas.
+        """
+        num_batch, num = len(self.batch_shape), self.log_weights.shape[-1]
+        values = self.samples.movedim(num_batch, -1).reshape(-1, num)
+        weights = self._expanded_weights().movedim(num_batch, -1).reshape(-1, num)
+        names = self._scalars()
+        return data_frame(
+            {
+                "scalar": [name for name in names for _ in range(num)],
+                "particle": list(range(num)) * len(names),
+                "value": values.reshape(-1).tolist(),
+                "weight": weights.reshape(-1).tolist(),
+            }
+        )
+
+    def _repr_html_(self) -> str:
+        """Return a table of all scalars, for a notebook."""
+        probs = (0.05, 0.5, 0.95)
+        columns = [self.mean, self.variance.sqrt(), *self.quantile(probs)]
+        numbers = torch.stack([column.double().reshape(-1) for column in columns], 1).tolist()
+        rows = [
+            (name, *(f"{x:.3g}" for x in row))
+            for name, row in zip(self._scalars(), numbers, strict=True)
+        ]
+        header = ("", "mean", "sd", *(f"{prob:.0%}" for prob in probs))
+        ess = f"{float(self.ess.min()):.1f}" if self.ess.numel() else "-"
+        num = self.log_weights.shape[-1]
+        return html_table([header, *rows], f"{num} particles, lowest effective sample size {ess}")
+
+    def _scalars(self) -> list[str]:
+        """Return the names of all scalars, those of the last site fastest."""
+        if len(self.event_shapes) == 1:
+            (name,) = self.event_shapes
+            return scalars(name, self.batch_shape + self.event_shape)
+        one = [label for site, shape in self.event_shapes.items() for label in scalars(site, shape)]
+        positions = scalars("", self.batch_shape)
+        return [f"{label}{position}" for position in positions for label in one]
 
     def unpack(self, value: Tensor) -> dict[str, Tensor]:
         """

@@ -8,21 +8,22 @@ and then pair by pair in an order that opt_einsum finds. Steps that do not wait 
 a wave (:func:`in_waves`). The functions read shapes alone; no number decides an order.
 """
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import opt_einsum
-from torch import Tensor
 
-from pyro_mpis.factor_graph.packed import dims_of, union
+from pyro_mpis.factor_graph.packed import union
 
 MANY_TERMS = 64
 MANY_DIMS = 16  # below, an order of pairwise steps is as good
 # The largest step, in combinations, that may be taken early to share a round.
 ROUND_COMBINATIONS = 2**16
 ROUND_OF_GPU = 2**24
+KEPT_ORDERS = 64
 
 
 @dataclass(frozen=True)
@@ -35,26 +36,49 @@ class Step:
     dims: str  # of the result
 
 
-def absorb(terms: Sequence[Tensor]) -> list[Step]:
+def all_steps(
+    terms: Sequence[str], sum_dims: Set[str], sizes: Mapping[str, int], on_cpu: bool
+) -> list[Step]:
     """
-    Add each packed tensor to the smallest other one that has all its dims.
+    Find all steps of a sum of products: what is absorbed, and what is summed.
 
-    What is left is what an order of eliminations has to be found for. Tensors of the same dims, of
+    :param terms: the dims of each term.
+    :param sum_dims: the dims to sum.
+    :param sizes: of every dim.
+    """
+    absorbed = absorb(terms, sizes)
+    steps = [step for step in absorbed if len(step.operands) > 1]
+    return steps + find_steps(
+        {step.result: step.dims for step in absorbed},
+        sum_dims,
+        sizes,
+        limit=ROUND_COMBINATIONS if on_cpu else ROUND_OF_GPU,
+        first_result=2 * len(terms),
+    )
+
+
+def absorb(terms: Sequence[str], sizes: Mapping[str, int]) -> list[Step]:
+    """
+    Add each term to the smallest other one that has all its dims.
+
+    What is left is what an order of eliminations has to be found for. Terms of the same dims, of
     which there may be very many, are looked at as one: the time is linear in their number.
 
-    :return: a step for each tensor that is left: it comes last among the operands. A step of a
+    :param terms: the dims of each.
+    :param sizes: of every dim.
+    :return: a step for each term that is left: it comes last among the operands. A step of a
         single operand is that operand.
     """
     groups: dict[frozenset[str], list[int]] = {}
     for number, term in enumerate(terms):
-        groups.setdefault(frozenset(dims_of(term)), []).append(number)
+        groups.setdefault(frozenset(term), []).append(number)
     holders: dict[str, set[frozenset[str]]] = {}
     for dims in groups:
         for symbol in dims:
             holders.setdefault(symbol, set()).add(dims)
 
     def size(dims: frozenset[str]) -> tuple[int, int]:
-        return terms[groups[dims][0]].numel(), groups[dims][0]
+        return math.prod(sizes[symbol] for symbol in dims), groups[dims][0]
 
     by_size = sorted(groups, key=size)
     ranks = {dims: rank for rank, dims in enumerate(by_size)}
@@ -73,7 +97,7 @@ def absorb(terms: Sequence[Tensor]) -> list[Step]:
             tuple(group),
             "",
             len(terms) + group[-1] if len(group) > 1 else group[-1],
-            dims_of(terms[group[-1]]),
+            terms[group[-1]],
         )
         for group in sorted(groups.values(), key=lambda group: group[-1])
     ]
@@ -90,17 +114,47 @@ def find_steps(
     """
     Find what is contracted with what, and which dims each step sums.
 
+    An order is searched once for the same dims and sizes: the queries of a run, and its blocks,
+    take that of the evidence.
+
     :param inputs: the dims of each term, by its number.
     :param sum_dims: the dims to sum, those of other terms than these included.
     :param sizes: of every dim.
     :param limit: the largest step, in combinations, that may be taken early to share a round.
     :param first_result: the number of the first step's result; the next ones follow.
     """
-    rounds = _rounds(inputs, sum_dims, sizes, limit, first_result)
+    involved = sorted(set().union(*inputs.values()))
+    found = _steps(
+        tuple("".join(sorted(dims)) for dims in inputs.values()),
+        frozenset(sum_dims & set(involved)),
+        tuple((symbol, sizes[symbol]) for symbol in involved),
+        limit,
+    )
+    numbers = [*inputs, *range(first_result, first_result + len(found))]
+    return [
+        replace(
+            step,
+            operands=tuple(numbers[operand] for operand in step.operands),
+            result=numbers[step.result],
+        )
+        for step in found
+    ]
+
+
+@functools.lru_cache(maxsize=KEPT_ORDERS)
+def _steps(
+    inputs: tuple[str, ...],
+    sum_dims: frozenset[str],
+    sizes: tuple[tuple[str, int], ...],
+    limit: int,
+) -> tuple[Step, ...]:
+    """Find steps where terms have the numbers of their places, and results those after."""
+    terms, size = dict(enumerate(inputs)), dict(sizes)
+    rounds = _rounds(terms, sum_dims, size, limit, len(inputs))
     used = {operand for step in rounds for operand in step.operands}
-    dims = dict(inputs) | {step.result: step.dims for step in rounds}
+    dims = terms | {step.result: step.dims for step in rounds}
     left = {number: symbols for number, symbols in dims.items() if number not in used}
-    return rounds + _pairs(left, sum_dims, sizes, first_result + len(rounds))
+    return (*rounds, *_pairs(left, sum_dims, size, len(inputs) + len(rounds)))
 
 
 def in_waves(steps: Sequence[Step]) -> list[list[Step]]:

@@ -17,7 +17,7 @@ the contraction has summed, and nothing is differentiated.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ def sample_indices(graph: FactorGraph, num_draws: int) -> tuple[Tensor, dict[str
     with torch.no_grad():
         log_p = contract(graph, graph.factors, LogSpaceRing(graph, record=steps))
         for step in reversed(steps):
-            drawn[step.symbol] = _draw_step(graph, step, drawn, num_draws)
+            drawn |= _draw_step(graph, step, drawn, num_draws)
     for symbol, plates in graph.index_plates.items():
         if symbol not in drawn:  # one particle, or an index that no factor distinguishes
             shape = [graph.sizes[s] for s in graph.tensor_plates(graph.with_enclosing(plates))]
@@ -63,23 +63,50 @@ def sample_sites(graph: FactorGraph, num_draws: int) -> tuple[Tensor, dict[str, 
     return log_p, sites_at(graph, drawn, num_draws)
 
 
-def _draw_step(graph: FactorGraph, step: Elimination, drawn: Drawn, num_draws: int) -> Tensor:
-    """Draw the index that one step sums over, given those of later steps (37): (N, *plates)."""
-    symbol = step.symbol
-    plates = graph.tensor_plates(graph.with_enclosing(graph.index_plates[symbol]))
-    inside = {s for term in step.terms for s in dims_of(term)} - {symbol}
+def _draw_step(
+    graph: FactorGraph, step: Elimination, drawn: Drawn, num_draws: int
+) -> dict[str, Tensor]:
+    """
+    Draw the indices that one step sums over, given those of later steps (37): each (N, *plates).
+
+    Several indices of a step are drawn together, as one that runs over their combinations. Summed
+    one after the other, the first would leave a tensor of all the others, which no step has.
+    """
+    summed = step.summed
+    plates = graph.tensor_plates(graph.with_enclosing(graph.index_plates[summed[0]]))
+    inside = {s for term in step.terms for s in dims_of(term)} - set(summed)
     given = inside & set(graph.index_plates)
     assert inside - given <= set(plates), "summed in its plates"
-    if not given:
-        return _same_for_all(_log_product(step.terms, plates + symbol), num_draws)
+    if given:
+        chosen = _draw_given(graph, step, plates, given, drawn, num_draws)
+    else:
+        log_product = _log_product(step.terms, plates + summed)
+        chosen = _same_for_all(log_product.flatten(len(plates)), num_draws)
+    result = {}
+    for symbol in reversed(summed):
+        result[symbol] = chosen % graph.sizes[symbol]
+        chosen = chosen // graph.sizes[symbol]
+    return result
+
+
+def _draw_given(
+    graph: FactorGraph,
+    step: Elimination,
+    plates: str,
+    given: Set[str],
+    drawn: Drawn,
+    num_draws: int,
+) -> Tensor:
+    """Draw the number of a combination of a step's indices: (N, *plates)."""
     shape = [graph.sizes[plate] for plate in plates]
     indices = {s: index_at(graph, drawn, s, plates) for s in given}
     positions = {s: positions_in(graph, s, plates).unsqueeze(0) for s in plates}
-    tables = [_Table(graph, term, symbol, plates, num_draws) for term in step.terms]
+    tables = [_Table(graph, term, step.summed, plates, num_draws) for term in step.terms]
     chosen = torch.empty((num_draws, *shape), dtype=torch.long, device=graph.device)
     # Cut along plates first: the draws of one element look up few rows, which stay in the cache.
     order = (*range(1, chosen.dim()), 0)
-    for part in cuts(chosen.shape, order, DRAW_ELEMENTS // graph.sizes[symbol]):
+    combinations = math.prod(graph.sizes[symbol] for symbol in step.summed)
+    for part in cuts(chosen.shape, order, DRAW_ELEMENTS // combinations):
         at = {s: _cut(index, part) for s, index in (indices | positions).items()}
         chosen[part] = _draw(tables, at, chosen[part].shape)
     return chosen
@@ -96,7 +123,7 @@ def _draw(tables: Sequence["_Table"], at: Mapping[str, Tensor], shape: torch.Siz
     shares = tables[0].shares(at)
     for table in tables[1:]:
         shares = shares * table.shares(at)
-    cumulative = shares.expand(-1, *shape).cumsum(0)
+    cumulative = _of_combinations(shares, shape).cumsum(0)
     choice = _inverted(cumulative)
     lost = ~(cumulative[-1] > LOST)
     if bool(lost.any()):
@@ -104,8 +131,15 @@ def _draw(tables: Sequence["_Table"], at: Mapping[str, Tensor], shape: torch.Siz
         logits = tables[0].logs(here).double()
         for table in tables[1:]:
             logits = logits + table.logs(here)
+        logits = _of_combinations(logits, logits.shape[-1:])
         choice[lost] = _inverted(exp_(logits - logits.amax(0)).cumsum(0))
     return choice
+
+
+def _of_combinations(rows: Tensor, shape: torch.Size) -> Tensor:
+    """Bring ``(*dims to draw, *shape)`` to ``(combinations, *shape)``, expanded to the shape."""
+    left = rows.dim() - len(shape)
+    return rows.expand(*rows.shape[:left], *shape).flatten(0, left - 1)
 
 
 def _log_product(terms: Sequence[Tensor], layout: str) -> Tensor:
@@ -126,36 +160,44 @@ class _Table:
     """
     A term of a step, to be looked up at plate elements and at the indices drawn already.
 
-    :param symbol: the index to draw.
-    :param plates: those of the index to draw.
+    A row of it has a dim for each of ``summed``, of size one where the term lacks it.
+
+    :param summed: the indices to draw.
+    :param plates: those of the indices to draw.
     """
 
     def __init__(
-        self, graph: FactorGraph, term: Tensor, symbol: str, plates: str, num_draws: int
+        self, graph: FactorGraph, term: Tensor, summed: str, plates: str, num_draws: int
     ) -> None:
         self.sizes = graph.sizes
-        dims = dims_of(term)
-        self.dims = "".join(sorted(dims.replace(symbol, ""), key=lambda s: s not in plates))
-        self.term = aligned(term, symbol + self.dims)
-        looked_up = num_draws * math.prod(graph.sizes[s] for s in (symbol, *plates))
+        self.num_summed = len(summed)
+        left = set(dims_of(term)) - set(summed)
+        self.dims = "".join(sorted(left, key=lambda s: (s not in plates, s)))
+        self.term = aligned(term, summed + self.dims)
+        self.row_shape = self.term.shape[: len(summed)]
+        looked_up = num_draws * self.row_shape.numel()
+        looked_up *= math.prod(graph.sizes[symbol] for symbol in plates)
         exponentiated = looked_up > term.numel()  # then each row is worth its exponentials
         self.all_shares = (
-            _relative(self.term).reshape(len(self.term), -1) if exponentiated else None
+            _relative(self.term, len(summed)).reshape(self.row_shape.numel(), -1)
+            if exponentiated
+            else None
         )
 
     def shares(self, at: Mapping[str, Tensor]) -> Tensor:
-        """Return rows divided by their largest entries: (the dim to draw, N, *plates), float32."""
+        """Return rows divided by their largest entries: (*dims to draw, N, *plates), float32."""
         if self.all_shares is None:
-            return _relative(self.logs(at))
+            return _relative(self.logs(at), self.num_summed)
         row = self._row(at)
-        return self.all_shares.index_select(1, row.flatten()).view(-1, *row.shape)
+        rows = self.all_shares.index_select(1, row.flatten())
+        return rows.view(*self.row_shape, *row.shape)
 
     def logs(self, at: Mapping[str, Tensor]) -> Tensor:
-        """Return rows as they are, log scale: (the dim to draw, N, *plates)."""
+        """Return rows as they are, log scale: (*dims to draw, N, *plates)."""
         if not self.dims:
-            return self.term.view(-1, *(1,) * _num_dims(at))
-        everything: tuple[slice | Tensor, ...] = (slice(None), *(at[s] for s in self.dims))
-        return self.term[everything]
+            return self.term.reshape(*self.row_shape, *(1,) * _num_dims(at))
+        rows: list[slice | Tensor] = [slice(None)] * self.num_summed
+        return self.term[tuple(rows + [at[symbol] for symbol in self.dims])]
 
     def _row(self, at: Mapping[str, Tensor]) -> Tensor:
         """Return the number of the row: (N, *plates), size one where it is the same."""
@@ -169,9 +211,10 @@ def _num_dims(at: Mapping[str, Tensor]) -> int:
     return next(iter(at.values())).dim()
 
 
-def _relative(logs: Tensor) -> Tensor:
-    """Divide by the largest along the first dim: from log scale to linear, float32."""
-    return exp_((logs - finite(logs.amax(0))).float())
+def _relative(logs: Tensor, num_dims: int) -> Tensor:
+    """Divide by the largest along the first dims: from log scale to linear, float32."""
+    highest = logs.amax(tuple(range(num_dims)))
+    return exp_((logs - finite(highest)).float())
 
 
 def _inverted(cumulative: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from pyro.poutine.util import is_validation_enabled
 from pyro_mpis._text import quoted
 from pyro_mpis._typing import Program
 from pyro_mpis._warnings import warn
-from pyro_mpis.blocks import Replicate, Workers, run_plan
+from pyro_mpis.blocks import Replicate, run_plan
 from pyro_mpis.factor_graph.evidence import reduced
 from pyro_mpis.factor_graph.graph import FactorGraph
 from pyro_mpis.objectives.signature import Arguments, arguments_of
@@ -32,15 +32,17 @@ from pyro_mpis.particles.evaluation import (
     evaluate_programs,
 )
 from pyro_mpis.particles.factors import build_graph
-from pyro_mpis.particles.indexed import ReadTogether, regroup_indexed
+from pyro_mpis.particles.indexed import regroup_indexed
 from pyro_mpis.particles.memory import gc_paused
 from pyro_mpis.particles.probes import SiteReads
 from pyro_mpis.particles.proposals import Particles, weigh, weigh_from_factors
+from pyro_mpis.particles.together import ReadTogether
 from pyro_mpis.planning import Options, Plan, plan_of, programs_of
-from pyro_mpis.programs.environment import training
+from pyro_mpis.programs.environment import rng_state, set_rng_state, training
 from pyro_mpis.programs.handlers import ScaleProposals
 from pyro_mpis.programs.runs import NotMappableError, Programs
 from pyro_mpis.programs.structure import Structure
+from pyro_mpis.workers import Workers
 
 MAX_KEPT = 16  # analyses, as of the batches of data of several sizes
 
@@ -88,9 +90,18 @@ class Compiled:
         if programs.subsamples is not None:
             programs.subsamples.renew()
         carried = carried_by_one(structure, validate=validate)
-        drawn = draw_particles(structure, programs, self.plan.num_samples, carried)
+        drawn = draw_particles(
+            structure, programs, stratified=self.plan.options.stratified, carried=carried
+        )
         check(structure, drawn)
-        particles = weigh(structure, programs, drawn, validate=validate, from_factors=True)
+        particles = weigh(
+            structure,
+            programs,
+            drawn,
+            validate=validate,
+            from_factors=True,
+            memory_limit=self.plan.memory_limit,
+        )
         evaluated = evaluate_programs(
             structure,
             particles.values,
@@ -177,7 +188,7 @@ class Compiler:
         kwargs: Mapping[str, object],
     ) -> Compiled:
         """Analyse programs; leaves random numbers, parameters and handlers as they were."""
-        state = pyro.util.get_rng_state()
+        state = rng_state()
         try:
             programs = programs_of(model, guide, args, kwargs)
             plan, *traces = plan_of(programs, self.options)
@@ -188,7 +199,7 @@ class Compiler:
             plan = replace(plan, programs=ours)
             total = run_plan(plan, Workers(show_progress=False))
         finally:
-            pyro.util.set_rng_state(state)
+            set_rng_state(state)
         found = total.replicate.plan
         if total.traces:
             raise NotImplementedError(f"{found.notices[-1]} Or use {self.alternative}.")
@@ -235,11 +246,11 @@ def _made_params(programs: Programs, traces: Iterable[Trace]) -> tuple[str, ...]
 
 def _run_once(programs: Programs) -> None:
     """Run guide and model as they are; leaves random numbers as they were."""
-    state = pyro.util.get_rng_state()
+    state = rng_state()
     with training():
         guide_trace = poutine.trace(programs.guide).get_trace(*programs.args, **programs.kwargs)
         poutine.replay(programs.model, trace=guide_trace)(*programs.args, **programs.kwargs)
-    pyro.util.set_rng_state(state)
+    set_rng_state(state)
 
 
 def _identity(program: Program | None) -> object:

@@ -80,10 +80,11 @@ class TraceMP_ELBO(ELBO):
         self.num_samples = positive("num_samples", num_samples)
         options = Options(
             self.num_samples,
-            tuple(map(tuple, groups)),
-            tuple(shared_plates),
-            number_of_dims(max_plate_nesting),
-            memory_limit,
+            groups=tuple(map(tuple, groups)),
+            shared_plates=tuple(shared_plates),
+            max_plate_nesting=number_of_dims(max_plate_nesting),
+            memory_limit=memory_limit,
+            stratified=False,
         )
         self._compiler = Compiler(
             options, f"pyro.infer.RenyiELBO(alpha=0, num_particles={num_samples}): then it is that."

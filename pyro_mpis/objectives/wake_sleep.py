@@ -93,10 +93,11 @@ class MPReweightedWakeSleep(ELBO):
         )
         options = Options(
             num_particles,
-            tuple(map(tuple, groups)),
-            tuple(shared_plates),
-            number_of_dims(max_plate_nesting),
-            memory_limit,
+            groups=tuple(map(tuple, groups)),
+            shared_plates=tuple(shared_plates),
+            max_plate_nesting=number_of_dims(max_plate_nesting),
+            memory_limit=memory_limit,
+            stratified=False,
         )
         self._compiler = Compiler(
             options, "pyro.infer.ReweightedWakeSleep: then it is that.", detached=True

@@ -77,7 +77,7 @@ def differing(
             programs,
             [*levels, mixed] if mixed else levels,
             guide=wanted_of_guide(structure, validate=False),
-            model=wanted_of_model(structure, validate=False),
+            model=wanted_of_model(structure, validate=False, nan_is_zero=programs.nan_is_zero),
             shapes=structure.latent_shapes,
         )
     found = {name: said["log_prob"] for name, said in said_by_model.items() if "log_prob" in said}

@@ -11,11 +11,13 @@ from dataclasses import dataclass, replace
 
 import pyro
 import torch
+from pyro.distributions.util import is_identically_one
 from torch import Tensor
 
 from pyro_mpis._typing import Ordinal, SampleMessage
 from pyro_mpis.programs.densities import density_of
 from pyro_mpis.programs.mapped import Mapped
+from pyro_mpis.programs.masks import is_masked, unmasked
 from pyro_mpis.programs.messages import counted, drawn_from
 from pyro_mpis.programs.runs import Collect, Programs, Said, Wanted, evaluate
 from pyro_mpis.programs.structure import Site, Structure, levels_of
@@ -87,7 +89,7 @@ def evaluate_programs(
             programs,
             by_level,
             guide=None if carried else wanted_of_guide(structure, validate=validate),
-            model=wanted_of_model(structure, validate=validate),
+            model=wanted_of_model(structure, validate=validate, nan_is_zero=programs.nan_is_zero),
             shapes=structure.latent_shapes,
         )
     return Evaluated(known or said_by_guide, said_by_model, levels)
@@ -126,7 +128,7 @@ def wanted_of_guide(structure: Structure, *, validate: bool) -> Wanted | None:
 
     def collect(site: SampleMessage, _: Mapping[str, Tensor]) -> dict[str, Tensor]:
         checked = validate and structure.guide[site["name"]].checked
-        density = density_of(site["fn"], site["value"], validate=checked)
+        density = density_of(unmasked(site["fn"]), site["value"], validate=checked)
         return {"log_prob": drawn_from(site, density)}
 
     if not names:
@@ -134,8 +136,12 @@ def wanted_of_guide(structure: Structure, *, validate: bool) -> Wanted | None:
     return Wanted(dict.fromkeys(names, collect), frozenset(structure.guide))
 
 
-def wanted_of_model(structure: Structure, *, validate: bool) -> Wanted:
-    """Return what the model is to say: the densities of its sites, the values of its latents."""
+def wanted_of_model(structure: Structure, *, validate: bool, nan_is_zero: bool = False) -> Wanted:
+    """
+    Return what the model is to say: the densities of its sites, the values of its latents.
+
+    :param nan_is_zero: whether a density that is nan counts as zero.
+    """
 
     def collecting(name: str) -> Collect:
         dims = structure.summed_dims(structure.model[name])
@@ -148,10 +154,15 @@ def wanted_of_model(structure: Structure, *, validate: bool) -> Wanted:
         def collect(site: SampleMessage, _: Mapping[str, Tensor]) -> dict[str, Tensor]:
             result = {"value": site["value"]} if has_value else {}
             if has_density:
-                density = density_of(site["fn"], site["value"], validate=checked)
-                log_prob = counted(site, density)
-                result["log_prob"] = summed_over(log_prob, dims)
-                if is_prior and not (isinstance(site["scale"], float) and site["scale"] == 1.0):
+                fn, value = site["fn"], site["value"]
+                density = density_of(fn, value, validate=checked, latent=has_value)
+                if nan_is_zero:
+                    density = torch.where(density.isnan(), -torch.inf, density)
+                result["log_prob"] = summed_over(counted(site, density), dims)
+                flat = is_masked(site)
+                if is_prior and (flat or not is_identically_one(site["scale"])):
+                    if flat:
+                        density = density_of(unmasked(fn), value, validate=checked)
                     result["drawn_from"] = summed_over(drawn_from(site, density), dims)
             return result
 
@@ -199,11 +210,25 @@ def reads_found(
             shapes=structure.latent_shapes,
         )
 
+    levels = [structure.by_symbol[symbol].sites for symbol in symbols]
+    return with_reads(structure, (said_by_guide, said_by_model), levels)
+
+
+def with_reads(
+    structure: Structure, said: tuple[Said, Said], levels: Sequence[Sequence[str]]
+) -> Structure:
+    """
+    Add to what sites read the levels that they were mapped at.
+
+    :param said: by guide and model.
+    :param levels: the random sites on each level, those of one index.
+    """
+
     def reading(sites: Mapping[str, Site], said: Said) -> dict[str, Site]:
         result = dict(sites)
         for name, parts in said.items():
-            levels = {level for mapped in parts.values() for level in mapped.levels}
-            names = {site for n in levels for site in structure.by_symbol[symbols[n]].sites}
+            found = {level for mapped in parts.values() for level in mapped.levels}
+            names = {site for number in found for site in levels[number]}
             if not names <= sites[name].reads | {name}:
                 reads = sites[name].reads | (names - {name})
                 result[name] = replace(sites[name], reads=reads)
@@ -211,6 +236,6 @@ def reads_found(
 
     return replace(
         structure,
-        guide=reading(structure.guide, said_by_guide),
-        model=reading(structure.model, said_by_model),
+        guide=reading(structure.guide, said[0]),
+        model=reading(structure.model, said[1]),
     )

@@ -93,11 +93,11 @@ def _proposal_factors(
     structure: Structure, particles: Particles, packer: "_Packer"
 ) -> list[LogFactor]:
     """Return ``-log Q - log K`` of every index, (14) and (18): the only place where K enters."""
-    log_k = math.log(particles.num_samples)
     factors = []
     for index in structure.indices:
         if not index.enumerated:
             name = " and ".join(index.sites) + " (proposal)"
+            log_k = math.log(particles.num_samples[index.symbol])
             tensor = -particles.log_proposals[index.symbol] - log_k
             factors.append(packer.pack_index(name, tensor, index))
     return factors

@@ -14,10 +14,6 @@ counties; multiplied over the houses as it is, it would let all counties share o
 over the houses **of each county** it is a factor of ``alpha`` and of its plate, and exact.
 
 Which element each observation reads is found from outside (:mod:`~pyro_mpis.particles.probes`).
-
-Where elements of a plate are read together, or plates cross, the sum over an index for each element
-is exponential in the size of the plate. Such indices are to be shared: one for the whole plate
-(:class:`ReadTogether`).
 """
 
 import itertools
@@ -47,36 +43,17 @@ from pyro_mpis.particles.probes import (
     unravel,
 )
 from pyro_mpis.particles.proposals import Particles
+from pyro_mpis.particles.together import (
+    ReadTogether,
+    crossing,
+    foreign_ordinals,
+    indices_of,
+    plates_named,
+    read_together,
+    unknown,
+)
 from pyro_mpis.programs.runs import NotMappableError, Programs, is_out_of_memory
 from pyro_mpis.programs.structure import Structure
-
-
-class ReadTogether(Exception):
-    """
-    Elements of a plate cannot have an index each.
-
-    :param symbols: the indices to be shared.
-    :param plates: by which plates' elements.
-    :param reason: what reads them together: a part of a sentence.
-    :param differs: whether it was found because a density is not the entry of its factor. A read
-        that the plain run missed could explain that too.
-    :param by_index: the site, if it reads elements of a plate that it is not in.
-    """
-
-    def __init__(
-        self,
-        symbols: Ordinal,
-        plates: Ordinal,
-        reason: str,
-        differs: bool = False,
-        by_index: str = "",
-    ) -> None:
-        super().__init__(symbols, plates, reason, differs, by_index)
-        self.by_index = by_index
-        self.symbols = symbols
-        self.plates = plates
-        self.reason = reason
-        self.differs = differs
 
 
 def find_reads(
@@ -110,7 +87,7 @@ def find_reads(
     except (NotMappableError, ValueError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
-        raise _unknown(graph, foreign[0]) from None
+        raise unknown(graph, foreign[0]) from None
 
 
 def _switched(
@@ -151,13 +128,13 @@ def check_graph(
     if wrong:
         factor = wrong[0]
         foreign = frozenset[str]().union(*foreign_ordinals(graph, factor))
-        inside = (graph.index_plates[symbol] for symbol in _indices(graph, factor))
+        inside = (graph.index_plates[symbol] for symbol in indices_of(graph, factor))
         plates = foreign or frozenset[str]().union(*inside)
-        symbols = {s for s in _indices(graph, factor) if graph.index_plates[s] & plates}
+        symbols = {s for s in indices_of(graph, factor) if graph.index_plates[s] & plates}
         what = (
-            f"reads several elements of {_names(graph, plates)} together"
+            f"reads several elements of {plates_named(graph, plates)} together"
             if foreign
-            else f"reads other elements of {_names(graph, plates)} than its own"
+            else f"reads other elements of {plates_named(graph, plates)} than its own"
         )
         reason = f"site '{factor.name}' {what}"
         by_index = factor.name if foreign else ""
@@ -176,42 +153,16 @@ def regroup_indexed(graph: FactorGraph, reads: SiteReads) -> FactorGraph:
     for factor in sorted(graph.factors, key=lambda f: (not _has_local(graph, f), len(f.plates))):
         if foreign_ordinals(graph, factor):
             if factor.name not in reads:
-                raise _unknown(graph, factor)
+                raise unknown(graph, factor)
             graph, factor = _resolve(graph, factor, reads[factor.name])
         factors.append(factor)
     return replace(graph, factors=tuple(factors))
 
 
-def _indices(graph: FactorGraph, factor: LogFactor) -> list[str]:
-    return [symbol for symbol in factor.dims if symbol in graph.index_plates]
-
-
-def foreign_ordinals(graph: FactorGraph, factor: LogFactor) -> list[Ordinal]:
-    """Return the plates of the indices that a factor reads from outside of them."""
-    ordinals = {graph.index_plates[symbol] for symbol in _indices(graph, factor)}
-    return [plates for plates in sorted(ordinals, key=sorted) if not plates <= factor.plates]
-
-
 def _has_local(graph: FactorGraph, factor: LogFactor) -> bool:
     """Whether each of the factor's plates holds an index that it reads."""
-    inside = {p for symbol in _indices(graph, factor) for p in graph.index_plates[symbol]}
+    inside = {p for symbol in indices_of(graph, factor) for p in graph.index_plates[symbol]}
     return factor.plates <= inside
-
-
-def _names(graph: FactorGraph, plates: Ordinal) -> str:
-    names = ", ".join(f"'{graph.plate_names[symbol]}'" for symbol in sorted(plates))
-    return f"plate {names}" if len(plates) == 1 else f"plates {names}"
-
-
-def _unknown(graph: FactorGraph, factor: LogFactor) -> ReadTogether:
-    plates = frozenset[str]().union(*foreign_ordinals(graph, factor))
-    symbols = {s for s in _indices(graph, factor) if graph.index_plates[s] & plates}
-    return ReadTogether(
-        frozenset(symbols),
-        plates,
-        f"site '{factor.name}' reads latents of {_names(graph, plates)} from outside, and which "
-        "element could not be found out",
-    )
 
 
 def _resolve(
@@ -224,14 +175,14 @@ def _resolve(
     maps: dict[str, Tensor] = {}  # NONE where nothing is read
     for plates in sorted(foreign, key=lambda plates: len(graph.with_enclosing(plates))):
         if not graph.with_enclosing(plates) <= graph.with_enclosing(deepest):
-            raise _crossing(graph, factor, plates, deepest)
+            raise crossing(graph, factor, plates, deepest)
         elements = _known_elements(graph, factor, reads, plates)
         for symbol, element in unravel(graph, elements, plates).items():
             if symbol in factor.plates:
                 maps[symbol] = _own_elements(graph, reads, symbol)
             before = maps.get(symbol, element)
             if not _agree(before, element):
-                raise _crossing(graph, factor, plates, deepest)
+                raise crossing(graph, factor, plates, deepest)
             maps[symbol] = torch.where(before == NONE, element, before)
     enclosing = graph.with_enclosing(deepest)
     for symbol in _local_plates(graph, factor) & enclosing - maps.keys():
@@ -239,11 +190,11 @@ def _resolve(
     _check_nested_maps(graph, factor, maps, deepest)
     outer = graph.tensor_plates(enclosing)
     maps = {s: maps[s] for s in outer if s not in factor.plates}
-    held = {p for symbol in _indices(graph, factor) for p in graph.index_plates[symbol]}
+    held = {p for symbol in indices_of(graph, factor) for p in graph.index_plates[symbol]}
     alone = factor.plates - held
     if not _local_plates(graph, factor) <= enclosing:
         if reads.switch:
-            raise _crossing(graph, factor, deepest, factor.plates)
+            raise crossing(graph, factor, deepest, factor.plates)
         return _ragged(graph, over_plates(graph, factor, alone), reads.inner, maps, alone)
     # plates around the ragged one that is read: its tensors have no dims of them
     alone |= factor.plates & enclosing - set(outer)
@@ -306,7 +257,7 @@ def _element_map(inner: str, maps: Mapping[str, Tensor]) -> RaggedPlate:
 
 def _local_plates(graph: FactorGraph, factor: LogFactor) -> Ordinal:
     """Return the plates of the indices that a factor reads inside of them."""
-    ordinals = {graph.index_plates[symbol] for symbol in _indices(graph, factor)}
+    ordinals = {graph.index_plates[symbol] for symbol in indices_of(graph, factor)}
     return frozenset[str]().union(*(plates for plates in ordinals if plates <= factor.plates))
 
 
@@ -337,11 +288,11 @@ def _ragged(
         if constant and len(inner) > 1:
             inner, maps = inner.replace(symbol, ""), some
         elif symbol in alone:
-            raise _crossing(graph, factor, frozenset(maps), factor.plates)
+            raise crossing(graph, factor, frozenset(maps), factor.plates)
     key = frozenset(inner)
     outer = graph.with_enclosing(frozenset(maps))
     if key & outer or _in_both(graph, key, outer):  # each would lie in the other, or they cross
-        raise _crossing(graph, factor, frozenset(maps), key)
+        raise crossing(graph, factor, frozenset(maps), key)
     known = graph.ragged.get(key)
     both = [key | k for k, other in graph.ragged.items() if other.outer.keys() & maps.keys()]
     if known is None and not any(p <= f.plates for p in both for f in graph.factors):
@@ -351,12 +302,12 @@ def _ragged(
         or known.outer.keys() != maps.keys()
         or not all(_agree(known.outer[s], maps[s]) for s in known.outer)
     ):
-        raise _together(
+        raise read_together(
             graph,
             factor,
-            [graph.index_plates[x] for x in _indices(graph, factor)],
-            f"site '{factor.name}' reads elements of {_names(graph, frozenset(maps))} by another "
-            f"index than another site of {_names(graph, key)} does",
+            [graph.index_plates[x] for x in indices_of(graph, factor)],
+            f"site '{factor.name}' reads elements of {plates_named(graph, frozenset(maps))} by "
+            f"another index than another site of {plates_named(graph, key)} does",
         )
     return graph, factor
 
@@ -367,17 +318,18 @@ def _known_elements(
     """Return the element that each element reads, or NONE."""
     elements = reads.elements[plates]
     if bool((elements == SEVERAL).any()):
-        symbols = {s for s in _indices(graph, factor) if graph.index_plates[s] == plates}
+        symbols = {s for s in indices_of(graph, factor) if graph.index_plates[s] == plates}
         raise ReadTogether(
             frozenset(symbols),
             plates,
-            f"site '{factor.name}' reads several elements of {_names(graph, plates)} together",
+            f"site '{factor.name}' reads several elements of {plates_named(graph, plates)} "
+            "together",
             by_index=factor.name,
         )
     none = elements == NONE
     if bool(none.any()):
         tensor = factor.tensor
-        for symbol in _indices(graph, factor):
+        for symbol in indices_of(graph, factor):
             if graph.index_plates[symbol] == plates:
                 first = tensor.select(factor.dims.index(symbol), 0)
                 varies = differs_from(tensor, first.unsqueeze(factor.dims.index(symbol)))
@@ -386,7 +338,7 @@ def _known_elements(
                     (*others, *(factor.dims.index(s) for s in reads.inner))
                 ).reshape(-1, *elements.shape)
                 if bool((varies.any(0) & none).any()):
-                    raise _unknown(graph, factor)
+                    raise unknown(graph, factor)
     return elements
 
 
@@ -408,100 +360,4 @@ def _check_nested_maps(
         position = tuple(maps[symbol].clamp(min=0) for symbol in element_map.inner)
         for symbol, around in element_map.outer.items():
             if symbol in maps and not _agree(around[position], maps[symbol]):
-                raise _crossing(graph, factor, frozenset(symbol), deepest)
-
-
-def _crossing(graph: FactorGraph, factor: LogFactor, one: Ordinal, other: Ordinal) -> ReadTogether:
-    ordinals = [graph.index_plates[symbol] for symbol in _indices(graph, factor)]
-    return _together(
-        graph,
-        factor,
-        [plates for plates in ordinals if plates],
-        f"site '{factor.name}' reads latents of {_names(graph, one)} and of "
-        f"{_names(graph, other)}, which cross",
-    )
-
-
-def _together(
-    graph: FactorGraph, factor: LogFactor, ordinals: list[Ordinal], reason: str
-) -> ReadTogether:
-    """Share the indices of that ordinal which has the fewest numbers to be drawn together."""
-    plates = cheapest(graph, [plates for plates in ordinals if plates])
-    symbols = {s for s in _indices(graph, factor) if graph.index_plates[s] == plates}
-    return ReadTogether(frozenset(symbols), plates, reason)
-
-
-def cheapest(graph: FactorGraph, ordinals: list[Ordinal]) -> Ordinal:
-    """
-    Return the ordinal whose indices cost least to share.
-
-    An index that is shared by a plate is as ordinary importance sampling of all its elements
-    together, whose error grows with the number of latent values. So the ordinal with the fewest
-    values of latents is shared; of several, the one whose plates' names come first.
-    """
-
-    def cost(plates: Ordinal) -> tuple[int, list[str]]:
-        symbols = {s for s, inside in graph.index_plates.items() if inside == plates}
-        values = sum(
-            site.tensor[(0,) * len(site.indices)].numel()
-            for site in graph.values.values()
-            if symbols & set(site.indices)
-        )
-        return values, sorted(graph.plate_names[symbol] for symbol in plates)
-
-    return min(ordinals, key=cost)
-
-
-def check_crossing(graph: FactorGraph) -> None:
-    """
-    Find plates that cross: whose latents meet in one sum, though neither plate is in the other.
-
-    Takes the steps that :func:`pyro.ops.contract.contract_tensor_tree` will take, on names alone:
-    eliminate the innermost plates' indices, multiply over the plate, go outwards.
-
-    :raises ReadTogether: if plates cross; names those that are the cheapest to share.
-    """
-    dims = {s: graph.with_enclosing(plates) for s, plates in graph.index_plates.items()}
-    tree: dict[Ordinal, list[tuple[frozenset[str], str]]] = {}
-    for factor in graph.factors:
-        read = frozenset(_indices(graph, factor))
-        tree.setdefault(graph.with_enclosing(factor.plates), []).append((read, factor.name))
-    while tree:
-        leaf = max(tree, key=len)
-        if not leaf:
-            return
-        for read, name in _components(tree.pop(leaf), dims, leaf):
-            pending = frozenset(s for s in read if dims[s] != leaf)
-            if not pending:
-                continue
-            parent = frozenset[str]().union(*(dims[symbol] for symbol in pending))
-            largest = max((dims[symbol] for symbol in pending), key=len)
-            if parent != largest or parent == leaf or not parent <= leaf:
-                ordinals = sorted({graph.index_plates[s] for s in pending}, key=sorted)
-                plates = cheapest(graph, [p for p in ordinals if p])
-                symbols = {s for s in pending if graph.index_plates[s] == plates}
-                names = " and of ".join(_names(graph, p) for p in ordinals if p)
-                raise ReadTogether(
-                    frozenset(symbols),
-                    plates,
-                    f"site '{name}' reads latents of {names}, which cross",
-                )
-            tree.setdefault(parent, []).append((pending, name))
-
-
-def _components(
-    terms: list[tuple[frozenset[str], str]], dims: Mapping[str, Ordinal], leaf: Ordinal
-) -> list[tuple[frozenset[str], str]]:
-    """Put terms together that share an index of the leaf."""
-    components: list[tuple[frozenset[str], str]] = []
-    for read, name in terms:
-        local = {symbol for symbol in read if dims[symbol] == leaf}
-        apart = []
-        for other, other_name in components:
-            if local & other:
-                read, name = read | other, other_name
-                local = {symbol for symbol in read if dims[symbol] == leaf}
-            else:
-                apart.append((other, other_name))
-        components = [*apart, (read, name)]
-    return components
+                raise crossing(graph, factor, frozenset(symbol), deepest)

@@ -1,22 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cut a run into blocks that fit into memory, from sizes alone, before anything is allocated."""
+"""
+Cut a run into blocks that fit into memory, from sizes alone, before anything is allocated.
+
+What is counted: what the programs hold while they are evaluated (a
+:class:`~pyro_mpis.particles.footprint.Footprint`, where it may matter), the factors of a block, and
+what the contraction of these makes of them for any query
+(:mod:`~pyro_mpis.factor_graph.sizes`).
+"""
 
 import gc
 import math
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from pyro import settings
+from pyro.poutine.trace_struct import Trace
 
+from pyro_mpis._typing import Ordinal
+from pyro_mpis.particles.footprint import Footprint
+from pyro_mpis.particles.limits import default_limit
+from pyro_mpis.particles.sizing import TENSORS_AT_ONCE, Need, Sizes, Sizing, bytes_of, elements_of
+from pyro_mpis.programs.mapped import tensors_of
+from pyro_mpis.programs.messages import statements
 from pyro_mpis.programs.structure import Site, Structure
 
-# A log_prob, the value that it is computed from and one temporary live at once.
-TENSORS_AT_ONCE = 3
-# Of the memory that is free, how much a run takes by default.
-FRACTION = 0.5
+__all__ = ["Cut", "TooLargeError", "default_limit", "fit", "gc_paused"]
+
+# Where a plain run says nothing of them, as many temporaries as a log_prob has elements.
+HIDDEN = 512
 # More blocks than anyone would wait for.
 MAX_BLOCKS = 10_000
 # On a CPU this many densities take a few seconds; contracting a long chain of them takes ten times
@@ -29,12 +41,6 @@ PIECE_BYTES = 2**24
 PIECE_BYTES_OF_GPU = 2**30
 # How many more elements may be evaluated for the sake of pieces.
 MORE_WORK = 1.25
-
-
-@settings.register("mpis_memory_fraction", __name__, "FRACTION")
-def _check_fraction(value: float) -> None:
-    if not 0 < value <= 1:
-        raise ValueError(f"mpis_memory_fraction: expected a number in (0, 1], but found {value!r}.")
 
 
 @dataclass(frozen=True)
@@ -57,11 +63,17 @@ class Cut:
 
 
 class TooLargeError(MemoryError):
-    """A factor does not fit into memory, however its particles are cut."""
+    """
+    Something does not fit into memory, however its particles are cut.
 
-    def __init__(self, message: str, site: str) -> None:
-        super().__init__(message, site)
+    :param site: a site that reads the indices of what does not fit.
+    :param symbols: these indices.
+    """
+
+    def __init__(self, message: str, site: str, symbols: Ordinal = frozenset()) -> None:
+        super().__init__(message, site, symbols)
         self.site = site
+        self.symbols = symbols
 
     def __str__(self) -> str:
         """Return the message."""
@@ -88,92 +100,145 @@ def gc_paused(pause: bool = True) -> Iterator[None]:
             gc.enable()
 
 
-def fit(structure: Structure, num_samples: int, memory_limit: int | None, device: str) -> Cut:
+def is_worth_measuring(
+    structure: Structure, sizes: Sizes, limit: int | None, traces: tuple[Trace, Trace]
+) -> bool:
+    """
+    Whether what the programs hold besides log_probs may exceed a limit.
+
+    :param traces: of the plain runs: distributions hold more than a site's value.
+    """
+    if limit is None:
+        return False
+    for trace, sites in zip(traces, (structure.guide, structure.model), strict=True):
+        for name, message in statements(trace).items():
+            if name not in sites:
+                continue
+            held = sum(tensor.numel() for tensor in tensors_of(message["fn"]))
+            number = max(held, structure.elements(sites[name]))
+            combinations = math.prod(sizes[s] for s in structure.indices_read(sites[name]))
+            if number * combinations * HIDDEN * torch.double.itemsize > limit:
+                return True
+            missed = max(sizes.values(), default=1)  # a read that the plain run did not see
+            if number * combinations * missed * TENSORS_AT_ONCE * torch.double.itemsize > limit:
+                return True
+    return False
+
+
+def fit(
+    structure: Structure,
+    memory_limit: int | None,
+    device: str,
+    footprint: Footprint | None = None,
+) -> Cut:
     """
     Find how many particles of which indices to take at once.
 
-    Halves the particles of indices outside of all plates, the largest first, until the largest
-    factor fits.
+    Halves the particles of indices outside of all plates, the largest first of those that what
+    takes most memory reads, until everything fits.
 
     :param memory_limit: in bytes; ``None`` for no limit.
     :param device: its type; see :class:`torch.device`.
-    :raises MemoryError: if no block is small enough, or too many would be needed; names the site
-        and the latents that it reads.
+    :param footprint: of the programs; None to count log_probs alone.
+    :raises TooLargeError: if no block is small enough, or too many would be needed; names what
+        does not fit and the latents that it reads.
     """
-    whole = structure.num_particles(num_samples)
+    sizing = Sizing(structure, footprint, device)
+    whole = structure.num_particles
     limit = math.inf if memory_limit is None else memory_limit
+    drawn = sizing.drawing(whole)
+    limit_of_all, limit = limit, limit - sizing.particles(whole)
     goal = min(limit, PIECE_BYTES if device == "cpu" else PIECE_BYTES_OF_GPU)
     blocks = dict(whole)
     while True:
-        pieces = _pieces(structure, blocks, goal, limit)
-        number = _number(whole, pieces)
-        for sizes, needs in ((blocks, _reduced_bytes), (pieces, _bytes)):
-            needed, site = _largest(structure, sizes, needs)
-            if needed > limit:
-                break
-        else:
-            return Cut(_smaller(blocks, whole), _smaller(pieces, blocks))
-        assert site is not None
-        symbol = _cuttable(structure, site, blocks)
-        if symbol is None or number > MAX_BLOCKS:
-            raise _too_large(structure, site, sizes, whole, limit, needs)
+        needed = sizing.queries(blocks, limit)
+        pieces = dict(blocks)
+        if needed.bytes <= limit:
+            room = limit - sizing.factors(sizing.shapes(blocks)).bytes
+            pieces = _pieces(sizing, blocks, goal, room)
+            needed = sizing.evaluation(pieces)
+            if needed.bytes <= room and drawn.bytes > limit_of_all:
+                raise _too_large(structure, drawn, drawn, whole, limit_of_all)
+            if needed.bytes <= room:
+                return Cut(_smaller(blocks, whole), _smaller(pieces, blocks))
+        symbol = _cut_for_all(sizing, needed.symbols, blocks)
+        if symbol is None or number_of_parts(whole, pieces) > MAX_BLOCKS:
+            at_once = sizing.queries(whole, limit)
+            evaluated = sizing.evaluation(whole)
+            largest = max(at_once, evaluated, key=lambda need: need.bytes)
+            raise _too_large(structure, largest, needed, whole, limit_of_all)
         blocks[symbol] = math.ceil(blocks[symbol] / 2)
 
 
-def _pieces(
-    structure: Structure, blocks: Mapping[str, int], goal: float, limit: float
-) -> dict[str, int]:
+def _cut_for_all(sizing: Sizing, symbols: Ordinal, blocks: Sizes) -> str | None:
+    """Return the index outside of all plates to cut, of some: all factors together shrink most."""
+    cuttable = _all_cuttable(sizing.structure, symbols, blocks)
+
+    def left(symbol: str) -> tuple[int, int]:
+        smaller = {**blocks, symbol: math.ceil(blocks[symbol] / 2)}
+        return sizing.factors(sizing.shapes(smaller)).bytes, -blocks[symbol]
+
+    return min(cuttable, key=left, default=None)
+
+
+def _pieces(sizing: Sizing, blocks: Sizes, goal: float, room: float) -> dict[str, int]:
     """Return numbers of particles with which log_probs reach ``goal`` bytes, or come near it."""
-    sizes, work = dict(blocks), _work(structure, blocks)
+    structure = sizing.structure
+    sizes, work = dict(blocks), number_of_densities(structure, blocks)
     while True:
-        needed, site = _largest(structure, sizes, _bytes)
-        symbol = None if site is None else _cuttable(structure, site, sizes, smallest=2)
-        if needed <= goal or symbol is None:
+        largest, needed = sizing.largest_tensor(sizes), sizing.evaluation(sizes)
+        fits = needed.bytes <= room
+        if fits and largest.bytes <= goal:
+            return sizes
+        reads = largest.symbols if fits else needed.symbols
+        symbol = _cuttable(structure, reads, sizes, smallest=2)
+        if symbol is None:
             return sizes
         smaller = {**sizes, symbol: math.ceil(sizes[symbol] / 2)}
-        more_work = _work(structure, smaller) * _number(blocks, smaller) / work
-        if needed <= limit and more_work > MORE_WORK:
+        more_work = (
+            number_of_densities(structure, smaller) * number_of_parts(blocks, smaller) / work
+        )
+        if fits and more_work > MORE_WORK:
             return sizes
         sizes = smaller
 
 
-def _number(whole: Mapping[str, int], sizes: Mapping[str, int]) -> int:
+def number_of_parts(whole: Sizes, sizes: Sizes) -> int:
     """Return into how many parts sizes cut a whole."""
     return math.prod(math.ceil(whole[symbol] / size) for symbol, size in sizes.items())
 
 
-def _smaller(sizes: Mapping[str, int], whole: Mapping[str, int]) -> dict[str, int]:
+def _smaller(sizes: Sizes, whole: Sizes) -> dict[str, int]:
     return {symbol: size for symbol, size in sizes.items() if size < whole[symbol]}
 
 
-def largest_factor(structure: Structure, num_samples: int) -> tuple[Site, int]:
+def largest_factor(structure: Structure) -> tuple[Site, int]:
     """
     Find the site whose factor is the largest.
 
-    :return: the site, and the bytes that its factor takes with ``num_samples`` particles of each
-        index, were it evaluated at once.
+    :return: the site, and the bytes that its factor takes, were it evaluated at once.
     """
-    sizes = structure.num_particles(num_samples)
-    site = max(structure.model.values(), key=lambda site: _elements(structure, site, sizes))
-    return site, _bytes(structure, site, sizes)
+    sizes = structure.num_particles
+    site = max(structure.model.values(), key=lambda site: elements_of(structure, site, sizes))
+    return site, bytes_of(structure, site, sizes)
 
 
-def takes_long(structure: Structure, num_samples: int) -> bool:
+def takes_long(structure: Structure) -> bool:
     """Whether a run evaluates very many densities."""
-    return _work(structure, structure.num_particles(num_samples)) > MUCH_WORK
+    return number_of_densities(structure, structure.num_particles) > MUCH_WORK
 
 
-def long_wait(structure: Structure, num_samples: int) -> str | None:
+def long_wait(structure: Structure) -> str | None:
     """
     Say what makes a run long, and what would shorten it, before it starts.
 
     :return: None if it is not long.
     """
-    sizes = structure.num_particles(num_samples)
-    work = _work(structure, sizes)
+    sizes = structure.num_particles
+    work = number_of_densities(structure, sizes)
     if work <= MUCH_WORK:
         return None
-    site, _ = largest_factor(structure, num_samples)
+    site, _ = largest_factor(structure)
     number = len(structure.indices_read(site))
     return (
         f"{work:.1e} densities are to be evaluated, which may take long: site '{site.name}' reads "
@@ -183,101 +248,60 @@ def long_wait(structure: Structure, num_samples: int) -> str | None:
     )
 
 
-def default_limit(device: str) -> int | None:
-    """Return the memory that a run may take by default, in bytes; None where it is unknown."""
-    free = free_bytes(torch.device(device))
-    return None if free is None else int(free * FRACTION)
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Return the free memory of a device in bytes; None where it cannot be known."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free)
-    try:
-        with open("/proc/meminfo") as file:  # counts what the system's caches would give back
-            lines = dict(line.split(":", 1) for line in file)
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        pass
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        return None
-
-
-def _elements(structure: Structure, site: Site, sizes: Mapping[str, int]) -> int:
-    """Return the number of elements that a site's log_prob is computed from."""
-    return structure.elements(site) * math.prod(sizes[s] for s in structure.indices_read(site))
-
-
-def _bytes(structure: Structure, site: Site, sizes: Mapping[str, int]) -> int:
-    itemsize = torch.get_default_dtype().itemsize
-    return _elements(structure, site, sizes) * itemsize * TENSORS_AT_ONCE
-
-
-def _reduced_bytes(structure: Structure, site: Site, sizes: Mapping[str, int]) -> int:
-    """Return what a contraction needs for a factor, summed over the plates without an index."""
-    reads = structure.indices_read(site)
-    plates = (site.factor_plates & structure.plates_of_indices).union(
-        *(structure.by_symbol[s].plates for s in reads)
-    )
-    elements = math.prod(structure.plates[symbol].size for symbol in plates)
-    elements *= math.prod(sizes[symbol] for symbol in reads)
-    return elements * torch.double.itemsize * TENSORS_AT_ONCE
-
-
-def _work(structure: Structure, sizes: Mapping[str, int]) -> int:
-    return sum(_elements(structure, site, sizes) for site in structure.model.values())
-
-
-def _largest(
-    structure: Structure,
-    sizes: Mapping[str, int],
-    needs: Callable[[Structure, Site, Mapping[str, int]], int],
-) -> tuple[int, Site | None]:
-    """Return how much memory the site needs that needs most, and that site."""
-    needed = {site.name: needs(structure, site, sizes) for site in structure.model.values()}
-    name = max(needed, key=lambda name: needed[name], default=None)
-    return (0, None) if name is None else (needed[name], structure.model[name])
+def number_of_densities(structure: Structure, sizes: Sizes) -> int:
+    """Return the number of densities that a run evaluates, events' elements counted one by one."""
+    return sum(elements_of(structure, site, sizes) for site in structure.model.values())
 
 
 def _cuttable(
-    structure: Structure, site: Site, sizes: Mapping[str, int], smallest: int = 1
+    structure: Structure, symbols: Ordinal, sizes: Sizes, smallest: int = 1
 ) -> str | None:
-    """Return the index outside of all plates with most particles, of those that a site reads."""
-    cuttable = [
+    """Return the index outside of all plates with most particles, of some."""
+    cuttable = _all_cuttable(structure, symbols, sizes, smallest)
+    return max(cuttable, key=lambda symbol: sizes[symbol], default=None)
+
+
+def _all_cuttable(
+    structure: Structure, symbols: Ordinal, sizes: Sizes, smallest: int = 1
+) -> list[str]:
+    """Return those of some indices whose particles can be cut."""
+    return [
         symbol
-        for symbol in sorted(structure.indices_read(site))
+        for symbol in sorted(symbols)
         if sizes[symbol] >= 2 * smallest
         and not structure.by_symbol[symbol].plates
         and not structure.by_symbol[symbol].enumerated
     ]
-    return max(cuttable, key=lambda symbol: sizes[symbol], default=None)
 
 
 def _too_large(
-    structure: Structure,
-    site: Site,
-    sizes: Mapping[str, int],
-    whole: Mapping[str, int],
-    memory_limit: float,
-    needs: Callable[[Structure, Site, Mapping[str, int]], int],
+    structure: Structure, at_once: Need, in_parts: Need, whole: Sizes, memory_limit: float
 ) -> TooLargeError:
-    indices = [structure.by_symbol[symbol] for symbol in sorted(structure.indices_read(site))]
+    """
+    Say what does not fit, and what would help.
+
+    :param at_once: what takes most if nothing is cut.
+    :param in_parts: what still does not fit in the smallest parts.
+    """
+    indices = [structure.by_symbol[symbol] for symbol in sorted(in_parts.symbols)]
     parts = [f"{' and '.join(i.sites)}: {whole[i.symbol]}" for i in indices[:NAMED]]
     if len(indices) > NAMED:
         parts.append(f"and {len(indices) - NAMED} more")
-    plates = [structure.plates[symbol] for symbol in sorted(site.plates)]
+    plates = [structure.plates[symbol] for symbol in sorted(in_parts.plates)]
     parts += [f"plate {plate.name}: {plate.size}" for plate in plates]
-    needed = needs(structure, site, whole) / 2**30
-    smallest = needs(structure, site, sizes) / 2**30
+    whole_bytes = max(at_once.bytes, in_parts.bytes) / 2**30
+    site = in_parts.site or at_once.site
+    what = (
+        f"{in_parts.what}: its log_prob has one element for each combination of"
+        if in_parts.site is not None
+        else f"{in_parts.what}: one number or more for each combination of"
+    )
     return TooLargeError(
-        f"site '{site.name}': its log_prob has one element for each combination of "
-        f"{', '.join(parts)}: {needed:.3g} GiB, {smallest:.3g} GiB in up to {MAX_BLOCKS} blocks "
-        f"of particles, where the limit is {memory_limit / 2**30:.3g} GiB (memory_limit). Draw "
-        "fewer particles, let some of these latents share one particle index "
+        f"{what} {', '.join(parts)}: {whole_bytes:.3g} GiB, {in_parts.bytes / 2**30:.3g} GiB in up "
+        f"to {MAX_BLOCKS} blocks of particles, where the limit is {memory_limit / 2**30:.3g} GiB "
+        "(memory_limit). Draw fewer particles, let some of these latents share one particle index "
         "(groups=[(...), ...]), enumerate a discrete one, or split the site into several, each of "
         "which reads few of them.",
-        site.name,
+        site or next(iter(structure.model), ""),
+        in_parts.symbols,
     )

@@ -20,7 +20,9 @@ from torch import Tensor
 from pyro_mpis._typing import SampleMessage
 from pyro_mpis.factor_graph.graph import FactorGraph, LogFactor
 from pyro_mpis.particles.factors import site_value, without_ruled_out
+from pyro_mpis.particles.masked import masks_at
 from pyro_mpis.particles.proposals import Particles
+from pyro_mpis.programs.masks import unmasked
 from pyro_mpis.programs.messages import counted, drawn_from, is_delta, is_latent, statements
 from pyro_mpis.programs.runs import Programs
 from pyro_mpis.programs.structure import Index, Origin, Structure
@@ -50,7 +52,7 @@ def run_ordinary(
         values.append({name: s["value"] for name, s in sites.items() if is_latent(s)})
         traces.append(trace)
     kept = _in_every_run(structure, values)
-    structure = _with_one_index(structure, kept)
+    structure = _with_one_index(structure, kept, num_samples)
     symbol = structure.indices[0].symbol
     by_name = {name: torch.stack([row[name] for row in values]) for name in kept}
     log_factors = _log_factors(rows)
@@ -80,31 +82,38 @@ def run_ordinary(
         dtype=torch.get_default_dtype(),
         device=log_k.device,
     )
-    particles = Particles(num_samples, {symbol: num_samples}, by_name, {})
+    particles = Particles({symbol: num_samples}, {symbol: num_samples}, by_name, {})
     return structure, particles, graph, tuple(traces)
 
 
 def _one_run(programs: Programs) -> tuple[Trace, dict[str, Tensor]]:
     """Run guide and model; return the model's trace, and the log of each site's share of r_k."""
     args, kwargs = programs.args, programs.kwargs
-    guide_trace = poutine.trace(programs.guide).get_trace(*args, **kwargs)
+    guide_trace = poutine.trace(programs.program("guide")).get_trace(*args, **kwargs)
     model = poutine.replay(programs.model, trace=guide_trace)
     trace = poutine.trace(model).get_trace(*args, **kwargs)
-    proposed = statements(guide_trace)
+    masks = masks_at(programs, guide_trace, trace)
+    proposed = {name: masks.of_guide(site) for name, site in statements(guide_trace).items()}
     densities: dict[str, Tensor] = {}
     with pyro.validation_enabled(False):
         for name, site in statements(trace).items():
-            log_prob = _log_prob(site)
-            density = _sum(counted(site, log_prob), site)
+            site = masks.of_model(site)
+            density = _sum(counted(site, _log_prob(site)), site)
             if is_latent(site) and name not in proposed and not is_delta(site["fn"]):
-                density = density - _sum(drawn_from(site, log_prob), site)
+                density = density - _sum(_log_proposal(site), site)
             densities[name] = density
         for name, site in proposed.items():
             if is_latent(site) or (site["is_observed"] and name not in trace.nodes):
                 density = densities.get(name, torch.zeros((), dtype=torch.double))
-                densities[name] = density - _sum(drawn_from(site, _log_prob(site)), site)
+                densities[name] = density - _sum(_log_proposal(site), site)
     trace.log_prob_sum()  # memoised in the trace, as the traces of pyro.infer.Importance have it
     return trace, densities
+
+
+def _log_proposal(site: SampleMessage) -> Tensor:
+    """Return the density that a site was drawn from."""
+    fn = unmasked(site["fn"]) if is_latent(site) else site["fn"]
+    return drawn_from(site, _log_prob({**site, "fn": fn}))
 
 
 def _log_prob(site: SampleMessage) -> Tensor:
@@ -141,7 +150,7 @@ def _in_every_run(structure: Structure, values: list[dict[str, Tensor]]) -> list
     ]
 
 
-def _with_one_index(structure: Structure, names: list[str]) -> Structure:
+def _with_one_index(structure: Structure, names: list[str], num_samples: int) -> Structure:
     """Return the structure of ordinary importance sampling."""
     origins: dict[str, Origin] = {}
     for name in names:
@@ -150,5 +159,5 @@ def _with_one_index(structure: Structure, names: list[str]) -> Structure:
             origin = "guide" if name in structure.guide else "prior"
         origins[name] = origin
     symbol = structure.indices[0].symbol if structure.indices else get_symbol(NO_PLATE)
-    index = Index(symbol, tuple(names), frozenset())
+    index = Index(symbol, tuple(names), frozenset(), num_samples=num_samples)
     return replace(structure, indices=(index,), origins=origins)

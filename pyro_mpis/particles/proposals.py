@@ -21,28 +21,24 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import pyro
 import torch
 from torch import Tensor
 
 from pyro_mpis._text import quoted
-from pyro_mpis._typing import Ordinal, SampleMessage
+from pyro_mpis._typing import Ordinal
 from pyro_mpis.particles.drawing import Draw, Drawn
 from pyro_mpis.particles.evaluation import Evaluated
-from pyro_mpis.programs.densities import density_of
+from pyro_mpis.particles.pairs import log_probs_of_pairs, rows_at_once
 from pyro_mpis.programs.mapped import Mapped
-from pyro_mpis.programs.messages import drawn_from
-from pyro_mpis.programs.runs import Programs, Wanted, evaluate
+from pyro_mpis.programs.runs import Programs
 from pyro_mpis.programs.structure import Index, Site, Structure
-
-MIXTURE_ELEMENTS = 2**24  # densities of pairs of particles that are held at once
 
 
 @dataclass(frozen=True)
 class Particles:
     """K particles of every random site, and the log density that each index was drawn from."""
 
-    num_samples: int  # K
+    num_samples: Mapping[str, int]  # symbol of the index -> K, of all blocks together
     sizes: Mapping[str, int]  # symbol of the index -> number of particles, or of values
     values: Mapping[str, Tensor]  # (K, *shape), or (values, *shape) of a whole support
     log_proposals: Mapping[str, Tensor]  # symbol of the index -> (K, *plates), in nats
@@ -65,7 +61,13 @@ class Particles:
 
 
 def weigh(
-    structure: Structure, programs: Programs, drawn: Drawn, *, validate: bool, from_factors: bool
+    structure: Structure,
+    programs: Programs,
+    drawn: Drawn,
+    *,
+    validate: bool,
+    from_factors: bool,
+    memory_limit: int | None = None,
 ) -> Particles:
     """
     Evaluate the density that each particle was drawn from, (14); draws nothing.
@@ -73,13 +75,14 @@ def weigh(
     :param validate: whether to look at supports and arguments.
     :param from_factors: whether to leave out sites drawn from the prior whose proposal is an entry
         of their own factor: :func:`weigh_from_factors` reads it off.
+    :param memory_limit: in bytes, for densities at pairs of particles.
     """
     log_proposals: dict[str, Tensor] = {}
     pending: list[Index] = []
     for index in structure.indices:
         if index.enumerated:
             continue
-        members = {name: drawn.draws[name] for name in index.sites}
+        members = {name: drawn.particles(structure, name) for name in index.sites}
         reads = any(
             draw.reads_particles or structure.proposal_site(name).reads
             for name, draw in members.items()
@@ -93,17 +96,19 @@ def weigh(
         else:
             parts = {name: draw.log_prob for name, draw in members.items()}
             log_proposals[index.symbol] = _joint(structure, index, parts, particle_dims=1)
-    log_proposals |= _mixtures(structure, programs, drawn, pending, validate=validate)
+    log_proposals |= _mixtures(
+        structure, programs, drawn, pending, memory_limit=memory_limit, validate=validate
+    )
     _check_proposals(structure, log_proposals)
     values = {
-        name: _support_of(name, drawn.draws[name]) if index.enumerated else drawn.draws[name].value
+        name: _support_of(name, drawn.draws[name])
+        if index.enumerated
+        else drawn.particles(structure, name).value
         for name, index in structure.index_of.items()
     }
-    sizes = {
-        index.symbol: len(values[index.sites[0]]) if index.enumerated else drawn.num_samples
-        for index in structure.indices
-    }
-    return Particles(drawn.num_samples, sizes, values, log_proposals)
+    sizes = {index.symbol: len(values[index.sites[0]]) for index in structure.indices}
+    numbers = {i.symbol: i.num_samples for i in structure.indices if not i.enumerated}
+    return Particles(numbers, sizes, values, log_proposals)
 
 
 def at_supports(structure: Structure, particles: Particles, drawn: Drawn) -> Particles | None:
@@ -141,11 +146,17 @@ FEW = 3  # particles that at_supports takes of sites without a finite support
 
 
 def _is_own_factor(structure: Structure, index: Index) -> bool:
-    """Whether the proposals of an index are the model's own densities, at drawn particles."""
+    """
+    Whether the proposals of an index are the model's own densities, at drawn particles.
+
+    All indices must have as many particles: else not every draw is a particle.
+    """
     reads = {name for site in index.sites for name in structure.proposal_site(site).reads}
     inside = (structure.index_of.get(name) for name in reads)
-    return all(structure.origins.get(site) == "prior" for site in index.sites) and all(
-        parent is not None and not parent.enumerated for parent in inside
+    return (
+        len({other.num_samples for other in structure.indices}) == 1
+        and all(structure.origins.get(site) == "prior" for site in index.sites)
+        and all(parent is not None and not parent.enumerated for parent in inside)
     )
 
 
@@ -223,26 +234,24 @@ def _mixtures(
     drawn: Drawn,
     pending: list[Index],
     *,
+    memory_limit: int | None,
     validate: bool,
 ) -> dict[str, Tensor]:
     """Return log Q of indices whose proposals read particles: (K, *plates)."""
-    if not pending:
-        return {}
-    singles = [index for index in pending if len(index.sites) == 1]
-    groups = [index for index in pending if len(index.sites) > 1]
     results: dict[str, Tensor] = {}
-    for indices in (singles, *([group] for group in groups)):
-        if not indices:
-            continue
+    for indices in _evaluated_together(structure, pending):
+        num_samples, num_draws = indices[0].num_samples, structure.num_draws[indices[0].symbol]
         names = [name for index in indices for name in index.sites]
         together = names if len(indices[0].sites) > 1 else []
-        largest = max(structure.elements(structure.proposal_site(name)) for name in names)
-        size = max(1, MIXTURE_ELEMENTS // (drawn.num_samples * largest))
+        numbers = num_samples, num_draws
+        size = rows_at_once(
+            structure, programs, drawn, names, together, numbers, memory_limit, validate=validate
+        )
         parts: dict[str, list[Tensor]] = {index.symbol: [] for index in indices}
-        for start in range(0, drawn.num_samples, size):
+        for start in range(0, num_samples, size):
             rows = slice(start, start + size)
-            log_probs = _log_probs_of_pairs(
-                structure, programs, drawn, names, together, rows, validate=validate
+            log_probs = log_probs_of_pairs(
+                structure, programs, drawn, names, together, rows, num_draws, validate=validate
             )
             for index in indices:
                 members = {name: log_probs[name] for name in index.sites}
@@ -252,79 +261,14 @@ def _mixtures(
     return results
 
 
-def _log_probs_of_pairs(
-    structure: Structure,
-    programs: Programs,
-    drawn: Drawn,
-    names: list[str],
-    together: list[str],
-    rows: slice,
-    *,
-    validate: bool,
-) -> dict[str, Tensor]:
-    """
-    Evaluate the proposals of some sites at particle k, given all other sites at particle j.
-
-    :param together: those of them that are at particle k for the others too: members of a group.
-    :param rows: the particles k.
-    :return: ``(rows, K or 1, *batch shape)``.
-    """
-    candidates = {name: drawn.draws[name].value[rows] for name in names}
-    others = {n: draw.value for n, draw in drawn.draws.items() if n not in together}
-    prefix = "" if together else "candidate "  # candidates are not what the programs read
-    levels = [{prefix + name: value for name, value in candidates.items()}]
-    if others:
-        levels.append(others)
-    from_guide = [n for n in names if structure.proposal_site(n) is structure.guide.get(n)]
-    from_model = [name for name in names if name not in from_guide]
-    said = _evaluate_at(
-        structure, programs, levels, from_guide, from_model, prefix, validate=validate
-    )
-    result = {}
-    for name in names:
-        mapped = said[name]["log_prob"]
-        tensor = mapped.tensor
-        for level in (0, 1):
-            if mapped.at(level) is None:
-                tensor = tensor.unsqueeze(level)
-        site = structure.proposal_site(name)
-        lead = (len(candidates[name]), tensor.shape[1])
-        result[name] = tensor.expand((*lead, *site.batch_shape))
-    return result
-
-
-def _evaluate_at(
-    structure: Structure,
-    programs: Programs,
-    levels: list[dict[str, Tensor]],
-    from_guide: list[str],
-    from_model: list[str],
-    prefix: str,
-    *,
-    validate: bool,
-) -> dict[str, dict[str, Mapped]]:
-    """Evaluate proposals, each at its candidate, where programs read the values of other levels."""
-
-    def collect(site: SampleMessage, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        value = values[prefix + site["name"]]
-        checked = validate and structure.proposal_site(site["name"]).checked
-        density = density_of(site["fn"], value, validate=checked)
-        return {"log_prob": drawn_from(site, density)}
-
-    needs_carried = bool(from_model and structure.carried)
-    guide = Wanted(
-        dict.fromkeys(from_guide, collect),
-        frozenset(structure.guide) if needs_carried else frozenset(),
-    )
-    with pyro.validation_enabled(False):  # pairs of particles may be outside of supports
-        said_by_guide, said_by_model = evaluate(
-            programs,
-            levels,
-            guide=guide if from_guide or needs_carried else None,
-            model=Wanted(dict.fromkeys(from_model, collect)) if from_model else None,
-            shapes=structure.latent_shapes,
-        )
-    return said_by_guide | said_by_model
+def _evaluated_together(structure: Structure, pending: list[Index]) -> list[list[Index]]:
+    """Split indices into those of one site and equal numbers of particles and draws, and groups."""
+    together: dict[object, list[Index]] = {}
+    for index in pending:
+        numbers = index.num_samples, structure.num_draws[index.symbol]
+        key = numbers if len(index.sites) == 1 else index.symbol
+        together.setdefault(key, []).append(index)
+    return list(together.values())
 
 
 def _check_no_detour(structure: Structure, index: Index) -> None:

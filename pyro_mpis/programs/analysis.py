@@ -21,9 +21,10 @@ from torch import Tensor
 from pyro_mpis._text import broadcast_shape, first_line, quoted
 from pyro_mpis._typing import Distribution, SampleMessage
 from pyro_mpis.programs.agreement import check_guide_matches_model
-from pyro_mpis.programs.densities import is_checked
+from pyro_mpis.programs.densities import inside_of, is_checked, unchecked
 from pyro_mpis.programs.indices import clusters_of, index_plates
 from pyro_mpis.programs.mapped import tensors_of
+from pyro_mpis.programs.masks import taken_apart
 from pyro_mpis.programs.messages import (
     batch_shape_of,
     event_shape_of,
@@ -285,11 +286,10 @@ def _obstacle(site: SampleMessage, reads: frozenset[str]) -> Obstacle | None:
             f"the value of site '{site['name']}' is no tensor, but {type(site['value']).__name__}",
             "draw numbers, as tensors, and look objects up by them afterwards",
         )
-    if get_provenance(site["mask"]):
+    if get_provenance(taken_apart(site["fn"], site["mask"]).mask):
         return Obstacle(
             f"latent site '{site['name']}' is under a mask computed from {quoted(reads)}",
-            "mask what reads the site instead, choose its value with torch.where, or leave it out "
-            "of the guide",
+            "mask what reads the site instead, or choose its value with torch.where",
         )
     return None
 
@@ -315,8 +315,10 @@ def _log_prob(name: str, fn: Distribution, value: Tensor) -> tuple[Tensor, froze
                 return fn.log_prob(value), _argument_provenance(fn)
         log_prob = fn.log_prob(value)
         return detach_provenance(log_prob), get_provenance(log_prob)
-    except Exception:
-        pass  # some code cannot take tensors with provenance: look at the arguments instead
+    except Exception:  # perhaps outside of a support that depends on latents
+        if get_provenance(inside_of(fn, value)):
+            return _log_prob(name, unchecked(fn), value)
+    # some code cannot take tensors with provenance: look at the arguments instead
     try:
         with torch._C.DisableTorchFunctionSubclass():
             return fn.log_prob(value), _argument_provenance(fn)

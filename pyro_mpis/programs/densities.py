@@ -10,8 +10,9 @@ and they count as impossible.
 from collections.abc import Iterator
 
 import torch
-from pyro.distributions import MaskedDistribution
+from pyro.distributions import MaskedDistribution, TorchDistribution
 from pyro.distributions.torch_distribution import ExpandedDistribution
+from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 from torch.distributions import (
     Distribution,
@@ -21,22 +22,28 @@ from torch.distributions import (
     constraints,
 )
 
-from pyro_mpis.programs.mapped import is_mapped, log_prob_of, unwrapped
+from pyro_mpis.programs.mapped import exchange, is_mapped, log_prob_of, unwrapped
+from pyro_mpis.programs.masks import Parts, taken_apart
 
 UNBOUNDED = (constraints.real, constraints.real_vector, constraints.dependent)
 
 
-def density_of(fn: Distribution, value: Tensor, *, validate: bool) -> Tensor:
+def density_of(fn: Distribution, value: Tensor, *, validate: bool, latent: bool = False) -> Tensor:
     """
     Return a site's log density: ``(*batch shape)``.
 
     :param validate: whether to look at the support and the arguments, where they depend on the
         values of a mapped run.
+    :param latent: whether what ``.mask()`` hides is flat on the support, as a latent's prior is,
+        not one everywhere.
     """
+    parts = taken_apart(fn)
+    if parts.mask is not None:
+        return _masked_density(parts, value, validate=validate, latent=latent)
     log_prob = log_prob_of(fn, value)
     if not validate or not isinstance(fn, Distribution):
         return log_prob
-    inside = _inside(fn, value)
+    inside = inside_of(fn, value)
     if inside is not None and _is_false_somewhere(inside):
         log_prob = torch.where(inside, log_prob, -torch.inf)
     for valid in filter(_is_false_somewhere, _valid_arguments(fn)):
@@ -56,6 +63,21 @@ def _is_false_somewhere(condition: Tensor) -> bool:
     return is_mapped(condition) and not bool(unwrapped(condition).tensor.all())
 
 
+def _masked_density(parts: Parts, value: Tensor, *, validate: bool, latent: bool) -> Tensor:
+    """Return a density under a mask: hidden arguments do not matter, hidden data neither."""
+    shape = torch.Size(parts.inner.batch_shape)
+    if parts.mask is False:
+        log_prob = torch.zeros(shape, device=value.device, dtype=torch.get_default_dtype())
+    else:
+        log_prob = density_of(parts.inner, value, validate=validate)
+        log_prob = scale_and_mask(log_prob, mask=parts.mask)
+    inside = inside_of(parts.inner, value) if validate and latent else None
+    if inside is not None and is_mapped(inside):
+        log_prob = torch.where(inside, log_prob, -torch.inf)
+    dims = parts.event_dims
+    return log_prob.expand(shape).sum(tuple(range(-dims, 0))) if dims else log_prob
+
+
 def _fits(shape: torch.Size, batch_shape: torch.Size) -> bool:
     """Whether a tensor broadcasts to a batch shape."""
     pairs = zip(reversed(shape), reversed(batch_shape), strict=False)
@@ -69,13 +91,13 @@ def is_checked(fn: object) -> bool:
     return bool(getattr(fn, "_validate_args", False))
 
 
-def _inside(fn: Distribution, value: Tensor) -> Tensor | None:
+def inside_of(fn: Distribution, value: Tensor) -> Tensor | None:
     """Return where values lie in the support, ``(*batch shape)``; None if all do."""
     try:
         if isinstance(fn, Independent):
-            return _all_of_events(_inside(fn.base_dist, value), fn.reinterpreted_batch_ndims)
+            return _all_of_events(inside_of(fn.base_dist, value), fn.reinterpreted_batch_ndims)
         if isinstance(fn, MaskedDistribution | ExpandedDistribution):
-            return _inside(fn.base_dist, value)
+            return inside_of(fn.base_dist, value)
         if isinstance(fn, TransformedDistribution):
             return _inside_transformed(fn, value)
         support = fn.support
@@ -84,6 +106,16 @@ def _inside(fn: Distribution, value: Tensor) -> Tensor | None:
         return support.check(value)  # type: ignore[no-any-return]
     except (RuntimeError, NotImplementedError, AttributeError):
         return None  # there is no saying
+
+
+def unchecked(fn: TorchDistribution) -> TorchDistribution:
+    """Return a copy of a distribution that takes any value, and any arguments."""
+    copies: dict[int, object] = {}
+    result: TorchDistribution = exchange(fn, lambda tensor: tensor, copies)
+    for part in copies.values():
+        if isinstance(part, Distribution):
+            part._validate_args = False
+    return result
 
 
 def _inside_transformed(fn: TransformedDistribution, value: Tensor) -> Tensor | None:
@@ -99,7 +131,7 @@ def _inside_transformed(fn: TransformedDistribution, value: Tensor) -> Tensor | 
             inside = check if inside is None else inside & check
         value = transform.inv(value)
         event_dim += transform.domain.event_dim - transform.codomain.event_dim
-    base = _all_of_events(_inside(fn.base_dist, value), event_dim - len(fn.base_dist.event_shape))
+    base = _all_of_events(inside_of(fn.base_dist, value), event_dim - len(fn.base_dist.event_shape))
     if inside is None or base is None:
         return inside if base is None else base
     return inside & base

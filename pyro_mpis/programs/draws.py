@@ -13,52 +13,60 @@ from typing import Any
 import torch
 from pyro.distributions import MaskedDistribution
 from torch import Tensor
-from torch._C import _functorch
 from torch.distributions import Distribution, Independent, Transform, TransformedDistribution
 
-from pyro_mpis.programs.mapped import exchange, is_mapped, tensors_of, unwrapped
+from pyro_mpis.programs.mapped import exchange, is_mapped, mapped_as, tensors_of, unwrapped
+from pyro_mpis.programs.stratified import Strata, uniform_shape, value_at
 
 
-def draw_of(fn: Any, number: Tensor, num_samples: int) -> Tensor:
+def draw_of(fn: Any, number: Tensor, strata: Strata) -> Tensor:
     """
     Draw a value for each particle; draws random numbers.
 
     :param number: the particle's number, mapped at the level of the particles.
+    :param strata: how many there are, and which are to be spread evenly.
     :return: the value, mapped at that level: ``(*batch shape, *event shape)``.
     """
-    values = _together(fn, num_samples)
+    shape = uniform_shape(fn) if strata.spread > 1 else None
+    uniforms = None if shape is None else strata.uniforms(shape, number.device)
+    values = _together(fn, strata.number, uniforms)
     if values is None:
-        values = torch.stack([_alone(fn, k) for k in range(num_samples)])
-    level = _functorch.maybe_get_level(number)
-    mapped: Tensor = _functorch._add_batch_dim(values, 0, level)
-    return mapped
+        values = torch.stack([_alone(fn, k, uniforms) for k in range(strata.number)])
+    return mapped_as(number, values)
 
 
-def _together(fn: Any, num_samples: int) -> Tensor | None:
+def _together(fn: Any, num_samples: int, uniforms: Tensor | None) -> Tensor | None:
     """Draw all particles at once: ``(K, *shape)``; None if that is not possible."""
     if not isinstance(fn, Distribution):
         return None
     shape = torch.Size((num_samples, *fn.batch_shape, *fn.event_shape))
     if not any(map(is_mapped, tensors_of(fn))):
         try:
-            values = fn.expand(torch.Size((num_samples, *fn.batch_shape)))()
+            values = _drawn(fn.expand(torch.Size((num_samples, *fn.batch_shape))), uniforms)
         except NotImplementedError:
             return None
     elif _has_all_dims(fn):
-        values = _lifted(fn, num_samples)()
+        values = _drawn(_lifted(fn, num_samples), uniforms)
     else:
         return None
     return values if values.shape == shape else None
 
 
-def _alone(fn: Any, particle: int) -> Tensor:
+def _drawn(fn: Any, uniforms: Tensor | None) -> Tensor:
+    """Draw from a distribution, or take its values at uniform numbers."""
+    if uniforms is None:
+        return fn()  # type: ignore[no-any-return]
+    return value_at(fn, uniforms)
+
+
+def _alone(fn: Any, particle: int, uniforms: Tensor | None) -> Tensor:
     """Draw one particle."""
 
     def at(tensor: Tensor) -> Tensor:
         mapped = unwrapped(tensor)
         return mapped.tensor[particle] if mapped.levels else tensor
 
-    value: Tensor = exchange(fn, at)()
+    value = _drawn(exchange(fn, at), None if uniforms is None else uniforms[particle])
     if is_mapped(value):
         raise RuntimeError(f"{type(fn).__name__} holds values of latents out of reach")
     return value

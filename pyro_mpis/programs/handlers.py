@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Effect handlers: note what a plain run reads, give sites their values, lift masks."""
+"""Effect handlers: note what a plain run reads, give sites their values."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Set
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,8 +14,9 @@ from torch import Tensor
 
 from pyro_mpis._typing import SampleMessage
 from pyro_mpis.programs.draws import draw_of
-from pyro_mpis.programs.messages import SCALED_PROPOSAL, is_delta, is_latent, is_subsample, unmasked
+from pyro_mpis.programs.messages import SCALED_PROPOSAL, is_delta, is_latent, is_subsample
 from pyro_mpis.programs.provenance import tracked
+from pyro_mpis.programs.stratified import Strata
 
 
 class Track(Messenger):
@@ -54,31 +55,6 @@ class Compare(Messenger):
             self.compare(self.sites[msg["name"]], msg)
 
 
-class LiftMasks(Messenger):
-    """
-    Lift the masks of latent sites that no guide proposes, and note which had any.
-
-    Such a site is drawn from the model's distribution even where it is masked. If that density did
-    not count, its particles would be combined with its parents' as if independent of them, and an
-    enumerated site would be summed with weight one for each value.
-
-    :param kept: sites that the guide draws or gives a ``Delta``.
-    """
-
-    def __init__(self, kept: Set[str]) -> None:
-        super().__init__()
-        self.kept = kept
-        self.lifted: set[str] = set()
-
-    def _pyro_sample(self, msg: SampleMessage) -> None:
-        if not is_latent(msg) or msg["name"] in self.kept:
-            return
-        fn = unmasked(msg["fn"])
-        if msg["mask"] is not None or fn is not msg["fn"]:
-            self.lifted.add(msg["name"])
-            msg["mask"], msg["fn"] = None, fn
-
-
 class AllMet(Exception):
     """All the sites that a run was for have been met: it may end."""
 
@@ -110,23 +86,28 @@ class DrawMapped(Messenger):
 
     :param names: the sites to draw.
     :param number: the particle's number, mapped at the level of the particles.
-    :param num_samples: how many there are.
+    :param strata: how many there are, and which are to be spread evenly, by site.
     :param detached: whether to cut them off from what they are drawn from.
     """
 
     def __init__(
-        self, names: Collection[str], number: Tensor, num_samples: int, *, detached: bool
+        self,
+        names: Collection[str],
+        number: Tensor,
+        strata: Mapping[str, Strata],
+        *,
+        detached: bool,
     ) -> None:
         super().__init__()
         self.detached = detached
         self.names = names
         self.number = number
-        self.num_samples = num_samples
+        self.strata = strata
 
     def _pyro_sample(self, msg: SampleMessage) -> None:
         wanted = is_latent(msg) and msg["name"] in self.names and not msg["done"]
         if wanted and not is_delta(msg["fn"]):
-            value = draw_of(msg["fn"], self.number, self.num_samples)
+            value = draw_of(msg["fn"], self.number, self.strata[msg["name"]])
             msg["value"] = value.detach() if self.detached else value
             msg["done"] = True
 

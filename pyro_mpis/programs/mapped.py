@@ -69,21 +69,30 @@ def run_mapped(
     :param levels: site -> ``(size, *shape)``, of one size in each level.
     :param patched: whether to rewrite some operations that torch cannot map.
     """
-
-    def enter(depth: int, values: dict[str, Tensor]) -> tuple[()]:
-        if depth == len(levels):
-            function(values)
-            return ()
-        names = tuple(levels[depth])
-
-        def inner(*own: Tensor) -> tuple[()]:
-            return enter(depth + 1, values | dict(zip(names, own, strict=True)))
-
-        torch.func.vmap(inner, randomness="same")(*levels[depth].values())
-        return ()
-
     with _quiet(), _by_formula(), _rewritten() if patched else nullcontext():
-        enter(0, {})
+        _enter(function, levels, {})
+
+
+def _enter(
+    function: Callable[[dict[str, Tensor]], None],
+    levels: Sequence[Values],
+    values: dict[str, Tensor],
+) -> tuple[()]:
+    """
+    Map over the first of some levels, and within it over the others.
+
+    No closure refers to itself here: the cycle would keep all results until garbage is collected.
+    """
+    if not levels:
+        function(values)
+        return ()
+    names = tuple(levels[0])
+
+    def inner(*own: Tensor) -> tuple[()]:
+        return _enter(function, levels[1:], values | dict(zip(names, own, strict=True)))
+
+    torch.func.vmap(inner, randomness="same")(*levels[0].values())
+    return ()
 
 
 @contextmanager
@@ -97,6 +106,12 @@ def _quiet() -> Iterator[None]:
 def is_mapped(tensor: Tensor) -> bool:
     """Whether a tensor differs between the values of a mapped run."""
     return bool(_functorch.is_batchedtensor(tensor))
+
+
+def mapped_as(other: Tensor, values: Tensor) -> Tensor:
+    """Map values, by their first dim, at the innermost level of another tensor."""
+    mapped: Tensor = _functorch._add_batch_dim(values, 0, _functorch.maybe_get_level(other))
+    return mapped
 
 
 def tensors_of(part: Any) -> list[Tensor]:
@@ -168,6 +183,8 @@ class _Looped(torch.autograd.Function):
 
 
 def _looped(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    if not any(map(_functorch.is_batchedtensor, tensors)):
+        return function(*tensors)  # not by _Looped, so that it can be differentiated
     result: Tensor = _Looped.apply(function, *tensors)  # type: ignore[no-untyped-call]
     return result
 
@@ -292,7 +309,7 @@ def _by_formula() -> Iterator[None]:
     def applied(cls: Any, *args: Any, **kwargs: Any) -> Any:
         if cls.setup_context is torch.autograd.Function.setup_context:
             return cls.forward(_NoContext(), *args, **kwargs)
-        return apply.__func__(cls, *args, **kwargs)
+        return apply.__get__(None, cls)(*args, **kwargs)  # in C since torch 2.14
 
     torch.autograd.Function.apply = classmethod(applied)  # type: ignore[method-assign,assignment]
     try:

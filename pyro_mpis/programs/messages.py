@@ -5,7 +5,6 @@ from typing import cast
 
 import pyro
 import torch
-from pyro.distributions import Independent, MaskedDistribution
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.runtime import Message
 from pyro.poutine.trace_struct import Trace
@@ -55,16 +54,6 @@ def statements(trace: Trace) -> dict[str, SampleMessage]:
     return {name: cast(SampleMessage, site) for name, site in nodes if site["type"] == "sample"}
 
 
-def unmasked(fn: Distribution) -> Distribution:
-    """Return a distribution without the masks of ``.mask()``."""
-    if isinstance(fn, MaskedDistribution):
-        return unmasked(fn.base_dist)
-    if isinstance(fn, Independent):
-        base = unmasked(fn.base_dist)
-        return fn if base is fn.base_dist else base.to_event(fn.reinterpreted_batch_ndims)
-    return fn
-
-
 def batch_shape_of(fn: Distribution) -> torch.Size:
     """Return a distribution's batch shape, also where it is a plain tuple or not there."""
     return torch.Size(getattr(fn, "batch_shape", ()))
@@ -88,7 +77,13 @@ def counted(site: SampleMessage, log_prob: Tensor) -> Tensor:
 
 
 def drawn_from(site: SampleMessage, log_prob: Tensor) -> Tensor:
-    """Return the density that a site is drawn from: masked, and scaled only if it says so."""
+    """
+    Return the density that a site is drawn from: masked by what is left out, and not scaled.
+
+    It is scaled only where the site says so, as in an objective.
+
+    :param log_prob: of the site's distribution without the masks of ``.mask()``.
+    """
     scale = site["scale"] if SCALED_PROPOSAL in site["infer"] else 1.0
     result: Tensor = scale_and_mask(log_prob, scale, site["mask"])
     return result

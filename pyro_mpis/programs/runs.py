@@ -17,7 +17,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
-import pyro
 import torch
 from pyro import poutine
 from pyro.poutine.trace_struct import Trace
@@ -25,17 +24,19 @@ from torch import Tensor
 
 from pyro_mpis._text import first_line
 from pyro_mpis._typing import Program, SampleMessage
+from pyro_mpis.programs.environment import rng_state, same_rng_state, set_rng_state
 from pyro_mpis.programs.handlers import (
     AllMet,
     Compare,
     DrawMapped,
-    LiftMasks,
     Stop,
     Substitute,
     Track,
 )
 from pyro_mpis.programs.mapped import LIBRARIES, Mapped, Values, run_mapped, unwrapped
-from pyro_mpis.programs.messages import is_delta, is_enumerated, is_latent, statements
+from pyro_mpis.programs.masks import GuideMasks, Masks, ModelMasks
+from pyro_mpis.programs.messages import is_delta, is_latent, statements
+from pyro_mpis.programs.stratified import Strata
 from pyro_mpis.programs.subsampling import OneSubsample, Subsamples
 
 Name: TypeAlias = Literal["model", "guide"]
@@ -56,10 +57,18 @@ class Programs:
     patched: bool = False  # whether to rewrite operations that torch cannot map
     subsamples: Subsamples | None = None  # of plates that select a minibatch
     detached: bool = False  # whether particles are cut off from what they are drawn from
+    masks: Masks = field(default_factory=Masks)  # how those of latents count
+
+    @property
+    def nan_is_zero(self) -> bool:
+        """Whether the guide is learned: its tails reach where arguments overflow."""
+        return bool(getattr(self.guide, "nan_is_zero", False))
 
     def program(self, name: Name) -> Program:
-        """Return the model or the guide."""
-        return self.model if name == "model" else self.guide
+        """Return the model or the guide, with masks of latents as they count."""
+        if name == "guide":
+            return GuideMasks(self.masks)(self.guide)
+        return ModelMasks(self.masks)(self.model) if self.masks.seen else self.model
 
     def call(self, name: Name) -> object:
         """Run the model or the guide."""
@@ -95,7 +104,7 @@ class OtherSitesError(NotMappableError):
 def run_plainly(
     programs: Programs,
     compare: Callable[[SampleMessage, SampleMessage], None],
-) -> tuple[Programs, Trace, Trace]:
+) -> tuple[Trace, Trace]:
     """
     Run the guide, then the model with the guide's values; draws random numbers.
 
@@ -103,17 +112,16 @@ def run_plainly(
 
     :param compare: called with the guide's and the model's message of each site that both sample;
         raises if they do not fit.
-    :return: the programs, the model without masks of latents that no guide proposes; the traces of
-        guide and model.
+    :return: the traces of guide and model, the model's with masks as it has them.
     """
     if isinstance(programs.guide, torch.nn.Module):
         with poutine.block():  # autoguides make their params from the first values that they see
             programs.call("guide")
-    state = pyro.util.get_rng_state()
+    state = rng_state()
     try:
         return _run_both(programs, compare, tracking=True)
     except Exception:  # some code takes no tensors with marks: what is read is then found otherwise
-        pyro.util.set_rng_state(state)
+        set_rng_state(state)
         return _run_both(programs, compare, tracking=False)
 
 
@@ -122,17 +130,15 @@ def _run_both(
     compare: Callable[[SampleMessage, SampleMessage], None],
     *,
     tracking: bool,
-) -> tuple[Programs, Trace, Trace]:
+) -> tuple[Trace, Trace]:
     with Track(lambda site: tracking and not is_delta(site["fn"])):
-        guide_trace = poutine.trace(programs.guide).get_trace(*programs.args, **programs.kwargs)
+        guide = poutine.trace(programs.program("guide"))
+        guide_trace = guide.get_trace(*programs.args, **programs.kwargs)
     from_guide = {name: s for name, s in statements(guide_trace).items() if is_latent(s)}
     guide_values = guide_trace.copy()
     for name in guide_trace.nodes:
         if name not in from_guide:
             guide_values.remove_node(name)
-    lift = LiftMasks(
-        frozenset(n for n, s in from_guide.items() if is_delta(s["fn"]) or not is_enumerated(s))
-    )
     with (
         Compare(from_guide, compare),
         Track(
@@ -140,10 +146,8 @@ def _run_both(
         ),
     ):
         replayed = poutine.replay(programs.model, trace=guide_values)
-        model_trace = poutine.trace(lift(replayed)).get_trace(*programs.args, **programs.kwargs)
-    if lift.lifted:
-        programs = replace(programs, model=LiftMasks(lift.kept)(programs.model))
-    return programs, guide_trace, model_trace
+        model_trace = poutine.trace(replayed).get_trace(*programs.args, **programs.kwargs)
+    return guide_trace, model_trace
 
 
 def run_at(programs: Programs, name: Name, values: Mapping[str, Tensor]) -> Trace:
@@ -229,10 +233,10 @@ def evaluate(
         trace = _at(programs, "model", model_values, until, model.all_sites)
         _keep(trace, model, values, from_model)
 
-    state = torch.get_rng_state()
+    state = rng_state()
     run_mapped(at_single_values, levels, patched=programs.patched)
-    if not torch.equal(state, torch.get_rng_state()):
-        torch.set_rng_state(state)
+    if not same_rng_state(state, rng_state()):
+        set_rng_state(state)
         raise NotMappableError(
             "the programs draw random numbers besides those of their sites",
             "draw all random numbers in sample statements that no handler hides, or as data before "
@@ -245,6 +249,7 @@ def draw(
     programs: Programs,
     num_samples: int,
     *,
+    strata: Mapping[str, Strata],
     guide: Wanted,
     model: Wanted,
     shapes: Mapping[str, torch.Size],
@@ -254,6 +259,7 @@ def draw(
 
     Particle k of a site is drawn given particle k of all sites that it reads.
 
+    :param strata: which particles are to be spread evenly, by site.
     :param guide: which of the guide's sites to draw, and what to keep of them.
     :param model: likewise of the model's; a site that the guide has takes its value from there.
     :param shapes: as for :func:`evaluate`.
@@ -264,7 +270,7 @@ def draw(
 
     def at_single_values(values: dict[str, Tensor]) -> None:
         number = values.pop(PARTICLE)
-        trace = _drawn(programs, "guide", {}, guide, number, num_samples, from_guide)
+        trace = _drawn(programs, "guide", {}, guide, number, strata, from_guide)
         if not model.collect:
             return
         given = {
@@ -272,7 +278,7 @@ def draw(
             for name, site in statements(trace).items()
             if is_latent(site) and name in shapes
         }
-        _drawn(programs, "model", given, model, number, num_samples, from_model)
+        _drawn(programs, "model", given, model, number, strata, from_model)
 
     run_mapped(at_single_values, [{PARTICLE: torch.arange(num_samples)}], patched=programs.patched)
     return from_guide, from_model
@@ -287,12 +293,12 @@ def _drawn(
     given: Mapping[str, Tensor],
     wanted: Wanted,
     number: Tensor,
-    num_samples: int,
+    strata: Mapping[str, Strata],
     said: Said,
 ) -> Trace:
     """Run a program within a mapped run, and draw some of its sites."""
     until = () if name == "guide" else wanted.collect
-    with DrawMapped(wanted.collect, number, num_samples, detached=programs.detached):
+    with DrawMapped(wanted.collect, number, strata, detached=programs.detached):
         trace = _at(programs, name, given, until, wanted.all_sites)
     _keep(trace, wanted, {}, said)
     return trace
@@ -312,7 +318,7 @@ def _at(
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        raise _not_mappable(name, handler.last_site, error) from error
+        raise not_mappable(name, handler.last_site, error) from error
     if expected:
         sites = statements(trace).items()
         found = {n for n, site in sites if n in expected or is_latent(site) or name == "model"}
@@ -330,7 +336,7 @@ def _keep(trace: Trace, wanted: Wanted, values: Values, said: Said) -> None:
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            raise _not_mappable("model", name, error) from error
+            raise not_mappable("model", name, error) from error
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -353,7 +359,8 @@ REMEDIES = {
 OTHER_REMEDY = "use torch operations on whole tensors that torch.func.vmap can map"
 
 
-def _not_mappable(name: Name, last_site: str | None, error: Exception) -> NotMappableError:
+def not_mappable(name: Name, last_site: str | None, error: Exception) -> NotMappableError:
+    """Say which line of a program torch cannot map, and what to write instead."""
     where = f"at or after site '{last_site}'" if last_site else "at its start"
     found = (remedy for part, remedy in REMEDIES.items() if part in str(error))
     return NotMappableError(

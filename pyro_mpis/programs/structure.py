@@ -81,11 +81,17 @@ class Index:
     sites: tuple[str, ...]  # random sites that share it
     plates: Ordinal  # in which it is another for each element
     support: int | None = None  # number of values, if summed over its whole support
+    num_samples: int = 1  # K, the number of particles where it is sampled
 
     @property
     def enumerated(self) -> bool:
         """Whether the index runs over the support of a site, not over particles."""
         return self.support is not None
+
+    @property
+    def size(self) -> int:
+        """The number of particles, or of values."""
+        return self.support or self.num_samples
 
 
 @dataclass(frozen=True)
@@ -161,9 +167,36 @@ class Structure:
             if not site.silent and counts(site)
         }
 
-    def num_particles(self, num_samples: int) -> dict[str, int]:
-        """Return the number of particles, or of values, of each index by symbol."""
-        return {index.symbol: index.support or num_samples for index in self.indices}
+    @cached_property
+    def num_particles(self) -> dict[str, int]:
+        """The number of particles, or of values, of each index by symbol."""
+        return {index.symbol: index.size for index in self.indices}
+
+    def with_num_samples(self, number: int) -> "Structure":
+        """Give all indices that are sampled the same number of particles."""
+        indices = tuple(replace(index, num_samples=number) for index in self.indices)
+        return replace(self, indices=indices)
+
+    @cached_property
+    def num_draws(self) -> dict[str, int]:
+        """
+        Of how many draws of each index by symbol its particles are K, chosen at random.
+
+        Of as many as there are of any index that its proposals read. A particle's density is then
+        a mixture over all particles of these, so that no weight is above the number of draws.
+        """
+        draws = {index.symbol: index.num_samples for index in self.indices}
+        parents = {index.symbol: self._proposed_from(index) for index in self.indices}
+        while True:
+            more = {s: max(draws[other] for other in (s, *parents[s])) for s in draws}
+            if more == draws:
+                return draws
+            draws = more
+
+    def _proposed_from(self, index: Index) -> Ordinal:
+        """Return the symbols of the indices that the proposals of an index read."""
+        reads = {name for site in index.sites for name in self.proposal_site(site).reads}
+        return frozenset(self.index_of[name].symbol for name in reads if name in self.index_of)
 
     def scale_of(self, plates: Ordinal) -> float:
         """Return what the product over some plates is multiplied by, in log space."""
@@ -227,8 +260,9 @@ class Structure:
         return None
 
     def merging(self, one: Index, other: Index) -> "Structure":
-        """Let two indices of the same plates be one."""
-        merged = replace(one, sites=(*one.sites, *other.sites))
+        """Let two indices of the same plates be one, with the larger number of particles."""
+        number = max(one.num_samples, other.num_samples)
+        merged = replace(one, sites=(*one.sites, *other.sites), num_samples=number)
         indices = [merged if index is one else index for index in self.indices if index != other]
         return replace(self, indices=tuple(indices))
 

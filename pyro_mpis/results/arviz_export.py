@@ -26,6 +26,7 @@ from pyro_mpis.factor_graph.graph import SiteValue
 from pyro_mpis.factor_graph.marginals import Marginal
 from pyro_mpis.programs.runs import Programs
 from pyro_mpis.results.at_draws import OrdinarySite, predict, replay_draws
+from pyro_mpis.results.pointwise import own_latents
 
 if TYPE_CHECKING:
     from arviz import InferenceData
@@ -115,7 +116,12 @@ def model_groups(
     number = wanted.num_samples
     with replicate.environment.entered():
         replayed = replay_draws(
-            structure, programs, draws, number, likelihood=wanted.log_likelihood
+            structure,
+            programs,
+            draws,
+            number,
+            likelihood=wanted.log_likelihood,
+            own=own_latents(replicate),
         )
         sites = replayed.sites
         values = {"posterior": {**draws, **replayed.deterministics}}

@@ -32,6 +32,7 @@ from pyro_mpis.programs.runs import (
     run_at,
 )
 from pyro_mpis.programs.structure import Structure
+from pyro_mpis.results.pointwise import NOTHING, Own, summed_log_probs
 
 CHUNK_ELEMENTS = 2**22  # of a site's value or argument, over the draws that are run together
 
@@ -87,6 +88,7 @@ def replay_draws(
     num_draws: int,
     *,
     likelihood: bool,
+    own: Own = NOTHING,
 ) -> Replayed:
     """
     Run the model at joint draws of its latent sites; draws nothing.
@@ -97,9 +99,10 @@ def replay_draws(
 
     :param draws: ``{site: (draws, *shape)}``, as ``sample`` gives them.
     :param likelihood: whether to keep the log likelihoods.
+    :param own: enumerated latents to sum them over.
     """
     ordinary = ordinary_sites(structure, programs, {n: d[-1] for n, d in draws.items()})
-    size = _chunk_size(ordinary)
+    size = max(1, _chunk_size(ordinary) // (own.combinations if likelihood else 1))
     log_joint, kept, masks = [], [], []
     for start in range(0, num_draws, size):
         chunk = {name: draw[start : start + size] for name, draw in draws.items()}
@@ -107,6 +110,9 @@ def replay_draws(
         said = _said(structure, programs, ordinary, chunk, number)
         log_joint.append(_log_joint(said, number))
         kept.append(_kept(ordinary, said, likelihood=likelihood))
+        if likelihood and own.latents:
+            summed = summed_log_probs(structure, programs, own, chunk)
+            kept[-1] |= {n: v.expand((number, *kept[-1][n].shape[1:])) for n, v in summed.items()}
         masks.append({name: parts["mask"] for name, parts in said.items() if "mask" in parts})
     together = {name: torch.cat([part[name] for part in kept]) for name in kept[0]}
     log_likelihoods = {
@@ -252,16 +258,29 @@ def _said(
     """Evaluate the model's sites at draws: all at once, or one after the other."""
     collect = {name: _collecting(site) for name, site in ordinary.items()}
     shapes = {name: structure.model[name].shape for name in draws}
-    try:
-        with pyro.validation_enabled(False):
-            _, said = evaluate(
-                programs,
-                [draws] if draws else [],
-                model=Wanted(collect, frozenset(structure.model)),
-                shapes=shapes,
-            )
-    except NotMappableError:
-        return _one_by_one(programs, collect, draws, number)
+    wanted = Wanted(collect, frozenset(structure.model))
+    with pyro.validation_enabled(False):
+        try:
+            return at_all(programs, wanted, draws, number, shapes)
+        except NotMappableError:
+            return _one_by_one(programs, collect, draws, number)
+
+
+def at_all(
+    programs: Programs,
+    wanted: Wanted,
+    draws: Mapping[str, Tensor],
+    number: int,
+    shapes: Mapping[str, torch.Size],
+) -> dict[str, Parts]:
+    """
+    Evaluate the model's sites at all draws in one mapped run.
+
+    :param shapes: of the latent sites.
+    :return: what is kept of each site: ``(number, *shape)``.
+    :raises NotMappableError: if torch cannot map the model.
+    """
+    _, said = evaluate(programs, [draws] if draws else [], model=wanted, shapes=shapes)
     result: dict[str, Parts] = {}
     for name, parts in said.items():
         tensors = {

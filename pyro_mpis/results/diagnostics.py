@@ -5,8 +5,8 @@ How far to trust a posterior: what is poor.
 The effective sample size (ESS) of a site, :math:`1 / \sum_k w_k^2`, is the number of its particles
 that carry its marginal. A moment's standard error is about the posterior sd over the ESS's root.
 Pareto k-hat tells of weights whose tail is too heavy for that to hold, and the spread of replicates
-tells how sure the log evidence is. None of them shows a part of the posterior that no particle is
-in.
+tells how sure the log evidence is. All of them are good where particles are much too narrow; that
+shows in how the weights bend (``narrowness``). Nothing shows a mode that no particle is in.
 
 What counts as poor is decided here, for ``diagnose``, ``summary`` and the plots alike.
 """
@@ -23,7 +23,8 @@ from pyro_mpis._text import table
 from pyro_mpis.blocks import BlockSum
 from pyro_mpis.factor_graph.marginals import Marginal
 from pyro_mpis.programs.structure import Structure
-from pyro_mpis.results.remedies import remedies
+from pyro_mpis.results.narrowness import curvature_of, times_as_wide
+from pyro_mpis.results.remedies import multiple, remedies, widening
 from pyro_mpis.results.site_diagnosis import SiteDiagnosis
 
 # Of five even draws the mean is off by 0.45 posterior sds, and the 5 % and 95 % quantiles are the
@@ -34,6 +35,15 @@ LOW_ESS = 5.0
 HIGH_K_HAT = 0.7
 # A standard error of the log evidence, in nats: a factor of 1.6 either way.
 LARGE_ERROR = 0.5
+# Of fewer replicates, the spread is known to a quarter or worse, and usually too small.
+FEW_REPLICATES = 8
+# With a replicate that has this share of the evidence, the spread is that of a single number.
+HEAVY_REPLICATE = 0.5
+# A posterior 1.15 times as wide as its particles bends their log weights by this.
+NARROW_CURVATURE = 0.125
+# Probability that a run is called narrow where no posterior is that wide, if log weights differ
+# from a parabola by normal noise.
+FALSE_ALARM = 0.01
 # Sites of the printed table: a chain of a thousand has its bottleneck in a few.
 MOST_ROWS = 30
 
@@ -112,8 +122,9 @@ def diagnose(
     :param log_evidences: of every replicate, -inf for an evidence of zero.
     """
     structure = block_sum.replicate.structure
+    possible = int((log_evidences > -math.inf).sum())
     sites = tuple(
-        _site(structure, name, marginals[name])
+        _site(structure, name, marginals[name], possible)
         for name, origin in structure.origins.items()
         if name in sampled and origin != "model_delta"
     )
@@ -121,6 +132,7 @@ def diagnose(
         *_no_observation(structure),
         *_low_ess(block_sum, marginals, sites),
         *_heavy_tails(sites),
+        *_too_narrow(sites),
         *_unsure_evidence(log_evidences),
     ]
     number = len(log_evidences)
@@ -146,7 +158,31 @@ def evidence_error(log_evidences: Tensor) -> float:
     return float(ratios.std()) / math.sqrt(number)
 
 
-def _site(structure: Structure, name: str, marginal: Marginal) -> SiteDiagnosis:
+def doubts_of_error(diagnosis: Diagnosis) -> list[str]:
+    """Say why the standard error of the log evidence is not to be trusted, if it is not."""
+    log_evidences, doubts = diagnosis.log_evidences, []
+    number = len(log_evidences)
+    if number < FEW_REPLICATES:
+        doubts.append(
+            f"Evidences are skewed, and {number} replicates rarely have a high one among them: an "
+            f"error from so few is itself off by {50 * math.sqrt(2 / (number - 1)):.0f} % or more, "
+            f"and usually too small. Ask for {FEW_REPLICATES} or more (num_replicates)."
+        )
+    share = float(log_evidences.softmax(0).max())
+    if share > HEAVY_REPLICATE and number > 2:
+        doubts.append(
+            f"One replicate has {100 * share:.0f} % of the evidence of all {number}, so that the "
+            "spread is that of a single number. More particles, or particles nearer to the "
+            "posterior, make replicates alike."
+        )
+    for problem in (*_too_narrow(diagnosis.sites), *_heavy_tails(diagnosis.sites)):
+        doubts.append(str(problem))
+    return doubts
+
+
+def _site(
+    structure: Structure, name: str, marginal: Marginal, num_replicates: int
+) -> SiteDiagnosis:
     site = structure.model[name]
     dims = {plate.dim: plate.name for plate in map(structure.plates.__getitem__, site.plates)}
     batch_dims = [d for d in range(-len(site.batch_shape), 0) if d not in site.undeclared]
@@ -158,6 +194,7 @@ def _site(structure: Structure, name: str, marginal: Marginal) -> SiteDiagnosis:
         heaviest=marginal.weights.amax(-1).double().cpu(),
         pareto_k=marginal.pareto_k.double().cpu(),
         plates=tuple(dims.get(dim, "") for dim in batch_dims),
+        curvature=curvature_of(marginal.samples, marginal.log_weights, num_replicates),
     )
 
 
@@ -215,6 +252,31 @@ def _heavy_tails(sites: tuple[SiteDiagnosis, ...]) -> list[Problem]:
     return [Problem(finding, (remedy,))]
 
 
+def _too_narrow(sites: tuple[SiteDiagnosis, ...]) -> list[Problem]:
+    tests = sum(site.curvature.number for site in sites)
+    number, times = 0, {}
+    for site in sites:
+        narrow = site.curvature.at_least(FALSE_ALARM / max(1, tests)) > NARROW_CURVATURE
+        if bool(narrow.any()):
+            number += int(narrow.any(-1).sum())
+            times[site.name] = times_as_wide(site.curvature.value.where(narrow, 0.0)).amax(-1)
+    if not times:
+        return []
+    by_name = {site.name: site for site in sites}
+    most = {name: float(found.max()) for name, found in times.items()}
+    worst = max(most, key=lambda name: most[name])
+    element = by_name[worst].element(int(times[worst].reshape(-1).argmax()))
+    finding = (
+        f"{number} of {sum(site.ess.numel() for site in sites)} marginals have weights that rise "
+        "towards their outermost particles, so that these are narrower than the posterior (most: "
+        f"{element}, whose posterior is {multiple(most[worst])} as wide as its particles). The log "
+        "evidence is too low, by how much is not known; its standard error and all intervals are "
+        "too small. An effective sample size near the number of particles does not say otherwise."
+    )
+    helps = widening([(by_name[name], times) for name, times in most.items()])
+    return [Problem(finding, tuple(helps))]
+
+
 def _unsure_evidence(log_evidences: Tensor) -> list[Problem]:
     problems = []
     number = len(log_evidences)
@@ -249,6 +311,8 @@ def _evidence_line(diagnosis: Diagnosis) -> str:
         if diagnosis.evidence_error is None
         else f"standard error {diagnosis.evidence_error:.2g} over {number} replicates"
     )
+    if diagnosis.evidence_error is not None and doubts_of_error(diagnosis):
+        error += ", not to be trusted"
     return f"log evidence {diagnosis.log_evidence:.2f} ({error})"
 
 
@@ -287,7 +351,7 @@ def _good(diagnosis: Diagnosis) -> str:
         )
     return (
         f"Nothing is poor. The lowest ESS is that of {worst.worst}: {worst.lowest_ess:.1f} of "
-        f"{worst.num_particles} particles. None of these numbers shows a part of the posterior "
+        f"{worst.num_particles} particles. None of these numbers shows a mode of the posterior "
         "that no particle is in: where that is to be feared, compare with a wider proposal."
     )
 

@@ -20,31 +20,35 @@ over the elements i of the plates that all new latents are in.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import EllipsisType
-from typing import TypeAlias, cast
+from typing import TypeAlias
 
-import pyro
 import torch
-from pyro import poutine
-from pyro.distributions.util import scale_and_mask
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_mpis._text import first_line, quoted
+from pyro_mpis._text import quoted
 from pyro_mpis._typing import Program, SampleMessage
+from pyro_mpis.planning import no_guide
 from pyro_mpis.programs.agreement import refuse_subsampling
-from pyro_mpis.programs.analysis import find_max_plate_nesting
 from pyro_mpis.programs.environment import Environment
-from pyro_mpis.programs.messages import is_delta, is_latent, statements
+from pyro_mpis.programs.messages import (
+    is_delta,
+    is_latent,
+    statements,
+)
+from pyro_mpis.programs.runs import (
+    Programs,
+    run_at,
+)
+from pyro_mpis.programs.turns import in_turn
+from pyro_mpis.results.at_samples import is_data, said_at
 
 # What a program is called with: positional arguments, or keyword arguments by their names.
 Arguments: TypeAlias = Sequence[object] | Mapping[str, object]
 
 ELEMENTS = 2**22  # of the largest tensor that one chunk of samples makes
-SAMPLES, LOCAL_SAMPLES = "_mpis_samples", "_mpis_local_samples"  # names of plates
 
 
+@in_turn
 def log_predictive(
     model: Program,
     posterior_samples: Mapping[str, Tensor],
@@ -72,8 +76,9 @@ def log_predictive(
     ``posterior_samples`` does not have is drawn so altogether: leave out the sites of a plate whose
     elements in ``test`` are others than those of the training data.
 
-    Runs the model on many samples at once, so it is to be vectorised over a batch dim left of its
-    plates. Draws random numbers. Works with samples from :meth:`MPImportance.sample`,
+    The model sees single values, in the shapes of an ordinary run, as in a run of
+    :class:`MPImportance`: it is mapped over the samples, or runs once for each of them where torch
+    cannot map it. Draws random numbers. Works with samples from :meth:`MPImportance.sample`,
     ``MCMC.get_samples()``, or ``Predictive(guide, ...)``.
 
     :param model: the model, with its observations made from the arguments.
@@ -94,9 +99,8 @@ def log_predictive(
             f"num_local_samples: expected a positive integer, but found {num_local_samples!r}."
         )
     with Environment().entered():
-        log_likelihood = _log_likelihood(
-            model, posterior_samples, _called(test, "test"), num_local_samples
-        )
+        call = _called(test, "test", with_train=train is not None)
+        log_likelihood = _log_likelihood(model, posterior_samples, call, num_local_samples)
         if train is not None:
             log_likelihood -= _log_likelihood(model, posterior_samples, _called(train, "train"))
     if bool(log_likelihood.isnan().any()):  # infinite in training data, which is no posterior
@@ -114,20 +118,21 @@ class _Call:
     name: str  # "test" or "train"
     args: tuple[object, ...]
     kwargs: Mapping[str, object]
+    with_train: bool = False  # whether training data come beside these
 
     @property
     def train(self) -> bool:
         return self.name == "train"
 
-    def trace(self, model: Program) -> Trace:
-        return poutine.trace(model).get_trace(*self.args, **self.kwargs)
+    def programs(self, model: Program) -> Programs:
+        return Programs(model, no_guide, self.args, self.kwargs)
 
 
-def _called(arguments: Arguments, name: str) -> _Call:
+def _called(arguments: Arguments, name: str, *, with_train: bool = False) -> _Call:
     if isinstance(arguments, Mapping):
-        return _Call(name, (), arguments)
+        return _Call(name, (), arguments, with_train)
     if isinstance(arguments, (tuple, list)):
-        return _Call(name, tuple(arguments), {})
+        return _Call(name, tuple(arguments), {}, with_train)
     raise ValueError(
         f"{name}: expected the model's arguments as a tuple, or as a dictionary by their names, "
         f"but found {type(arguments).__name__}. For a single argument x write (x,)."
@@ -158,10 +163,11 @@ def _log_likelihood(
     num_local_samples: int = 1,
 ) -> Tensor:
     """Return the log-likelihood of the data of one call for each sample: (S,), float64."""
-    plain = call.trace(model)
+    programs = call.programs(model)
+    plain = run_at(programs, "model", {})
     refuse_subsampling([plain])
     sites = statements(plain)
-    observed = [name for name, site in sites.items() if _is_data(site)]
+    observed = [name for name, site in sites.items() if is_data(site)]
     if not observed:
         raise ValueError(
             f"{call.name}: the model observes nothing when called so; its latents are "
@@ -169,9 +175,8 @@ def _log_likelihood(
             "that make it observe (obs=)."
         )
     _check_sites(sites, posterior_samples, call)
-    nesting = find_max_plate_nesting([plain])
     placed = {
-        name: _place(site, posterior_samples[name], nesting, call)
+        name: _place(site, posterior_samples[name], call)
         for name, site in sites.items()
         if is_latent(site) and name in posterior_samples
     }
@@ -185,12 +190,16 @@ def _log_likelihood(
     num_samples = len(next(iter(posterior_samples.values())))
     parts = []
     for start in range(0, num_samples, size):
-        chunk = {name: sample[start : start + size] for name, sample in placed.items()}
-        shape = (draws, min(size, num_samples - start))
-        trace = _run_together(model, call, chunk, shape, nesting)
-        log_probs = {name: _log_prob(trace, name) for name in observed}
-        if start == 0:
-            _check_vectorised(model, call, sites, trace, log_probs, nesting)
+        number = min(size, num_samples - start)
+        chunk = {
+            name: sample[start : start + size].repeat((draws,) + (1,) * (sample.dim() - 1))
+            for name, sample in placed.items()
+        }
+        said = said_at(programs, sites, chunk, new, draws * number)
+        log_probs = {
+            name: log_prob.reshape((draws, number, *log_prob.shape[1:]))
+            for name, log_prob in said.items()
+        }
         parts.append(_averaged(log_probs, sites, shared))
     return torch.cat(parts)
 
@@ -220,29 +229,42 @@ def _averaged(
     """
     outside: list[Tensor] = []
     inside: list[Tensor] = []
+    kept = sorted(dim for dim, _ in shared)
     for name, log_prob in log_probs.items():
-        if shared <= set(_plates(sites[name]).items()):
-            kept = {dim for dim, _ in shared}
-            others = [dim for dim in range(2 - log_prob.dim(), 0) if dim not in kept]
-            log_prob = log_prob.double()
-            inside.append(log_prob.sum(others, keepdim=True) if others else log_prob)
+        log_prob = log_prob.double()
+        own = set(_plates(sites[name]).items()) if name in sites else set()
+        if shared <= own and len(log_prob) > 1:
+            log_prob = log_prob.reshape(_padded(log_prob.shape, 2, -min(kept, default=0)))
+            order = [log_prob.dim() + dim for dim in kept]
+            log_prob = log_prob.permute((0, 1, *order, *_others(log_prob.dim(), order)))
+            inside.append(_summed(log_prob, 2 + len(kept)))
         elif bool((log_prob == log_prob[:1]).all()):  # reads no new latent
-            outside.append(log_prob[0].reshape(log_prob.shape[1], -1).sum(-1, dtype=torch.double))
+            outside.append(_summed(log_prob)[0])
         else:
             raise ValueError(
                 f"site '{name}': reads latents of new plate elements from outside of their plate, "
                 "so that these are not independent. Use num_local_samples=1."
             )
     if inside:
-        total = torch.stack(inside).sum(0)
+        total = torch.stack(torch.broadcast_tensors(*inside)).sum(0)
         mean = total.logsumexp(0) - math.log(len(total))
         outside.append(mean.reshape(len(mean), -1).sum(-1))
     return torch.stack(outside).sum(0)
 
 
-def _is_data(site: SampleMessage) -> bool:
-    """Whether a site is observed; pyro.deterministic is, but only in name."""
-    return site["is_observed"] and not site["infer"].get("_deterministic")
+def _summed(log_prob: Tensor, left: int = 2) -> Tensor:
+    """Sum over all dims but the first ones."""
+    return log_prob.reshape((*log_prob.shape[:left], -1)).sum(-1)
+
+
+def _padded(shape: torch.Size, left: int, batch: int) -> tuple[int, ...]:
+    """Return a shape with dims of size one after the first ones, for so many batch dims."""
+    return (*shape[:left], *(1,) * (batch - len(shape) + left), *shape[left:])
+
+
+def _others(dims: int, order: Sequence[int]) -> list[int]:
+    """Return the batch dims that are not in an order."""
+    return [dim for dim in range(2, dims) if dim not in order]
 
 
 def _check_sites(
@@ -268,7 +290,9 @@ def _check_sites(
             "is not known. Add its samples; or call the model with held-out data alone, without "
             "train=, so that it is drawn from the prior."
         )
-    without_plate = {name for name in missing if not _plates(sites[name])}
+    without_plate = {name for name in missing if not sites[name]["cond_indep_stack"]}
+    if call.with_train:  # the run with train= refuses those of its sites that have no samples
+        without_plate = set()
     if without_plate:
         raise ValueError(
             f"site {quoted(without_plate)}: not in posterior_samples, and in no plate, so it "
@@ -282,14 +306,16 @@ def _plates(site: SampleMessage) -> dict[int, str]:
     return {f.dim: f.name for f in site["cond_indep_stack"] if f.dim is not None}
 
 
-def _place(site: SampleMessage, sample: Tensor, nesting: int, call: _Call) -> Tensor:
+def _place(site: SampleMessage, sample: Tensor, call: _Call) -> Tensor:
     """
-    Bring a site's samples, of the shape of an ordinary run, to the left of all plates.
+    Bring a site's samples to the shape of an ordinary run.
 
-    :return: ``(S, 1, .., 1, *batch shape of the sample, *event)``, where some plates of the sample
-        may be smaller than those of the model's run.
+    :return: ``(S, *batch shape of the sample, *event)``, where some plates of the sample may be
+        smaller than those of the model's run.
     """
     name, expected, found = site["name"], tuple(site["value"].shape), tuple(sample.shape[1:])
+    if bool(sample.isnan().any()):
+        raise ValueError(f"site '{name}': posterior_samples have nan among them.")
     while len(found) > len(expected) and found[0] == 1:  # as Predictive(parallel=True) leaves them
         found = found[1:]
     batch = len(expected) - site["fn"].event_dim
@@ -312,7 +338,7 @@ def _place(site: SampleMessage, sample: Tensor, nesting: int, call: _Call) -> Te
             f"site '{name}': posterior_samples have shape {found} for each sample, but the model "
             f"called with {call.name} has {expected}. Only plates may be larger in test."
         )
-    return sample.reshape(len(sample), *[1] * (nesting - batch), *found)
+    return sample.reshape(len(sample), *found)
 
 
 def _check_plates(sites: Mapping[str, SampleMessage], placed: Mapping[str, Tensor]) -> None:
@@ -327,90 +353,3 @@ def _check_plates(sites: Mapping[str, SampleMessage], placed: Mapping[str, Tenso
                     f"plate '{plate}': {other_size} elements in the samples of '{other}', but "
                     f"{size} in those of '{name}'. Both must be from the same data."
                 )
-
-
-class _Given(Messenger):
-    """Give latent sites the samples' values; draw the plate elements that these do not have."""
-
-    def __init__(self, placed: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.placed = placed
-
-    def _pyro_sample(self, msg: SampleMessage) -> None:
-        if not is_latent(msg) or msg["name"] not in self.placed:
-            return
-        value = self.placed[msg["name"]]
-        shape = msg["fn"].batch_shape + msg["fn"].event_shape
-        if value.shape != shape[len(shape) - value.dim() :]:
-            drawn = msg["fn"]().to(value).clone()  # some distributions return an expanded tensor
-            kept: tuple[EllipsisType | slice, ...] = (..., *map(slice, value.shape))
-            drawn[kept] = value
-            value = drawn
-        msg["value"] = value
-        msg["done"] = True
-
-
-def _run_together(
-    model: Program,
-    call: _Call,
-    samples: Mapping[str, Tensor],
-    shape: tuple[int, int],
-    nesting: int,
-) -> Trace:
-    """Run the model on some draws of some samples, in two batch dims left of its plates."""
-    draws = pyro.plate(LOCAL_SAMPLES, shape[0], dim=-2 - nesting)
-    try:
-        with _Given(samples), draws, pyro.plate(SAMPLES, shape[1], dim=-1 - nesting):
-            return call.trace(model)
-    except Exception as error:
-        raise ValueError(
-            f"the model runs on single values with {call.name}, but not on {shape[1]} posterior "
-            f"samples at once: {type(error).__name__}: {first_line(error)}. Samples are in batch "
-            "dims left of the plates: index from the right (x[..., 0], not x[0]), keep batch dims "
-            "when reshaping, do not call .item() on a latent's value or branch on it."
-        ) from error
-
-
-def _log_prob(trace: Trace, name: str) -> Tensor:
-    """Return the terms of the log-likelihood of one site."""
-    site = cast(SampleMessage, trace.nodes[name])
-    log_prob: Tensor = scale_and_mask(
-        site["fn"].log_prob(site["value"]), site["scale"], site["mask"]
-    )
-    if bool(log_prob.isnan().any()):
-        raise ValueError(
-            f"site '{name}': log_prob is nan at some posterior samples. Check the data, and that "
-            "the samples are within the supports of their sites."
-        )
-    return log_prob
-
-
-def _check_vectorised(
-    model: Program,
-    call: _Call,
-    sites: Mapping[str, SampleMessage],
-    together: Trace,
-    log_probs: Mapping[str, Tensor],
-    nesting: int,
-) -> None:
-    """Hold the last of the samples that ran together against a run of its own."""
-    values = {}
-    ran = statements(together)
-    for name, site in sites.items():
-        if is_latent(site) and not is_delta(site["fn"]):
-            value = ran[name]["value"]
-            while value.dim() > nesting + site["fn"].event_dim:  # the last draw, the last sample
-                value = value[-1]
-            values[name] = value.reshape(site["value"].shape)
-    alone = call.trace(poutine.condition(model, values))
-    for name, log_prob in log_probs.items():
-        expected = _log_prob(alone, name)
-        found = log_prob[-1, -1] if log_prob.dim() == nesting + 2 else log_prob
-        if found.numel() != expected.numel() or not torch.allclose(
-            found.reshape(-1), expected.reshape(-1), rtol=1e-3, atol=1e-3
-        ):
-            raise ValueError(
-                f"site '{name}': its log_prob at one posterior sample is not the same as when that "
-                "sample is among others, so the model is not vectorised. Samples are in a batch "
-                "dim left of the plates: index from the right (x[..., 0], not x[0])."
-            )

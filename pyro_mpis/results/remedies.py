@@ -7,7 +7,8 @@ posterior, the size of supports and of factors, and what more particles would co
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import replace
 
 import pyro
 import torch
@@ -20,6 +21,7 @@ from pyro_mpis.factor_graph.marginals import Marginal
 from pyro_mpis.particles.memory import largest_factor
 from pyro_mpis.programs.messages import statements
 from pyro_mpis.programs.runs import run_at
+from pyro_mpis.programs.structure import Structure
 from pyro_mpis.results.site_diagnosis import SiteDiagnosis
 
 # With an ESS below two, the weighted particles tell neither the posterior's width nor how many
@@ -31,6 +33,10 @@ TELLING_ESS = 2.0
 WIDE, NARROW, OFF_CENTRE = 3.0, 0.9, 1.5
 # Factors of this many indices are where sharing one pays.
 MANY_INDICES = 4
+# By more than this weights do not tell how many times wider than its particles a posterior is.
+MOST_TIMES = 4.0
+# Sites that a text names.
+MOST_NAMES = 4
 # A discrete site of at most this many values is better summed over than drawn.
 SMALL_SUPPORT = 100
 
@@ -54,6 +60,41 @@ def remedies(
     uneven = [site for site in poor if bool(site.uneven.any())]
     helps = _site_helps(block_sum, marginals, uneven, len(sites)) if uneven else []
     return [*helps, _more_particles(block_sum, worst, enough), *_grouping(block_sum, sites)]
+
+
+def widening(times: Sequence[tuple[SiteDiagnosis, float]]) -> list[str]:
+    """
+    Say what helps sites whose particles are too narrow.
+
+    :param times: how many times as wide as its particles the posterior of each is.
+    """
+    helps = []
+    guided = sorted((f, site.name) for site, f in times if site.proposal == "guide")[::-1]
+    if guided:
+        factors = [f"'{name}' by {multiple(factor)}" for factor, name in guided[:MOST_NAMES]]
+        if len(guided) > MOST_NAMES:
+            factors.append(f"{len(guided) - MOST_NAMES} more")
+        helps = [
+            f"Widen the guide ({', '.join(factors)}): multiply its scales, and run again. If the "
+            "log evidence rises by more than its error, it was too narrow; then widen it again.",
+            "Train it until its ELBO no longer rises. A guide whose sites do not read each other, "
+            "as AutoNormal, stays narrower than the posterior where they depend on each other: "
+            "multiply its scales by 2 or so after training, or let sites read each other in it.",
+            "Or leave these sites out of the guide. They are then drawn from the prior, which is "
+            "rarely too narrow, but may need many particles.",
+        ]
+    drawn = [site.name for site, _ in times if site.proposal == "prior"]
+    if drawn:
+        helps.append(
+            f"{quoted(drawn[:MOST_NAMES])}: drawn from the prior, in whose tails the posterior is. "
+            "Use a guide that is wider there."
+        )
+    return helps
+
+
+def multiple(times: float) -> str:
+    """Write how many times, as far as it is known."""
+    return f"{MOST_TIMES:g} times or more" if times >= MOST_TIMES else f"{times:.1f} times"
 
 
 def _site_helps(
@@ -193,31 +234,44 @@ def _mismatch(marginal: Marginal, position: int) -> tuple[float, float, float]:
 
 def _more_particles(block_sum: BlockSum, worst: SiteDiagnosis, enough: float) -> str:
     """Say what more particles would cost."""
-    structure, num_samples = (
-        block_sum.replicate.structure,
-        block_sum.replicate.particles.num_samples,
-    )
+    structure = block_sum.replicate.structure
+    counts = {index.num_samples for index in structure.indices if not index.enumerated}
+    read = block_sum.whole.values[worst.name].indices
+    own = [i for i in structure.indices if i.symbol in read and not i.enumerated]
+    index = max(own, key=lambda index: len(index.plates))
+    num_samples = index.num_samples
     telling = worst.lowest_ess >= TELLING_ESS
     factor = max(2.0, enough / worst.lowest_ess) if telling else 2.0
     larger = math.ceil(num_samples * factor)
-    site, now = largest_factor(structure, num_samples)
-    _, then = largest_factor(structure, larger)
+    raised = {other.symbol for other in structure.indices} if len(counts) == 1 else {index.symbol}
+    site, now = largest_factor(structure)
+    _, then = largest_factor(_with_more(structure, raised, larger))
     promise = (
         f"would make the lowest about {worst.lowest_ess * larger / num_samples:.0f}."
         if telling
         else "may not be enough: an ESS this low does not tell how many are."
     )
+    of_site = "" if len(counts) == 1 else f" of '{index.sites[0]}'"
     return (
-        f"Raise num_samples: {larger} {promise} The largest factor, that of '{site.name}', then "
-        f"takes {_size(then)} in place of {_size(now)}. More replicates (num_replicates) raise the "
-        "ESS too, and take time, not memory."
+        f"Raise num_samples{of_site}: {larger} {promise} The largest factor, that of "
+        f"'{site.name}', then takes {_size(then)} in place of {_size(now)}. More replicates "
+        "(num_replicates) raise the ESS too, and take time, not memory."
     )
+
+
+def _with_more(structure: Structure, symbols: Set[str], number: int) -> Structure:
+    """Return a structure with another number of particles of some indices."""
+    indices = [
+        replace(index, num_samples=number) if index.symbol in symbols else index
+        for index in structure.indices
+    ]
+    return replace(structure, indices=tuple(indices))
 
 
 def _grouping(block_sum: BlockSum, sites: Sequence[SiteDiagnosis]) -> list[str]:
     """Say which sites could share an index, where one factor reads many."""
     structure = block_sum.replicate.structure
-    largest, _ = largest_factor(structure, block_sum.replicate.particles.num_samples)
+    largest, _ = largest_factor(structure)
     symbols = {s for s in structure.indices_read(largest) if not structure.by_symbol[s].enumerated}
     if len(symbols) < MANY_INDICES:
         return []

@@ -19,12 +19,13 @@ from torch import Tensor
 from torch.distributions.constraints import Constraint
 
 from pyro_mpis._text import quoted
-from pyro_mpis.blocks import BlockSum, Ranges, Replicate
+from pyro_mpis.blocks import BlockSum, Replicate
 from pyro_mpis.factor_graph.evidence import log_evidence
 from pyro_mpis.factor_graph.graph import FactorGraph, LogFactor, RaggedPlate, SiteValue
 from pyro_mpis.particles.memory import Cut
 from pyro_mpis.particles.probes import ElementReads, SiteReads
 from pyro_mpis.particles.proposals import Particles
+from pyro_mpis.pieces import Ranges
 from pyro_mpis.planning import Options, Plan
 from pyro_mpis.programs.environment import Environment, seeded
 from pyro_mpis.programs.runs import Name, Programs
@@ -39,11 +40,12 @@ Tree = TypeVar("Tree")
 class Settings:
     """The arguments of ``MPImportance`` that are plain data."""
 
-    num_samples: int
+    num_samples: int | Mapping[str | None, int]
     groups: tuple[tuple[str, ...], ...]
     shared_plates: tuple[str, ...]
     max_plate_nesting: int | None
     memory_limit: int | None
+    stratified: bool
     num_replicates: int
     disable_progbar: bool
 

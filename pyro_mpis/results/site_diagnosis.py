@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from pyro_mpis.results.narrowness import Curvature
+
 # Where weights are nearly even, the tail that k-hat is fitted to is noise. So k-hat counts only
 # where the effective sample size is below this share of the particles.
 UNEVEN_ESS = 0.5
@@ -23,6 +25,7 @@ class SiteDiagnosis:
     :param heaviest: share of the weight that the heaviest particle has: ``batch_shape``.
     :param pareto_k: Pareto k-hat, nan with fewer than about 50 particles: ``batch_shape``.
     :param plates: name of the plate of each batch dim, ``""`` for none.
+    :param curvature: whether the weights rise towards the outermost particles.
     """
 
     name: str
@@ -32,6 +35,7 @@ class SiteDiagnosis:
     heaviest: Tensor
     pareto_k: Tensor
     plates: tuple[str, ...]
+    curvature: Curvature
 
     @property
     def lowest_ess(self) -> float:

@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """A table of the posterior, one row a scalar."""
 
-import itertools
 import math
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from pyro_mpis._text import table
+from pyro_mpis._text import data_frame, html_table, range_of, scalars, table
 from pyro_mpis.factor_graph.marginals import Marginal
 from pyro_mpis.results.site_diagnosis import UNEVEN_ESS
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 @dataclass(frozen=True)
@@ -35,29 +38,48 @@ class Summary:
     rows: tuple[Row, ...]
     log_evidence: float
     evidence_error: float | None  # standard error of the log evidence, over replicates
-    num_samples: int
+    num_samples: frozenset[int]  # numbers of particles that sites have, over replicates
     prob: float = 0.9  # between the lower and the upper quantile
 
     def __str__(self) -> str:
         """Return the table."""
+        return f"{table(self._lines())}\n{self._title()}"
+
+    def _repr_html_(self) -> str:
+        """Return the table as a notebook shows it."""
+        return html_table(self._lines(), self._title())
+
+    def to_dataframe(self) -> "DataFrame":
+        """
+        Return the rows as a pandas ``DataFrame``, indexed by the names of the scalars.
+
+        :raises ImportError: without pandas.
+        """
+        columns = [field.name for field in fields(Row)]
+        rows = {name: [getattr(row, name) for row in self.rows] for name in columns}
+        return data_frame(rows).set_index("name")
+
+    def _lines(self) -> list[tuple[str, ...]]:
         lower, upper = (f"{50 * (1 + sign * self.prob):.3g}%" for sign in (-1, 1))
-        header = ("", "mean", "sd", lower, "50%", upper, "ESS", "k-hat")
-        lines: list[tuple[str, ...]] = [header]
+        lines: list[tuple[str, ...]] = [("", "mean", "sd", lower, "50%", upper, "ESS", "k-hat")]
         for row in self.rows:
             numbers = [getattr(row, field.name) for field in fields(row)[1:6]]
             cells = [f"{x:.3g}" if abs(x) >= 1e4 else f"{x:.2f}" for x in numbers]
             ess = "-" if math.isnan(row.ess) else f"{row.ess:.1f}"
             k_hat = "-" if math.isnan(row.k_hat) else f"{row.k_hat:.2f}"
             lines.append((row.name, *cells, ess, k_hat))
+        return lines
+
+    def _title(self) -> str:
         error = (
             "" if self.evidence_error is None else f" (standard error {self.evidence_error:.2g})"
         )
         title = f"log evidence {self.log_evidence:.2f}{error}"
         if not all(math.isnan(row.ess) for row in self.rows):
-            title += f", {self.num_samples} particles a site"
-        return f"{table(lines)}\n{title}"
+            title += f", {range_of(self.num_samples)} particles a site"
+        return title
 
-    __repr__ = __str__  # a notebook shows the table
+    __repr__ = __str__
 
 
 def summarise(
@@ -65,7 +87,7 @@ def summarise(
     sampled: Set[str],
     log_evidence: float,
     evidence_error: float | None,
-    num_samples: int,
+    num_samples: Set[int],
     prob: float,
 ) -> Summary:
     """
@@ -78,7 +100,7 @@ def summarise(
     rows: list[Row] = []
     for name, marginal in marginals.items():
         rows += _rows(name, marginal, name in sampled, prob)
-    return Summary(tuple(rows), log_evidence, evidence_error, num_samples, prob)
+    return Summary(tuple(rows), log_evidence, evidence_error, frozenset(num_samples), prob)
 
 
 def _rows(name: str, marginal: Marginal, sampled: bool, prob: float) -> list[Row]:
@@ -97,6 +119,4 @@ def _rows(name: str, marginal: Marginal, sampled: bool, prob: float) -> list[Row
         .expand(shape),
     ]
     numbers = torch.stack([column.double().reshape(-1).cpu() for column in columns], 1).tolist()
-    positions = itertools.product(*(range(size) for size in shape))
-    labels = [f"{name}[{','.join(map(str, p))}]" if p else name for p in positions]
-    return [Row(label, *row) for label, row in zip(labels, numbers, strict=True)]
+    return [Row(label, *row) for label, row in zip(scalars(name, shape), numbers, strict=True)]

@@ -16,6 +16,7 @@ normalised weights estimate posterior means.
 
 import math
 from abc import abstractmethod
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,11 +24,15 @@ import torch
 from pyro.distributions import Categorical
 from pyro.infer.abstract_infer import TracePosterior
 from pyro.infer.importance import LogWeightsMixin
+from pyro.ops.stats import waic
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_mpis.blocks import BlockSum, Workers, joint_weights_of, sample_of
+from pyro_mpis.blocks import BlockSum
 from pyro_mpis.factor_graph.selection import sites_at
+from pyro_mpis.programs.turns import in_turn
+from pyro_mpis.queries import joint_weights_of, sample_of
+from pyro_mpis.workers import Workers
 
 
 @dataclass(frozen=True)
@@ -47,11 +52,11 @@ def weighted_draws(
     Draws random numbers in the second case only.
 
     :param log_evidence: of all the sums together.
-    :param number: of particles, and of draws.
+    :param number: of draws.
     """
     graph, indices = sums[0].whole, sums[0].replicate.structure.indices
     if len(sums) == len(indices) == 1 and not indices[0].plates and not indices[0].enumerated:
-        symbol = indices[0].symbol
+        symbol, number = indices[0].symbol, indices[0].num_samples
         (weights,) = joint_weights_of(sums, [symbol], workers)
         values = sites_at(graph, {symbol: torch.arange(number, device=graph.device)}, number)
         log_weights = weights[symbol].log() + math.log(number) + log_evidence
@@ -79,6 +84,10 @@ class ImportanceTraces(TracePosterior, LogWeightsMixin):
     def _effective_samples(self) -> Tensor:
         """Return the smallest effective sample size."""
 
+    @abstractmethod
+    def _summed_log_likelihoods(self, draws: Draws) -> Mapping[str, Tensor]:
+        """Return those of observed sites; empty if no enumerated latent is to be summed over."""
+
     def _reset(self) -> None:
         """Forget the draws of the last run."""
         self._draws: Draws | None = None
@@ -91,6 +100,7 @@ class ImportanceTraces(TracePosterior, LogWeightsMixin):
         return self._draws
 
     @property
+    @in_turn
     def log_weights(self) -> list[Tensor]:  # type: ignore[override]
         """The log weight of each of :attr:`exec_traces`: scalars, not normalised."""
         draws = self._known_draws()
@@ -101,6 +111,7 @@ class ImportanceTraces(TracePosterior, LogWeightsMixin):
         return self._log_weights
 
     @property
+    @in_turn
     def exec_traces(self) -> list[Trace]:  # type: ignore[override]
         """
         Traces of the model, ``num_samples`` of them, with the weights :attr:`log_weights`.
@@ -136,6 +147,26 @@ class ImportanceTraces(TracePosterior, LogWeightsMixin):
         self.run(*args, **kwargs)  # type: ignore[no-untyped-call]
         yield from zip(self.exec_traces, self.log_weights, strict=True)
 
+    @in_turn
+    def information_criterion(self, pointwise: bool = False) -> "OrderedDict[str, Tensor]":
+        """
+        Compute WAIC, as Pyro has it, for models with one observed site.
+
+        An observation's log likelihood is summed over enumerated latents that are its own, as in
+        the ``log_likelihood`` of ``to_arviz``.
+
+        :param pointwise: whether to return that of each observation, not their sum.
+        :return: ``waic`` and ``p_waic``, the effective number of parameters.
+        """
+        draws = self._known_draws()
+        found = {} if draws is None else self._summed_log_likelihoods(draws)
+        if draws is None or len(found) != 1:  # of several sites: refused by Pyro
+            return super().information_criterion(pointwise)  # type: ignore[no-untyped-call, no-any-return]
+        (log_likelihood,) = found.values()
+        value, size = waic(log_likelihood, draws.log_weights, pointwise)
+        return OrderedDict([("waic", value), ("p_waic", size)])
+
+    @in_turn
     def get_ESS(self) -> Tensor:
         """
         Return the smallest effective sample size of any site, at any plate element: a scalar.

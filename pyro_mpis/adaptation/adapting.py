@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+From a model and its data to a proposal: the stages of :meth:`MPImportance.adapt`.
+
+1. Discrete latents of finite support are marked for an exact sum.
+2. A plate-structured Gaussian is fitted (:mod:`~pyro_mpis.adaptation.learner`), and moved to the
+   moments that trial runs find (:mod:`~pyro_mpis.adaptation.trials`).
+3. Where that cannot be done or does badly, a Gaussian for each latent is matched to the moments of
+   trial runs alone (:mod:`~pyro_mpis.adaptation.moments`). Trial runs of both are compared: the
+   evidence is unbiased whatever the proposal, and its log biased low, so the larger is the better.
+
+Particles of trial runs are never used again.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from pyro_mpis._typing import Program
+from pyro_mpis.adaptation.guide import AutoPlateNormal
+from pyro_mpis.adaptation.layout import by_site
+from pyro_mpis.adaptation.learner import learnt
+from pyro_mpis.adaptation.moments import matched_by_moments
+from pyro_mpis.adaptation.natural import Settings
+from pyro_mpis.adaptation.prepared import prepared, summable
+from pyro_mpis.adaptation.progress import Progress
+from pyro_mpis.adaptation.start import Start, is_discrete, start_of
+from pyro_mpis.adaptation.trials import OTHERS, Runs, Trial, fitting, matched, replicates_for, tried
+from pyro_mpis.blocks import run_plan
+from pyro_mpis.planning import Options, plan_of, programs_of
+from pyro_mpis.programs.masks import is_masked
+from pyro_mpis.programs.messages import is_latent, statements
+from pyro_mpis.programs.runs import NotMappableError
+from pyro_mpis.workers import Workers
+
+FEW_REPLICATES = 6
+TRIALS = 3  # runs of a trial
+LOW_ESS = 5.0  # of a trial's particles outside of plates
+WIDE_SPREAD = 1.0  # sd of log evidences, in nats
+POINTS = (8, 4)  # at which derivatives are averaged; fewer where they take long
+MUCH_WORK = 5e6  # densities times rows of the Hessian, of an iteration
+MANY_NUMBERS = 400  # rows of the Hessian, above which the Gaussian is not fitted by gradients
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A learned proposal, and how to run with it."""
+
+    model: Program  # with marks of what is to be summed
+    guide: AutoPlateNormal
+    num_samples: dict[str | None, int]
+    num_replicates: int
+    log_evidence: float  # of the last trial
+    ess: float  # smallest of its particles
+    problems: list[str] = field(default_factory=list)  # what the user is to be told
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    guide: AutoPlateNormal
+    trial: Trial
+    settled: bool
+    numbers: dict[str, int]  # of particles
+    replicates: int
+
+    @property
+    def is_good(self) -> bool:
+        """Whether its trial runs agree, and rest on more than a few particles."""
+        return (
+            self.settled
+            and self.trial.spread < WIDE_SPREAD
+            and float(self.trial.ess.median()) > LOW_ESS
+        )
+
+
+def adapted(
+    model: Program,
+    args: tuple[object, ...],
+    kwargs: Mapping[str, object],
+    options: Options,
+    *,
+    show_progress: bool,
+) -> Adapted:
+    """
+    Learn a proposal; draws random numbers.
+
+    :raises ValueError: if the model has no continuous latent, or does not fit the data.
+    """
+    with Progress(show_progress) as progress:
+        start = started(model, args, kwargs, options)
+        problems: list[str] = []
+        learners = [_by_gradients, _by_moments]
+        if start.supports and POINTS[0] * start.work > MUCH_WORK:
+            learners = [_by_moments]  # gradients of large sums are dear, and often lead nowhere
+        candidates: list[_Candidate] = []
+        for learner in learners:
+            try:
+                candidates.append(learner(start, options, progress))
+            except (NotMappableError, NotImplementedError, ValueError) as error:
+                problems.append(str(error))
+            if candidates and candidates[-1].is_good:
+                break
+        if not candidates:
+            raise ValueError(f"adapt: {'; '.join(problems)}")
+        best = max(candidates, key=lambda candidate: candidate.trial.log_evidence)
+    told = [] if best.is_good else [_poor(best, problems)]
+    numbers: dict[str | None, int] = {None: OTHERS}
+    numbers.update(best.numbers)
+    return Adapted(
+        start.model,
+        best.guide,
+        numbers,
+        best.replicates,
+        best.trial.log_evidence,
+        float(best.trial.ess.median()),
+        told,
+    )
+
+
+def _poor(best: _Candidate, reasons: Sequence[str]) -> str:
+    """Say that no good proposal was found."""
+    log_evidences = best.trial.log_evidences
+    found = ", ".join(f"{float(log_p):.1f}" for log_p in log_evidences)
+    why = "".join(f" What failed: {reason.rstrip('.')}." for reason in reasons)
+    return (
+        "adapt found no good proposal: trial runs have log evidences "
+        f"{found}, and an ESS of {float(best.trial.ess.median()):.1f} outside of plates.{why} The "
+        "evidence of .run is unbiased all the same, but mostly too low. The posterior may have "
+        "several modes, or a shape far from a Gaussian: write the model in other coordinates, "
+        "raise num_samples and num_replicates, or give a guide of your own."
+    )
+
+
+def started(
+    model: Program, args: tuple[object, ...], kwargs: Mapping[str, object], options: Options
+) -> Start:
+    """Run the model plainly, and find its structure and its prior."""
+    few = replace(options, num_samples=2, numbers={}, groups=(), memory_limit=None)
+    plan, _, trace = plan_of(programs_of(model, None, args, kwargs), few)
+    sites = statements(trace)
+    summed = summable(sites)
+    masked = any(is_latent(site) and is_masked(site) for site in sites.values())
+    if summed or masked:
+        model = prepared(model, summed, masked=masked)
+        plan, _, trace = plan_of(programs_of(model, None, args, kwargs), few)
+    if not any(is_latent(site) and not is_discrete(site) for site in sites.values()):
+        raise ValueError(
+            "the model has no continuous latent, so there is no proposal to learn: .run(...) sums "
+            "or samples its discrete latents as it is."
+        )
+    with plan.environment.entered():
+        structure = run_plan(plan, Workers(None, show_progress=False)).replicate.structure
+        return start_of(plan, structure, trace)
+
+
+def _by_gradients(start: Start, options: Options, progress: Progress) -> _Candidate:
+    """Fit by natural gradients, then match to trial runs."""
+    rows = sum(block.size for block in start.blocks)
+    if rows > MANY_NUMBERS:
+        raise NotImplementedError(f"{rows} rows of the Hessian are too many")
+    points = next((n for n in POINTS if n * start.work <= MUCH_WORK), POINTS[-1])
+    with start.environment.entered():
+        fitted, non_centred = learnt(start, Settings(points=points), progress.fitting)
+        guide = start.guide(fitted.gaussian, non_centred, tails=True)
+    plan, numbers = fitting(start.programs, options, guide, share=0.5)
+    runs = Runs(plan)
+    trial = tried(runs, guide, TRIALS)
+    for blocks in ([0], range(len(guide.blocks))):
+        progress.trying("matching", trial.log_evidence, trial.ess)
+        if not trial.noise:
+            break
+        moved = matched(guide, {number: trial.noise[number] for number in blocks})
+        again = tried(runs, moved, TRIALS)
+        if float(again.ess.median()) < float(trial.ess.median()):
+            break
+        guide, trial = moved, again
+    plan, numbers = fitting(start.programs, options, guide)
+    return _Candidate(guide, trial, fitted.settled, numbers, replicates_for(plan, numbers, trial))
+
+
+def _by_moments(start: Start, options: Options, progress: Progress) -> _Candidate:
+    """Match the moments of trial runs."""
+    guide, plan = matched_by_moments(
+        replace(start, blocks=start.blocks_by(by_site)),
+        options,
+        lambda trial: progress.trying("matching", trial.log_evidence, trial.ess),
+    )
+    trial = tried(Runs(plan), guide, TRIALS)
+    numbers = dict(plan.options.numbers)
+    # sums over many indices take longer than their densities
+    replicates = min(FEW_REPLICATES, replicates_for(plan, numbers, trial))
+    return _Candidate(guide, trial, True, numbers, replicates)

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The learned guide: a plate-structured Gaussian, an ordinary Pyro guide."""
+
+import contextlib
+import itertools
+from collections.abc import Mapping, Sequence
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.nn.module import PyroModule, PyroParam
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_mpis._typing import Program
+from pyro_mpis.adaptation.gaussian import Gaussian
+from pyro_mpis.adaptation.layout import Block, Part
+from pyro_mpis.adaptation.log_joint import Pair
+from pyro_mpis.adaptation.natural import antithetic
+from pyro_mpis.adaptation.parametrisation import Place, from_free
+from pyro_mpis.adaptation.tails import TailedNormal
+from pyro_mpis.programs.environment import seeded
+from pyro_mpis.programs.handlers import AllMet, Stop, isolated
+from pyro_mpis.programs.mapped import run_mapped, unwrapped
+
+QUANTILE_DRAWS = 4096
+LARGEST_WIDE = 10  # numbers outside of plates, up to which some are drawn as wide as the prior
+_NUMBERS = itertools.count(1)
+
+
+class AutoPlateNormal(PyroModule):
+    r"""
+    A guide with the model's plates, Gaussian in unconstrained numbers.
+
+    All latents outside of plates are one Gaussian vector with a full covariance matrix; so are, in
+    each element, the latents of the same plates, given those around them. Each vector is computed
+    from a site of standard noise, ``_mpis_noise_0`` and so on, and the model's sites are ``Delta``,
+    as in Pyro's :class:`~pyro.infer.autoguide.AutoContinuous`. So massively parallel importance
+    sampling has one particle index for each set of plates, and every particle of the latents around
+    has particles of its own.
+
+    :meth:`MPImportance.adapt <pyro_mpis.MPImportance.adapt>` makes and fits it. It works in
+    :class:`~pyro.infer.Importance`, :class:`~pyro.infer.Predictive` and :class:`~pyro.infer.SVI`;
+    its state is in ``state_dict()``.
+
+    :cvar nan_is_zero: that densities which are nan count as zero: heavy tails reach where the
+        arguments of the model's distributions overflow.
+    :ivar latents: names of the model's sites that it has.
+    :ivar non_centred: those whose numbers are standardised by the prior's location and scale.
+    """
+
+    nan_is_zero = True
+
+    def __init__(
+        self,
+        model: Program,
+        blocks: Sequence[Block],
+        gaussian: Gaussian,
+        *,
+        non_centred: frozenset[str] = frozenset(),
+        supports: Mapping[str, object],
+        others: Mapping[str, Tensor],
+        tails: bool = True,
+        prior: tuple[Tensor, Tensor] | None = None,
+        name: str = "",
+    ) -> None:
+        name = name or f"AutoPlateNormal_{next(_NUMBERS)}"  # so that no two share parameters
+        super().__init__(name)
+        self._model = (model,)  # in a tuple: its parameters are not the guide's
+        self.blocks = tuple(blocks)
+        self._supports = dict(supports)  # of the sites for which it is always the same
+        self._others = dict(others)
+        self._tails = tails
+        self._prior = prior  # location and sd of the first block's numbers
+        self._pairs: tuple[Pair, ...] = tuple(gaussian.couplings)
+        self.non_centred = non_centred
+        self.latents = tuple(part.name for block in blocks for part in block.parts)
+        dtype = torch.get_default_dtype()
+        for number, (mean, scale) in enumerate(zip(gaussian.means, gaussian.scales, strict=True)):
+            setattr(self, f"loc_{number}", PyroParam(mean.detach().to(dtype)))
+            positive = PyroParam(scale.detach().to(dtype), constraints.lower_cholesky)
+            setattr(self, f"scale_tril_{number}", positive)
+        for (block, around), coupling in gaussian.couplings.items():
+            setattr(self, f"coupling_{block}_{around}", PyroParam(coupling.detach().to(dtype)))
+
+    @property
+    def model(self) -> Program:
+        """The model that it is a guide for."""
+        return self._model[0]
+
+    def with_gaussian(self, gaussian: Gaussian) -> "AutoPlateNormal":
+        """Return a guide that differs in its Gaussian alone."""
+        return AutoPlateNormal(
+            self.model,
+            self.blocks,
+            gaussian,
+            non_centred=self.non_centred,
+            supports=self._supports,
+            others=self._others,
+            tails=self._tails,
+            prior=self._prior,
+            name=self._pyro_name,
+        )
+
+    @property
+    def noise_sites(self) -> tuple[str, ...]:
+        """The names of the noise sites, one of each block."""
+        return tuple(f"_mpis_noise_{block.number}" for block in self.blocks)
+
+    def gaussian(self) -> Gaussian:
+        """Return the Gaussian of the unconstrained numbers."""
+        return Gaussian(
+            [getattr(self, f"loc_{b.number}") for b in self.blocks],
+            [getattr(self, f"scale_tril_{b.number}") for b in self.blocks],
+            {pair: getattr(self, "coupling_{}_{}".format(*pair)) for pair in self._pairs},
+        )
+
+    def forward(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
+        """Sample all of the latents: the guide as a Pyro program."""
+        gaussian = self.gaussian()
+        plates = self._plates()
+        noise = [_padded(self._noise(block, plates), block) for block in self.blocks]
+        values = self._values(gaussian.at(noise), args, kwargs)
+        for block, scale in zip(self.blocks, gaussian.scales, strict=True):
+            log_scale = scale.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+            for number, part in enumerate(block.parts):
+                value, log_derivative = values[part.name]
+                if number == 0:  # of the block's noise: counted at one of its sites
+                    shape = block.shape[len(block.shape) - len(part.batch_shape) :]
+                    log_derivative = log_derivative + (log_scale / part.own_elements).reshape(shape)
+                fn = dist.Delta(value, log_density=-log_derivative, event_dim=part.event_dim)
+                with contextlib.ExitStack() as entered:
+                    for frame in part.frames:
+                        entered.enter_context(plates[frame.name])
+                    pyro.sample(part.name, fn)
+        return {name: value for name, (value, _) in values.items()}
+
+    def _plates(self) -> dict[str, pyro.plate]:
+        """Make the plates of all sites, each once."""
+        frames = {f.name: f for b in self.blocks for part in b.parts for f in part.frames}
+        return {f.name: pyro.plate(f.name, f.size, dim=f.dim) for f in frames.values()}
+
+    def _noise(self, block: Block, plates: Mapping[str, pyro.plate]) -> Tensor:
+        """Sample the standard noise of a block."""
+        zeros = getattr(self, f"loc_{block.number}").detach().new_zeros(block.size)
+        fn = dist.Normal(zeros, 1.0).to_event(1)
+        if self._tails and not block.plates:
+            fn = TailedNormal(zeros, self._wide(block))
+        with contextlib.ExitStack() as entered:
+            for plate in block.plates:
+                entered.enter_context(plates[plate.name])
+            return pyro.sample(self.noise_sites[block.number], fn, infer={"is_auxiliary": True})
+
+    def _wide(self, block: Block) -> tuple[Tensor, Tensor] | None:
+        """Return location and scale of the prior of a block of few numbers, as its noise."""
+        if self._prior is None or block.size > LARGEST_WIDE:
+            return None
+        loc, sd = (part.to(self.loc_0) for part in self._prior)
+        scale = self.scale_tril_0.detach().reshape((block.size, block.size))
+        shift = (loc - self.loc_0.detach()).reshape((block.size, 1))
+        wide = torch.linalg.solve_triangular(
+            scale, torch.cat([shift, torch.diag(sd.flatten())], -1), upper=False
+        )
+        return wide[:, 0], wide[:, 1:]
+
+    def _values(
+        self, numbers: Sequence[Tensor], args: tuple[object, ...], kwargs: Mapping[str, object]
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """
+        Return each site's value and the log derivative of the map to it.
+
+        :param numbers: of each block: ``(*left, *batch dims, D)``.
+        """
+        free: dict[str, Tensor] = {}
+        parts: dict[str, Part] = {}
+        for block, z in zip(self.blocks, numbers, strict=True):
+            free |= block.split(z)
+            parts |= {part.name: part for part in block.parts}
+        values = {
+            name: from_free(support, free[name], parts[name].event_dim)
+            for name, support in self._supports.items()
+            if name not in self.non_centred
+        }
+        missing = set(parts) - set(values)
+        if missing:
+            given = {**self._others, **{name: value for name, (value, _) in values.items()}}
+            place = Place({n: free[n] for n in missing}, self.non_centred, given)
+            with isolated(), contextlib.suppress(AllMet), Stop(missing), place:
+                self.model(*args, **kwargs)
+            for name in missing:
+                values[name] = place.placed[name], place.log_derivatives[name]
+        return values
+
+    def median(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
+        """
+        Return each latent's value at the Gaussian's mean, as Pyro's autoguides do.
+
+        :param args: what the model was called with.
+        """
+        with torch.no_grad():
+            values = self._values(self.gaussian().means, args, kwargs)
+        return {name: value.detach() for name, (value, _) in values.items()}
+
+    def quantiles(
+        self, quantiles: Sequence[float] | Tensor, *args: object, **kwargs: object
+    ) -> dict[str, Tensor]:
+        """
+        Return quantiles of each latent under the guide, of draws that are always the same.
+
+        :param quantiles: probabilities.
+        :param args: what the model was called with.
+        :return: ``{site: (quantiles, *shape)}``.
+        """
+        draws: dict[str, Tensor] = {}
+
+        def at_single_values(numbers: dict[str, Tensor]) -> None:
+            for name, (value, _) in self._values(list(numbers.values()), args, kwargs).items():
+                draws[name] = unwrapped(value).tensor.detach()
+
+        with torch.no_grad(), seeded(0):
+            gaussian = self.gaussian()
+            shapes = [(*block.shape, block.size) for block in self.blocks]
+            numbers = gaussian.at(
+                [antithetic(QUANTILE_DRAWS, s).to(gaussian.means[0]) for s in shapes]
+            )
+            level = {str(number): z for number, z in enumerate(numbers)}
+            run_mapped(at_single_values, [level], patched=True)
+        probabilities = torch.as_tensor(quantiles)
+        return {name: value.quantile(probabilities.to(value), 0) for name, value in draws.items()}
+
+
+def _padded(noise: Tensor, block: Block) -> Tensor:
+    """Give noise the batch dims of all blocks: ``(*left, *batch dims, D)``."""
+    missing = len(block.shape) + 1 - noise.dim()
+    return noise.reshape((*(1,) * missing, *noise.shape)) if missing > 0 else noise

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A standard normal vector with heavy tails along its axes: what globals are proposed from."""
+
+import math
+from typing import Any
+
+import torch
+from pyro.distributions.torch_distribution import TorchDistribution
+from torch import Tensor
+from torch.distributions import constraints
+
+SHARE = 0.25  # of the draws that have a coordinate with heavy tails
+DEGREES, WIDTH = 4.0, 1.3  # of that coordinate's Student's t
+WIDE_SHARE = 0.1  # of the draws from a wide Gaussian, where there is one
+
+
+class TailedNormal(TorchDistribution):
+    r"""
+    Standard normal but for some draws: one coordinate with Student's t, or a wide Gaussian.
+
+    The posterior of the log of a scale has an exponential tail, under which a Gaussian proposal's
+    weights have no variance. A quarter of the draws has one coordinate from Student's t: the
+    density of these is :math:`N(x) D^{-1} \sum_d t(x_d) / N(x_d)`. In few dims a tenth comes from
+    a wide Gaussian, such as the prior, so that a mode far away is not missed for good.
+
+    :param loc: zeros, for the shape: ``(*batch_shape, D)``.
+    :param wide: location and lower triangular scale of the wide Gaussian: ``(D,)``, ``(D, D)``.
+    """
+
+    arg_constraints = {"loc": constraints.real_vector}  # noqa: RUF012
+    support = constraints.real_vector
+    has_rsample = False
+
+    def __init__(
+        self,
+        loc: Tensor,
+        wide: tuple[Tensor, Tensor] | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        self.loc = loc
+        self.wide = wide
+        super().__init__(loc.shape[:-1], loc.shape[-1:], validate_args=validate_args)
+
+    def expand(self, batch_shape: Any, _instance: object = None) -> "TailedNormal":
+        """Return this distribution for another batch shape."""
+        loc = self.loc.expand((*batch_shape, *self.event_shape))
+        return TailedNormal(loc, self.wide, validate_args=False)
+
+    @property
+    def uniform_shape(self) -> torch.Size:
+        """The shape of the uniform numbers that a draw is made of."""
+        return torch.Size([self.event_shape[0] + 3])
+
+    def value_at(self, uniform: Tensor) -> Tensor:
+        """
+        Return the draw at given uniform numbers.
+
+        :param uniform: ``(*draws, D + 3)``: of the normal numbers, of whether one of them has a
+            heavy tail, of which, and of that.
+        """
+        size = self.event_shape[0]
+        normal = torch.special.ndtri(uniform[..., :size])
+        chosen, which, tail = uniform[..., size:].unbind(-1)
+        coordinate = (which * size).long().clamp(max=size - 1)
+        at = torch.nn.functional.one_hot(coordinate, size).bool() & (chosen < SHARE).unsqueeze(-1)
+        value = torch.where(at, _student(tail).unsqueeze(-1), normal)
+        if self.wide is not None:
+            loc, scale = (part.to(value) for part in self.wide)
+            far = loc + (scale @ normal.unsqueeze(-1)).squeeze(-1)
+            value = torch.where((chosen > 1 - WIDE_SHARE).unsqueeze(-1), far, value)
+        return value.to(self.loc.dtype)
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+        """Draw."""
+        shape = (*sample_shape, *self.batch_shape, *self.uniform_shape)
+        uniform = torch.rand(shape, dtype=torch.double, device=self.loc.device)
+        return self.value_at(uniform.clamp(2.0**-54, 1 - 2.0**-53))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log density."""
+        normal = -0.5 * value.square() - 0.5 * math.log(2 * math.pi)
+        scaled = value / WIDTH
+        student = _STUDENT - 0.5 * (DEGREES + 1) * torch.log1p(scaled.square() / DEGREES)
+        tails = (student - normal).logsumexp(-1) + math.log(SHARE / value.shape[-1])
+        normal = normal.sum(-1)
+        if self.wide is None:
+            return normal + torch.logaddexp(torch.full_like(tails, math.log1p(-SHARE)), tails)
+        body = torch.full_like(tails, math.log(1 - SHARE - WIDE_SHARE))
+        loc, scale = self.wide
+        far = torch.distributions.MultivariateNormal(loc, scale_tril=scale, validate_args=False)
+        wide = far.log_prob(value) + math.log(WIDE_SHARE)
+        return torch.logaddexp(normal + torch.logaddexp(body, tails), wide)
+
+
+_STUDENT = (
+    math.lgamma((DEGREES + 1) / 2)
+    - math.lgamma(DEGREES / 2)
+    - 0.5 * math.log(DEGREES * math.pi)
+    - math.log(WIDTH)
+)
+
+
+def _student(uniform: Tensor) -> Tensor:
+    """Return the quantile of Student's t of four degrees of freedom, which has a closed form."""
+    alpha = 4 * uniform * (1 - uniform)
+    root = (alpha.sqrt().clamp(max=1).arccos() / 3).cos() / alpha.sqrt()
+    return WIDTH * 2 * (root - 1).clamp(min=0).sqrt() * (uniform - 0.5).sign()

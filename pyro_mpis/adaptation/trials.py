@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Try a learned guide: runs with fresh particles, their evidences, and the moments of its noise.
+
+How many particles each index gets, and how many runs are worth it, follows from the number of
+densities to evaluate, not from a clock: a seed then fixes the result.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pyro_mpis.adaptation.guide import AutoPlateNormal
+from pyro_mpis.blocks import Replicate, run_plan
+from pyro_mpis.factor_graph.graph import FactorGraph
+from pyro_mpis.factor_graph.source_terms import joint_weights
+from pyro_mpis.particles.drawing import draw_particles
+from pyro_mpis.particles.memory import gc_paused
+from pyro_mpis.particles.proposals import weigh
+from pyro_mpis.planning import Options, Plan, plan_of
+from pyro_mpis.programs.environment import Environment
+from pyro_mpis.programs.runs import Programs
+from pyro_mpis.programs.structure import Structure
+from pyro_mpis.queries import joint_weights_of
+from pyro_mpis.workers import Workers
+
+GLOBALS = 300  # particles of the index outside of plates
+LOCALS = (10, 6, 6)  # of indices in plates, by the number of blocks around them
+CHEAP_EVENT = 4  # numbers of an event that take as long as another density
+OTHERS = 30  # of latents that the guide lacks
+LARGEST_RUN = 3e7  # densities of a run
+WORK = 7e7  # densities of all final runs together
+REPLICATES = (4, 24)
+SMALL_ERROR = 0.02  # of the log evidence, in nats
+LARGE_ESS = 1500.0  # of a trial's particles, over all final runs
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Posterior moments of a block's noise, and the ESS that they rest on."""
+
+    mean: Tensor  # (*batch dims, D)
+    covariance: Tensor  # (*batch dims, D, D)
+    ess: Tensor  # (*batch dims)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Some runs of a guide, each with fresh particles."""
+
+    log_evidences: Tensor  # (runs,), float64
+    noise: dict[int, Noise]  # of the blocks
+    ess: Tensor  # (runs,), of the first block, which has the fewest plates
+
+    @property
+    def log_evidence(self) -> float:
+        """The log of the mean evidence."""
+        return float(self.log_evidences.logsumexp(0)) - math.log(len(self.log_evidences))
+
+    @property
+    def spread(self) -> float:
+        """The sd of the runs' log evidences."""
+        return float(self.log_evidences.std()) if len(self.log_evidences) > 1 else math.inf
+
+
+def numbers_of(guide: AutoPlateNormal, share: float = 1.0) -> dict[str, int]:
+    """
+    Return how many particles to draw of each noise site.
+
+    :param share: of the usual number, for trials.
+    """
+    result = {}
+    for block, name in zip(guide.blocks, guide.noise_sites, strict=True):
+        depth = len({guide.blocks[parent].shape for parent in block.parents})
+        number = GLOBALS if not block.plates else LOCALS[min(max(depth, 1), len(LOCALS)) - 1]
+        result[name] = max(4, round(number * share))
+    return result
+
+
+def work_of(structure: Structure, numbers: Mapping[str, int]) -> float:
+    """Return the number of densities that a run evaluates."""
+    sizes = {
+        index.symbol: index.support or max(numbers.get(name, OTHERS) for name in index.sites)
+        for index in structure.indices
+    }
+    work = 0.0
+    for site in structure.model.values():
+        combinations = math.prod(sizes[s] for s in structure.indices_read(site))
+        densities = structure.elements(replace(site, event_size=1))  # pyro.factor's has none
+        work += combinations * densities * max(1.0, site.event_size / CHEAP_EVENT)
+    return work
+
+
+def fitting(
+    programs: Programs, options: Options, guide: AutoPlateNormal, share: float = 1.0
+) -> tuple[Plan, dict[str, int]]:
+    """Plan a run of a guide, with as many particles as a run is worth; draws random numbers."""
+    programs = replace(programs, guide=guide)
+    numbers = numbers_of(guide, share)
+    plan, _, _ = plan_of(programs, with_numbers(options, numbers))
+    work = work_of(plan.structure, numbers)
+    limit = LARGEST_RUN * share
+    if work > limit:
+        depth = 1 + max(len(block.parents) for block in guide.blocks)
+        factor = (limit / work) ** (1 / depth)
+        numbers = {name: max(4, int(number * factor)) for name, number in numbers.items()}
+        plan, _, _ = plan_of(programs, with_numbers(options, numbers))
+    return plan, numbers
+
+
+def with_numbers(options: Options, numbers: Mapping[str, int]) -> Options:
+    """Return options with numbers of particles of their own for some sites."""
+    return replace(options, num_samples=OTHERS, numbers=dict(numbers))
+
+
+def replicates_for(plan: Plan, numbers: Mapping[str, int], trial: Trial) -> int:
+    """
+    Return how many final runs are worth it: fewer where trial runs agree, or runs take long.
+
+    :param trial: of fewer particles, or as many.
+    """
+    few, many = REPLICATES
+    spread = (trial.spread / SMALL_ERROR) ** 2 if math.isfinite(trial.spread) else many
+    wanted = max(spread, LARGE_ESS / float(trial.ess.median().clamp(min=1)))
+    worth = WORK / max(work_of(plan.structure, numbers), 1.0)
+    return round(min(many, max(few, min(wanted, worth))))
+
+
+Weighted = list[tuple[Tensor, Tensor]]  # of each block: (K, *batch dims), (K, *batch dims, D)
+
+
+class Runs:
+    """
+    Runs of guides of one structure: the first makes all checks of the package, later ones none.
+
+    :param plan: of runs of any such guide.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self._first: Replicate | None = None
+
+    def __call__(self, guide: AutoPlateNormal) -> tuple[Tensor, Weighted | None]:
+        """
+        Run a guide once, with fresh particles; draws random numbers.
+
+        :return: the log evidence; the weights and values of each block's noise, or None where the
+            evidence is zero or the programs ran one by one.
+        """
+        programs = replace(self.plan.programs, guide=guide)
+        # a new environment: an old one keeps the parameters of the guide that last ran in it
+        self.plan = replace(self.plan, programs=programs, environment=Environment())
+        if self._first is not None:
+            return self._again(self._first, guide)
+        total = run_plan(self.plan, _ALONE)
+        self.plan = total.replicate.plan
+        log_p = total.log_evidence.double()
+        if not bool(torch.isfinite(log_p)) or total.traces:
+            return log_p, None
+        reads = total.replicate.reads or {}
+        if len(total.blocks) == 1 and not any(site.switch for site in reads.values()):
+            self._first = total.replicate
+        (weights,) = joint_weights_of([total], _symbols(total.replicate, guide), _ALONE)
+        return log_p, _by_block(guide, total.replicate, total.whole, weights)
+
+    def _again(self, first: Replicate, guide: AutoPlateNormal) -> tuple[Tensor, Weighted | None]:
+        """Run a guide, where it is known what the programs read."""
+        plan = self.plan
+        with plan.environment.entered(), gc_paused(plan.cut.whole):
+            drawn = draw_particles(
+                plan.structure, plan.programs, stratified=plan.options.stratified
+            )
+            particles = weigh(
+                plan.structure, plan.programs, drawn, validate=False, from_factors=False
+            )
+            replicate = replace(first, plan=plan, particles=particles)
+            graph = replicate({})
+            log_p, weights = joint_weights(graph, _symbols(replicate, guide))
+            if not bool(torch.isfinite(log_p)):
+                return log_p.double(), None
+            return log_p.double(), _by_block(guide, replicate, graph, weights)
+
+
+_ALONE = Workers(None, show_progress=False)
+
+
+def _symbols(replicate: Replicate, guide: AutoPlateNormal) -> list[str]:
+    return [replicate.structure.index_of[name].symbol for name in guide.noise_sites]
+
+
+def _by_block(
+    guide: AutoPlateNormal,
+    replicate: Replicate,
+    graph: FactorGraph,
+    weights: Mapping[str, Tensor],
+) -> Weighted:
+    """Bring weights and values of the noise to the layout of the blocks."""
+    parts = []
+    symbols = _symbols(replicate, guide)
+    for block, name, symbol in zip(guide.blocks, guide.noise_sites, symbols, strict=True):
+        plates = graph.tensor_plates(graph.index_plates[symbol])
+        weight = graph.to_batch(weights[symbol], plates, block.shape, left=1)
+        value = replicate.particles.values[name].double()
+        parts.append((weight, value.reshape((len(value), *block.shape, block.size))))
+    return parts
+
+
+def tried(runs: Runs, guide: AutoPlateNormal, number: int) -> Trial:
+    """
+    Run a guide several times; draws random numbers.
+
+    :raises ValueError: if no run finds a combination of positive probability.
+    """
+    found = [runs(guide) for _ in range(number)]
+    log_evidences = torch.stack([log_p.double() for log_p, _ in found])
+    possible = [(log_p, parts) for log_p, parts in found if parts is not None]
+    if not possible:
+        return Trial(log_evidences, {}, torch.zeros(1))
+    shares = torch.stack([log_p.double() for log_p, _ in possible]).softmax(0)
+    noise = {
+        block.number: _pooled(shares, [parts[block.number] for _, parts in possible])
+        for block in guide.blocks
+    }
+    ess = torch.stack([1 / parts[0][0].square().sum(0).max() for _, parts in possible])
+    return Trial(log_evidences, noise, ess)
+
+
+def _pooled(shares: Tensor, runs: Sequence[tuple[Tensor, Tensor]]) -> Noise:
+    """
+    Pool the weights of several runs, and take moments.
+
+    :param runs: weights and values of each: ``(K, *batch dims)``, ``(K, *batch dims, D)``.
+    """
+    weight = torch.cat([share * weight for share, (weight, _) in zip(shares, runs, strict=True)])
+    value = torch.cat([value for _, value in runs])
+    mean = (weight.unsqueeze(-1) * value).sum(0)
+    centred = value - mean
+    covariance = torch.einsum("k...,k...d,k...e->...de", weight, centred, centred)
+    return Noise(mean, covariance, 1 / weight.square().sum(0))
+
+
+def matched(guide: AutoPlateNormal, noise: Mapping[int, Noise]) -> AutoPlateNormal:
+    """
+    Move a guide to the posterior moments of its noise, as far as their ESS can be trusted.
+
+    :param noise: of the blocks to be moved.
+    """
+    gaussian = guide.gaussian()
+    shifts, scales = [], []
+    for block, mean, scale in zip(guide.blocks, gaussian.means, gaussian.scales, strict=True):
+        if block.number not in noise:
+            shifts.append(torch.zeros_like(mean))
+            scales.append(scale)
+            continue
+        moments = noise[block.number]
+        ess, size = moments.ess.unsqueeze(-1), block.size
+        shifts.append((ess / (ess + size + 2) * moments.mean).to(mean))
+        if size <= LARGEST_MATCHED:
+            trust = (ess / (ess + size * (size + 1) + 4)).unsqueeze(-1)
+            unit = torch.eye(size, dtype=torch.double)
+            covariance = trust * moments.covariance + (1 - trust) * unit
+            scale = scale @ torch.linalg.cholesky(covariance).to(scale)
+        scales.append(scale)
+    moved = replace(gaussian, means=gaussian.at(shifts), scales=scales)
+    return guide.with_gaussian(moved)
+
+
+LARGEST_MATCHED = 20  # numbers of a block, above which its covariance is left as it is

@@ -1,0 +1,357 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Which elements of masked latents are read by something that no mask hides, and what follows.
+
+The model runs once more, mapped over **slots**. In each, some masked elements are changed: if no
+density that counts differs, nothing reads them. First all are changed together, which settles
+padded sequences; then those of one site after the other; then elements by the bits of their
+numbers, so that a density which reads one element tells which; then what is left, one by one. All
+this is done at several values of the latents (**rows**), and elements are changed to several
+**others**: nan, random values, each value of a finite support.
+"""
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+
+import pyro
+import torch
+from pyro.ops.provenance import detach_provenance
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from pyro_mpis._typing import Distribution, SampleMessage
+from pyro_mpis.particles.probes import PROBE_ELEMENTS, differs_from, num_bits
+from pyro_mpis.programs.mapped import log_prob_of
+from pyro_mpis.programs.masks import Masks, mask_of, taken_apart, unmasked, widened
+from pyro_mpis.programs.messages import (
+    batch_shape_of,
+    counted,
+    is_delta,
+    is_latent,
+    is_silent,
+    statements,
+)
+from pyro_mpis.programs.runs import NotMappableError, Programs, Wanted, evaluate, run_at
+from pyro_mpis.programs.structure import Structure
+
+MORE_ROWS = 2  # values of the latents besides those of the plain run
+RANDOM = 3  # random values that an element is changed to
+MAX_SUPPORT = 16  # values of a support that are all tried
+
+
+def find_masks(
+    programs: Programs, structure: Structure, guide_trace: Trace, model_trace: Trace
+) -> Masks:
+    """
+    Find how the masks of latents count.
+
+    :param guide_trace: of a plain run, as is ``model_trace``.
+    """
+    seen = masks_seen(model_trace)
+    if not seen or structure.obstacle is not None:  # masks differ from particle to particle
+        return Masks()
+    unread = unread_elements(programs, statements(model_trace), seen, mapped=True)
+    lifted, left_out, not_proposed = {}, {}, {}
+    guide_sites, model_sites = statements(guide_trace), statements(model_trace)
+    for name, elements in unread.items():
+        site = model_sites[name]
+        drawn = _drawn_for(structure, name)
+        if drawn is not None and batch_shape_of(guide_sites[drawn]["fn"]) == batch_shape_of(
+            site["fn"]
+        ):
+            dims = taken_apart(site["fn"]).event_dims
+            left = elements.flatten(-dims).all(-1) if dims else elements
+            if drawn != name:
+                left = _by_index_element(structure, drawn, left)
+                not_proposed[drawn] = left
+            left_out[name] = not_proposed[name] = left
+            elements = elements & ~widened(left, dims)
+        lifted[name] = elements
+    return Masks(seen, lifted, left_out, not_proposed)
+
+
+def masks_seen(model_trace: Trace) -> dict[str, Tensor]:
+    """Return the masks of a model's latents, True where they count; none of ``Delta`` sites."""
+    result = {}
+    for name, site in statements(model_trace).items():
+        if is_latent(site) and isinstance(site["value"], Tensor):
+            mask = None if is_delta(site["fn"]) else mask_of(site)
+            if mask is not None:
+                result[name] = detach_provenance(mask)
+    return result
+
+
+def _drawn_for(structure: Structure, name: str) -> str | None:
+    """
+    Return the random site of the guide whose proposal can be left out with a latent.
+
+    None where the latent is not the guide's, or where the guide computes something else from it.
+    """
+    origin = structure.origins[name]
+    if origin not in ("guide", "guide_delta"):
+        return None
+    drawn = name
+    if origin == "guide_delta":
+        sources = structure.guide[name].reads
+        if len(sources) != 1:
+            return None
+        (drawn,) = sources
+    if drawn not in structure.index_of:
+        return None
+    members = set(structure.index_of[drawn].sites) - {drawn}
+    others = (members | {*structure.carried, *structure.guide_factors}) - {name}
+    if any(drawn in structure.guide[other].reads for other in others):
+        return None
+    return drawn
+
+
+def _by_index_element(structure: Structure, name: str, left: Tensor) -> Tensor:
+    """Return what is left out of all batch elements that share an element of an index."""
+    held = {structure.plates[symbol].dim for symbol in structure.index_of[name].plates}
+    for dim in range(-left.dim(), 0):
+        if dim not in held:
+            left = left.all(dim, keepdim=True).expand(left.shape)
+    return left
+
+
+def masks_at(programs: Programs, guide_trace: Trace, model_trace: Trace) -> Masks:
+    """
+    Find how masks count at one particle of ordinary importance sampling.
+
+    A site that the guide draws is left out alone: its density is a factor of its own.
+
+    :param programs: with the masks of the plain run, which count if the particle has the same.
+    """
+    seen, known = masks_seen(model_trace), programs.masks.seen
+    same = all(n in known and torch.equal(mask, known[n]) for n, mask in seen.items())
+    if same:
+        return programs.masks
+    guide_sites, model_sites = statements(guide_trace), statements(model_trace)
+    unread = unread_elements(programs, model_sites, seen, mapped=False)
+    computed = any(is_delta(s["fn"]) or s["is_observed"] for s in guide_sites.values())
+    lifted, left_out = dict(unread), {}
+    for name, elements in unread.items():
+        own = guide_sites.get(name)
+        fn = model_sites[name]["fn"]
+        if own is not None and not computed and batch_shape_of(own["fn"]) == batch_shape_of(fn):
+            dims = taken_apart(fn).event_dims
+            left_out[name] = elements.flatten(-dims).all(-1) if dims else elements
+            lifted[name] = elements & ~widened(left_out[name], dims)
+    return Masks(seen, lifted, left_out, left_out)
+
+
+def unread_elements(
+    programs: Programs,
+    sites: Mapping[str, SampleMessage],
+    seen: Mapping[str, Tensor],
+    *,
+    mapped: bool,
+) -> dict[str, Tensor]:
+    """
+    Return where latents are masked, and no density that counts reads them.
+
+    :param sites: the model's, of a plain run.
+    :param seen: their masks, False where masked.
+    :param mapped: whether to run many values at once, at several values of all latents; otherwise
+        at those of the plain run alone.
+    """
+    state = pyro.util.get_rng_state()
+    try:
+        with pyro.validation_enabled(False):
+            pyro.set_rng_seed(0)  # what is found is not to depend on the draws
+            for with_nan in (True, False):
+                try:
+                    return _unread(_probe_of(programs, sites, seen, mapped, with_nan), seen)
+                except (NotMappableError, ValueError, RuntimeError):
+                    continue  # nan makes some models fail
+    finally:
+        pyro.util.set_rng_state(state)
+    return {name: torch.zeros_like(mask) for name, mask in seen.items()}  # for all we know
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """A model, and the values that its latents are changed from and to."""
+
+    programs: Programs
+    rows: Mapping[str, Tensor]  # of all latents: (rows, *shape)
+    others: Mapping[str, Tensor]  # of the masked ones: (others, *shape)
+    counting: tuple[str, ...]  # sites with a density
+    largest: int  # number of elements of the largest density
+    mapped: bool
+
+    def changed(self, patterns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """
+        Return which entries of each density differ if some elements are changed.
+
+        :param patterns: ``(patterns, *inner batch shape)`` of masked sites.
+        :return: ``(patterns, entries)``.
+        """
+        number = len(next(iter(patterns.values())))
+        num_rows = len(next(iter(self.rows.values())))
+        num_others = len(next(iter(self.others.values())))
+        step = max(1, PROBE_ELEMENTS // (num_rows * num_others * self.largest))
+        plain = self._log_probs(self.rows)
+        parts: dict[str, list[Tensor]] = {name: [] for name in self.counting}
+        for start in range(0, number, step):
+            count = min(step, number - start)
+            lead = (count, num_others, num_rows)
+            values = {}
+            for name, row in self.rows.items():
+                value = row.expand((*lead, *row.shape[1:]))
+                if name in patterns:
+                    pattern = patterns[name][start : start + count]
+                    pattern = widened(pattern, row.dim() - pattern.dim())
+                    other = self.others[name].unsqueeze(1)
+                    value = torch.where(pattern[:, None, None], other, value)
+                values[name] = value.flatten(0, 2)
+            for name, log_prob in self._log_probs(values).items():
+                log_prob = log_prob.reshape((*lead, -1))
+                differs = differs_from(log_prob, plain[name].reshape((num_rows, -1)))
+                parts[name].append(differs.any(2).any(1))
+        return {name: torch.cat(part) for name, part in parts.items()}
+
+    def _log_probs(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Evaluate the densities as they count: ``(slots, *batch shape)``."""
+        number = len(next(iter(values.values())))
+        for patched in (False, True) if self.mapped else ():
+            programs = replace(self.programs, patched=patched, masks=Masks())
+            collect = dict.fromkeys(self.counting, _counted)
+            try:
+                _, said = evaluate(
+                    programs, [dict(values)], model=Wanted(collect, frozenset(collect)), shapes={}
+                )
+            except NotMappableError:
+                continue
+            return {
+                name: tensor if parts["log_prob"].levels else tensor.expand((number, *tensor.shape))
+                for name, parts in said.items()
+                for tensor in (parts["log_prob"].tensor,)
+            }
+        rows: dict[str, list[Tensor]] = {name: [] for name in self.counting}
+        for slot in range(number):
+            at = {name: value[slot] for name, value in values.items()}
+            sites = statements(run_at(replace(self.programs, masks=Masks()), "model", at))
+            for name, row in rows.items():
+                if name not in sites:
+                    raise ValueError(f"site '{name}' is met in some runs only")
+                row.append(_counted(sites[name], {})["log_prob"])
+        return {name: torch.stack(row) for name, row in rows.items()}
+
+
+def _counted(site: SampleMessage, _: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {"log_prob": counted(site, log_prob_of(site["fn"], site["value"]))}
+
+
+def _probe_of(
+    programs: Programs,
+    sites: Mapping[str, SampleMessage],
+    masked: Collection[str],
+    mapped: bool,
+    with_nan: bool,
+) -> _Probe:
+    latents = {n: s for n, s in sites.items() if is_latent(s) and not is_delta(s["fn"])}
+    supports = {name: _support(site) for name, site in latents.items()}
+    most = max([0, *(len(support) for support in supports.values() if support is not None)])
+    others = {}
+    num_others = RANDOM + max(1, most)
+    num_rows = 1 + max(MORE_ROWS, most) if mapped else 1
+    rows = {}
+    for name, site in latents.items():
+        value, support = detach_provenance(site["value"]), supports[name]
+        if support is None:
+            drawn = _redrawn(site["fn"], value, num_others + num_rows)
+        else:
+            drawn = support[torch.arange(num_others + num_rows) % len(support)]
+        rows[name] = torch.cat([value.unsqueeze(0), drawn[: num_rows - 1]])
+        if name in masked:
+            others[name] = drawn[num_rows:].clone()
+            if support is None and with_nan and value.is_floating_point():
+                others[name][0] = math.nan
+    counting = tuple(
+        name
+        for name, site in sites.items()
+        if not is_silent(site) and not (is_latent(site) and is_delta(site["fn"]))
+    )
+    largest = max(batch_shape_of(sites[name]["fn"]).numel() for name in counting)
+    largest = max([largest, *(value[0].numel() for value in rows.values())])
+    return _Probe(programs, rows, others, counting, largest, mapped)
+
+
+def _support(site: SampleMessage) -> Tensor | None:
+    """Return the values of a small finite support, of the shape of the site's value."""
+    fn, value = unmasked(site["fn"]), detach_provenance(site["value"])
+    if not getattr(fn, "has_enumerate_support", False):
+        return None
+    try:
+        with torch._C.DisableTorchFunctionSubclass():
+            support = fn.enumerate_support(expand=False)
+    except (NotImplementedError, RuntimeError):
+        return None
+    support = support.reshape((len(support), *(1,) * (value.dim() - fn.event_dim), *fn.event_shape))
+    return support.expand((-1, *value.shape)) if len(support) <= MAX_SUPPORT else None
+
+
+def _redrawn(fn: Distribution, value: Tensor, number: int) -> Tensor:
+    """Return other values of a latent: random ones, or steps where none can be drawn."""
+    try:
+        with torch._C.DisableTorchFunctionSubclass():
+            drawn = [detach_provenance(unmasked(fn)()) for _ in range(number)]
+        return torch.stack([one.expand(value.shape) for one in drawn]).detach()
+    except (NotImplementedError, RuntimeError, ValueError):
+        steps = torch.arange(1, number + 1).to(value.device, value.dtype)
+        return value.detach() + steps.reshape((-1,) + (1,) * value.dim())
+
+
+def _unread(probe: _Probe, seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Find what nothing reads: together, site by site, then element by element."""
+    result = {name: ~mask for name, mask in seen.items()}
+    hidden = [name for name, masked in result.items() if bool(masked.any())]
+    if not hidden or not _any(probe.changed({name: result[name][None] for name in hidden})):
+        return result
+    for name in hidden:
+        if len(hidden) > 1 and not _any(probe.changed({name: result[name][None]})):
+            continue
+        result[name] = result[name] & ~_read_elements(probe, name, result[name])
+    return result
+
+
+def _any(changed: Mapping[str, Tensor]) -> bool:
+    return any(bool(entries.any()) for entries in changed.values())
+
+
+def _read_elements(probe: _Probe, name: str, masked: Tensor) -> Tensor:
+    """Return which of a site's masked elements are read."""
+    elements = masked.flatten().nonzero().squeeze(1)  # in the order of their numbers
+    count = len(elements)
+    if count == 1:
+        return masked
+    bits = num_bits(count)
+    numbers = torch.arange(count, device=masked.device)
+    is_set = numbers.bitwise_right_shift(torch.arange(bits, device=masked.device)[:, None]) & 1
+    code = torch.cat([is_set.bool(), ~is_set.bool()])  # (2 bits, elements)
+    changed = probe.changed({name: _pattern(masked, elements, code)})
+    together = torch.cat(list(changed.values()), 1)  # (2 bits, entries)
+    together = together.unique(dim=1)
+    single = (together[:bits] ^ together[bits:]).all(0)
+    weights = 2 ** torch.arange(bits, device=masked.device)
+    read = torch.zeros(count, dtype=torch.bool, device=masked.device)
+    read[(together[:bits, single].long() * weights[:, None]).sum(0)] = True
+    possible = torch.zeros_like(read)
+    for entry in together[:, ~single].unbind(1):
+        possible |= (entry[:, None] | ~code).all(0)
+    alone = (possible & ~read).nonzero().squeeze(1)
+    if len(alone):
+        changed = probe.changed({name: _pattern(masked, elements[alone], torch.eye(len(alone)))})
+        read[alone] = torch.cat(list(changed.values()), 1).any(1)
+    result = torch.zeros_like(masked).flatten()
+    result[elements[read]] = True
+    return result.reshape(masked.shape)
+
+
+def _pattern(masked: Tensor, elements: Tensor, code: Tensor) -> Tensor:
+    """Lay out which elements are changed: ``(patterns, *shape)``."""
+    result = masked.new_zeros((len(code), masked.numel()))
+    result[:, elements] = code.to(masked.device).bool()
+    return result.reshape((len(code), *masked.shape))

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Where jobs run: here, or where an executor sends them.
+
+A job is a :func:`functools.partial` of a function and of what it needs: programs, data and
+particles, which many jobs have in common, and a block or a seed of its own. An executor gets one
+task for each of its workers, with that worker's share of the jobs. A task is pickled as one object,
+so what its jobs have in common is in it once, and travels once to a worker.
+"""
+
+import ctypes
+import itertools
+import os
+import platform
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+from tqdm.auto import tqdm
+
+from pyro_mpis.programs import turns
+
+Result = TypeVar("Result")
+Item = TypeVar("Item")
+Job = Callable[[], Result]
+
+# Options of glibc's mallopt, and its own upper bound and default of the second.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_LARGEST_MMAP_THRESHOLD, _DEFAULT_MMAP_THRESHOLD = 2**25, 2**17
+_KEPT = 2**28  # bytes that stay with a process between two tensors
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Where jobs run: here, one after the other, or where an executor sends them."""
+
+    executor: Executor | None = None
+    show_progress: bool = True
+
+    def sends(self, number: int) -> bool:
+        """Whether this number of jobs is sent away."""
+        return self.executor is not None and number > 1
+
+    def run(self, jobs: Sequence[Job[Result]]) -> list[Result]:
+        """Run jobs and return their results in order; shows a bar in a terminal."""
+        if self.executor is None or len(jobs) == 1:
+            return [job() for job in self._progress(jobs)]
+        tasks = dealt(jobs, number_of_workers(self.executor) or len(jobs))
+        with warnings.catch_warnings():
+            # Dask's advice for data that are sent with many tasks
+            warnings.filterwarnings("ignore", message="Sending large graph", category=UserWarning)
+            with turns.lent():
+                futures = [self.executor.submit(in_turn, task) for task in tasks]
+                done = [future.result() for future in self._progress(futures)]
+        return [result for results in done for result in results]
+
+    def _progress(self, items: Sequence[Item]) -> Iterable[Item]:
+        disable = None if self.show_progress and len(items) > 1 else True  # None: in a terminal
+        bar: Iterable[Item] = tqdm(items, desc="blocks", disable=disable, leave=False)
+        return bar
+
+
+def number_of_workers(executor: Executor) -> int | None:
+    """
+    Return how many processes (or threads) an executor has for jobs; None if it does not say.
+
+    Dask's threads of one process count once, since jobs take turns there.
+    """
+    client = getattr(executor, "_client", None)
+    if client is not None:
+        return len(client.nthreads()) or None
+    for name in ("_max_workers", "num_workers"):  # concurrent.futures and loky; mpi4py
+        number = getattr(executor, name, None)
+        if isinstance(number, int) and number > 0:
+            return number
+    return None
+
+
+def dealt(jobs: Sequence[Job[Result]], number: int) -> list[tuple[Job[Result], ...]]:
+    """Deal jobs into at most ``number`` tasks, in order and as even as can be."""
+    number = min(number, len(jobs))
+    ends = [len(jobs) * step // number for step in range(number + 1)]
+    return [tuple(jobs[start:end]) for start, end in itertools.pairwise(ends)]
+
+
+def in_turn(jobs: Sequence[Job[Result]]) -> list[Result]:
+    """
+    Run jobs one after the other, while no other thread of this process runs any.
+
+    Pyro's handlers and parameters and torch's generator are those of a process: threads, which
+    Dask's workers have several of too, would act on each other's programs.
+    """
+    with turns.job(), _memory_kept():
+        return [job() for job in jobs]
+
+
+@contextmanager
+def _memory_kept() -> Iterator[None]:
+    """
+    Let the process keep freed memory between tensors; give it back at the end.
+
+    Dask starts its workers with ``MALLOC_TRIM_THRESHOLD_``: glibc then returns each tensor's memory
+    to the system at once, which clears and maps it anew, page by page, for the next one. That took
+    as long as the computation.
+    """
+    asked = os.environ.get("MALLOC_TRIM_THRESHOLD_", "")
+    if not asked.isdigit() or platform.libc_ver()[0] != "glibc":
+        yield
+        return
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
+    libc.mallopt(_TRIM_THRESHOLD, _KEPT)
+    try:
+        yield
+    finally:
+        libc.mallopt(_TRIM_THRESHOLD, int(asked))
+        libc.mallopt(_MMAP_THRESHOLD, _DEFAULT_MMAP_THRESHOLD)
+        libc.malloc_trim(0)

@@ -1,0 +1,507 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The learned proposal: its parts against brute force, then as a whole against known answers."""
+
+import copy
+import math
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from statistics import NormalDist
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import SVI, Importance, Predictive, Trace_ELBO
+from pyro.optim import Adam  # type: ignore[attr-defined]
+from torch import Tensor
+
+from pyro_mpis import MPImportance, MPISWarning
+from pyro_mpis.adaptation import adapting
+from pyro_mpis.adaptation.adapting import started
+from pyro_mpis.adaptation.gaussian import Gaussian, eliminated
+from pyro_mpis.adaptation.guide import AutoPlateNormal
+from pyro_mpis.adaptation.layout import Block, by_site
+from pyro_mpis.adaptation.log_joint import LogJoint, Pair
+from pyro_mpis.adaptation.moments import flattened, matched_by_moments
+from pyro_mpis.adaptation.start import Start
+from pyro_mpis.adaptation.tails import TailedNormal
+from pyro_mpis.adaptation.trials import Runs, tried
+from pyro_mpis.planning import Options
+from pyro_mpis.programs.messages import statements
+
+DATA = torch.tensor([0.3, 1.2, -0.4, 2.0, 0.9])
+FALSE_ALARM = 1e-5
+
+
+def normals() -> None:
+    """Normal means of a plate: the evidence has a closed form."""
+    m = pyro.sample("m", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", 5):
+        x = pyro.sample("x", dist.Normal(m, 1.0))
+        pyro.sample("y", dist.Normal(x, 0.5), obs=DATA)
+
+
+COVARIANCE = 1.25 * torch.eye(5) + torch.ones(5, 5)
+LOG_EVIDENCE = float(dist.MultivariateNormal(torch.zeros(5), COVARIANCE).log_prob(DATA))
+MEAN = float(torch.ones(5) @ torch.linalg.solve(COVARIANCE, DATA))
+
+
+def nested() -> None:
+    """Plates in plates, with vectors, positive sites and a mask."""
+    mu = pyro.sample("mu", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    tau = pyro.sample("tau", dist.HalfNormal(torch.tensor(1.0)))
+    with pyro.plate("i", 3, dim=-2):
+        a = pyro.sample("a", dist.Normal(mu, tau).to_event(1))
+        s = pyro.sample("s", dist.Gamma(2.0, 1.0))
+        with pyro.plate("j", 2, dim=-1):
+            b = pyro.sample("b", dist.Normal(a[..., 0] - a[..., 1], s))
+            data = torch.tensor([[0.5, 1.0], [-1.0, 0.3], [2.0, 0.0]])
+            seen = torch.tensor([[True, False], [True, True], [True, True]])
+        with poutine.mask(mask=seen):  # type: ignore[call-overload]
+            pyro.sample("y", dist.Normal(b, 0.7), obs=data)
+
+
+def start(model: Callable[..., object]) -> Start:
+    pyro.set_rng_seed(0)
+    return started(model, (), {}, Options(num_samples=2))
+
+
+def log_joint(begin: Start, non_centred: frozenset[str] = frozenset()) -> LogJoint:
+    return LogJoint(
+        begin.programs,
+        begin.structure,
+        begin.blocks,
+        non_centred,
+        begin.supports,
+        begin.others,
+    )
+
+
+def points(blocks: tuple[Block, ...], number: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(number, *block.shape, block.size) for block in blocks]
+    return [0.5 * torch.randn(s, generator=generator, dtype=torch.double) for s in shapes]
+
+
+# --- the log joint and its derivatives
+
+
+@pytest.mark.parametrize("non_centred", [frozenset(), frozenset({"a", "b"})])
+def test_log_joint_is_that_of_a_trace(non_centred: frozenset[str]) -> None:
+    """Densities of an ordinary run at the same values, and Jacobians by autograd."""
+    begin = start(nested)
+    at = points(begin.blocks, 3)
+    found = log_joint(begin, non_centred)(at)
+    for point in range(3):
+        numbers: dict[str, Tensor] = {}
+        for block, z in zip(begin.blocks, at, strict=True):
+            numbers |= block.split(z[point])
+        mu, tau = numbers["mu"], numbers["tau"].exp()
+        a, s, b = numbers["a"], numbers["s"].exp(), numbers["b"]
+        log_jacobian = numbers["tau"].sum() + numbers["s"].sum()
+        if non_centred:
+            a = mu + tau * a
+            b = (a[..., 0] - a[..., 1]) + s * b
+            log_jacobian = log_jacobian + 6 * tau.log() + 2 * s.log().sum()
+        values = {"mu": mu, "tau": tau, "a": a, "s": s, "b": b}
+        trace = poutine.trace(poutine.condition(nested, data=values)).get_trace()
+        expected = trace.log_prob_sum() + log_jacobian
+        assert float(found[point]) == pytest.approx(float(expected), abs=1e-4)
+
+
+@pytest.mark.parametrize("non_centred", [frozenset(), frozenset({"a", "b"})])
+def test_gradient_and_hessian_are_those_of_the_dense_matrix(non_centred: frozenset[str]) -> None:
+    begin = start(nested)
+    at = points(begin.blocks, 2)
+    found = log_joint(begin, non_centred).derivatives(at)
+    shapes = [z.shape[1:] for z in at]
+    sizes = [shape.numel() for shape in shapes]
+
+    def of_flat(flat: Tensor) -> Tensor:
+        parts = flat.split(sizes)
+        zs = [p.reshape((1, *shape)) for p, shape in zip(parts, shapes, strict=True)]
+        return log_joint(begin, non_centred)(zs).sum()
+
+    flats = [torch.cat([z[n].flatten() for z in at]) for n in range(2)]
+    gradients = [torch.autograd.functional.jacobian(of_flat, flat) for flat in flats]
+    hessians = [torch.autograd.functional.hessian(of_flat, flat) for flat in flats]
+    gradient = (gradients[0] + gradients[1]) / 2
+    hessian = (hessians[0] + hessians[1]) / 2
+    starts = [sum(sizes[:n]) for n in range(len(sizes))]
+    for block in begin.blocks:
+        part = gradient[starts[block.number] :][: sizes[block.number]]
+        assert torch.allclose(found.gradient[block.number].flatten(), part, atol=1e-4)
+        for around in (*block.parents, block.number):
+            other = begin.blocks[around]
+            rows = hessian[starts[block.number] :][: sizes[block.number]]
+            dense = rows[:, starts[around] :][:, : sizes[around]]
+            dense = dense.reshape((block.elements, block.size, other.elements, other.size))
+            # the element of the other block that each element of this one is in
+            numbers = torch.arange(other.elements).reshape(other.shape).expand(block.shape)
+            mine = torch.arange(block.elements)
+            expected = dense[mine, :, numbers.flatten(), :]
+            rows_found = found.hessian[block.number, around]
+            assert torch.allclose(rows_found.reshape(expected.shape), expected, atol=1e-3)
+
+
+def hidden_states() -> None:
+    mu = pyro.sample("mu", dist.Normal(torch.tensor([0.0, 2.0]), 1.0).to_event(1))
+    stay = pyro.sample("stay", dist.Beta(4.0, 2.0))
+    z = torch.tensor(0.0)
+    for step, y in enumerate([0.1, 1.8, 2.2, -0.2]):
+        z = pyro.sample(f"z{step}", dist.Bernoulli(torch.where(z == 1, stay, 1 - stay)))
+        pyro.sample(
+            f"y{step}", dist.Normal(torch.where(z == 1, mu[1], mu[0]), 0.5), obs=y * torch.ones(())
+        )
+
+
+def by_hand(mu: Tensor, stay: Tensor) -> Tensor:
+    """The likelihood of ``hidden_states``, summed over all sequences of states."""
+    total = []
+    for number in range(16):
+        states = [0, *(number >> step & 1 for step in range(4))]
+        log_p = torch.zeros(())
+        for step, y in enumerate([0.1, 1.8, 2.2, -0.2]):
+            one = stay if states[step] else 1 - stay
+            log_p = log_p + (one if states[step + 1] else 1 - one).log()
+            log_p = log_p + dist.Normal(mu[states[step + 1]], 0.5).log_prob(torch.tensor(y))
+        total.append(log_p)
+    return torch.stack(total).logsumexp(0)
+
+
+def test_states_are_marked_and_summed() -> None:
+    begin = start(hidden_states)
+    assert set(begin.supports) == {"z0", "z1", "z2", "z3"}
+    at = points(begin.blocks, 3)
+    joint = log_joint(begin)
+    found = joint(at)
+    (block,) = begin.blocks
+
+    def expected_at(z: Tensor) -> Tensor:
+        numbers = block.split(z)
+        stay = numbers["stay"].sigmoid()
+        prior = dist.Normal(torch.tensor([0.0, 2.0]), 1.0).log_prob(numbers["mu"]).sum()
+        prior = prior + dist.Beta(4.0, 2.0).log_prob(stay) + (stay * (1 - stay)).log()
+        total: Tensor = by_hand(numbers["mu"], stay) + prior
+        return total
+
+    expected = torch.stack([expected_at(z) for z in at[0]])
+    assert torch.allclose(found, expected.double(), atol=1e-4)
+    hessians = [torch.autograd.functional.hessian(expected_at, z.reshape(3)) for z in at[0]]
+    expected_hessian = torch.stack(hessians).mean(0)
+    assert torch.allclose(joint.derivatives(at).hessian[0, 0], expected_hessian, atol=1e-3)
+
+
+# --- the Gaussian
+
+
+def test_eliminated_precision_is_the_inverse_of_the_dense_one() -> None:
+    begin = start(nested)
+    blocks = begin.blocks
+    generator = torch.Generator().manual_seed(2)
+    pairs = [(b.number, a) for b in blocks for a in (*b.parents, b.number)]
+    precision: dict[Pair, Tensor] = {}
+    for b, a in pairs:
+        shape = (*blocks[b].shape, blocks[b].size, blocks[a].size)
+        part = 0.3 * torch.randn(shape, generator=generator, dtype=torch.double)
+        if a == b:
+            part = part @ part.mT + 4 * torch.eye(blocks[b].size)
+        precision[b, a] = part
+    sizes = [block.elements * block.size for block in blocks]
+    starts = [sum(sizes[:n]) for n in range(len(sizes))]
+    dense = torch.zeros(sum(sizes), sum(sizes), dtype=torch.double)
+    for (b, a), part in precision.items():
+        mine, other = blocks[b], blocks[a]
+        part = part.reshape((mine.elements, mine.size, other.size))
+        numbers = torch.arange(other.elements).reshape(other.shape).expand(mine.shape).flatten()
+        for element in range(mine.elements):
+            row = starts[b] + element * mine.size
+            column = starts[a] + int(numbers[element]) * other.size
+            dense[row : row + mine.size, column : column + other.size] = part[element]
+            dense[column : column + other.size, row : row + mine.size] = part[element].mT
+    covariance = torch.linalg.inv(dense)
+    sds = [torch.ones((*block.shape, block.size), dtype=torch.double) for block in blocks]
+    made = eliminated(blocks, precision, sds)
+    gradient = [torch.randn(sd.shape, generator=generator, dtype=torch.double) for sd in sds]
+    step, _ = made.solve(gradient)
+    flat = torch.cat([g.flatten() for g in gradient])
+    assert torch.allclose(torch.cat([s.flatten() for s in step]), covariance @ flat)
+    gaussian = Gaussian(sds, made.scales(), made.couplings)
+    noise = torch.randn((200_000, sum(sizes)), generator=generator, dtype=torch.double)
+    parts = noise.split(sizes, -1)
+    draws = gaussian.at([p.reshape((-1, *sd.shape)) for p, sd in zip(parts, sds, strict=True)])
+    together = torch.cat([d.reshape((len(noise), -1)) for d in draws], -1)
+    assert torch.allclose(together.T.cov(), covariance, atol=6 * float(covariance.max()) / 447)
+    log_det = torch.linalg.slogdet(covariance).logabsdet
+    expected = 0.5 * float(log_det) + 0.5 * sum(sizes) * (1 + math.log(2 * math.pi))
+    assert gaussian.entropy() == pytest.approx(expected)
+
+
+def test_a_tailed_normal_integrates_to_one_and_draws_from_its_density() -> None:
+    fn = TailedNormal(torch.zeros(2, dtype=torch.double))
+    grid = torch.linspace(-60, 60, 2401, dtype=torch.double)
+    density = fn.log_prob(torch.cartesian_prod(grid, grid)).exp()
+    assert float(density.sum()) * 0.05**2 == pytest.approx(1.0, abs=1e-4)
+    pyro.set_rng_seed(0)
+    draws = fn.sample((100_000,))
+    for bound in (0.5, 2.0, 4.0):  # of a coordinate: three quarters and half a quarter are normal
+        t = float(
+            (dist.StudentT(torch.tensor(4.0)).sample((2_000_000,)).abs() * 1.3 > bound)
+            .double()
+            .mean()
+        )
+        expected = 0.875 * 2 * NormalDist().cdf(-bound) + 0.125 * t
+        share = float((draws[:, 0].abs() > bound).double().mean())
+        sd = math.sqrt(expected * (1 - expected) * (1 / 100_000 + 0.125**2 / 2_000_000))
+        assert abs(share - expected) < -NormalDist().inv_cdf(FALSE_ALARM / 6) * sd
+
+
+def test_a_tenth_of_a_tailed_normal_is_wide() -> None:
+    loc = torch.tensor([3.0, -2.0], dtype=torch.double)
+    scale = torch.tensor([[2.0, 0.0], [1.0, 4.0]], dtype=torch.double)
+    fn = TailedNormal(torch.zeros(2, dtype=torch.double), (loc, scale))
+    grid = torch.linspace(-60, 60, 2401, dtype=torch.double)
+    density = fn.log_prob(torch.cartesian_prod(grid, grid)).exp()
+    assert float(density.sum()) * 0.05**2 == pytest.approx(1.0, abs=1e-4)
+    pyro.set_rng_seed(0)
+    draws = fn.sample((100_000,))
+    limit = NormalDist().inv_cdf(1 - FALSE_ALARM / 4)
+    z = (draws.mean(0) - 0.1 * loc) / (draws.std(0) / math.sqrt(100_000))
+    assert bool((z.abs() < limit).all())
+    expanded = fn.expand((5, 3))
+    assert torch.allclose(
+        expanded.log_prob(draws[:15].reshape(5, 3, 2)).flatten(), fn.log_prob(draws[:15])
+    )
+
+
+def overflowing() -> None:
+    """A rate of exp(exp(.)) that heavy tails of the scale's proposal take to infinity."""
+    scale = pyro.sample("scale", dist.HalfNormal(torch.tensor(1.0)))
+    with pyro.plate("rows", 3):
+        x = pyro.sample("x", dist.Normal(0.0, 40 * scale))
+        rate = torch.nn.functional.softplus(x) + x.clamp(min=60.0).sub(60.0).exp() - 1.0
+        pyro.sample("y", dist.Poisson(rate + 0.01), obs=torch.tensor([2.0, 5.0, 30.0]))
+
+
+def test_densities_that_overflow_count_as_zero() -> None:
+    posterior = adapted(overflowing).run()
+    assert math.isfinite(float(posterior.evidence()))
+    guide = posterior.guide
+    assert isinstance(guide, AutoPlateNormal)
+    assert guide.nan_is_zero
+
+
+def test_flattened_weights_have_the_ess_asked_for() -> None:
+    weight = torch.tensor([[0.97, 0.25], [0.01, 0.25], [0.01, 0.25], [0.01, 0.25]]).double()
+    flat = flattened(weight)
+    ess = 1 / flat.square().sum(0)
+    assert float(ess[0]) == pytest.approx(1.2, abs=1e-3)
+    assert torch.allclose(flat[:, 1], weight[:, 1])
+
+
+# --- the guide
+
+
+def adapted(model: Callable[..., object], seed: int = 0) -> MPImportance:
+    pyro.set_rng_seed(seed)
+    return MPImportance(model, num_samples=10).adapt()
+
+
+def test_the_guides_density_is_that_of_its_transform() -> None:
+    """The log density of values by the change of variables, with a dense Jacobian by autograd."""
+    guide = adapted(nested).guide
+    assert isinstance(guide, AutoPlateNormal)
+    trace = poutine.trace(guide).get_trace()
+    sites = statements(trace)
+    noise = {name: sites[name]["value"] for name in guide.noise_sites}
+    sizes = [value.numel() for value in noise.values()]
+
+    def values_of(flat: Tensor) -> Tensor:
+        parts = flat.split(sizes)
+        data = {
+            name: part.reshape(value.shape)
+            for part, (name, value) in zip(parts, noise.items(), strict=True)
+        }
+        found = poutine.condition(guide, data=data)()
+        assert isinstance(found, dict)
+        return torch.cat([found[name].flatten() for name in guide.latents])
+
+    flat = torch.cat([value.flatten() for value in noise.values()])
+    jacobian = torch.autograd.functional.jacobian(values_of, flat)
+    of_noise = sum(float(sites[n]["fn"].log_prob(v).sum()) for n, v in noise.items())
+    expected = of_noise - float(torch.linalg.slogdet(jacobian.double()).logabsdet)
+    log_density = torch.as_tensor(trace.log_prob_sum()).detach()
+    assert float(log_density) == pytest.approx(expected, abs=1e-3)
+
+
+def test_the_guide_is_an_autoguide_by_behaviour() -> None:
+    guide = adapted(normals).guide
+    assert isinstance(guide, AutoPlateNormal)
+    median, quantiles = guide.median(), guide.quantiles([0.1, 0.5, 0.9])
+    assert median["x"].shape == (5,)
+    assert quantiles["x"].shape == (3, 5)
+    assert bool((quantiles["x"].diff(dim=0) > 0).all())
+    assert torch.allclose(quantiles["m"][1], median["m"], atol=0.05)
+    assert float(median["m"]) == pytest.approx(MEAN, abs=0.1)
+    posterior = Importance(normals, guide, num_samples=500).run()
+    assert float(posterior.get_log_normalizer()) == pytest.approx(LOG_EVIDENCE, abs=0.2)
+    draws = Predictive(normals, guide=guide, num_samples=7)()
+    assert draws["y"].shape == (7, 5)
+    draws = Predictive(normals, guide=guide, num_samples=7, parallel=True)()
+    assert draws["x"].shape[0] == 7
+    assert draws["x"].numel() == 35
+
+
+def test_the_guide_trains_on_and_its_state_can_be_kept() -> None:
+    guide = adapted(normals).guide
+    assert isinstance(guide, AutoPlateNormal)
+    kept = copy.deepcopy(guide.state_dict())
+    pyro.clear_param_store()
+    svi = SVI(normals, guide, Adam({"lr": 0.05}), Trace_ELBO(num_particles=2))
+    for _ in range(3):
+        svi.step()
+    assert any(not torch.equal(kept[name], value) for name, value in guide.state_dict().items())
+    pyro.clear_param_store()
+    guide.load_state_dict(kept)
+    assert all(torch.equal(kept[name], value) for name, value in guide.state_dict().items())
+
+
+def test_the_result_and_the_guide_go_into_files(tmp_path: Path) -> None:
+    posterior = adapted(normals).run()
+    posterior.save(tmp_path / "result.mpis")
+    loaded = MPImportance.load(tmp_path / "result.mpis", posterior.model, posterior.guide)
+    assert float(loaded.evidence()) == float(posterior.evidence())
+    guide = posterior.guide
+    assert isinstance(guide, AutoPlateNormal)
+    again = pickle.loads(pickle.dumps(guide))
+    for name, value in guide.median().items():
+        assert torch.equal(again.median()[name], value)
+
+
+# --- as a whole
+
+
+def test_a_conjugate_model_is_found() -> None:
+    posterior = adapted(normals).run()
+    assert isinstance(posterior.num_samples, dict)
+    assert float(posterior.evidence()) == pytest.approx(LOG_EVIDENCE, abs=0.02)
+    assert float(posterior.moments()["m"]) == pytest.approx(MEAN, abs=0.03)
+
+
+@pytest.mark.parametrize(("log_bias", "accepted"), [(0.0, True), (math.log(1.05), False)])
+def test_the_evidence_of_the_frozen_proposal_is_unbiased(log_bias: float, accepted: bool) -> None:
+    """A z-test of the mean of P / p over 300 runs; rejects a right program once in 100,000."""
+    learned = adapted(normals)
+    pyro.set_rng_seed(1)
+    posterior = MPImportance(learned.model, learned.guide, num_samples=8, num_replicates=300).run()
+    ratios = (posterior._replicates() + log_bias - LOG_EVIDENCE).exp()
+    z = float((ratios.mean() - 1) / (ratios.std() / math.sqrt(300)))
+    limit = NormalDist().inv_cdf(1 - FALSE_ALARM / 2)
+    assert (abs(z) < limit) == accepted, f"z = {z:.1f}, limit {limit:.1f}"
+
+
+def every_support() -> None:
+    p = pyro.sample("p", dist.Dirichlet(torch.ones(3)))
+    q = pyro.sample("q", dist.Beta(2.0, 2.0))
+    r = pyro.sample("r", dist.Gamma(2.0, 1.0))
+    u = pyro.sample("u", dist.Uniform(-1.0, 3.0))
+    pyro.sample("v", dist.Uniform(0.0, r))  # a support that depends on another latent
+    pyro.sample("L", dist.LKJCholesky(3, torch.tensor(2.0)))
+    pyro.sample("c", dist.Multinomial(20, p), obs=torch.tensor([3.0, 10.0, 7.0]))
+    pyro.sample("d", dist.Binomial(10, q), obs=torch.tensor(3.0))
+    pyro.sample("e", dist.Poisson(r), obs=torch.tensor(4.0))
+    pyro.sample("f", dist.Normal(u, 0.5), obs=torch.tensor(2.8))
+
+
+def test_supports_of_every_kind() -> None:
+    def log_beta(a: float, b: float) -> float:
+        return math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
+
+    expected = math.lgamma(3) - math.lgamma(23) + math.lgamma(21)
+    expected += math.log(math.comb(10, 3)) + log_beta(5, 9) - log_beta(2, 2)
+    expected += math.lgamma(6) - math.lgamma(2) - 6 * math.log(2) - math.lgamma(5)
+    normal = NormalDist()
+    expected += math.log((normal.cdf(0.4) - normal.cdf(-7.6)) / 4)
+    posterior = adapted(every_support).run()
+    moments = posterior.moments()
+    assert float(posterior.evidence()) == pytest.approx(expected, abs=0.1)
+    assert torch.allclose(moments["p"], torch.tensor([4.0, 11.0, 8.0]) / 23, atol=0.02)
+    assert float(moments["q"]) == pytest.approx(5 / 14, abs=0.02)
+    assert float(moments["r"]) == pytest.approx(3.0, abs=0.1)
+    assert float(moments["v"]) == pytest.approx(1.5, abs=0.1)
+
+
+def test_summed_states_as_a_whole() -> None:
+    """Against a quadrature over the two means and the probability to stay."""
+    posterior = adapted(hidden_states).run()
+    grid = torch.linspace(-4, 6, 101, dtype=torch.double)
+    stay = torch.linspace(0.0, 1.0, 102, dtype=torch.double)[1:-1]
+    a, b, s = torch.meshgrid(grid, grid, stay, indexing="ij")
+    likelihood = torch.vmap(lambda a, b, s: by_hand(torch.stack([a, b]), s))(
+        a.flatten(), b.flatten(), s.flatten()
+    )
+    prior = dist.Normal(0.0, 1.0).log_prob(a) + dist.Normal(2.0, 1.0).log_prob(b)
+    prior = prior + dist.Beta(4.0, 2.0).log_prob(s)
+    expected = float((likelihood + prior.flatten()).logsumexp(0)) + 2 * math.log(0.1)
+    expected -= math.log(101)
+    assert float(posterior.evidence()) == pytest.approx(expected, abs=0.05)
+
+
+def test_nothing_is_left_behind() -> None:
+    pyro.clear_param_store()
+    pyro.param("mine", torch.tensor(1.0))
+    before = dict(pyro.get_param_store().items())
+    dtype = torch.get_default_dtype()
+    pyro.set_rng_seed(3)
+    adapted(normals)
+    assert dict(pyro.get_param_store().items()) == before
+    assert torch.get_default_dtype() == dtype
+    assert not poutine.runtime._PYRO_STACK
+
+
+def test_a_seed_fixes_the_result() -> None:
+    one, other = (adapted(normals).guide for _ in range(2))
+    assert isinstance(one, AutoPlateNormal)
+    assert isinstance(other, AutoPlateNormal)
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name])
+
+
+def test_a_guide_of_the_users_own_is_refused_by_name() -> None:
+    def guide() -> None:
+        pyro.sample("m", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match="adapt learns a guide of its own"):
+        MPImportance(normals, guide, num_samples=10).adapt()
+
+
+def test_without_a_continuous_latent_there_is_nothing_to_learn() -> None:
+    def model() -> None:
+        z = pyro.sample("z", dist.Bernoulli(0.3))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor(0.2))
+
+    with pytest.raises(ValueError, match="no continuous latent"):
+        MPImportance(model, num_samples=10).adapt()
+
+
+def test_failure_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where trial runs of neither learner are good enough; the better of the two is kept."""
+    monkeypatch.setattr(adapting, "LOW_ESS", 1e6)
+    with pytest.warns(MPISWarning, match=r"adapt found no good proposal: .* ESS of \d+"):
+        posterior = adapted(normals)
+    assert float(posterior.run().evidence()) == pytest.approx(LOG_EVIDENCE, abs=0.1)
+
+
+def test_moments_alone_find_a_proposal() -> None:
+    """The second learner comes to the evidence that the first does."""
+    begin = start(nested)
+    alone = replace(begin, blocks=begin.blocks_by(by_site))
+    assert [len(block.parts) for block in alone.blocks] == [1] * len(begin.priors)
+    guide, plan = matched_by_moments(alone, Options(num_samples=2), lambda trial: None)
+    trial = tried(Runs(plan), guide, 3)
+    expected = float(adapted(nested).run().evidence())
+    assert trial.log_evidence == pytest.approx(expected, abs=1.0)
+    assert guide.noise_sites == tuple(f"_mpis_noise_{n}" for n in range(len(begin.priors)))

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run would take, said before it is run."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from peaks import change, effects
+
+from pyro_mpis import MPImportance
+from pyro_mpis.costs import RunPlan
+from pyro_mpis.factor_graph.sizes import Shape, Shapes, contraction_of
+
+SLOPES = torch.linspace(-1.0, 1.0, 30)
+
+
+def plan_of(model: object, num_samples: int = 10, **options: object) -> RunPlan:
+    sampler = MPImportance(model, num_samples=num_samples, **options)  # type: ignore[arg-type]
+    return sampler.plan()
+
+
+def test_entries_are_those_of_the_factors() -> None:
+    """Counted by hand: y reads three latents at 100 times, each latent itself."""
+    for cost in plan_of(change).costs:
+        k = cost.num_samples
+        assert cost.entries == 100 * k**3 + 3 * k
+
+
+def test_costs_grow_with_the_number_of_particles() -> None:
+    plan = plan_of(effects, 20)
+    assert [cost.num_samples for cost in plan.costs] == [10, 20, 30, 100, 300, 1000]
+    for quantity in ("entries", "memory", "seconds"):
+        values = [getattr(cost, quantity) for cost in plan.costs]
+        assert values == sorted(values)
+        assert values[0] > 0
+
+
+def test_nothing_is_drawn_and_nothing_changes() -> None:
+    pyro.set_rng_seed(0)
+    expected = torch.rand(3)
+    pyro.set_rng_seed(0)
+    sampler = MPImportance(change, num_samples=10)
+    sampler.plan()
+    torch.testing.assert_close(torch.rand(3), expected)
+    assert not pyro.get_param_store().keys()
+    with pytest.raises(RuntimeError, match=r"call \.run"):
+        sampler.evidence()
+
+
+def test_globals_that_meet_in_a_message_are_to_be_grouped() -> None:
+    """Each effect's location with its scale: the message over five globals is of three then."""
+    plan = plan_of(effects)
+    assert plan.advice[0].groups == (("loc_0", "spread_0"), ("loc_1", "spread_1"))
+    names = ("loc_0", "loc_1", "spread_0", "spread_1", "noise")
+    assert all(name in plan.largest for name in names)
+    assert "groups=[('loc_0', 'spread_0'), ('loc_1', 'spread_1')]" in str(plan)
+
+
+def test_globals_that_one_site_reads_are_to_be_one_group_of_many_particles() -> None:
+    (advice,) = plan_of(change).advice
+    assert advice.groups == (("at", "before", "after"),)
+    assert advice.num_samples is not None
+    assert advice.num_samples > 10_000
+
+
+def test_what_has_few_values_is_to_be_summed() -> None:
+    def model() -> None:
+        z = pyro.sample("z", dist.Bernoulli(0.5))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor(0.3))
+
+    assert plan_of(model).advice[-1].enumerate == ("z",)
+
+
+def test_advice_can_be_followed() -> None:
+    """Its options are those of the class, and what they take is less."""
+    plan = plan_of(effects)
+    grouped = plan_of(effects, groups=plan.advice[0].groups)
+    for cost, less in zip(plan.costs, grouped.costs, strict=True):
+        assert less.memory < cost.memory
+        assert less.seconds < 1.2 * cost.seconds  # a rate is measured
+
+
+def test_a_run_that_does_not_fit_says_what_would() -> None:
+    match = r"(?s)memory_limit.*K +entries.*largest: .*groups=\[\('loc_0', 'spread_0'\)"
+    with pytest.raises(MemoryError, match=match):
+        MPImportance(effects, num_samples=100, memory_limit=2**26).run()
+
+
+def test_programs_that_run_once_for_each_particle() -> None:
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(1.0 if x > 0 else -1.0, 1.0), obs=torch.tensor(0.3))
+
+    plan = plan_of(model)
+    assert plan.costs == ()
+    assert "once for each particle" in str(plan)
+
+
+def test_a_message_is_larger_than_the_factors() -> None:
+    """a - x - b and c - x - d: what is left of x has all four, and its sum one multiplication."""
+    sizes = {**dict.fromkeys("abcdx", 10), "y": 7}
+    plates = {**dict.fromkeys("abcd", frozenset[str]()), "x": frozenset("y")}
+    factors = [Shape(dims, dims, frozenset("y"), 4) for dims in ("abxy", "cdxy")]
+    factors += [Shape(symbol, symbol, frozenset(), 4) for symbol in "abcd"]
+    found = contraction_of(Shapes(tuple(factors), sizes, plates))
+    assert found is not None
+    assert found.work == 7 * 10**5
+    assert found.largest.bytes == 7 * 10**4 * 4
+    assert set(found.largest.dims) == set("abcdy")
+    assert found.forward >= 7 * 10**4 * 4 + 10**4 * 8, "the message, and its product over y"
+
+
+def test_sizes_beyond_any_machine() -> None:
+    symbols = [chr(number) for number in range(200, 300)]
+    factors = (Shape("all", "".join(symbols), frozenset(), 4),)
+    index_plates = dict.fromkeys(symbols, frozenset[str]())
+    found = contraction_of(Shapes(factors, dict.fromkeys(symbols, 1000), index_plates))
+    assert found is not None
+    assert found.needed > 10**300

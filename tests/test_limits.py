@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much memory a process may take: files of systems written by hand, and limits of a process."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+from pyro_mpis.particles import limits
+
+CPU = torch.device("cpu")
+GB = 10**9
+FREE = f"MemTotal: {8 * GB // 1024} kB\nMemAvailable: {4 * GB // 1024} kB\n"
+
+
+def free_with(
+    files: Mapping[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> int | None:
+    """Return what is free on a system of some files."""
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    monkeypatch.setattr(limits, "ROOT", tmp_path)
+    monkeypatch.setattr(limits, "_of_process", lambda: iter(()))
+    return limits.free_bytes(CPU)
+
+
+GROUP = "sys/fs/cgroup/batch/job"
+OLD = "sys/fs/cgroup/memory/batch"
+SYSTEMS: dict[str, tuple[dict[str, str], int]] = {
+    "no groups": ({"proc/meminfo": FREE}, 4 * GB // 1024 * 1024),
+    "version 2, files that would be given back": (
+        {
+            "proc/meminfo": FREE,
+            "proc/self/cgroup": "0::/batch/job\n",
+            f"{GROUP}/memory.max": f"{2 * GB}\n",
+            f"{GROUP}/memory.current": f"{GB}\n",
+            f"{GROUP}/memory.stat": "anon 5\ninactive_file 1000\n",
+        },
+        GB + 1000,
+    ),
+    "version 2, a limit of the group around": (
+        {
+            "proc/meminfo": FREE,
+            "proc/self/cgroup": "0::/batch/job\n",
+            f"{GROUP}/memory.max": "max\n",
+            f"{GROUP}/memory.current": "7\n",
+            "sys/fs/cgroup/batch/memory.max": f"{GB}\n",
+            "sys/fs/cgroup/batch/memory.current": "7\n",
+        },
+        GB - 7,
+    ),
+    "version 2, of a container: its own group is the root": (
+        {
+            "proc/meminfo": FREE,
+            "proc/self/cgroup": "0::/not/here\n",
+            "sys/fs/cgroup/memory.max": f"{GB}\n",
+            "sys/fs/cgroup/memory.current": "9\n",
+        },
+        GB - 9,
+    ),
+    "version 1": (
+        {
+            "proc/meminfo": FREE,
+            "proc/self/cgroup": "5:cpu,cpuacct:/x\n4:memory:/batch\n",
+            f"{OLD}/memory.limit_in_bytes": f"{3 * GB}\n",
+            f"{OLD}/memory.usage_in_bytes": f"{GB}\n",
+            f"{OLD}/memory.stat": "total_inactive_file 5\n",
+        },
+        2 * GB + 5,
+    ),
+    "used up": (
+        {
+            "proc/self/cgroup": "0::/batch/job\n",
+            f"{GROUP}/memory.max": "10\n",
+            f"{GROUP}/memory.current": "20\n",
+        },
+        0,
+    ),
+}
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_what_is_free(system: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, expected = SYSTEMS[system]
+    assert free_with(files, tmp_path, monkeypatch) == expected
+
+
+def test_a_platform_without_these_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then the number of pages says it, or half of all pages, or nothing is known."""
+    pages = {"SC_AVPHYS_PAGES": 100, "SC_PHYS_PAGES": 300, "SC_PAGE_SIZE": 4096}
+
+    def sysconf(name: str) -> int:
+        if name not in pages:
+            raise ValueError(name)
+        return pages[name]
+
+    monkeypatch.setattr(os, "sysconf", sysconf)
+    assert free_with({}, tmp_path, monkeypatch) == 100 * 4096
+    del pages["SC_AVPHYS_PAGES"]
+    assert limits.free_bytes(CPU) == 150 * 4096
+    del pages["SC_PHYS_PAGES"]
+    assert limits.free_bytes(CPU) is None
+    assert limits.default_limit("cpu") is None
+
+
+@pytest.mark.parametrize("limit", ["RLIMIT_AS", "RLIMIT_DATA"])
+def test_limits_of_the_process(limit: str) -> None:
+    """As ``ulimit`` sets them: what is left is less than the limit."""
+    pytest.importorskip("resource")
+    code = (
+        "import resource, torch\n"
+        f"resource.setrlimit(resource.{limit}, (6 << 30, 6 << 30))\n"
+        "from pyro_mpis.particles.limits import free_bytes\n"
+        "print(free_bytes(torch.device('cpu')))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 0 < int(run.stdout) < 6 << 30

@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Masked latents: flat where something that counts reads them, left out where nothing does."""
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from compared import compare
+from pyro import poutine
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from pyro.poutine.messenger import Messenger
+from singles import Exact, Singles, exact
+from torch import Tensor
+
+from pyro_mpis import MPImportance
+from pyro_mpis._warnings import MPISWarning
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+Y = torch.tensor([0.5, -1.0, 1.5], dtype=torch.double)
+SEEN = torch.tensor([True, False, True])
+ENUMERATE: Any = {"enumerate": "parallel"}
+FLAT = r"masked, but read by what is not"
+
+
+def hidden(mask: Any) -> AbstractContextManager[object]:
+    handler: Messenger = poutine.mask(mask=mask)
+    return handler
+
+
+def both_ways(name: str, fn: Any, mask: Any, by_handler: bool, **options: Any) -> Tensor:
+    """Sample under poutine.mask, or with the mask within the distribution."""
+    with hidden(mask) if by_handler else nullcontext():
+        result: Tensor = pyro.sample(name, fn if by_handler else fn.mask(mask), **options)
+        return result
+
+
+def imputed(by_handler: bool) -> None:
+    """One element is missing: only there the latent is read."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+    with pyro.plate("data", 3):
+        gap = both_ways("gap", dist.Normal(1.0, 2.0), False, by_handler)
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=torch.where(SEEN, Y, gap))
+
+
+def imputed_guide() -> None:
+    pyro.sample("mu", dist.Normal(0.1, 1.0))
+    with pyro.plate("data", 3):
+        pyro.sample("gap", dist.Normal(0.0, 1.5))
+
+
+def padded(by_handler: bool, enumerated: bool) -> None:
+    """Two sequences, one of them shorter."""
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 0.3))
+    with pyro.plate("sequence", 2):
+        z = torch.zeros(2)
+        for t in range(2):
+            there = t < torch.tensor([2, 1])
+            if enumerated:
+                fn: Any = dist.Bernoulli(0.2 + 0.6 * z)
+                z = both_ways(f"z{t}", fn, there, by_handler, infer=ENUMERATE)
+            else:
+                z = both_ways(f"z{t}", dist.Normal(0.8 * z, scale), there, by_handler)
+            both_ways(f"y{t}", dist.Normal(z, 1.0), there, by_handler, obs=Y[t : t + 2])
+
+
+def padded_guide(masked: bool) -> None:
+    pyro.sample("scale", dist.LogNormal(0.1, 0.3))
+    with pyro.plate("sequence", 2):
+        z = torch.zeros(2)
+        for t in range(2):
+            there = t < torch.tensor([2, 1])
+            with hidden(there) if masked else nullcontext():
+                z = pyro.sample(f"z{t}", dist.Normal(0.5 * z + 3.0, 1.0))
+
+
+def padded_vectors() -> None:
+    with pyro.plate("sequence", 2):
+        z = torch.zeros(2, 2)
+        for t in range(2):
+            there = (t < torch.tensor([2, 1])).unsqueeze(-1)
+            z = pyro.sample(f"z{t}", dist.Normal(0.8 * z, 1.0).mask(there).to_event(1))
+            fn = dist.Normal(z, 1.0).mask(there).to_event(1)
+            pyro.sample(f"y{t}", fn, obs=torch.ones(2, 2))
+
+
+def flat_prior(by_handler: bool) -> None:
+    p = both_ways("p", dist.Beta(3.0, 5.0), False, by_handler)
+    x = pyro.sample("x", dist.Normal(p, 1.0))
+    with pyro.plate("data", 3):
+        pyro.sample("y", dist.Normal(x, 1.0), obs=Y)
+
+
+def wide_guide() -> None:
+    pyro.sample("p", dist.Normal(0.5, 1.0))  # most of it outside of the support
+
+
+def flat_states(by_handler: bool) -> None:
+    """Summed over the support without weights; one of three is not read."""
+    with pyro.plate("data", 3):
+        fn = dist.Categorical(torch.tensor([0.1, 0.3, 0.6]))
+        z = both_ways("z", fn, torch.tensor([True, False, False]), by_handler, infer=ENUMERATE)
+        with hidden(torch.tensor([True, True, False])):
+            pyro.sample("y", dist.Normal(z * 1.0, 1.0), obs=Y)
+
+
+def unused_county(by_handler: bool) -> None:
+    """A county without houses is masked; so is one with."""
+    with pyro.plate("county", 3):
+        alpha = both_ways(
+            "alpha", dist.Normal(0.0, 1.0), torch.tensor([True, False, False]), by_handler
+        )
+    with pyro.plate("house", 3):
+        pyro.sample("y", dist.Normal(alpha[torch.tensor([0, 0, 1])], 1.0), obs=Y)
+
+
+def running_sums(by_handler: bool) -> None:
+    """The last step reads all, and is the only one that counts."""
+    with pyro.plate("time", 3):
+        step = both_ways(
+            "step", dist.Normal(0.0, 1.0), torch.tensor([False, True, False]), by_handler
+        )
+        with hidden(torch.tensor([False, True, False])):
+            pyro.sample("y", dist.Normal(step.cumsum(0), 1.0), obs=Y)
+
+
+def events() -> None:
+    a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    with hidden(False):
+        b = pyro.sample("b", dist.Normal(a, 0.5))
+    with pyro.plate("data", 2):
+        with hidden(torch.tensor([True, False])):
+            c = pyro.sample("c", dist.Normal(b, 1.0))
+        fn = dist.Normal(b.unsqueeze(-1), torch.ones(2, 1))
+        d = pyro.sample("d", fn.mask(torch.tensor([[True], [False]])).to_event(1))
+        pyro.sample("x", dist.Normal(c + d[..., 0], 1.0), obs=Y[:2])
+
+
+def scaled(by_handler: bool) -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with poutine.scale(scale=2.0), pyro.plate("data", 3):
+        x = both_ways("x", dist.Normal(mu, 1.0), SEEN, by_handler)
+        pyro.sample("y", dist.Normal(x, 1.0), obs=Y)
+
+
+def mixture_of_flat() -> None:
+    """Which of the masked locations is read depends on a latent."""
+    with pyro.plate("component", 2):
+        loc = pyro.sample("loc", dist.Normal(0.0, 2.0).mask(False))
+    z = pyro.sample("z", dist.Bernoulli(0.3), infer=ENUMERATE).long()
+    pyro.sample("y", dist.Normal(loc[z], 1.0), obs=Y[0])
+
+
+def thresholded() -> None:
+    """A comparison swallows nan."""
+    x = pyro.sample("x", dist.Normal(0.0, 1.0).mask(False))
+    pyro.sample("y", dist.Normal((x > 0.2).double(), 1.0), obs=Y[0])
+
+
+def ways(function: Callable[..., None], *more: Any) -> dict[str, Callable[..., None]]:
+    return {word: partial(function, by, *more) for word, by in (("handler", True), ("own", False))}
+
+
+PROGRAMS: dict[str, tuple[Callable[..., None], Callable[..., None] | None, int]] = {
+    "vectors": (padded_vectors, None, 2),
+    "events": (events, None, 3),
+    "switch": (mixture_of_flat, None, 3),
+    "threshold": (thresholded, None, 3),
+}
+for word in ("handler", "own"):
+    by_handler = word == "handler"
+    PROGRAMS |= {
+        f"imputed, {word}": (partial(imputed, by_handler), None, 3),
+        f"imputed, guide, {word}": (partial(imputed, by_handler), imputed_guide, 3),
+        f"padded, {word}": (partial(padded, by_handler, False), None, 2),
+        f"padded, guide, {word}": (
+            partial(padded, by_handler, False),
+            partial(padded_guide, False),
+            2,
+        ),
+        f"padded, both, {word}": (
+            partial(padded, by_handler, False),
+            partial(padded_guide, True),
+            2,
+        ),
+        f"padded states, {word}": (partial(padded, by_handler, True), None, 3),
+        f"flat, {word}": (partial(flat_prior, by_handler), None, 4),
+        f"flat, wide guide, {word}": (partial(flat_prior, by_handler), wide_guide, 6),
+        f"flat states, {word}": (partial(flat_states, by_handler), None, 1),
+        f"unused county, {word}": (partial(unused_county, by_handler), None, 3),
+        f"running sums, {word}": (partial(running_sums, by_handler), None, 3),
+        f"scaled, {word}": (partial(scaled, by_handler), None, 3),
+    }
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_program(name: str) -> None:
+    model, guide, num_samples = PROGRAMS[name]
+    compare(model, guide, num_samples)
+
+
+def test_wrong_masks_are_rejected() -> None:
+    """Masks lifted, or flat where nothing reads: brute force sees both."""
+
+    def with_unread(problem: Singles, read: bool) -> Exact:
+        problem.unread = {n: torch.full_like(e, not read) for n, e in problem.unread.items()}
+        return exact(problem)
+
+    for name in ("imputed, guide, own", "imputed, own", "unused county, handler"):
+        for read in (True, False):
+            with pytest.raises(AssertionError, match=r"evidence|weights|mean"):
+                compare(*PROGRAMS[name], wrong=partial(with_unread, read=read))
+
+
+def test_a_masked_guide_draws_all_the_same() -> None:
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(x, 1.0), obs=Y[0])
+
+    def guide() -> None:
+        pyro.sample("x", dist.Normal(0.3, 1.2))
+
+    masks: list[Any] = [False, torch.tensor(False)]
+    for mask in masks:
+        compare(model, poutine.mask(guide, mask=mask), 3)
+
+
+@pytest.mark.parametrize("autoguide", [AutoNormal, AutoMultivariateNormal])
+def test_padding_under_an_autoguide(autoguide: Any) -> None:
+    """The evidence is that of the sequences without padding."""
+
+    def model(length: int, there: int) -> None:
+        with pyro.plate("time", length), hidden(torch.arange(length) < there):
+            z = pyro.sample("z", dist.LogNormal(0.0, 0.5))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=torch.ones(length))
+
+    found = []
+    for length in (2, 4):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        guide = autoguide(model, init_scale=0.4)
+        found.append(float(MPImportance(model, guide, num_samples=4000).run(length, 2).evidence()))
+    x = torch.linspace(-6, 6, 4001).exp()
+    density = (
+        dist.LogNormal(0.0, 0.5).log_prob(x) + dist.Normal(x, 1.0).log_prob(torch.ones(()))
+    ).exp()
+    truth = 2 * math.log(float(torch.trapezoid(density, x)))
+    assert max(abs(value - truth) for value in found) < 0.1
+
+
+def test_guide_of_the_padded_end_does_not_matter() -> None:
+    """It is left out exactly: the numbers are the same wherever the guide puts it."""
+
+    def model() -> None:
+        with pyro.plate("time", 3), hidden(torch.arange(3) < 2):
+            z = pyro.sample("z", dist.LogNormal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=Y)
+
+    def plain(shift: float) -> None:
+        with pyro.plate("time", 3):
+            pyro.sample("z", dist.LogNormal(shift * torch.tensor([0.0, 0.0, 1.0]), 1.0))
+
+    def carried(shift: float) -> None:
+        with pyro.plate("time", 3):
+            u = pyro.sample(
+                "u",
+                dist.Normal(shift * torch.tensor([0.0, 0.0, 1.0]), 1.0),
+                infer={"is_auxiliary": True},
+            )
+            pyro.sample("z", dist.Delta(u.exp(), log_density=-u))
+
+    for guide in (plain, carried):
+        found = []
+        for shift in (0.0, 40.0):
+            pyro.set_rng_seed(0)
+            found.append(MPImportance(model, partial(guide, shift), num_samples=5).run().evidence())
+        torch.testing.assert_close(*found)
+
+
+def test_flat_prior_warns_and_padding_does_not() -> None:
+    with pytest.warns(MPISWarning, match=f"'p': {FLAT}"):
+        MPImportance(partial(flat_prior, True), num_samples=2).run()
+    MPImportance(partial(padded, True, False), partial(padded_guide, False), num_samples=2).run()
+
+
+def test_mask_that_depends_on_a_latent() -> None:
+    """Flat where the data read it, left out where they do not: one run for each particle."""
+
+    def model(read: bool, own: bool) -> None:
+        z = pyro.sample("z", dist.Bernoulli(0.5))
+        x = both_ways("x", dist.Normal(0.5, 1.0), z.bool(), not own)
+        with hidden(read or z.bool()):
+            pyro.sample("y", dist.Normal(x, 1.0), obs=Y[0])
+
+    def guide(*_: object) -> None:
+        pyro.sample("x", dist.Normal(0.2, 1.5))
+
+    def log_weights(read: bool, guided: bool, z: Tensor, x: Tensor) -> Tensor:
+        data = dist.Normal(x, 1.0).log_prob(Y[0])
+        prior = dist.Normal(0.5, 1.0).log_prob(x)
+        drawn = dist.Normal(0.2, 1.5).log_prob(x) if guided else prior
+        return torch.where(z.bool(), prior + data - drawn, (data - drawn) if read else 0.0)
+
+    for read in (True, False):
+        for own in (True, False):
+            for guided in (True, False):
+                pyro.set_rng_seed(0)
+                with pytest.warns(MPISWarning, match="'x' is under a mask computed from 'z'"):
+                    posterior = MPImportance(model, guide if guided else None, num_samples=20).run(
+                        read, own
+                    )
+                z, x = (posterior.marginals(name).samples for name in ("z", "x"))
+                truth = log_weights(read, guided, z, x).exp().mean().log()
+                torch.testing.assert_close(posterior.evidence(), truth)
+
+
+def test_hidden_data_may_lie_anywhere() -> None:
+    """Outside of a support that depends on a latent."""
+
+    def model(by_handler: bool) -> None:
+        high = pyro.sample("high", dist.Uniform(1.6, 3.0))
+        with pyro.plate("data", 3):
+            data = torch.tensor([1.0, 7.0, 1.5])
+            both_ways("y", dist.Uniform(0.0, high), SEEN, by_handler, obs=data)
+
+    for by_handler in (True, False):
+        pyro.set_rng_seed(0)
+        posterior = MPImportance(partial(model, by_handler), num_samples=10).run()
+        high = posterior.marginals("high").samples
+        torch.testing.assert_close(posterior.evidence(), (high**-2.0).mean().log())
+
+
+def test_site_whose_mask_does_not_fit() -> None:
+    def model() -> None:
+        with hidden(SEEN):
+            x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(x, 1.0), obs=Y[0])
+
+    with pytest.raises(ValueError, match=r"site 'x': its mask has shape \(3,\).*plates"):
+        MPImportance(model, num_samples=2).run()
