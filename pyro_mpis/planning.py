@@ -258,6 +258,7 @@ def analysed(programs: Programs, options: Options) -> tuple[Programs, Structure,
 
     :return: the programs to go on with, the structure, the traces of guide and model.
     """
+    guide = programs.guide
     try:
         guide_trace, model_trace = run_plainly(programs, check_same_site)
         if subsamples_of((guide_trace, model_trace)):
@@ -273,7 +274,7 @@ def analysed(programs: Programs, options: Options) -> tuple[Programs, Structure,
         raise
     analysis = partial(
         analyse,
-        guide=programs.guide,
+        guide=guide,
         groups=options.groups,
         max_plate_nesting=options.max_plate_nesting,
     )

@@ -18,7 +18,7 @@ from objectives import (
     param,
 )
 from pyro.infer import RenyiELBO, Trace_ELBO
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoNormal, AutoNormalMessenger
 from torch import Tensor
 
 from pyro_mpis import MPImportance, MPISWarning, MPReweightedWakeSleep, TraceMP_ELBO
@@ -270,3 +270,27 @@ def _term(mu: Tensor, theta: Tensor, y: Tensor, j: int, m: int, i: int) -> Tenso
     own: Tensor = dist.Normal(mu[j], param("width", 0.8, positive=True)).log_prob(theta[m, i])
     seen: Tensor = dist.Normal(theta[m, i], 0.7).log_prob(y[i])
     return own + seen - mixture + math.log(3)
+
+
+def test_guide_that_runs_the_model() -> None:
+    """Its observations are the model's, and are no part of the proposal."""
+
+    def on_data() -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.5))
+        with pyro.plate("group", len(Y), subsample=torch.tensor([0, 2])) as ind:
+            pyro.sample("y", dist.Normal(mu, 0.7), obs=Y[ind])
+
+    guide = AutoNormalMessenger(on_data)
+    with pytest.warns(MPISWarning, match="one minibatch"):
+        posterior = MPImportance(on_data, guide, num_samples=3).run()
+    mu = posterior._sums[0].whole.values["mu"].tensor.reshape(3)
+    loc, scale = guide.locs.mu.detach(), guide.scales.mu.detach()
+    log_joint = dist.Normal(0.0, 1.5).log_prob(mu)
+    log_joint += 1.5 * dist.Normal(mu, 0.7).log_prob(Y[[0, 2]].unsqueeze(-1)).sum(0)
+    expected = (log_joint - dist.Normal(loc, scale).log_prob(mu)).logsumexp(0) - math.log(3)
+    torch.testing.assert_close(posterior.evidence(), expected)
+
+
+def test_no_proposal_is_learned_of_a_minibatch() -> None:
+    with pytest.raises(ValueError, match="plate 'group': a subsample of 2 of 3"):
+        MPImportance(model, num_samples=3).adapt(2)

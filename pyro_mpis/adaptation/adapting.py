@@ -27,6 +27,7 @@ from pyro_mpis.adaptation.start import Start, is_discrete, start_of
 from pyro_mpis.adaptation.trials import OTHERS, Runs, Trial, fitting, matched, replicates_for, tried
 from pyro_mpis.blocks import run_plan
 from pyro_mpis.planning import Options, plan_of, programs_of
+from pyro_mpis.programs.agreement import refuse_subsampling
 from pyro_mpis.programs.masks import is_masked
 from pyro_mpis.programs.messages import is_latent, statements
 from pyro_mpis.programs.runs import NotMappableError
@@ -136,6 +137,7 @@ def started(
     """Run the model plainly, and find its structure and its prior."""
     few = replace(options, num_samples=2, numbers={}, groups=(), memory_limit=None)
     plan, _, trace = plan_of(programs_of(model, None, args, kwargs), few)
+    refuse_subsampling([trace])
     sites = statements(trace)
     summed = summable(sites)
     masked = any(is_latent(site) and is_masked(site) for site in sites.values())

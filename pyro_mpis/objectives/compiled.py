@@ -33,14 +33,17 @@ from pyro_mpis.particles.evaluation import (
 )
 from pyro_mpis.particles.factors import build_graph
 from pyro_mpis.particles.indexed import regroup_indexed
+from pyro_mpis.particles.masked import find_masks
 from pyro_mpis.particles.memory import gc_paused
 from pyro_mpis.particles.probes import SiteReads
 from pyro_mpis.particles.proposals import Particles, weigh, weigh_from_factors
 from pyro_mpis.particles.together import ReadTogether
 from pyro_mpis.planning import Options, Plan, plan_of, programs_of
+from pyro_mpis.programs.agreement import check_same_site
 from pyro_mpis.programs.environment import rng_state, set_rng_state, training
 from pyro_mpis.programs.handlers import ScaleProposals
-from pyro_mpis.programs.runs import NotMappableError, Programs
+from pyro_mpis.programs.masks import Masks
+from pyro_mpis.programs.runs import NotMappableError, Programs, run_plainly
 from pyro_mpis.programs.structure import Structure
 from pyro_mpis.workers import Workers
 
@@ -89,6 +92,10 @@ class Compiled:
         structure, validate = self.plan.structure, is_validation_enabled()
         if programs.subsamples is not None:
             programs.subsamples.renew()
+        has_others = self._has_other_data(arguments, programs)
+        if has_others and programs.masks.seen:
+            programs = replace(programs, masks=_found_masks(structure, programs))
+            self.plan = replace(self.plan, programs=programs)
         carried = carried_by_one(structure, validate=validate)
         drawn = draw_particles(
             structure, programs, stratified=self.plan.options.stratified, carried=carried
@@ -111,19 +118,35 @@ class Compiled:
             carried=drawn.carried,
         )
         particles = weigh_from_factors(structure, particles, evaluated)
-        if self._may_read_others(arguments, programs):
+        if self.reads and (has_others or self.plan.switched):
             graph = build_graph(structure, particles, evaluated)
             self.reads = _found_reads(self.plan, programs, graph, particles, drawn)
+        if has_others:
             self.arguments = arguments
         return Weighed(structure, particles, evaluated, self.reads)
 
-    def _may_read_others(self, arguments: Arguments, programs: Programs) -> bool:
-        """Whether an index array may have changed, or what decides between elements has."""
-        if not self.reads:
+    def _has_other_data(self, arguments: Arguments, programs: Programs) -> bool:
+        """Whether index arrays, or masks of latents, may be other than they were."""
+        if not (self.reads or programs.masks.seen):
             return False
-        if self.plan.switched or programs.subsamples is not None:
-            return True
-        return not arguments.has_data_of(self.arguments)
+        return programs.subsamples is not None or not arguments.has_data_of(self.arguments)
+
+
+def _found_masks(structure: Structure, programs: Programs) -> Masks:
+    """
+    Find how masks of latents count with these arguments, by a plain run.
+
+    Random numbers are left as they were, unless a subsample is drawn: particles must not depend on
+    the numbers that it was made of.
+    """
+    programs = replace(programs, masks=Masks())
+    state = rng_state()
+    with torch.no_grad():
+        traces = run_plainly(programs, check_same_site)
+        masks = find_masks(programs, structure, *traces)
+    if programs.subsamples is None:
+        set_rng_state(state)
+    return masks
 
 
 def _found_reads(

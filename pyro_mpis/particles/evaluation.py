@@ -112,6 +112,8 @@ def carried_by_one(structure: Structure, *, validate: bool) -> Mapping[str, Coll
         indices = structure.indices_read(structure.guide[name])
         if len(indices) != 1 or any(structure.by_symbol[s].enumerated for s in indices):
             return {}
+        if any(i.num_samples != structure.num_draws[i.symbol] for i in structure.indices):
+            return {}  # not every draw is a particle
     wanted = wanted_of_guide(structure, validate=validate)
     if wanted is None or structure.guide_factors:
         return {}
