@@ -2,6 +2,7 @@
 """Masks of latents that differ from step to step: each step's own count."""
 
 import itertools
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -23,11 +24,16 @@ SHORT = torch.tensor([1, 2, 1, 2])
 LONG = torch.tensor([3, 1, 2, 3])
 
 
+def valid(lengths: Tensor) -> Any:
+    """Return which steps of each sequence are none of its padding."""
+    return torch.arange(3) < lengths.unsqueeze(-1)
+
+
 def model(lengths: Tensor) -> None:
     """Sequences of several lengths, padded to three steps: nothing reads the padding."""
     mu = pyro.sample("mu", dist.Normal(param("prior", 0.2), 1.5))
     with pyro.plate("sequence", len(Y), dim=-2), pyro.plate("step", 3):
-        with poutine.mask(mask=torch.arange(3) < lengths.unsqueeze(-1)):
+        with poutine.mask(mask=valid(lengths)):
             x = pyro.sample("x", dist.Normal(mu, 0.8))
             pyro.sample("y", dist.Normal(x, 0.7), obs=Y)
 
@@ -35,7 +41,7 @@ def model(lengths: Tensor) -> None:
 def guide(lengths: Tensor) -> None:
     pyro.sample("mu", dist.Normal(param("a", 0.4), param("b", 1.2, positive=True)))
     with pyro.plate("sequence", len(Y), dim=-2), pyro.plate("step", 3):
-        with poutine.mask(mask=torch.arange(3) < lengths.unsqueeze(-1)):
+        with poutine.mask(mask=valid(lengths)):
             pyro.sample("x", dist.Normal(param("c", 0.3), param("d", 1.1, positive=True)))
 
 
@@ -54,7 +60,7 @@ def one_sequence(lengths: Tensor) -> None:
     """A minibatch of one sequence; states are summed."""
     high = param("high", 1.3)
     with pyro.plate("sequence", len(Y), subsample_size=1, dim=-2) as ind, pyro.plate("step", 3):
-        with poutine.mask(mask=torch.arange(3) < lengths[ind].unsqueeze(-1)):
+        with poutine.mask(mask=valid(lengths[ind])):
             z = pyro.sample("z", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
             pyro.sample("y", dist.Normal(high * z, 0.7), obs=Y[ind])
 
