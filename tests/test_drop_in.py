@@ -131,7 +131,7 @@ def test_expected_information(float64: None) -> None:
     check_mean(torch.stack(estimates), exact)
     skewed = [
         average_posterior_entropy(
-            MPImportance(lambda tosses: coin(tosses, 3.0), num_samples=100), 5
+            MPImportance(lambda tosses: coin(tosses, 8.0), num_samples=100), 5
         )
         for _ in range(30)
     ]

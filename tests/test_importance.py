@@ -20,9 +20,10 @@ def test_number_of_samples(num_samples: int) -> None:
 
 
 def test_number_of_samples_missing() -> None:
-    with pytest.warns(MPISWarning, match="10 particles"):
-        posterior = MPImportance(chain)
+    posterior = MPImportance(chain)  # adapt may choose a number yet
     assert posterior.num_samples == 10
+    with pytest.warns(MPISWarning, match="10 particles"):
+        posterior.run()
 
 
 def test_programs_that_are_none() -> None:

@@ -245,7 +245,7 @@ def test_good_proposals_are_not(name: str, options: dict[str, int]) -> None:
 def test_it_is_seen_where_nothing_else_is_poor_and_what_it_says_helps() -> None:
     """A tenth of the width: often the weights are nearly even, and the evidence is far too low."""
     alone = []
-    for seed in range(10):
+    for seed in range(20):
         pyro.set_rng_seed(seed)
         run = MPImportance(model, guide(0.1), num_samples=30).run()
         assert float(run.evidence()) < truth() - 5
@@ -271,10 +271,14 @@ def test_a_prior_with_the_posterior_in_its_tails() -> None:
         a = pyro.sample("a", dist.Normal(0.0, 1.0))
         pyro.factor("f", 0.45 * a.square())
 
-    pyro.set_rng_seed(0)
-    found = narrow(MPImportance(tails, num_samples=50).run())
-    assert "'a': drawn from the prior, in whose tails the posterior is." in found
-    assert "Widen the guide" not in found
+    said = []
+    for seed in range(6):
+        pyro.set_rng_seed(seed)
+        said.append(narrow(MPImportance(tails, num_samples=50).run()))
+    assert sum(map(bool, said)) >= 4  # not where one particle has all the weight
+    for found in filter(None, said):
+        assert "'a': drawn from the prior, in whose tails the posterior is." in found
+        assert "Widen the guide" not in found
 
 
 def test_a_mode_without_particles_is_not_seen() -> None:

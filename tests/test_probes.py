@@ -93,7 +93,10 @@ def test_elements_that_cannot_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a probe at one particle, a comparison can hide what is read: the plate shares."""
     monkeypatch.setattr(probes, "PROBE_ELEMENTS", 1)
     monkeypatch.setattr(probes, "MIN_ROWS", 1)
-    reason = "site 'y' reads several elements of plate 'county' together"
+    reason = (
+        "site 'y' reads latents of plate 'county' from outside, and which element could not be "
+        "found out"
+    )
     check_sharing(compared, "alpha", "county", reason, num_samples=5)
 
 

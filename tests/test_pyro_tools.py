@@ -208,7 +208,7 @@ if equalize is not None:
 @pytest.mark.parametrize("name", HANDLERS)
 def test_run_inside_a_handler(name: str, float64: None) -> None:
     """The handler sees nothing of it and changes nothing, of queries neither."""
-    limit = 3 * 8 * 6 * 6 * 3 // 2  # two blocks and more: queries evaluate them again
+    limit = 6_000  # two blocks and more: queries evaluate them again
     results = []
     for handler in (HANDLERS[name], None):
         pyro.set_rng_seed(0)

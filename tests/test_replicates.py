@@ -163,7 +163,7 @@ def test_process_pool() -> None:
     assert len(run(memory_limit=3_000)._sums[0].blocks) > 1
 
 
-@pytest.mark.parametrize("options", [{"num_replicates": 6}, {"memory_limit": 2_000}])
+@pytest.mark.parametrize("options", [{"num_replicates": 6}, {"memory_limit": 3_000}])
 def test_threads_do_not_act_on_each_other(options: dict[str, Any]) -> None:
     """Handlers, parameters and random numbers are those of the process: jobs take turns."""
     with ThreadPoolExecutor(4) as pool:
