@@ -244,9 +244,9 @@ def _dimensions(structure: Structure, index: Index) -> float:
 
 def _groups(model: _CostModel, symbols: frozenset[str]) -> list[Advice]:
     """Group latents two by two, as long as it lowers the variance; and say how many particles."""
-    sizes = model.most()
-    first = lowest = model.variance(sizes)
-    best, found = model, sizes
+    as_it_stands = model.most()
+    first = lowest = model.variance(as_it_stands)
+    best, found = model, as_it_stands
     while True:
         tried: list[tuple[float, float, int, _CostModel, dict[str, int]]] = []
         same = {s: max(10, number) for s, number in found.items()}
@@ -258,10 +258,9 @@ def _groups(model: _CostModel, symbols: frozenset[str]) -> list[Advice]:
         if not tried or min(tried)[0] >= lowest:
             break
         lowest, _, _, best, found = min(tried)
-    ratio = min(OUTSIDE, key=lambda ratio: best.variance(best.most(ratio)))
-    if best.variance(best.most(ratio)) < lowest / WORTH:
-        found = best.most(ratio)
-        lowest = best.variance(found)
+    uneven = min((best.most(ratio) for ratio in OUTSIDE), key=best.variance)
+    if best.variance(uneven) < lowest / WORTH:
+        found, lowest = uneven, best.variance(uneven)
     groups = tuple(index.sites for index in best.structure.indices if len(index.sites) > 1)
     sampled = [s for s, index in model.structure.by_symbol.items() if not index.enumerated]
     if not sampled or not found or first < lowest * WORTH:
@@ -278,7 +277,7 @@ def _groups(model: _CostModel, symbols: frozenset[str]) -> list[Advice]:
     else:
         by_site = ", ".join(f"{name!r}: {number}" for name, number in particles.items())
         how_many = f"num_samples={{{by_site}}}"
-    alone = min(model.most()[symbol] for symbol in sampled)
+    alone = min(as_it_stands[symbol] for symbol in sampled)
     listed = ", ".join(str(group) for group in groups)
     text = f"groups=[{listed}] with {how_many}" if groups else how_many
     text += (

@@ -53,7 +53,7 @@ class Workers:
             # Dask's advice for data that are sent with many tasks
             warnings.filterwarnings("ignore", message="Sending large graph", category=UserWarning)
             with turns.lent():
-                futures = [self.executor.submit(in_turn, task) for task in tasks]
+                futures = [self.executor.submit(one_after_the_other, task) for task in tasks]
                 done = [future.result() for future in self._progress(futures)]
         return [result for results in done for result in results]
 
@@ -86,7 +86,7 @@ def dealt(jobs: Sequence[Job[Result]], number: int) -> list[tuple[Job[Result], .
     return [tuple(jobs[start:end]) for start, end in itertools.pairwise(ends)]
 
 
-def in_turn(jobs: Sequence[Job[Result]]) -> list[Result]:
+def one_after_the_other(jobs: Sequence[Job[Result]]) -> list[Result]:
     """
     Run jobs one after the other, while no other thread of this process runs any.
 

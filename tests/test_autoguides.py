@@ -92,7 +92,13 @@ GUIDES: dict[str, Callable[[], Callable[..., object]]] = {
 }
 
 
-@pytest.mark.parametrize("name", GUIDES)
+EVERY_DAY = ("AutoNormal", "AutoMultivariateNormal", "AutoStructured", "AutoNormalMessenger")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in EVERY_DAY else pytest.param(name, marks=pytest.mark.slow) for name in GUIDES],
+)
 def test_trained_autoguide(name: str) -> None:
     """
     The mean of log P lies between the guide's ELBO and the log evidence.

@@ -12,7 +12,13 @@ LIMIT = 32 << 20
 ROOM = 1.5 * LIMIT + 100e6  # beside what libraries and two particles take
 
 
-@pytest.mark.parametrize("name", MODELS)
+EVERY_DAY = ("process", "effects", "chain", "grouped")  # one of each kind of allocation
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in EVERY_DAY else pytest.param(name, marks=pytest.mark.slow) for name in MODELS],
+)
 def test_the_limit_is_kept(name: str) -> None:
     """By a run, by moments, marginals and draws. Without a limit, peaks are higher."""
     file = Path(__file__).with_name("peaks.py")

@@ -156,7 +156,7 @@ def test_results_are_in_order_whatever_the_workers() -> None:
 TOUCHED = """
 import resource
 import torch
-from pyro_mpis.workers import in_turn
+from pyro_mpis.workers import one_after_the_other
 
 def touched():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -164,7 +164,7 @@ def touched():
         torch.zeros(2**20).add_(1.0)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-print(touched(), in_turn([touched])[0])
+print(touched(), one_after_the_other([touched])[0])
 """
 
 

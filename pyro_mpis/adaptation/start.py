@@ -169,14 +169,10 @@ def start_of(plan: Plan, structure: Structure, trace: Trace) -> Start:
     priors = {}
     reads_discrete = _reading(structure, set(structure.origins) - set(free_names))
     for name in free_names:
-        free = said[name]["free"].tensor
-        if not said[name]["free"].levels:
-            free = free.unsqueeze(0)
+        free = said[name]["free"].along(0)
         scale = None
         if "scale" in said[name] and name not in reads_discrete:
-            mapped = said[name]["scale"]
-            scale = mapped.tensor if mapped.levels else mapped.tensor.unsqueeze(0)
-            scale = scale.double().median(0).values
+            scale = said[name]["scale"].along(0).double().median(0).values
         priors[name] = Prior(_median_and_sd(free.double()), scale, name in fixed)
     others = {
         name: detach_provenance(site["value"])

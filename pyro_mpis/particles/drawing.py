@@ -197,7 +197,7 @@ def _collecting(site: Site, supports: dict[str, Tensor | None]) -> Collect:
 
 def _of_particles(mapped: Mapped, shape: torch.Size, num_samples: int) -> Tensor:
     """Return ``(K, *shape)``."""
-    tensor = mapped.tensor if mapped.levels else mapped.tensor.unsqueeze(0)
+    tensor = mapped.along(0)
     missing = len(shape) - (tensor.dim() - 1)
     tensor = tensor.reshape((len(tensor), *(1,) * missing, *tensor.shape[1:]))
     return tensor.expand((num_samples, *shape))

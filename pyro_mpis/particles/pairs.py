@@ -115,11 +115,7 @@ def log_probs_of_pairs(
     )
     result = {}
     for name in names:
-        mapped = said[name]["log_prob"]
-        tensor = mapped.tensor
-        for level in (0, 1):
-            if mapped.at(level) is None:
-                tensor = tensor.unsqueeze(level)
+        tensor = said[name]["log_prob"].along(0, 1)
         site = structure.proposal_site(name)
         lead = (len(candidates[name]), tensor.shape[1])
         result[name] = tensor.expand((*lead, *site.batch_shape))

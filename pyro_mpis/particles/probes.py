@@ -204,11 +204,7 @@ def _probing_run(
     nesting = structure.max_plate_nesting
     result = {}
     for name in names:
-        mapped = said[name]["log_prob"]
-        tensor = mapped.tensor
-        for level in (0, 1):
-            if mapped.at(level) is None:
-                tensor = tensor.unsqueeze(level)
+        tensor = said[name]["log_prob"].along(0, 1)
         lead, batch = tensor.shape[:2], tensor.shape[2:]
         tensor = tensor.reshape((*lead, *(1,) * (nesting - len(batch)), *batch))
         tensor = tensor.expand((slots * rows, *tensor.shape[1:]))

@@ -59,6 +59,19 @@ class Mapped:
         """Return the dim of a level; None if the tensor does not read it."""
         return self.levels.index(level) if level in self.levels else None
 
+    def along(self, *levels: int) -> Tensor:
+        """
+        Return ``(*levels, *shape)``, with size one for levels that the tensor does not read.
+
+        :param levels: those that it reads, and maybe others, in the order that is wanted.
+        """
+        assert set(self.levels) <= set(levels)
+        dims = [self.at(level) for level in levels]
+        order = [dim for dim in dims if dim is not None]
+        tensor = self.tensor.permute((*order, *range(len(order), self.tensor.dim())))
+        sizes = [1 if dim is None else self.tensor.shape[dim] for dim in dims]
+        return tensor.reshape((*sizes, *self.shape))
+
 
 def run_mapped(
     function: Callable[[dict[str, Tensor]], None], levels: Sequence[Values], *, patched: bool

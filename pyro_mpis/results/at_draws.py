@@ -283,10 +283,7 @@ def at_all(
     _, said = evaluate(programs, [draws] if draws else [], model=wanted, shapes=shapes)
     result: dict[str, Parts] = {}
     for name, parts in said.items():
-        tensors = {
-            key: mapped.tensor if mapped.levels else mapped.tensor.unsqueeze(0)
-            for key, mapped in parts.items()
-        }
+        tensors = {key: mapped.along(0) for key, mapped in parts.items()}
         result[name] = {k: t.expand((number, *t.shape[1:])) for k, t in tensors.items()}
     return result
 

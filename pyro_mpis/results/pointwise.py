@@ -146,9 +146,5 @@ def _log_prob(site: SampleMessage, _: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 def _aligned(mapped: Mapped, levels: list[int], num_batch: int) -> Tensor:
     """Return ``(*levels, *batch)`` with size one for levels that a result does not read."""
-    tensor, shape = mapped.tensor, mapped.shape
-    assert set(mapped.levels) <= set(levels), "own latents are read by their site alone"
-    sizes = [1 if (dim := mapped.at(level)) is None else tensor.shape[dim] for level in levels]
-    order = [dim for level in levels if (dim := mapped.at(level)) is not None]
-    tensor = tensor.permute((*order, *range(len(mapped.levels), tensor.dim())))
-    return tensor.reshape((*sizes, *(1,) * (num_batch - len(shape)), *shape))
+    tensor, shape = mapped.along(*levels), mapped.shape  # own latents: their site alone reads them
+    return tensor.reshape((*tensor.shape[: len(levels)], *(1,) * (num_batch - len(shape)), *shape))
