@@ -13,16 +13,18 @@ that it makes room for are more than its dimensions need.
 """
 
 import functools
+import html
 import itertools
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
 
 import torch
 from pyro.poutine.trace_struct import Trace
 
-from pyro_mpis._text import quoted, table
+from pyro_mpis._text import data_frame, html_table, quoted, table
 from pyro_mpis.factor_graph.logspace import log_matmul, logsumexp
 from pyro_mpis.particles import memory
 from pyro_mpis.particles.footprint import Footprint, run_at_one
@@ -30,6 +32,9 @@ from pyro_mpis.particles.sizing import Sizes, Sizing
 from pyro_mpis.programs.messages import statements
 from pyro_mpis.programs.runs import NotMappableError, Programs
 from pyro_mpis.programs.structure import Index, Structure
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 SPREAD = 4.0  # of the weights, for each dimension of a proposal like a prior
 SECONDS = 10.0  # that the advice is to fit into
@@ -67,7 +72,7 @@ class Advice:
     particles: Mapping[str, int] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RunPlan:
     """
     What a run would take, what most of it is for, and what would help.
@@ -82,7 +87,30 @@ class RunPlan:
 
     def __str__(self) -> str:
         """Return the table and the advice as text."""
-        lines = [("K", "entries", "memory", "in parts", "seconds")]
+        parts = [table(self._lines(), left=())] if self.costs else []
+        return "\n".join([*parts, *self._remarks(), *(f"- {item.text}" for item in self.advice)])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """Return the table and the advice as a notebook shows them."""
+        parts = [html_table(self._lines())] if self.costs else []
+        parts += [f"<p>{html.escape(remark)}</p>" for remark in self._remarks()]
+        items = "".join(f"<li>{html.escape(item.text)}</li>" for item in self.advice)
+        return "".join([*parts, f"<ul>{items}</ul>" if items else ""])
+
+    def to_dataframe(self) -> "DataFrame":
+        """
+        Return the costs as a pandas ``DataFrame``, indexed by the number of particles.
+
+        :raises ImportError: without pandas.
+        """
+        columns = [field.name for field in fields(Cost)]
+        values = {name: [getattr(cost, name) for cost in self.costs] for name in columns}
+        return data_frame(values).set_index("num_samples")
+
+    def _lines(self) -> list[tuple[str, ...]]:
+        lines: list[tuple[str, ...]] = [("K", "entries", "memory", "in parts", "seconds")]
         for cost in self.costs:
             parts = "does not fit" if cost.parts == 0 else str(cost.parts)
             lines.append(
@@ -94,9 +122,11 @@ class RunPlan:
                     f"{cost.seconds:.2g}" if cost.seconds < 1e6 else f"{cost.seconds:.0e}",
                 )
             )
+        return lines
+
+    def _remarks(self) -> list[str]:
         limit = "unknown" if self.memory_limit is None else _bytes(self.memory_limit)
-        result = [table(lines, left=()), f"memory limit: {limit}", f"largest: {self.largest}"]
-        return "\n".join(result + [f"- {advice.text}" for advice in self.advice])
+        return [f"memory limit: {limit}", f"largest: {self.largest}"]
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import html
 import logging
 import math
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
@@ -15,7 +16,7 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_mpis import planning
+from pyro_mpis import planning, rendering
 from pyro_mpis._text import quoted, range_of
 from pyro_mpis._typing import MomentFunction, NumSamples, Program
 from pyro_mpis._warnings import warn
@@ -49,6 +50,7 @@ from pyro_mpis.results.trace_posterior import Draws, ImportanceTraces, weighted_
 from pyro_mpis.workers import Workers
 
 if TYPE_CHECKING:
+    from graphviz import Digraph
     from numpy.typing import ArrayLike
 
     from pyro_mpis.results.arviz_export import ArvizData
@@ -260,6 +262,29 @@ class MPImportance(ImportanceTraces):
         return planning.run_plan(programs, self._options)
 
     @in_turn
+    def render(self, *args: object, **kwargs: object) -> "Digraph":
+        """
+        Draw the factor graph that :meth:`run` would sum over; the arguments go to model and guide.
+
+        Ellipses are particle indices, with their numbers of particles. Boxes are the log factors of
+        the sites, with the sizes of their dims: those of the indices that the site reads, then
+        those of its plates. Observed sites are grey, and the largest factor is red. Large boxes
+        around them are plates.
+
+        Draws no particles, as :meth:`plan`. Needs the Python package graphviz; showing or saving
+        the picture needs Graphviz itself. ::
+
+            MPImportance(model, num_samples=30).render(data)  # shows itself in a notebook
+            MPImportance(model, num_samples=30).render(data).render("model", format="svg")
+
+        :return: a graph, as :func:`pyro.render_model` returns one; its ``source`` is text.
+        :raises ValueError: if model, guide or data do not fit; the message names the site.
+        :raises ImportError: without the Python package graphviz.
+        """
+        programs = programs_of(self.model, self.guide, args, kwargs)
+        return rendering.render(planning.structure_of(programs, self._options))
+
+    @in_turn
     def evidence(self, log_scale: bool = True) -> Tensor:
         """
         Estimate the evidence p(x): (18) of [1], the mean over replicates.
@@ -407,7 +432,7 @@ class MPImportance(ImportanceTraces):
         return self._summary(marginals, prob)
 
     @in_turn
-    def diagnose(self, *, show: bool = True) -> Diagnosis:
+    def diagnose(self, *, show: bool | None = None) -> Diagnosis:
         """
         Say how far to trust the answers: what is poor, at which site, and what would help.
 
@@ -416,10 +441,12 @@ class MPImportance(ImportanceTraces):
         particles, as they do where a guide is too narrow, and at the replicates' spread. Draws
         nothing.
 
-        :param show: whether to print it.
+        :param show: whether to print it. By default a script prints it. In a notebook, or at a
+            prompt, the result shows itself: there nothing is printed.
         """
         diagnosis = self._diagnosis(self.marginals())
-        if show:
+        at_prompt = hasattr(sys, "ps1")  # which shows what a call returns
+        if show or (show is None and not at_prompt):
             print(diagnosis)
         self._told = True
         return diagnosis
@@ -452,7 +479,7 @@ class MPImportance(ImportanceTraces):
         """
         Return the posterior in ArviZ's data structure; draws random numbers.
 
-        Needs ``pip install pyro-mpis[arviz]``. Dims are named after the plates, those of events
+        Needs the extra ``arviz``. Dims are named after the plates, those of events
         ``<site>_dim_0`` and so on; a batch dim of size one outside of all plates is dropped. The
         groups, each in an ordinary run's shapes:
 

@@ -223,14 +223,32 @@ def run_plan(programs: Programs, options: Options) -> RunPlan:
     """
     environment = Environment()
     with seeded(0), environment.entered(), memory.gc_paused():
-        programs, structure, *traces = analysed(programs, options)
-        footprint = None
-        if structure.obstacle is None:
-            structure, footprint = measured(
-                structure, programs, (traces[0], traces[1]), validate=environment.validate
-            )
+        programs, structure, footprint, traces = _looked_at(programs, options, environment)
         device = device_of(traces[1]).type
-        return _costs(structure, programs, (traces[0], traces[1]), footprint, options, device)
+        return _costs(structure, programs, traces, footprint, options, device)
+
+
+def structure_of(programs: Programs, options: Options) -> Structure:
+    """
+    Return the structure that a run would start from.
+
+    Leaves random numbers, the param store and the handlers' stack as they were.
+    """
+    environment = Environment()
+    with seeded(0), environment.entered(), memory.gc_paused():
+        return _looked_at(programs, options, environment)[1]
+
+
+def _looked_at(
+    programs: Programs, options: Options, environment: Environment
+) -> tuple[Programs, Structure, Footprint | None, tuple[Trace, Trace]]:
+    """Find the structure, and what the programs hold unless torch cannot map them."""
+    programs, structure, *traces = analysed(programs, options)
+    both = traces[0], traces[1]
+    footprint = None
+    if structure.obstacle is None:
+        structure, footprint = measured(structure, programs, both, validate=environment.validate)
+    return programs, structure, footprint, both
 
 
 def _costs(

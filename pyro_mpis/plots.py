@@ -152,7 +152,7 @@ def _pyplot() -> "ModuleType":
         from matplotlib import pyplot
     except ImportError as error:
         raise ImportError(
-            "plots need matplotlib, which is not installed: pip install pyro-mpis[plots]"
+            "plots need matplotlib, which is not installed: pip install matplotlib"
         ) from error
     return pyplot
 
