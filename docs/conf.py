@@ -19,7 +19,7 @@ here = Path(__file__).parent
 notebooks = here / "tutorials"
 shutil.rmtree(notebooks, ignore_errors=True)
 notebooks.mkdir()
-for script in sorted((here.parent / "tutorials").glob("[!_]*.py")):
+for script in sorted((here.parent / "tutorials").glob("[0-9]*.py")):
     notebook = jupytext.read(script)
     notebook.cells = [cell for cell in notebook.cells if not cell.source.startswith("# SPDX")]
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
