@@ -458,7 +458,7 @@ class MPImportance(ImportanceTraces):
             self._sampled(),
             float(log_evidences.logsumexp(0)) - math.log(self.num_replicates),
             evidence_error(log_evidences) if self.num_replicates > 1 else None,
-            {number * self.num_replicates for number in self._counts()},
+            {m.log_weights.shape[-1] for name, m in marginals.items() if name in self._sampled()},
             prob,
         )
 
@@ -605,8 +605,15 @@ class MPImportance(ImportanceTraces):
         posterior = cls(model, guide, **vars(stored.settings))
         programs = programs_of(model, guide, tuple(args or ()), dict(kwargs or {}))
         environment = replace(Environment(), dtype=stored.dtype, validate=stored.validate)
-        with seeded(0), environment.entered():
-            programs, structure, *_ = planning.analysed(programs, posterior._options)
+        try:
+            with seeded(0), environment.entered():
+                programs, structure, *_ = planning.analysed(programs, posterior._options)
+        except ValueError as error:
+            raise ValueError(
+                f"'{os.fspath(path)}': model and guide do not fit the saved run. {error} If the "
+                "run had a learned proposal, give the model and the guide that adapt made: "
+                ".load(path, posterior.model, posterior.guide)."
+            ) from error
         saving.check_structure(path, stored.structure, structure)
         posterior._sums = [
             kept.restored(stored, programs, environment, posterior._options) for kept in stored.sums

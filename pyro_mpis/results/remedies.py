@@ -174,8 +174,8 @@ def _better_guide(site: SiteDiagnosis, marginal: Marginal, num_indices: int, num
     name = site.worst
     source = "the prior" if site.proposal == "prior" else "the guide"
     remedy = (
-        "A guide for it (AutoNormal trained by SVI, or a pyro.sample in a guide of your own) puts "
-        "the particles where they count."
+        "A guide puts the particles where they count: MPImportance(model).adapt(...) learns one, "
+        "or train one by SVI (AutoNormal, or a guide of your own)."
         if site.proposal == "prior"
         else "Train the guide further, or let the site read in it those that it depends on."
     )
