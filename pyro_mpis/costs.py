@@ -48,7 +48,15 @@ OUTSIDE = (1, 2, 4, 8)  # times as many particles outside of plates as inside
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run takes with one number of particles."""
+    """
+    What a run takes with one number of particles.
+
+    :param num_samples: K, the number of particles of each site.
+    :param entries: number of log densities that are evaluated.
+    :param memory: in bytes, if nothing is cut into parts.
+    :param parts: blocks and pieces that fit into the limit; 0 if none do.
+    :param seconds: about how long ``run`` takes.
+    """
 
     num_samples: int
     entries: int  # of all log_probs
@@ -62,7 +70,11 @@ class Advice:
     """
     A change that would help: the options of ``MPImportance``, and why.
 
-    :param particles: number for each random site, where they fit into the same memory and time.
+    :param text: the advice in words.
+    :param groups: groups to give.
+    :param enumerate: discrete sites to mark for an exact sum.
+    :param num_samples: the number of particles that then fits, if it is the same for all sites.
+    :param particles: the number for each random site that fits into the same memory and time.
     """
 
     text: str
@@ -75,9 +87,14 @@ class Advice:
 @dataclass(frozen=True, repr=False)
 class RunPlan:
     """
-    What a run would take, what most of it is for, and what would help.
+    What :meth:`~pyro_mpis.MPImportance.plan` finds: what a run would take, and what would help.
 
-    :class:`str` makes a table. :attr:`advice` is in order: what helps most comes first.
+    ``print`` it in a terminal; in a notebook it shows itself.
+
+    :param costs: what a run takes, at several numbers of particles.
+    :param largest: what takes most of the memory.
+    :param advice: changes that would help, the best first.
+    :param memory_limit: in bytes; None if it is not known.
     """
 
     costs: tuple[Cost, ...]
@@ -311,9 +328,9 @@ def _groups(model: _CostModel, symbols: frozenset[str]) -> list[Advice]:
     listed = ", ".join(str(group) for group in groups)
     text = f"groups=[{listed}] with {how_many}" if groups else how_many
     text += (
-        f" fits into {SECONDS:g} s and the memory limit, where as it stands only {alone} particles "
-        f"of each latent do: the variance of the evidence would be about {first / lowest:.1g} "
-        "times lower."
+        f" fits into {SECONDS:g} s and the memory limit. As it stands, only {alone} particles of "
+        f"each latent fit. The change makes the variance of the evidence about "
+        f"{first / lowest:.1g} times lower."
     )
     number = numbers[0] if len(numbers) == 1 else None
     return [Advice(text, groups=groups, num_samples=number, particles=particles)]

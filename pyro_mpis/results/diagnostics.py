@@ -78,13 +78,15 @@ class Problem:
 @dataclass(frozen=True, repr=False)
 class Diagnosis:
     """
-    What :meth:`~pyro_mpis.MPImportance.diagnose` finds; ``str()`` says it in words.
+    What :meth:`~pyro_mpis.MPImportance.diagnose` finds.
 
-    :param sites: of every site that has particles, in the model's order.
-    :param problems: what is poor; empty if nothing is.
-    :param log_evidences: of each replicate, -inf for an evidence of zero: ``(replicates,)``.
-    :param log_evidence: of all replicates together.
-    :param evidence_error: its standard error, None of a single replicate.
+    ``print`` it in a terminal; in a notebook it shows itself.
+
+    :param sites: the weights of every site that has particles, in the model's order.
+    :param problems: what is poor, and what would help; empty if nothing is poor.
+    :param log_evidences: the log evidence of each replicate, ``(replicates,)``; -inf for zero.
+    :param log_evidence: the log evidence of all replicates together.
+    :param evidence_error: its standard error; None if there is a single replicate.
     """
 
     sites: tuple[SiteDiagnosis, ...]
@@ -95,7 +97,7 @@ class Diagnosis:
 
     @property
     def bottleneck(self) -> SiteDiagnosis | None:
-        """The site of the lowest effective sample size; None of a model without particles."""
+        """The site of the lowest effective sample size; None if no site has particles."""
         return min(self.sites, key=lambda site: site.lowest_ess, default=None)
 
     def __str__(self) -> str:
@@ -306,10 +308,10 @@ def _too_narrow(sites: tuple[SiteDiagnosis, ...]) -> list[Problem]:
     element = by_name[worst].element(int(times[worst].reshape(-1).argmax()))
     finding = (
         f"{number} of {sum(site.ess.numel() for site in sites)} marginals have weights that rise "
-        "towards their outermost particles, so that these are narrower than the posterior (most: "
+        "towards their outermost particles: the particles are narrower than the posterior (most: "
         f"{element}, whose posterior is {multiple(most[worst])} as wide as its particles). The log "
-        "evidence is too low, by how much is not known; its standard error and all intervals are "
-        "too small. An effective sample size near the number of particles does not say otherwise."
+        "evidence is too low, by an unknown amount. Its standard error and all intervals are too "
+        "small. A high effective sample size does not show this."
     )
     helps = widening([(by_name[name], times) for name, times in most.items()])
     return [Problem(finding, tuple(helps))]
