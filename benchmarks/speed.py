@@ -255,7 +255,8 @@ def growth(setting: Setting) -> str:
     text = table("model,K or observations,s,slope,expected,MiB,error", rows)
     if setting.picture:
         draw(curves, setting.picture)
-        text += f"\n![seconds against K and observations]({setting.picture.name})\n"
+        name = setting.picture.name
+        text += f"\n[![seconds against K and observations]({name})]({name})\n"
     return text
 
 

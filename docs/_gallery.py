@@ -38,7 +38,7 @@ def pictures(app: Sphinx, page: str, tutorial: str) -> list[nodes.figure]:
         target = app.builder.get_relative_uri(page, tutorial) + f"#{section['ids'][0]}"
         link = nodes.reference("", "", refuri=target, internal=True)
         link += nodes.image(uri=image["uri"], candidates=image["candidates"], alt=caption)
-        figure = nodes.figure("", link)
+        figure = nodes.figure("", link, ids=[f"picture-{len(found)}-{section['ids'][0]}"])
         text = nodes.reference("", caption, refuri=target, internal=True)
         figure += nodes.caption("", "", text)
         found.append(figure)

@@ -165,7 +165,7 @@ def _panels(num_rows: Sequence[int]) -> "list[Axes]":
     _, grid = _pyplot().subplots(
         len(heights),
         columns,
-        figsize=(4.2 * columns, sum(heights)),
+        figsize=(3.4 * columns, sum(heights)),
         height_ratios=heights,
         squeeze=False,
         layout="constrained",
@@ -220,6 +220,7 @@ def _draw_scalar(ax: "Axes", marginal: Marginal, proposal: str) -> None:
     mean = float(weights @ samples)
     ax.axvline(mean, color=POSTERIOR, lw=1.2, label="mean")
     ax.set(xlim=(low, high), ylim=(0, 1.4 * max(top, float(drawn_from.max()))), yticks=[])
+    ax.locator_params(axis="x", nbins=5)
     ax.set_xlabel(f"mean {mean:.3g}, ESS {ess:.1f}")
 
 
@@ -255,6 +256,7 @@ def _draw_elements(
     labels = _labels(shape, plates, coords)[:shown]
     top = -0.7 - 0.14 * (shown + 4)  # room for the legend
     ax.set(xlim=(low, high), ylim=(shown - 0.3, top), yticks=range(shown), yticklabels=labels)
+    ax.locator_params(axis="x", nbins=5)
     if shown > 12:
         ax.tick_params(axis="y", labelsize=7)
     parts = [plate for plate in plates if plate]

@@ -393,7 +393,7 @@ def _good(diagnosis: Diagnosis) -> str:
     return (
         f"Nothing is poor. The lowest ESS is that of {worst.worst}: {worst.lowest_ess:.1f} of "
         f"{worst.num_particles} particles. None of these numbers shows a mode of the posterior "
-        "that no particle is in: where that is to be feared, compare with a wider proposal."
+        "that no particle is in. If there may be one, compare with a wider proposal."
     )
 
 
