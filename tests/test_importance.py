@@ -19,13 +19,6 @@ def test_number_of_samples(num_samples: int) -> None:
         MPImportance(chain, num_samples=num_samples)
 
 
-def test_number_of_samples_missing() -> None:
-    posterior = MPImportance(chain)  # adapt may choose a number yet
-    assert posterior.num_samples == 10
-    with pytest.warns(MPISWarning, match="10 particles"):
-        posterior.run()
-
-
 def test_programs_that_are_none() -> None:
     with pytest.raises(ValueError, match="model: expected a callable, but found int"):
         MPImportance(3, num_samples=2)  # type: ignore[arg-type]
