@@ -10,7 +10,7 @@ import torch
 from failing import chain, fails
 from pyro import poutine
 
-from pyro_mpis import MPImportance, MPISWarning
+from pyro_mpis import MPImportance
 
 
 @pytest.mark.parametrize("num_samples", [0, -1, 2.0, "3", True])
