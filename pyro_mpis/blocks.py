@@ -15,7 +15,7 @@ guide are.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -24,6 +24,8 @@ from pyro.params.param_store import StateDict
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from pyro_mpis import _progress, _threads
+from pyro_mpis.costs import number_of_runs
 from pyro_mpis.factor_graph.evidence import log_evidence, reduced
 from pyro_mpis.factor_graph.graph import FactorGraph, SiteValue
 from pyro_mpis.particles.crossing import check_crossing
@@ -172,7 +174,7 @@ class Replicate:
         self,
         block: Particles,
         ranges: Ranges,
-        parts: Iterable[Ranges],
+        parts: Collection[Ranges],
         *,
         check: bool = False,
     ) -> Iterator[FactorGraph]:
@@ -184,7 +186,7 @@ class Replicate:
         """
         assert self.reads is not None
         of_block = _reads_at(self.reads, ranges)
-        for part in parts:
+        for part in _progress.bar(parts, "densities"):
             particles = block.block(self.structure, part)
             graph = build_graph(self.structure, particles, self._evaluate(particles))
             reads = _reads_at(of_block, part)
@@ -253,7 +255,12 @@ def _graphs(total: BlockSum) -> Iterable[FactorGraph]:
 
 def run_plan(plan: Plan, workers: Workers) -> BlockSum:
     """Draw particles and evaluate them block by block; draws random numbers."""
-    with plan.environment.entered(), gc_paused(plan.cut.whole):
+    with (
+        plan.environment.entered(),
+        gc_paused(plan.cut.whole),
+        _progress.showing(workers.show_progress),
+        _threads.several(plan.is_large),
+    ):
         obstacle = plan.structure.obstacle
         if obstacle is not None:
             return _ordinary(plan, NotMappableError(obstacle.what, obstacle.remedy))
@@ -323,9 +330,9 @@ def _followed(plan: Plan, drawn: Drawn) -> tuple[Plan, Drawn]:
 
 def _ordinary(plan: Plan, error: NotMappableError) -> BlockSum:
     """Run the programs once for each particle, as ordinary importance sampling does."""
-    structure, particles, graph, traces = run_ordinary(
-        plan.structure, plan.programs, plan.num_samples
-    )
+    seconds = plan.options.time_limit
+    number = plan.num_samples if seconds is None else number_of_runs(plan.structure, seconds)
+    structure, particles, graph, traces = run_ordinary(plan.structure, plan.programs, number)
     notice = (
         "the programs run once for each particle, as in pyro.infer.Importance: all latents share "
         "one particle index, and this is ordinary importance sampling, which needs more particles. "
@@ -352,7 +359,8 @@ def run_replicates(
         return [run_plan(plan, workers)]
     seeds = torch.randint(2**31 - 1, (num_replicates,)).tolist()
     kept = KEPT_BYTES // num_replicates if keep and workers.executor is None else 0
-    totals = workers.run([partial(_replicate, plan, seed, kept) for seed in seeds])
+    jobs = [partial(_replicate, plan, seed, kept) for seed in seeds]
+    totals = workers.run(jobs, "replicates")
     return [_with_programs(total, plan) for total in totals]
 
 
@@ -401,7 +409,8 @@ def evaluate(
     )
     del graph
     others = blocks[len(results) :]
-    results += workers.run([partial(_block, replicate, part, part is blocks[0]) for part in others])
+    jobs = [partial(_block, replicate, part, part is blocks[0]) for part in others]
+    results += workers.run(jobs, "blocks")
     for (_, values), ranges in zip(results, blocks, strict=True):
         whole = replace(whole, values=with_values(whole.values, whole.sizes, values, ranges))
     log_evidences = torch.stack([log_p for log_p, _ in results])

@@ -43,6 +43,7 @@ CANDIDATES = 8  # indices that groups are tried of
 WORTH = 1.5  # times lower a variance, for an advice
 PASSES = 6  # over all log_probs, to check them and to sum them over plates
 MOST = 10**7  # particles that anybody would draw
+CHOICES = (10, 20, 30, 50, 100, 200, 300, 500, 1000, 2000, 3000, 5000, 10_000)
 OUTSIDE = (1, 2, 4, 8)  # times as many particles outside of plates as inside
 
 
@@ -154,6 +155,46 @@ class Machine:
     multiplication: float  # in a product of matrices in log space
     sum: float  # an entry that is added to another and summed in log space
     run: float  # of the programs at a single particle
+
+
+# A core of 2020, one thread. Numbers of particles are chosen by it and not by the machine at hand:
+# the same seed is to give the same result on any machine, whatever else that is busy with.
+USUAL = Machine(byte=3e-10, multiplication=2e-10, sum=6e-9, run=0.0)
+SECONDS_OF_SITE = 2e-4  # in a mapped run of the programs
+SECONDS_ALONE = 6e-4  # in a run for a single particle, with what is done around it
+
+
+def number_that_fits(
+    structure: Structure,
+    footprint: Footprint,
+    *,
+    seconds: float,
+    memory_limit: int | None,
+    device: str,
+) -> int:
+    """
+    Return the most particles of each index, of :data:`CHOICES`, that fit into time and memory.
+
+    :param seconds: that a run may take on a usual machine.
+    :param memory_limit: bytes for a run and its queries, without cutting it.
+    """
+    sites = len(structure.guide) + len(structure.model)
+    machine = replace(USUAL, run=SECONDS_OF_SITE * sites)
+    model = _CostModel(structure, footprint, machine, memory_limit, device)
+    limit = math.inf if memory_limit is None else memory_limit
+    best = CHOICES[0]
+    for number in CHOICES:
+        sizes = model.sizes(number, 1)
+        if model.seconds(sizes) > seconds or model.bytes(sizes) > limit:
+            break
+        best = number
+    return best
+
+
+def number_of_runs(structure: Structure, seconds: float) -> int:
+    """Return how many runs at single values fit into a time, of :data:`CHOICES`."""
+    most = seconds / (SECONDS_ALONE * (len(structure.guide) + len(structure.model)))
+    return max([CHOICES[0], *(number for number in CHOICES if number <= most)])
 
 
 def run_plan_of(

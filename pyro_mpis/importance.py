@@ -98,7 +98,8 @@ class MPImportance(ImportanceTraces):
         Sites that it lacks are drawn from the prior.
     :param num_samples: K, the number of particles of each latent site. Sites may have numbers of
         their own, and ``None`` stands for all others: ``num_samples={"mu": 300, None: 10}``. To
-        give a group a number, name any of its members.
+        give a group a number, name any of its members. If it is not given, :meth:`run` chooses the
+        largest number that fits into ``time_limit`` and memory, and :meth:`summary` says it.
     :param groups: groups of latent sites that share one particle index. Use them for sites that
         depend strongly on each other, and where one observation reads many sites.
     :param shared_plates: names of plates whose latents have one particle index for all elements, in
@@ -111,6 +112,9 @@ class MPImportance(ImportanceTraces):
         larger sum is evaluated in blocks of particles, with the same result. If no block is small
         enough, latents share an index, or, with a limit that you gave, the run is an error. See
         :meth:`plan`.
+    :param time_limit: seconds that all replicates of a run may take, if ``num_samples`` is not
+        given. They are those of a usual machine, not of the one at hand, so that a seed gives the
+        same result everywhere.
     :param stratified: whether particles are spread evenly over their proposal, as a Latin
         hypercube. The evidence stays exactly unbiased, and its error gets smaller. This is for
         families with a quantile function: Normal, LogNormal, Uniform and others. Particles of
@@ -122,7 +126,8 @@ class MPImportance(ImportanceTraces):
         Dask, loky or mpi4py. It computes replicates, or the blocks of a single one. It must be able
         to pickle model and guide. The result is the same. Processes are faster than threads, which
         take turns because Pyro's handlers are global. See docs/many_processes.md.
-    :param disable_progbar: whether to hide the progress bar that a terminal shows for blocks.
+    :param disable_progbar: whether to show no progress bar. By default a terminal or a notebook
+        shows one for what takes more than two seconds: replicates, blocks and their queries.
     :raises ValueError: if an argument is not as described.
     """
 
@@ -136,6 +141,7 @@ class MPImportance(ImportanceTraces):
         shared_plates: Sequence[str] = (),
         max_plate_nesting: float | None = None,
         memory_limit: int | None = None,
+        time_limit: float = 3.0,
         stratified: bool = True,
         num_replicates: int = 1,
         executor: Executor | None = None,
@@ -152,16 +158,19 @@ class MPImportance(ImportanceTraces):
             raise ValueError(
                 f"memory_limit: expected a positive number of bytes, but found {memory_limit!r}."
             )
+        if not time_limit > 0:
+            raise ValueError(
+                f"time_limit: expected a positive number of seconds, but found {time_limit!r}."
+            )
         self.model = model
         self.guide = guide
-        self.num_samples = checked_numbers(
-            DEFAULT_NUM_SAMPLES if num_samples is None else num_samples
-        )
+        self.num_samples = None if num_samples is None else checked_numbers(num_samples)
         self._is_number_given = num_samples is not None
         self.groups = tuple(groups)
         self.shared_plates = tuple(shared_plates)
         self.max_plate_nesting = planning.number_of_dims(max_plate_nesting)
         self.memory_limit = memory_limit
+        self.time_limit = float(time_limit)
         self.stratified = bool(stratified)
         self.num_replicates = num_replicates
         self.executor = executor
@@ -200,7 +209,7 @@ class MPImportance(ImportanceTraces):
                 "pyro.infer.SVI, for example, and then given to MPImportance(model, guide)."
             )
         self.groups = ()  # the guide has one index for each set of plates
-        options = replace(self._options, num_samples=None, numbers={})
+        options = replace(self._options, num_samples=None, numbers={}, time_limit=None)
         found = adapted(self.model, args, kwargs, options, show_progress=not self.disable_progbar)
         self.model, self.guide = found.model, found.guide
         self.num_samples = dict(found.num_samples)
@@ -225,11 +234,6 @@ class MPImportance(ImportanceTraces):
             what the sites read could not be followed.
         :raises MemoryError: if a factor does not fit into the given ``memory_limit``.
         """
-        if not self._is_number_given:
-            warn(
-                f"num_samples not given: {self.num_samples} particles of each latent site are "
-                "drawn, which is few. Give num_samples=100 for example, or call .adapt(...) before."
-            )
         programs = programs_of(self.model, self.guide, args, kwargs)
         plan, guide_trace, model_trace = plan_of(programs, self._options)
         if self.max_plate_nesting is None:
@@ -243,6 +247,8 @@ class MPImportance(ImportanceTraces):
         if not possible:
             raise _impossible(sums[0])
         self._sums, self._weights = possible, [{} for _ in possible]
+        if not self._is_number_given:
+            self.num_samples = possible[0].replicate.plan.num_samples
         self._told = self._told_of_error = False
         self._reset()
         notices = dict.fromkeys(n for total in sums for n in total.replicate.plan.notices)
@@ -483,6 +489,7 @@ class MPImportance(ImportanceTraces):
             evidence_error(log_evidences) if self.num_replicates > 1 else None,
             {m.log_weights.shape[-1] for name, m in marginals.items() if name in self._sampled()},
             prob,
+            None if self._is_number_given else self.time_limit,
         )
 
     def _diagnosis(self, marginals: Mapping[str, Marginal]) -> Diagnosis:
@@ -567,6 +574,7 @@ class MPImportance(ImportanceTraces):
                 "a plate selects a subsample, which a file does not keep: run on all of the data, "
                 "or keep the numbers that moments() and marginals() give."
             )
+        assert self.num_samples is not None  # known after a run
         if not factors and not sums[0].traces:
             sums = [replace(total, whole=replace(total.whole, factors=())) for total in sums]
         settings = saving.Settings(
@@ -681,9 +689,12 @@ class MPImportance(ImportanceTraces):
     def __repr__(self) -> str:
         """Say what was drawn, and the log evidence."""
         options = self._options
-        given = {options.num_samples or DEFAULT_NUM_SAMPLES, *options.numbers.values()}
-        counts = self._counts() if self._sums else given
-        particles = f"{range_of(counts)} particles a site"
+        if self._sums or self._is_number_given:
+            given = {options.num_samples or DEFAULT_NUM_SAMPLES, *options.numbers.values()}
+            counts = self._counts() if self._sums else given
+            particles = f"{range_of(counts)} particles a site"
+        else:
+            particles = f"as many particles as fit into {self.time_limit:g} s"
         if self.num_replicates > 1:
             particles += f", {self.num_replicates} replicates"
         if not self._sums:
@@ -711,9 +722,12 @@ class MPImportance(ImportanceTraces):
         for group in self.groups:
             if isinstance(group, str):
                 raise ValueError(f"groups: expected sequences of site names, but found '{group}'.")
-        numbers = (
-            {None: self.num_samples} if isinstance(self.num_samples, int) else self.num_samples
-        )
+        numbers: Mapping[str | None, int] = {}
+        if self._is_number_given and self.num_samples is not None:
+            numbers = (
+                {None: self.num_samples} if isinstance(self.num_samples, int) else self.num_samples
+            )
+        seconds = self.time_limit / self.num_replicates
         return Options(
             num_samples=numbers.get(None),
             numbers={name: number for name, number in numbers.items() if name is not None},
@@ -722,6 +736,7 @@ class MPImportance(ImportanceTraces):
             max_plate_nesting=self.max_plate_nesting,
             memory_limit=self.memory_limit,
             stratified=self.stratified,
+            time_limit=None if self._is_number_given else seconds,
         )
 
     def get_log_normalizer(self) -> Tensor:

@@ -10,6 +10,7 @@ was seen.
 import itertools
 import math
 import operator
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,7 +20,7 @@ from pyro.poutine.util import is_validation_enabled
 
 from pyro_mpis._text import first_line, quoted
 from pyro_mpis._typing import NumSamples, Ordinal, Program
-from pyro_mpis.costs import RunPlan, run_plan_of
+from pyro_mpis.costs import RunPlan, number_of_runs, number_that_fits, run_plan_of
 from pyro_mpis.particles import memory
 from pyro_mpis.particles.footprint import Footprint, measured
 from pyro_mpis.particles.masked import find_masks
@@ -33,7 +34,10 @@ from pyro_mpis.programs.runs import Name, Programs, run_plainly, with_one_subsam
 from pyro_mpis.programs.structure import Index, Obstacle, Structure
 from pyro_mpis.programs.subsampling import subsamples_of
 
-DEFAULT_NUM_SAMPLES = 10  # as pyro.infer.Importance has it
+DEFAULT_NUM_SAMPLES = 10  # of sites without a number, where others have one
+# A run is large if it evaluates more densities, or its programs take longer at single values.
+LARGE = 2**23
+SLOW = 0.1  # seconds
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class Options:
     max_plate_nesting: int | None = None
     memory_limit: int | None = None
     stratified: bool = True
+    time_limit: float | None = None  # seconds, to choose a number by that is not given
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,13 @@ class Plan:
     # sites that read other elements at some particles than at others
     switched: tuple[str, ...] = ()
     footprint: Footprint | None = None  # what the programs hold, where it may matter
+    seconds: float = 0.0  # that the programs took at single values
+
+    @property
+    def is_large(self) -> bool:
+        """Whether a run or a query is so large that several threads may help."""
+        number = memory.number_of_densities(self.structure, self.structure.num_particles)
+        return number > LARGE or self.seconds > SLOW
 
     @property
     def num_samples(self) -> int:
@@ -180,20 +192,25 @@ def plan_of(programs: Programs, options: Options) -> tuple[Plan, Trace, Trace]:
     """
     environment = Environment()
     with environment.entered(), memory.gc_paused():
+        start = time.perf_counter()
         programs, structure, guide_trace, model_trace = analysed(programs, options)
+        seconds = time.perf_counter() - start
         environment = environment.with_params()  # those too that the programs have just made
         device = device_of(model_trace).type
-        not_given = unnumbered(structure, options)
+        not_given = [] if options.time_limit is not None else unnumbered(structure, options)
         traces = guide_trace, model_trace
         footprint = None
         sizes = structure.num_particles
         limit = memory_limit(options, device)
-        if structure.obstacle is None and memory.is_worth_measuring(
-            structure, sizes, limit, traces
+        is_open = options.time_limit is not None
+        if structure.obstacle is None and (
+            is_open or memory.is_worth_measuring(structure, sizes, limit, traces)
         ):
             structure, footprint = measured(
                 structure, programs, traces, validate=environment.validate
             )
+        if is_open:
+            structure, options = chosen(structure, footprint, options, device)
         try:
             structure, cut, notices = fitted(structure, options, device, footprint)
             notices = [*not_given, *notices]
@@ -210,8 +227,31 @@ def plan_of(programs: Programs, options: Options) -> tuple[Plan, Trace, Trace]:
             environment,
             tuple(notices),
             footprint=footprint,
+            seconds=seconds,
         )
     return plan, guide_trace, model_trace
+
+
+def chosen(
+    structure: Structure, footprint: Footprint | None, options: Options, device: str
+) -> tuple[Structure, Options]:
+    """
+    Choose the number of particles, where there is a limit of time to choose it by.
+
+    :param footprint: of the programs; None if they run once for each particle.
+    :return: the structure with that number of each index, and the options with it.
+    """
+    seconds = options.time_limit
+    if seconds is None:
+        return structure, options
+    if footprint is None:
+        number = number_of_runs(structure, seconds)
+    else:
+        limit = memory_limit(options, device)
+        number = number_that_fits(
+            structure, footprint, seconds=seconds, memory_limit=limit, device=device
+        )
+    return structure.with_num_samples(number), replace(options, num_samples=number)
 
 
 def run_plan(programs: Programs, options: Options) -> RunPlan:
@@ -225,6 +265,7 @@ def run_plan(programs: Programs, options: Options) -> RunPlan:
     with seeded(0), environment.entered(), memory.gc_paused():
         programs, structure, footprint, traces = _looked_at(programs, options, environment)
         device = device_of(traces[1]).type
+        structure, options = chosen(structure, footprint, options, device)
         return _costs(structure, programs, traces, footprint, options, device)
 
 
@@ -236,7 +277,8 @@ def structure_of(programs: Programs, options: Options) -> Structure:
     """
     environment = Environment()
     with seeded(0), environment.entered(), memory.gc_paused():
-        return _looked_at(programs, options, environment)[1]
+        _, structure, footprint, traces = _looked_at(programs, options, environment)
+        return chosen(structure, footprint, options, device_of(traces[1]).type)[0]
 
 
 def _looked_at(

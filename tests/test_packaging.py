@@ -90,18 +90,20 @@ def modules(source: str) -> set[str]:
     return {name for name in result if name.split(".")[0] == "pyro_mpis"}
 
 
-GROUND = {"_text", "_typing"}
+GROUND = {"_text", "_typing", "_progress", "_threads"}
 # What each part of the package may import besides itself: the data flow one way.
 BELOW = {
     "_text": set[str](),
     "_typing": set[str](),
+    "_progress": set[str](),
+    "_threads": set[str](),
     "_version": set[str](),
     "_warnings": set[str](),
     "programs": GROUND,
     "factor_graph": GROUND,
     "particles": GROUND | {"programs", "factor_graph"},
     "pieces": {"factor_graph"},
-    "workers": {"programs"},
+    "workers": GROUND | {"programs"},
     "costs": GROUND | {"programs", "factor_graph", "particles"},
     "planning": GROUND | {"programs", "particles", "costs"},
     "rendering": GROUND | {"programs"},

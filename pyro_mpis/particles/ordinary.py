@@ -17,6 +17,7 @@ from pyro import poutine
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from pyro_mpis import _progress
 from pyro_mpis._typing import SampleMessage
 from pyro_mpis.factor_graph.graph import FactorGraph, LogFactor
 from pyro_mpis.particles.factors import site_value, without_ruled_out
@@ -45,7 +46,7 @@ def run_ordinary(
     rows: list[dict[str, Tensor]] = []
     values: list[dict[str, Tensor]] = []
     traces = []
-    for _ in range(num_samples):
+    for _ in _progress.bar(range(num_samples), "particles"):
         trace, densities = _one_run(programs)
         rows.append(densities)
         sites = statements(trace)
