@@ -21,13 +21,13 @@ Moments, Marginals and Samples", UAI, PMLR 244:394-417. Where its equations are:
 from pyro_mpis._version import __version__
 from pyro_mpis._warnings import MPISWarning
 from pyro_mpis.adaptation.guide import AutoPlateNormal
-from pyro_mpis.costs import Advice, Cost, RunPlan
 from pyro_mpis.factor_graph.marginals import Marginal
 from pyro_mpis.importance import MPImportance
 from pyro_mpis.objectives import MPReweightedWakeSleep, TraceMP_ELBO
 from pyro_mpis.results.diagnostics import Diagnosis
 from pyro_mpis.results.predictive import log_predictive
 from pyro_mpis.results.summary import Summary
+from pyro_mpis.run_plan import Advice, Cost, RunPlan
 
 __all__ = [
     "Advice",

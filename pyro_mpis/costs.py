@@ -13,18 +13,16 @@ that it makes room for are more than its dimensions need.
 """
 
 import functools
-import html
 import itertools
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from pyro.poutine.trace_struct import Trace
 
-from pyro_mpis._text import data_frame, html_table, quoted, table
+from pyro_mpis._text import quoted
 from pyro_mpis.factor_graph.logspace import log_matmul, logsumexp
 from pyro_mpis.particles import memory
 from pyro_mpis.particles.footprint import Footprint, run_at_one
@@ -32,9 +30,7 @@ from pyro_mpis.particles.sizing import Sizes, Sizing
 from pyro_mpis.programs.messages import statements
 from pyro_mpis.programs.runs import NotMappableError, Programs
 from pyro_mpis.programs.structure import Index, Structure
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
+from pyro_mpis.run_plan import Advice, Cost, RunPlan
 
 SPREAD = 4.0  # of the weights, for each dimension of a proposal like a prior
 SECONDS = 10.0  # that the advice is to fit into
@@ -45,106 +41,6 @@ PASSES = 6  # over all log_probs, to check them and to sum them over plates
 MOST = 10**7  # particles that anybody would draw
 CHOICES = (10, 20, 30, 50, 100, 200, 300, 500, 1000, 2000, 3000, 5000, 10_000)
 OUTSIDE = (1, 2, 4, 8)  # times as many particles outside of plates as inside
-
-
-@dataclass(frozen=True)
-class Cost:
-    """
-    What a run takes with one number of particles.
-
-    :param num_samples: K, the number of particles of each site.
-    :param entries: number of log densities that are evaluated.
-    :param memory: in bytes, if nothing is cut into parts.
-    :param parts: blocks and pieces that fit into the limit; 0 if none do.
-    :param seconds: about how long ``run`` takes.
-    """
-
-    num_samples: int
-    entries: int  # of all log_probs
-    memory: int  # bytes, if nothing is cut
-    parts: int  # blocks and pieces that fit into the limit; 0 if none do
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Advice:
-    """
-    A change that would help: the options of ``MPImportance``, and why.
-
-    :param text: the advice in words.
-    :param groups: groups to give.
-    :param enumerate: discrete sites to mark for an exact sum.
-    :param num_samples: the number of particles that then fits, if it is the same for all sites.
-    :param particles: the number for each random site that fits into the same memory and time.
-    """
-
-    text: str
-    groups: tuple[tuple[str, ...], ...] = ()
-    enumerate: tuple[str, ...] = ()
-    num_samples: int | None = None
-    particles: Mapping[str, int] | None = None
-
-
-@dataclass(frozen=True, repr=False)
-class RunPlan:
-    """
-    What :meth:`~pyro_mpis.MPImportance.plan` finds: what a run would take, and what would help.
-
-    ``print`` it in a terminal; in a notebook it shows itself.
-
-    :param costs: what a run takes, at several numbers of particles.
-    :param largest: what takes most of the memory.
-    :param advice: changes that would help, the best first.
-    :param memory_limit: in bytes; None if it is not known.
-    """
-
-    costs: tuple[Cost, ...]
-    largest: str  # what takes most memory at the K of the run
-    advice: tuple[Advice, ...]
-    memory_limit: int | None  # bytes
-
-    def __str__(self) -> str:
-        """Return the table and the advice as text."""
-        parts = [table(self._lines(), left=())] if self.costs else []
-        return "\n".join([*parts, *self._remarks(), *(f"- {item.text}" for item in self.advice)])
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        """Return the table and the advice as a notebook shows them."""
-        parts = [html_table(self._lines())] if self.costs else []
-        parts += [f"<p>{html.escape(remark)}</p>" for remark in self._remarks()]
-        items = "".join(f"<li>{html.escape(item.text)}</li>" for item in self.advice)
-        return "".join([*parts, f"<ul>{items}</ul>" if items else ""])
-
-    def to_dataframe(self) -> "DataFrame":
-        """
-        Return the costs as a pandas ``DataFrame``, indexed by the number of particles.
-
-        :raises ImportError: without pandas.
-        """
-        columns = [field.name for field in fields(Cost)]
-        values = {name: [getattr(cost, name) for cost in self.costs] for name in columns}
-        return data_frame(values).set_index("num_samples")
-
-    def _lines(self) -> list[tuple[str, ...]]:
-        lines: list[tuple[str, ...]] = [("K", "entries", "memory", "in parts", "seconds")]
-        for cost in self.costs:
-            parts = "does not fit" if cost.parts == 0 else str(cost.parts)
-            lines.append(
-                (
-                    str(cost.num_samples),
-                    f"{cost.entries:.1e}",
-                    _bytes(cost.memory),
-                    parts,
-                    f"{cost.seconds:.2g}" if cost.seconds < 1e6 else f"{cost.seconds:.0e}",
-                )
-            )
-        return lines
-
-    def _remarks(self) -> list[str]:
-        limit = "unknown" if self.memory_limit is None else _bytes(self.memory_limit)
-        return [f"memory limit: {limit}", f"largest: {self.largest}"]
 
 
 @dataclass(frozen=True)
@@ -450,11 +346,3 @@ def _rates() -> tuple[float, float, float]:
         multiplication = usual(log_matmul, a, a) / (a.numel() * 256)
         entry = usual(lambda x: logsumexp(x + x), x) / x.numel()
     return byte, multiplication, entry
-
-
-def _bytes(number: int) -> str:
-    """Return a number of bytes in a unit that suits it."""
-    for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}" if number < 1000 * 2**40 else f"{number:.0e} B"
-    return f"{number / 2**10:.3g} KiB"

@@ -23,7 +23,6 @@ from pyro_mpis._warnings import warn
 from pyro_mpis.adaptation.adapting import adapted
 from pyro_mpis.adaptation.guide import AutoPlateNormal
 from pyro_mpis.blocks import BlockSum, impossible_elements, run_replicates
-from pyro_mpis.costs import RunPlan
 from pyro_mpis.factor_graph import moments as _moments
 from pyro_mpis.factor_graph.graph import FactorGraph
 from pyro_mpis.factor_graph.marginals import Marginal, merge
@@ -47,6 +46,7 @@ from pyro_mpis.results.diagnostics import Diagnosis, diagnose, doubts_of_error, 
 from pyro_mpis.results.pointwise import own_latents
 from pyro_mpis.results.summary import Summary, summarise
 from pyro_mpis.results.trace_posterior import Draws, ImportanceTraces, weighted_draws
+from pyro_mpis.run_plan import RunPlan
 from pyro_mpis.workers import Workers
 
 if TYPE_CHECKING:

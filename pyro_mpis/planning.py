@@ -20,7 +20,7 @@ from pyro.poutine.util import is_validation_enabled
 
 from pyro_mpis._text import first_line, quoted
 from pyro_mpis._typing import NumSamples, Ordinal, Program
-from pyro_mpis.costs import RunPlan, number_of_runs, number_that_fits, run_plan_of
+from pyro_mpis.costs import number_of_runs, number_that_fits, run_plan_of
 from pyro_mpis.particles import memory
 from pyro_mpis.particles.footprint import Footprint, measured
 from pyro_mpis.particles.masked import find_masks
@@ -33,6 +33,7 @@ from pyro_mpis.programs.numbers import index_named, with_numbers
 from pyro_mpis.programs.runs import Name, Programs, run_plainly, with_one_subsample
 from pyro_mpis.programs.structure import Index, Obstacle, Structure
 from pyro_mpis.programs.subsampling import subsamples_of
+from pyro_mpis.run_plan import RunPlan
 
 DEFAULT_NUM_SAMPLES = 10  # of sites without a number, where others have one
 # A run is large if it evaluates more densities, or its programs take longer at single values.

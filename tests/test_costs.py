@@ -9,8 +9,9 @@ from peaks import change, effects
 
 from pyro_mpis import MPImportance
 from pyro_mpis import costs as module
-from pyro_mpis.costs import Machine, RunPlan
+from pyro_mpis.costs import Machine
 from pyro_mpis.factor_graph.sizes import Shape, Shapes, contraction_of
+from pyro_mpis.run_plan import RunPlan
 
 MEASURED = module._machine
 

@@ -104,8 +104,9 @@ BELOW = {
     "particles": GROUND | {"programs", "factor_graph"},
     "pieces": {"factor_graph"},
     "workers": GROUND | {"programs"},
-    "costs": GROUND | {"programs", "factor_graph", "particles"},
-    "planning": GROUND | {"programs", "particles", "costs"},
+    "run_plan": GROUND,
+    "costs": GROUND | {"run_plan", "programs", "factor_graph", "particles"},
+    "planning": GROUND | {"run_plan", "programs", "particles", "costs"},
     "rendering": GROUND | {"programs"},
 }
 BELOW["blocks"] = {*BELOW["planning"], "factor_graph", "planning", "pieces", "workers"}

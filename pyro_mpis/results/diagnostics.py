@@ -130,8 +130,7 @@ class Diagnosis:
         """
         Return the weights of the sites as a pandas ``DataFrame``, indexed by the sites' names.
 
-        Its columns are ``proposal``, ``particles``, ``lowest_ess``, ``worst`` (the element that has
-        it), ``median_ess``, ``heaviest`` (the largest share of one particle) and ``k_hat``.
+        ``worst`` is the plate element of ``lowest_ess``, ``heaviest`` the largest single weight.
 
         :raises ImportError: without pandas.
         """
