@@ -102,8 +102,8 @@ class Plan:
         notice = (
             f"{reason}: {quoted(sites)} has one particle index for all of {word} {quoted(names)}, "
             "in place of one for each element, so more particles are needed for the same accuracy. "
-            "Better: a guide near to the posterior for these sites, or a larger num_samples. To "
-            f"choose yourself which plate shares, and not be told: shared_plates=[...]."
+            "What helps: a guide near the posterior for these sites, or a larger num_samples. To "
+            "choose the plate yourself, and silence this: shared_plates=[...]."
         )
         return self.with_structure(structure.sharing(symbols, plates), notice)
 
@@ -151,7 +151,7 @@ def fitted(
     notice = (
         f"too many latents are read together to combine the particles of each: {quoted(merged)} "
         "share particle indices, so more particles are needed for the same accuracy. To choose "
-        "yourself which do: groups=[(...), ...]; or draw fewer particles."
+        "yourself which latents share: groups=[(...), ...]. Or draw fewer particles."
     )
     return structure, cut, [notice]
 
@@ -263,15 +263,34 @@ def run_plan(programs: Programs, options: Options) -> RunPlan:
     """
     environment = Environment()
     with seeded(0), environment.entered(), memory.gc_paused():
-        programs, structure, *traces = analysed(programs, options)
-        footprint = None
-        if structure.obstacle is None:
-            structure, footprint = measured(
-                structure, programs, (traces[0], traces[1]), validate=environment.validate
-            )
+        programs, structure, footprint, traces = _looked_at(programs, options, environment)
         device = device_of(traces[1]).type
         structure, options = chosen(structure, footprint, options, device)
-        return _costs(structure, programs, (traces[0], traces[1]), footprint, options, device)
+        return _costs(structure, programs, traces, footprint, options, device)
+
+
+def structure_of(programs: Programs, options: Options) -> Structure:
+    """
+    Return the structure that a run would start from.
+
+    Leaves random numbers, the param store and the handlers' stack as they were.
+    """
+    environment = Environment()
+    with seeded(0), environment.entered(), memory.gc_paused():
+        _, structure, footprint, traces = _looked_at(programs, options, environment)
+        return chosen(structure, footprint, options, device_of(traces[1]).type)[0]
+
+
+def _looked_at(
+    programs: Programs, options: Options, environment: Environment
+) -> tuple[Programs, Structure, Footprint | None, tuple[Trace, Trace]]:
+    """Find the structure, and what the programs hold unless torch cannot map them."""
+    programs, structure, *traces = analysed(programs, options)
+    both = traces[0], traces[1]
+    footprint = None
+    if structure.obstacle is None:
+        structure, footprint = measured(structure, programs, both, validate=environment.validate)
+    return programs, structure, footprint, both
 
 
 def _costs(
@@ -309,8 +328,8 @@ def analysed(programs: Programs, options: Options) -> tuple[Programs, Structure,
         if "Multiple sample sites" in str(error):
             raise ValueError(
                 f"{first_line(error)}. Each sample statement needs a name of its own: in a loop, "
-                "number them, as in pyro.sample(f'x_{i}', ...). A plate entered twice is to be "
-                "made once: plate = pyro.plate(...), then with plate: ..."
+                "number them, as in pyro.sample(f'x_{i}', ...). If the program enters a "
+                "plate twice, make it once: plate = pyro.plate(...), then with plate: ..."
             ) from error
         raise
     analysis = partial(
@@ -365,9 +384,9 @@ def weaknesses(
     for name, (number, size) in subsamples_of((guide_trace, model_trace)).items():
         result.append(
             f"plate '{name}': a subsample of {number} of {size}. All answers are for this one "
-            f"minibatch, whose elements count as {size / number:.4g} each: another would have "
-            "other answers, and none of them is the evidence of the data. Good for learning with "
-            "TraceMP_ELBO; for a posterior run on all of the data."
+            f"minibatch, whose elements count as {size / number:.4g} each: another would give "
+            "other answers, and none of them is the evidence of all data. Use a subsample for "
+            "learning with TraceMP_ELBO. For a posterior, run on all of the data."
         )
     points = {
         name for name in structure.carried if not structure.indices_read(structure.guide[name])
@@ -382,9 +401,9 @@ def weaknesses(
         )
     if points:
         result.append(
-            f"the guide fixes {quoted(points)} at a point (Delta): evidence() is the log of the "
-            "joint density of the data and this point, not of p(x), and all else is conditional "
-            "on it. For a posterior of these sites use AutoNormal instead."
+            f"the guide fixes {quoted(points)} at a point (Delta): evidence() is then the log of "
+            "the joint density of the data and this point, not of p(x). All other answers are "
+            "conditional on the point. For a posterior of these sites use AutoNormal instead."
         )
     indices = [index for index in structure.indices if not index.enumerated]
     sharing = set(structure.carried) - points
@@ -430,10 +449,10 @@ def _flat_priors(model_trace: Trace, structure: Structure) -> list[str]:
     if not flat:
         return []
     return [
-        f"{quoted(flat)}: masked, but read by what is not. Where masked, the prior counts as flat, "
-        "as in SVI and HMC, and the evidence is that under a density of one there. A latent that "
-        "the guide lacks is still drawn from the distribution behind the mask: give a guide if it "
-        "is far from the posterior."
+        f"{quoted(flat)}: masked, but a site that is not masked reads it. Where it is masked, its "
+        "prior counts as flat, with a density of one, as in SVI and HMC. The evidence is computed "
+        "with that. A latent that the guide lacks is still drawn from the distribution behind the "
+        "mask: give a guide if that distribution is far from the posterior."
     ]
 
 

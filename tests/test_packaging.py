@@ -106,13 +106,14 @@ BELOW = {
     "workers": GROUND | {"programs"},
     "costs": GROUND | {"programs", "factor_graph", "particles"},
     "planning": GROUND | {"programs", "particles", "costs"},
+    "rendering": GROUND | {"programs"},
 }
 BELOW["blocks"] = {*BELOW["planning"], "factor_graph", "planning", "pieces", "workers"}
 BELOW["queries"] = {*BELOW["blocks"], "blocks"}
 BELOW["results"] = {*BELOW["queries"], "queries", "_version"}
 BELOW["adaptation"] = {*BELOW["queries"], "queries"}
 BELOW["objectives"] = {*BELOW["queries"], "queries", "_warnings"}
-BELOW["importance"] = {*BELOW["results"], "results", "adaptation", "_warnings"}
+BELOW["importance"] = {*BELOW["results"], "results", "rendering", "adaptation", "_warnings"}
 BELOW["plots"] = {*BELOW["importance"], "importance"}
 BELOW["__init__"] = {*BELOW}
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Row:
-    """Posterior of one scalar; quantiles on the particles, weights' ESS and k-hat of its site."""
+    """The posterior of one scalar; ESS and k-hat are those of its site's weights."""
 
     name: str
     mean: float
@@ -33,7 +33,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """The rows, and the log evidence; ``str()`` is a table for a terminal."""
+    """
+    The table that :meth:`~pyro_mpis.MPImportance.summary` makes.
+
+    ``print`` it in a terminal; in a notebook it shows itself.
+    """
 
     rows: tuple[Row, ...]
     log_evidence: float
