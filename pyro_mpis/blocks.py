@@ -333,7 +333,7 @@ def _ordinary(plan: Plan, error: NotMappableError) -> BlockSum:
     )
     if plan.options.numbers:
         notice += f" All have as many particles as the site with most: {plan.num_samples}."
-    plan = replace(plan, structure=structure, notices=(*plan.notices, notice))
+    plan = replace(plan, structure=structure, notices=(notice,))  # others were of another plan
     replicate = Replicate(plan, particles, reads={})
     return BlockSum(replicate, ({},), graph, log_evidence(graph).double().unsqueeze(0), traces)
 

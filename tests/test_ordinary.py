@@ -2,6 +2,7 @@
 """Programs that run once for each particle: the numbers of ordinary importance sampling."""
 
 import math
+import warnings
 from collections.abc import Callable
 from functools import partial
 
@@ -162,6 +163,22 @@ def test_sites_that_differ_from_run_to_run() -> None:
     a = posterior.marginals("a").samples
     log_prob = dist.Normal(a, 1.0).log_prob(torch.tensor(0.5))
     torch.testing.assert_close(posterior.evidence(), log_prob.exp().mean().log())
+
+
+def test_one_notice_where_sites_differ() -> None:
+    """What was said of sharing indices in the first run does not hold for the others."""
+
+    def model() -> None:
+        n = pyro.sample("n", dist.Poisson(12.0))
+        rates = [pyro.sample(f"rate_{i}", dist.Gamma(2.0, 1.0)) for i in range(int(n))]
+        total = sum(rates, torch.tensor(0.1))
+        pyro.sample("y", dist.Poisson(total), obs=torch.tensor(20.0))
+
+    pyro.set_rng_seed(0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        MPImportance(model, num_samples=60).run()
+    assert [ONCE in str(warning.message) for warning in caught] == [True]
 
 
 # What leaves torch.

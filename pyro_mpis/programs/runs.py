@@ -29,6 +29,7 @@ from pyro_mpis.programs.handlers import (
     AllMet,
     Compare,
     DrawMapped,
+    Replay,
     Stop,
     Substitute,
     Track,
@@ -145,7 +146,7 @@ def _run_both(
             lambda site: tracking and not is_delta(site["fn"]) and site["name"] not in from_guide
         ),
     ):
-        replayed = poutine.replay(programs.model, trace=guide_values)
+        replayed = Replay(trace=guide_values)(programs.model)
         model_trace = poutine.trace(replayed).get_trace(*programs.args, **programs.kwargs)
     return guide_trace, model_trace
 
