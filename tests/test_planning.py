@@ -2,6 +2,7 @@
 """From programs and options to a plan: what is refused there, and what the user is told."""
 
 import itertools
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -72,8 +73,10 @@ def test_mark_of_the_model_alone(float64: None) -> None:
         z = pyro.sample("z", dist.Bernoulli(0.6))
         pyro.sample("x", dist.Normal(0.5 * z, 1.5))
 
+    drawn: Any = {"enumerate": None}
+
     def sampling_guide(y: Tensor) -> None:
-        z = pyro.sample("z", dist.Bernoulli(0.6), infer={"enumerate": None})
+        z = pyro.sample("z", dist.Bernoulli(0.6), infer=drawn)
         pyro.sample("x", dist.Normal(0.5 * z, 1.5))
 
     y = torch.tensor(0.7)

@@ -65,7 +65,7 @@ class Compare(Messenger):
 class Replay(ReplayMessenger):
     """Give the model the guide's values; a mark for enumeration counts in either program."""
 
-    def _pyro_sample(self, msg: SampleMessage) -> None:
+    def _pyro_sample(self, msg: Any) -> None:
         own = msg["infer"] if is_latent(msg) and is_enumerated(msg) else {}
         super()._pyro_sample(msg)
         if own and "enumerate" not in msg["infer"]:

@@ -44,5 +44,5 @@ def _stacked(parts: Sequence[Mapped], level: int, is_own: bool) -> Mapped:
     if not is_own and all(t.shape == first.shape and torch.equal(t, first) for t in tensors[1:]):
         return Mapped(first, tuple(shifted))
     place = sum(number < level for number in shifted)
-    stacked = torch.stack(torch.broadcast_tensors(*tensors), place)  # type: ignore[no-untyped-call]
+    stacked = torch.stack(torch.broadcast_tensors(*tensors), place)
     return Mapped(stacked, (*shifted[:place], level, *shifted[place:]))
