@@ -25,6 +25,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_mpis import _progress, _threads
+from pyro_mpis._text import quoted
 from pyro_mpis.costs import number_of_runs
 from pyro_mpis.factor_graph.evidence import log_evidence, reduced
 from pyro_mpis.factor_graph.graph import FactorGraph, SiteValue
@@ -39,8 +40,13 @@ from pyro_mpis.particles.evaluation import (
 )
 from pyro_mpis.particles.factors import build_graph
 from pyro_mpis.particles.indexed import check_graph, find_reads, regroup_indexed
+from pyro_mpis.particles.looked_at import (
+    drawn_plainly,
+    latents_looked_at,
+    taken_one_by_one,
+)
 from pyro_mpis.particles.memory import gc_paused
-from pyro_mpis.particles.ordinary import run_ordinary
+from pyro_mpis.particles.ordinary import Run, run_one_by_one, weighed_together
 from pyro_mpis.particles.probes import SiteReads
 from pyro_mpis.particles.proposals import (
     Particles,
@@ -263,7 +269,7 @@ def run_plan(plan: Plan, workers: Workers) -> BlockSum:
     ):
         obstacle = plan.structure.obstacle
         if obstacle is not None:
-            return _ordinary(plan, NotMappableError(obstacle.what, obstacle.remedy))
+            return _ordinary(plan, NotMappableError(obstacle.what, obstacle.remedy), workers)
         for patched in (False, True):
             plan = replace(plan, programs=replace(plan.programs, patched=patched))
             try:
@@ -273,7 +279,7 @@ def run_plan(plan: Plan, workers: Workers) -> BlockSum:
                 return _evaluated(plan, drawn, workers)
             except NotMappableError as error:
                 if patched:
-                    return _ordinary(plan, error)
+                    return _ordinary(plan, error, workers)
         raise AssertionError
 
 
@@ -328,11 +334,16 @@ def _followed(plan: Plan, drawn: Drawn) -> tuple[Plan, Drawn]:
     return plan, drawn.chosen_anew(plan.structure)
 
 
-def _ordinary(plan: Plan, error: NotMappableError) -> BlockSum:
+def _ordinary(plan: Plan, error: NotMappableError, workers: Workers) -> BlockSum:
     """Run the programs once for each particle, as ordinary importance sampling does."""
-    seconds = plan.options.time_limit
-    number = plan.num_samples if seconds is None else number_of_runs(plan.structure, seconds)
-    structure, particles, graph, traces = run_ordinary(plan.structure, plan.programs, number)
+    number, seconds = plan.num_samples, plan.options.time_limit
+    if seconds is not None:
+        number = min(number, number_of_runs(plan.structure, seconds))
+    runs = run_one_by_one(plan.programs, number)
+    partly = _partly_combined(plan, error, runs, workers)
+    if partly is not None:
+        return partly
+    structure, particles, graph, traces = weighed_together(plan.structure, runs)
     notice = (
         "the programs run once for each particle, as in pyro.infer.Importance: all latents share "
         "one particle index, and this is ordinary importance sampling, which needs more particles. "
@@ -340,9 +351,54 @@ def _ordinary(plan: Plan, error: NotMappableError) -> BlockSum:
     )
     if plan.options.numbers:
         notice += f" All have as many particles as the site with most: {plan.num_samples}."
-    plan = replace(plan, structure=structure, notices=(*plan.notices, notice))
+    plan = replace(plan, structure=structure, notices=(notice,))  # others were of another plan
     replicate = Replicate(plan, particles, reads={})
     return BlockSum(replicate, ({},), graph, log_evidence(graph).double().unsqueeze(0), traces)
+
+
+def _partly_combined(
+    plan: Plan, error: NotMappableError, runs: Sequence[Run], workers: Workers
+) -> BlockSum | None:
+    """
+    Let those latents alone share an index whose values the programs look at.
+
+    :param runs: which have drawn the particles.
+    :return: None if these are all latents, or if it cannot be found out.
+    """
+    if plan.structure.obstacle is not None or plan.options.numbers:
+        return None
+    structure = plan.structure.with_num_samples(len(runs))
+    drawn = drawn_plainly(structure, [(run.guide, run.model) for run in runs])
+    if drawn is None:
+        return None
+    names = latents_looked_at(structure, plan.programs, drawn)
+    if names is None:
+        return None
+    shares = len(names) > 1 or any(structure.index_of[name].plates for name in names)
+    accuracy = (
+        ", and all their values share one particle index, so more particles are needed for the "
+        "same accuracy"
+        if shares
+        else ""
+    )
+    notice = (
+        f"the programs run once for each particle of {quoted(names)}: this takes longer{accuracy}. "
+        f"All other latents keep particle indices of their own. What cannot run at many values at "
+        f"once: {error}. To combine particles: {error.remedy}."
+    )
+    plan = replace(
+        plan,
+        programs=replace(plan.programs, one_by_one=names),
+        notices=(),
+        footprint=None,
+    )
+    plan = plan.with_structure(taken_one_by_one(structure, names), notice)
+    if plan.structure.obstacle is not None:
+        return None
+    try:
+        return _evaluated(plan, drawn, workers)
+    except NotMappableError:
+        return None
 
 
 def run_replicates(
@@ -386,7 +442,9 @@ def _with_programs(total: BlockSum, plan: Plan | None) -> BlockSum:
         environment = replace(found.environment, params=params, values={})
     else:
         programs, environment = plan.programs, plan.environment
-    programs = replace(programs, patched=found.programs.patched)
+    programs = replace(
+        programs, patched=found.programs.patched, one_by_one=found.programs.one_by_one
+    )
     found = replace(found, programs=programs, environment=environment)
     return replace(total, replicate=replace(total.replicate, plan=found))
 

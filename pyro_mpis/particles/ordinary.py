@@ -8,7 +8,8 @@ the densities of all others are added up in one factor.
 """
 
 import math
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import pyro
 import torch
@@ -33,25 +34,44 @@ NO_PLATE = 10_000  # number of a symbol that no plate has
 OTHERS = "(sites of some runs)"
 
 
+@dataclass(frozen=True)
+class Run:
+    """One run of guide and model, which draws one particle of all latents."""
+
+    guide: Trace
+    model: Trace
+    densities: Mapping[str, Tensor]  # the log of each site's share of r_k
+
+
 def run_ordinary(
     structure: Structure, programs: Programs, num_samples: int
 ) -> tuple[Structure, Particles, FactorGraph, tuple[Trace, ...]]:
+    """Draw particles of all latents together, and weigh each; see :func:`weighed_together`."""
+    return weighed_together(structure, run_one_by_one(programs, num_samples))
+
+
+def run_one_by_one(programs: Programs, num_samples: int) -> list[Run]:
+    """Run guide and model once for each particle; draws random numbers."""
+    return [_one_run(programs) for _ in _progress.bar(range(num_samples), "particles")]
+
+
+def weighed_together(
+    structure: Structure, runs: Sequence[Run]
+) -> tuple[Structure, Particles, FactorGraph, tuple[Trace, ...]]:
     """
-    Draw particles of all latents together, and weigh each; draws random numbers.
+    Weigh particles of all latents together.
 
     :param structure: of one run of the programs.
     :return: the structure with a single index, the particles, their factors, and the model's
         traces.
     """
-    rows: list[dict[str, Tensor]] = []
-    values: list[dict[str, Tensor]] = []
-    traces = []
-    for _ in _progress.bar(range(num_samples), "particles"):
-        trace, densities = _one_run(programs)
-        rows.append(densities)
-        sites = statements(trace)
-        values.append({name: s["value"] for name, s in sites.items() if is_latent(s)})
-        traces.append(trace)
+    num_samples = len(runs)
+    rows = [run.densities for run in runs]
+    traces = [run.model for run in runs]
+    values = [
+        {name: s["value"] for name, s in statements(trace).items() if is_latent(s)}
+        for trace in traces
+    ]
     kept = _in_every_run(structure, values)
     structure = _with_one_index(structure, kept, num_samples)
     symbol = structure.indices[0].symbol
@@ -87,8 +107,7 @@ def run_ordinary(
     return structure, particles, graph, tuple(traces)
 
 
-def _one_run(programs: Programs) -> tuple[Trace, dict[str, Tensor]]:
-    """Run guide and model; return the model's trace, and the log of each site's share of r_k."""
+def _one_run(programs: Programs) -> Run:
     args, kwargs = programs.args, programs.kwargs
     guide_trace = poutine.trace(programs.program("guide")).get_trace(*args, **kwargs)
     model = poutine.replay(programs.model, trace=guide_trace)
@@ -108,7 +127,7 @@ def _one_run(programs: Programs) -> tuple[Trace, dict[str, Tensor]]:
                 density = densities.get(name, torch.zeros((), dtype=torch.double))
                 densities[name] = density - _sum(_log_proposal(site), site)
     trace.log_prob_sum()  # memoised in the trace, as the traces of pyro.infer.Importance have it
-    return trace, densities
+    return Run(guide_trace, trace, densities)
 
 
 def _log_proposal(site: SampleMessage) -> Tensor:
@@ -126,7 +145,7 @@ def _sum(log_prob: Tensor, site: SampleMessage) -> Tensor:
     return torch.as_tensor(log_prob).sum(dtype=torch.double) * scale_of_plates(site)
 
 
-def _log_factors(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def _log_factors(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Put densities together: (K,) of each site that is in every run, and of all others."""
     common = [name for name in rows[0] if all(name in row for row in rows)]
     result = {name: torch.stack([row[name] for row in rows]) for name in common}
