@@ -237,11 +237,21 @@ def refuse_invalid(trace: Trace, program: str) -> None:
 
 
 def memoise(trace: Trace) -> None:
-    """Evaluate the densities of a plain run, and keep them in its trace as Pyro does."""
+    """
+    Evaluate the densities of a plain run, and keep them in its trace as Pyro does.
+
+    One that is nan beside one that is zero is zero.
+    """
     sites = [site for site in trace.nodes.values() if site["type"] == "sample"]
     checked = [is_validation_enabled() and is_checked(site["fn"]) for site in sites]
     with pyro.validation_enabled(False):
-        for site, validate in zip(sites, checked, strict=True):
-            log_prob = density_of(site["fn"], site["value"], validate=validate)
-            counted = scale_and_mask(log_prob, site["scale"], site["mask"])
-            site.update(unscaled_log_prob=log_prob, log_prob=counted, log_prob_sum=counted.sum())
+        log_probs = [
+            torch.as_tensor(density_of(site["fn"], site["value"], validate=validate))
+            for site, validate in zip(sites, checked, strict=True)
+        ]
+    impossible = any(bool((log_prob == -torch.inf).any()) for log_prob in log_probs)
+    for site, log_prob in zip(sites, log_probs, strict=True):
+        if impossible:
+            log_prob = torch.where(log_prob.isnan(), -torch.inf, log_prob)
+        counted = scale_and_mask(log_prob, site["scale"], site["mask"])
+        site.update(unscaled_log_prob=log_prob, log_prob=counted, log_prob_sum=counted.sum())
