@@ -20,6 +20,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import is_validation_enabled
 from torch import Tensor
 from torch.distributions import (
+    Categorical,
     Distribution,
     Independent,
     MixtureSameFamily,
@@ -39,20 +40,23 @@ def density_of(fn: Distribution, value: Tensor, *, validate: bool, latent: bool 
     """
     Return a site's log density: ``(*batch shape)``.
 
-    :param validate: whether to look at the support and the arguments.
+    :param validate: whether to look at the support and the arguments. The support of a Categorical,
+        whose values are places in a table, is always looked at.
     :param latent: whether what ``.mask()`` hides is flat on the support, as a latent's prior is,
         not one everywhere.
     """
     parts = taken_apart(fn)
     if parts.mask is not None:
         return _masked_density(parts, value, validate=validate, latent=latent)
-    log_prob = log_prob_of(fn, value)
-    if not validate or not isinstance(fn, Distribution):
-        return log_prob
+    is_index = isinstance(_innermost(fn), Categorical)
+    if not isinstance(fn, Distribution) or not (validate or is_index):
+        return log_prob_of(fn, value)
     inside = inside_of(fn, value)
     if inside is not None and _is_false_somewhere(inside):
-        log_prob = torch.where(inside, log_prob, -torch.inf)
-    for _, _, valid in _valid_arguments(fn):
+        log_prob = torch.where(inside, log_prob_of(fn, _as_an_index(fn, value)), -torch.inf)
+    else:
+        log_prob = log_prob_of(fn, value)
+    for _, _, valid in _valid_arguments(fn) if validate else ():
         if not _is_false_somewhere(valid):
             continue
         if not _fits(valid.shape, log_prob.shape):
@@ -69,6 +73,17 @@ def _is_false_somewhere(condition: Tensor) -> bool:
     another number takes longer.
     """
     return not bool(unwrapped(condition).tensor.all())
+
+
+def _as_an_index(fn: Distribution, value: Tensor) -> Tensor:
+    """Bring integers into their support: a Categorical looks them up."""
+    support = fn.support
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    if not isinstance(support, constraints.integer_interval):
+        return value
+    lower, upper = (torch.as_tensor(b) for b in (support.lower_bound, support.upper_bound))
+    return value.clamp(lower.to(value.device), upper.to(value.device))
 
 
 def _masked_density(parts: Parts, value: Tensor, *, validate: bool, latent: bool) -> Tensor:
@@ -98,7 +113,8 @@ def is_checked(fn: object) -> bool:
 
 
 def _innermost(fn: object) -> object:
-    while hasattr(fn, "base_dist"):
+    """Take a distribution out of masks and shapes. That of a transform is another distribution."""
+    while isinstance(fn, Independent | MaskedDistribution | ExpandedDistribution):
         fn = fn.base_dist
     return fn
 
