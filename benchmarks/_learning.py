@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models on which learned proposals are measured, their exact or long-run posteriors, and errors."""
+"""Models on which learned proposals are measured, their posteriors, and errors."""
 
 import json
 import math
@@ -104,9 +104,7 @@ def _eight_schools() -> Problem:
     }
     data = {"sigma": sigma, "y": y}
     local = frozenset({"theta"})
-    return Problem(
-        "eight_schools", eight_schools_model, data, 3.0, 1, local, log_evidence, moments
-    )
+    return Problem("eight_schools", eight_schools_model, data, 3.0, 1, local, log_evidence, moments)
 
 
 def _mixed(weight: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:

@@ -247,7 +247,9 @@ class MPImportance(ImportanceTraces):
         if wait is not None and plan.device == "cpu":
             warn(wait)
         is_learned = isinstance(self.guide, AutoPlateNormal)
-        sums = run_replicates(plan, self.num_replicates, self._workers, keep=is_learned)
+        sums = run_replicates(
+            plan, self.num_replicates, self._workers, keep=is_learned, known=is_learned
+        )
         possible = [total for total in sums if bool(torch.isfinite(total.log_evidence))]
         if not possible:
             raise _impossible(sums[0])

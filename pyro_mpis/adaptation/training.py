@@ -3,8 +3,8 @@
 Train a guide of the user's own, and choose numbers of particles for it.
 
 Its parameters climb the bound that :class:`~pyro_mpis.TraceMP_ELBO` estimates; where no gradient
-can go through its draws, those of :class:`~pyro_mpis.MPReweightedWakeSleep` are followed. Rates fall
-where the bound rises no more. Trial runs then tell how many replicates are worth it.
+can go through its draws, those of :class:`~pyro_mpis.MPReweightedWakeSleep` are followed. Rates
+fall where the bound rises no more. Trial runs then tell how many replicates are worth it.
 """
 
 import math
