@@ -5,11 +5,11 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pyro
 import torch
-from _learning import FUNCTIONS, Moments, Problem, Program, error_of_moments, with_functions
+from _learning import Moments, Problem, Program, error_of_moments, with_functions
 from pyro.infer import (
     MCMC,
     NUTS,
