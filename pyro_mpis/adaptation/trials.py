@@ -27,13 +27,16 @@ from pyro_mpis.programs.structure import Structure
 from pyro_mpis.queries import joint_weights_of
 from pyro_mpis.workers import Workers
 
-GLOBALS = 300  # particles of the index outside of plates
+GLOBALS = (300, 2000)  # particles of the index outside of plates: usually, and of small models
 LOCALS = (10, 6, 6)  # of indices in plates, by the number of blocks around them
+FEW_ELEMENTS, FEW_NUMBERS = 10, 2  # of a plate whose many small elements have more particles each
+MORE_LOCALS = 2.0  # times as many at most
 CHEAP_EVENT = 4  # numbers of an event that take as long as another density
 OTHERS = 30  # of latents that the guide lacks
-LARGEST_RUN = 3e7  # densities of a run
+SMALL_RUN, LARGEST_RUN = 1e6, 3e7  # densities of a run
 WORK = 7e7  # densities of all final runs together
-REPLICATES = (4, 24)
+OVERHEAD = 5e5  # densities that take as long as all else in a run
+REPLICATES = (4, 60)
 SMALL_ERROR = 0.02  # of the log evidence, in nats
 LARGE_ESS = 1500.0  # of a trial's particles, over all final runs
 
@@ -75,9 +78,24 @@ def numbers_of(guide: AutoPlateNormal, share: float = 1.0) -> dict[str, int]:
     result = {}
     for block, name in zip(guide.blocks, guide.noise_sites, strict=True):
         depth = len({guide.blocks[parent].shape for parent in block.parents})
-        number = GLOBALS if not block.plates else LOCALS[min(max(depth, 1), len(LOCALS)) - 1]
+        if not block.plates:
+            number = GLOBALS[0] / _more(guide)
+        else:
+            number = LOCALS[min(max(depth, 1), len(LOCALS)) - 1] * _more(guide)
         result[name] = max(4, round(number * share))
     return result
+
+
+def _more(guide: AutoPlateNormal) -> float:
+    """
+    Return how many times as many particles the indices in plates get as usual.
+
+    The errors of a plate's elements add up. Evenly spread particles of one or two numbers have
+    errors that fall faster than those of the index outside, so they are worth more.
+    """
+    small = [b.elements for b in guide.blocks if b.plates and b.size <= FEW_NUMBERS]
+    elements = max(small, default=0)
+    return min(MORE_LOCALS, max(1.0, math.sqrt(elements / FEW_ELEMENTS)))
 
 
 def work_of(structure: Structure, numbers: Mapping[str, int]) -> float:
@@ -88,7 +106,10 @@ def work_of(structure: Structure, numbers: Mapping[str, int]) -> float:
     }
     work = 0.0
     for site in structure.model.values():
-        combinations = math.prod(sizes[s] for s in structure.indices_read(site))
+        read = structure.indices_read(site)
+        combinations = math.prod(sizes[s] for s in read)
+        if any(structure.by_symbol[s].plates - site.plates for s in read):
+            combinations *= 2  # read by an index array, and brought to its elements
         densities = structure.elements(replace(site, event_size=1))  # pyro.factor's has none
         work += combinations * densities * max(1.0, site.event_size / CHEAP_EVENT)
     return work
@@ -108,6 +129,11 @@ def fitting(
         factor = (limit / work) ** (1 / depth)
         numbers = {name: max(4, int(number * factor)) for name, number in numbers.items()}
         plan, _, _ = plan_of(programs, with_numbers(options, numbers))
+    elif work < SMALL_RUN * share and not guide.blocks[0].plates:
+        name = guide.noise_sites[0]
+        factor = min(SMALL_RUN * share / work, GLOBALS[1] / GLOBALS[0])
+        numbers[name] = int(numbers[name] * factor)
+        plan, _, _ = plan_of(programs, with_numbers(options, numbers))
     return plan, numbers
 
 
@@ -125,7 +151,7 @@ def replicates_for(plan: Plan, numbers: Mapping[str, int], trial: Trial) -> int:
     few, many = REPLICATES
     spread = (trial.spread / SMALL_ERROR) ** 2 if math.isfinite(trial.spread) else many
     wanted = max(spread, LARGE_ESS / float(trial.ess.median().clamp(min=1)))
-    worth = WORK / max(work_of(plan.structure, numbers), 1.0)
+    worth = WORK / (work_of(plan.structure, numbers) + OVERHEAD)
     return round(min(many, max(few, min(wanted, worth))))
 
 
