@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pyro_mpis.adaptation.guide import AutoPlateNormal
+from pyro_mpis.adaptation.layout import Block
 from pyro_mpis.blocks import Replicate, run_plan
 from pyro_mpis.factor_graph.graph import FactorGraph
 from pyro_mpis.factor_graph.source_terms import joint_weights
@@ -34,7 +35,7 @@ MORE_LOCALS = 2.0  # times as many at most
 CHEAP_EVENT = 4  # numbers of an event that take as long as another density
 OTHERS = 30  # of latents that the guide lacks
 SMALL_RUN, LARGEST_RUN = 1e6, 3e7  # densities of a run
-WORK = 7e7  # densities of all final runs together
+WORK = 9e7  # densities of all final runs together
 OVERHEAD = 5e5  # densities that take as long as all else in a run
 REPLICATES = (4, 60)
 SMALL_ERROR = 0.02  # of the log evidence, in nats
@@ -76,26 +77,27 @@ def numbers_of(guide: AutoPlateNormal, share: float = 1.0) -> dict[str, int]:
     :param share: of the usual number, for trials.
     """
     result = {}
+    more = {block.number: _more(block) for block in guide.blocks}
     for block, name in zip(guide.blocks, guide.noise_sites, strict=True):
         depth = len({guide.blocks[parent].shape for parent in block.parents})
         if not block.plates:
-            number = GLOBALS[0] / _more(guide)
+            number = GLOBALS[0] / math.prod(more.values())
         else:
-            number = LOCALS[min(max(depth, 1), len(LOCALS)) - 1] * _more(guide)
+            number = LOCALS[min(max(depth, 1), len(LOCALS)) - 1] * more[block.number]
         result[name] = max(4, round(number * share))
     return result
 
 
-def _more(guide: AutoPlateNormal) -> float:
+def _more(block: Block) -> float:
     """
-    Return how many times as many particles the indices in plates get as usual.
+    Return how many times as many particles the index of an outermost plate gets as usual.
 
     The errors of a plate's elements add up. Evenly spread particles of one or two numbers have
     errors that fall faster than those of the index outside, so they are worth more.
     """
-    small = [b.elements for b in guide.blocks if b.plates and b.size <= FEW_NUMBERS]
-    elements = max(small, default=0)
-    return min(MORE_LOCALS, max(1.0, math.sqrt(elements / FEW_ELEMENTS)))
+    if not block.plates or len(block.parents) > 1 or block.size > FEW_NUMBERS:
+        return 1.0
+    return min(MORE_LOCALS, max(1.0, math.sqrt(block.elements / FEW_ELEMENTS)))
 
 
 def work_of(structure: Structure, numbers: Mapping[str, int]) -> float:
