@@ -72,7 +72,7 @@ class Replicate:
 
     plan: Plan
     particles: Particles
-    reads: SiteReads | None = None  # found once, the same for all blocks
+    reads: SiteReads | None = None  # found once, the same for all blocks; maybe by another one
 
     @property
     def structure(self) -> Structure:
@@ -118,7 +118,7 @@ class Replicate:
             first = weigh_from_factors(structure, first, evaluated)
             self = replace(self, particles=first)
         graph = build_graph(structure, first, evaluated)
-        reads = self.find_reads(graph, first, drawn)
+        reads = self.find_reads(graph, first, drawn) if self.reads is None else self.reads
         of_first = _reads_at(_reads_at(reads, ranges), parts[0])
         if validate and reads:
             self._check(of_first, graph, first, together=False)
@@ -259,8 +259,12 @@ def _graphs(total: BlockSum) -> Iterable[FactorGraph]:
     return total.replicate.evaluated(block, total.blocks[0], parts)
 
 
-def run_plan(plan: Plan, workers: Workers) -> BlockSum:
-    """Draw particles and evaluate them block by block; draws random numbers."""
+def run_plan(plan: Plan, workers: Workers, like: Replicate | None = None) -> BlockSum:
+    """
+    Draw particles and evaluate them block by block; draws random numbers.
+
+    :param like: a replicate of the same plan that ran before: what its sites read is known then.
+    """
     with (
         plan.environment.entered(),
         gc_paused(plan.cut.whole),
@@ -270,24 +274,30 @@ def run_plan(plan: Plan, workers: Workers) -> BlockSum:
         obstacle = plan.structure.obstacle
         if obstacle is not None:
             return _ordinary(plan, NotMappableError(obstacle.what, obstacle.remedy), workers)
-        for patched in (False, True):
+        for patched in (False, True) if like is None else (like.programs.patched,):
             plan = replace(plan, programs=replace(plan.programs, patched=patched))
             try:
                 drawn = draw_particles(
                     plan.structure, plan.programs, stratified=plan.options.stratified
                 )
-                return _evaluated(plan, drawn, workers)
+                return _evaluated(plan, drawn, workers, None if like is None else like.reads)
             except NotMappableError as error:
+                if like is not None:
+                    return run_plan(plan, workers)
                 if patched:
                     return _ordinary(plan, error, workers)
         raise AssertionError
 
 
-def _evaluated(plan: Plan, drawn: Drawn, workers: Workers) -> BlockSum:
+def _evaluated(
+    plan: Plan, drawn: Drawn, workers: Workers, reads: SiteReads | None = None
+) -> BlockSum:
     """
     Evaluate particles; where the programs turn out to be other than planned, by another plan.
 
     Each change is made once, or takes an index away, so that this ends.
+
+    :param reads: what the sites read, if that is known; forgotten where it turns out to be wrong.
     """
     followed = False
     while True:
@@ -301,8 +311,11 @@ def _evaluated(plan: Plan, drawn: Drawn, workers: Workers) -> BlockSum:
                 memory_limit=plan.memory_limit,
             )
             blocks = split(particles.sizes, plan.cut.blocks)
-            return evaluate(Replicate(plan, particles), blocks, drawn, workers)
+            return evaluate(Replicate(plan, particles, reads), blocks, drawn, workers)
         except ReadTogether as found:
+            if reads is not None:
+                reads = None
+                continue
             if found.by_index and found.by_index not in plan.switched:
                 plan = replace(plan, switched=(*plan.switched, found.by_index))
                 continue
@@ -402,7 +415,7 @@ def _partly_combined(
 
 
 def run_replicates(
-    plan: Plan, num_replicates: int, workers: Workers, *, keep: bool = False
+    plan: Plan, num_replicates: int, workers: Workers, *, keep: bool = False, known: bool = False
 ) -> list[BlockSum]:
     """
     Run independent replicates, each with a seed drawn from the global generator.
@@ -410,20 +423,40 @@ def run_replicates(
     Each is a unit of work for an executor; a single one sends its blocks instead.
 
     :param keep: whether to keep factors that are small, so that queries take less time.
+    :param known: whether programs and data have been checked by runs before: what the first
+        replicate finds the sites to read then holds for the others. Reads by an index array are
+        held against the programs in each all the same.
     """
     if num_replicates == 1:
         return [run_plan(plan, workers)]
     seeds = torch.randint(2**31 - 1, (num_replicates,)).tolist()
     kept = KEPT_BYTES // num_replicates if keep and workers.executor is None else 0
-    jobs = [partial(_replicate, plan, seed, kept) for seed in seeds]
+    first: list[BlockSum] = []
+    if known and workers.executor is None:
+        first = [_with_programs(_replicate(plan, seeds[0], kept), plan)]
+    like = first[0].replicate if first and _is_as_planned(first[0], plan) else None
+    seeds = seeds[len(first) :]
+    jobs = [partial(_replicate, plan, seed, kept, like) for seed in seeds]
     totals = workers.run(jobs, "replicates")
-    return [_with_programs(total, plan) for total in totals]
+    return first + [_with_programs(total, plan) for total in totals]
 
 
-def _replicate(plan: Plan, seed: int, kept: int) -> BlockSum:
+def _is_as_planned(total: BlockSum, plan: Plan) -> bool:
+    """Whether a run found the programs to be as planned, at all particles alike."""
+    found = total.replicate
+    reads = (found.reads or {}).values()
+    return (
+        not total.traces
+        and found.structure == plan.structure
+        and not found.plan.switched
+        and not any(site.switch for site in reads)
+    )
+
+
+def _replicate(plan: Plan, seed: int, kept: int, like: Replicate | None = None) -> BlockSum:
     """Run a replicate; ``kept`` is how many bytes of factors to keep."""
     with seeded(seed):
-        total = run_plan(plan, Workers(show_progress=False))
+        total = run_plan(plan, Workers(show_progress=False), like)
     total = _with_programs(total, None)
     if total.traces:
         return replace(total, traces=())
