@@ -22,6 +22,7 @@ from pyro_mpis._typing import MomentFunction, NumSamples, Program
 from pyro_mpis._warnings import warn
 from pyro_mpis.adaptation.adapting import adapted
 from pyro_mpis.adaptation.guide import AutoPlateNormal
+from pyro_mpis.adaptation.training import trained
 from pyro_mpis.blocks import BlockSum, impossible_elements, run_replicates
 from pyro_mpis.factor_graph import moments as _moments
 from pyro_mpis.factor_graph.graph import FactorGraph
@@ -98,8 +99,8 @@ class MPImportance(ImportanceTraces):
         Sites that it lacks are drawn from the prior.
     :param num_samples: K, the number of particles of each latent site. Sites may have numbers of
         their own, and ``None`` stands for all others: ``num_samples={"mu": 300, None: 10}``. To
-        give a group a number, name any of its members. If it is not given, :meth:`run` chooses the
-        largest number that fits into ``time_limit`` and memory, and :meth:`summary` says it.
+        give a group a number, name any of its members. If no number is given, :meth:`run` chooses
+        the largest that fits into ``time_limit`` and memory, and :meth:`summary` says it.
     :param groups: groups of latent sites that share one particle index. Use them for sites that
         depend strongly on each other, and where one observation reads many sites.
     :param shared_plates: names of plates whose latents have one particle index for all elements, in
@@ -112,9 +113,9 @@ class MPImportance(ImportanceTraces):
         larger sum is evaluated in blocks of particles, with the same result. If no block is small
         enough, latents share an index, or, with a limit that you gave, the run is an error. See
         :meth:`plan`.
-    :param time_limit: seconds that all replicates of a run may take, if ``num_samples`` is not
-        given. They are those of a usual machine, not of the one at hand, so that a seed gives the
-        same result everywhere.
+    :param time_limit: seconds that all replicates of a run may take, where ``num_samples`` is not
+        given. They are seconds of a usual machine, not of this one, so that a seed gives the same
+        result everywhere.
     :param stratified: whether particles are spread evenly over their proposal, as a Latin
         hypercube. The evidence stays exactly unbiased, and its error gets smaller. This is for
         families with a quantile function: Normal, LogNormal, Uniform and others. Particles of
@@ -126,8 +127,8 @@ class MPImportance(ImportanceTraces):
         Dask, loky or mpi4py. It computes replicates, or the blocks of a single one. It must be able
         to pickle model and guide. The result is the same. Processes are faster than threads, which
         take turns because Pyro's handlers are global. See docs/many_processes.md.
-    :param disable_progbar: whether to show no progress bar. By default a terminal or a notebook
-        shows one for what takes more than two seconds: replicates, blocks and their queries.
+    :param disable_progbar: whether to hide the progress bar. It appears in terminals and notebooks,
+        over replicates, blocks and queries that take more than two seconds.
     :raises ValueError: if an argument is not as described.
     """
 
@@ -192,6 +193,10 @@ class MPImportance(ImportanceTraces):
 
             posterior = MPImportance(model).adapt(data).run(data)
 
+        A guide of yours is kept, and trained in place instead: its parameters climb the bound of
+        :class:`~pyro_mpis.TraceMP_ELBO`, or follow :class:`~pyro_mpis.MPReweightedWakeSleep` where
+        draws have no gradient. Those of the model stay as they are.
+
         Discrete latents of few values are summed exactly: :attr:`model` is then the model with
         marks of these. Sets :attr:`num_samples` and, to no less than was given,
         :attr:`num_replicates`. Draws random numbers; leaves the param store and the handlers' stack
@@ -199,22 +204,40 @@ class MPImportance(ImportanceTraces):
         docs/adapting.md. The arguments are those of the model.
 
         :return: this object.
-        :raises ValueError: if the model has no continuous latent or has a guide already, or model
-            and data do not fit.
+        :raises ValueError: if the model has no continuous latent, a guide given has no parameters,
+            groups are given without a guide, or model and data do not fit.
         """
         if self.guide is not None and not isinstance(self.guide, AutoPlateNormal):
+            return self._adapt_guide(self.guide, args, kwargs)
+        if self.groups:
             raise ValueError(
-                f"guide: adapt learns a guide of its own, in place of {type(self.guide).__name__}. "
-                "Give none: MPImportance(model).adapt(...). A guide of yours is trained by "
-                "pyro.infer.SVI, for example, and then given to MPImportance(model, guide)."
+                f"groups: the guide that adapt learns has one particle index for each set of "
+                f"plates, so {list(self.groups)} cannot be kept. Give no groups, or a guide of "
+                "your own: MPImportance(model, guide, groups=...).adapt(...) trains it."
             )
-        self.groups = ()  # the guide has one index for each set of plates
         options = replace(self._options, num_samples=None, numbers={}, time_limit=None)
         found = adapted(self.model, args, kwargs, options, show_progress=not self.disable_progbar)
         self.model, self.guide = found.model, found.guide
         self.num_samples = dict(found.num_samples)
         self.num_replicates = max(self.num_replicates, found.num_replicates)
         self._is_number_given = True
+        for problem in found.problems:
+            warn(problem)
+        return self
+
+    def _adapt_guide(
+        self, guide: Program, args: tuple[object, ...], kwargs: Mapping[str, object]
+    ) -> "MPImportance":
+        """Train a guide of the user's own."""
+        options = self._options
+        if not self._is_number_given:
+            options = replace(options, num_samples=None, numbers={}, time_limit=None)
+        found = trained(
+            self.model, guide, args, kwargs, options, show_progress=not self.disable_progbar
+        )
+        if not self._is_number_given:
+            self.num_samples, self._is_number_given = found.num_samples, True
+        self.num_replicates = max(self.num_replicates, found.num_replicates)
         for problem in found.problems:
             warn(problem)
         return self
@@ -242,7 +265,9 @@ class MPImportance(ImportanceTraces):
         if wait is not None and plan.device == "cpu":
             warn(wait)
         is_learned = isinstance(self.guide, AutoPlateNormal)
-        sums = run_replicates(plan, self.num_replicates, self._workers, keep=is_learned)
+        sums = run_replicates(
+            plan, self.num_replicates, self._workers, keep=is_learned, known=is_learned
+        )
         possible = [total for total in sums if bool(torch.isfinite(total.log_evidence))]
         if not possible:
             raise _impossible(sums[0])

@@ -100,9 +100,11 @@ class Plan:
         names = {structure.plates[symbol].name for symbol in plates}
         sites = {site for symbol in symbols for site in structure.by_symbol[symbol].sites}
         word = "plate" if len(names) == 1 else "plates"
+        have = "has" if len(sites) == 1 else "have"
         notice = (
-            f"{reason}: {quoted(sites)} has one particle index for all of {word} {quoted(names)}, "
-            "in place of one for each element, so more particles are needed for the same accuracy. "
+            f"{reason}: {quoted(sites)} {have} one particle index for all of {word} "
+            f"{quoted(names)}, in place of one for each element, so more particles are needed for "
+            "the same accuracy. "
             "What helps: a guide near the posterior for these sites, or a larger num_samples. To "
             "choose the plate yourself, and silence this: shared_plates=[...]."
         )
