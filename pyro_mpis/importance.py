@@ -187,21 +187,23 @@ class MPImportance(ImportanceTraces):
         """
         Learn a proposal for these data, and choose numbers of particles, before :meth:`run`.
 
-        The proposal is a guide of its own, :attr:`guide`: Gaussian in unconstrained numbers with
-        the model's plates. :meth:`run` then draws fresh particles from it, so that the evidence is
-        unbiased. One line goes from a model to accurate results::
+        One line goes from a model to accurate results::
 
             posterior = MPImportance(model).adapt(data).run(data)
 
-        A guide of yours is kept, and trained in place instead: its parameters climb the bound of
-        :class:`~pyro_mpis.TraceMP_ELBO`, or follow :class:`~pyro_mpis.MPReweightedWakeSleep` where
-        draws have no gradient. Those of the model stay as they are.
+        Without a guide, a new one is learned and kept as :attr:`guide`. It is Gaussian in
+        unconstrained numbers, with the model's plates. Discrete latents of few values are summed
+        exactly: :attr:`model` is then the model with marks at these sites.
 
-        Discrete latents of few values are summed exactly: :attr:`model` is then the model with
-        marks of these. Sets :attr:`num_samples` and, to no less than was given,
-        :attr:`num_replicates`. Draws random numbers; leaves the param store and the handlers' stack
-        as they were. Warns (:class:`~pyro_mpis.MPISWarning`) where no good proposal was found. See
-        docs/adapting.md. The arguments are those of the model.
+        A guide of yours is trained in place instead. Its parameters climb the bound of
+        :class:`~pyro_mpis.TraceMP_ELBO`, or follow :class:`~pyro_mpis.MPReweightedWakeSleep` if its
+        draws have no gradient. Parameters of the model stay as they are.
+
+        :meth:`run` then draws fresh particles, so that the evidence is unbiased. Also chooses
+        :attr:`num_samples` and :attr:`num_replicates`, the latter no lower than you gave it. Draws
+        random numbers, and leaves the handlers' stack as it was. Warns
+        (:class:`~pyro_mpis.MPISWarning`) if no good proposal was found. See docs/adapting.md. The
+        arguments are those of the model.
 
         :return: this object.
         :raises ValueError: if the model has no continuous latent, a guide given has no parameters,
