@@ -2,6 +2,7 @@
 """What a run would take, and what would help, for the user to read."""
 
 import html
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
@@ -71,7 +72,8 @@ class RunPlan:
     def __str__(self) -> str:
         """Return the table and the advice as text."""
         parts = [table(self._lines(), left=())] if self.costs else []
-        return "\n".join([*parts, *self._remarks(), *(f"- {item.text}" for item in self.advice)])
+        texts = [*self._remarks(), *(f"- {item.text}" for item in self.advice)]
+        return "\n".join([*parts, *map(_wrapped, texts)])
 
     __repr__ = __str__
 
@@ -110,6 +112,10 @@ class RunPlan:
     def _remarks(self) -> list[str]:
         limit = "unknown" if self.memory_limit is None else _bytes(self.memory_limit)
         return [f"memory limit: {limit}", f"largest: {self.largest}"]
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 88, subsequent_indent="  ", break_on_hyphens=False)
 
 
 def _bytes(number: int) -> str:
