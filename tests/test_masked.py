@@ -201,7 +201,7 @@ for word in ("handler", "own"):
     }
 
 
-@pytest.mark.parametrize("seen", itertools.product([0.0, 1.0], repeat=3))
+@pytest.mark.parametrize("seen", list(itertools.product([0.0, 1.0], repeat=3)))
 def test_summed_states_are_those_of_pyro(seen: tuple[float, ...]) -> None:
     """Animals that live on count from their first capture on: TraceEnum_ELBO is exact."""
 
