@@ -15,7 +15,7 @@ guide are.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -24,7 +24,9 @@ from pyro.params.param_store import StateDict
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from pyro_mpis import _progress, _threads
 from pyro_mpis._text import quoted
+from pyro_mpis.costs import number_of_runs
 from pyro_mpis.factor_graph.evidence import log_evidence, reduced
 from pyro_mpis.factor_graph.graph import FactorGraph, SiteValue
 from pyro_mpis.particles.crossing import check_crossing
@@ -70,7 +72,7 @@ class Replicate:
 
     plan: Plan
     particles: Particles
-    reads: SiteReads | None = None  # found once, the same for all blocks
+    reads: SiteReads | None = None  # found once, the same for all blocks; maybe by another one
 
     @property
     def structure(self) -> Structure:
@@ -116,7 +118,7 @@ class Replicate:
             first = weigh_from_factors(structure, first, evaluated)
             self = replace(self, particles=first)
         graph = build_graph(structure, first, evaluated)
-        reads = self.find_reads(graph, first, drawn)
+        reads = self.find_reads(graph, first, drawn) if self.reads is None else self.reads
         of_first = _reads_at(_reads_at(reads, ranges), parts[0])
         if validate and reads:
             self._check(of_first, graph, first, together=False)
@@ -178,7 +180,7 @@ class Replicate:
         self,
         block: Particles,
         ranges: Ranges,
-        parts: Iterable[Ranges],
+        parts: Collection[Ranges],
         *,
         check: bool = False,
     ) -> Iterator[FactorGraph]:
@@ -190,7 +192,7 @@ class Replicate:
         """
         assert self.reads is not None
         of_block = _reads_at(self.reads, ranges)
-        for part in parts:
+        for part in _progress.bar(parts, "densities"):
             particles = block.block(self.structure, part)
             graph = build_graph(self.structure, particles, self._evaluate(particles))
             reads = _reads_at(of_block, part)
@@ -257,30 +259,45 @@ def _graphs(total: BlockSum) -> Iterable[FactorGraph]:
     return total.replicate.evaluated(block, total.blocks[0], parts)
 
 
-def run_plan(plan: Plan, workers: Workers) -> BlockSum:
-    """Draw particles and evaluate them block by block; draws random numbers."""
-    with plan.environment.entered(), gc_paused(plan.cut.whole):
+def run_plan(plan: Plan, workers: Workers, like: Replicate | None = None) -> BlockSum:
+    """
+    Draw particles and evaluate them block by block; draws random numbers.
+
+    :param like: a replicate of the same plan that ran before: what its sites read is known then.
+    """
+    with (
+        plan.environment.entered(),
+        gc_paused(plan.cut.whole),
+        _progress.showing(workers.show_progress),
+        _threads.several(plan.is_large),
+    ):
         obstacle = plan.structure.obstacle
         if obstacle is not None:
             return _ordinary(plan, NotMappableError(obstacle.what, obstacle.remedy), workers)
-        for patched in (False, True):
+        for patched in (False, True) if like is None else (like.programs.patched,):
             plan = replace(plan, programs=replace(plan.programs, patched=patched))
             try:
                 drawn = draw_particles(
                     plan.structure, plan.programs, stratified=plan.options.stratified
                 )
-                return _evaluated(plan, drawn, workers)
+                return _evaluated(plan, drawn, workers, None if like is None else like.reads)
             except NotMappableError as error:
+                if like is not None:
+                    return run_plan(plan, workers)
                 if patched:
                     return _ordinary(plan, error, workers)
         raise AssertionError
 
 
-def _evaluated(plan: Plan, drawn: Drawn, workers: Workers) -> BlockSum:
+def _evaluated(
+    plan: Plan, drawn: Drawn, workers: Workers, reads: SiteReads | None = None
+) -> BlockSum:
     """
     Evaluate particles; where the programs turn out to be other than planned, by another plan.
 
     Each change is made once, or takes an index away, so that this ends.
+
+    :param reads: what the sites read, if that is known; forgotten where it turns out to be wrong.
     """
     followed = False
     while True:
@@ -294,8 +311,11 @@ def _evaluated(plan: Plan, drawn: Drawn, workers: Workers) -> BlockSum:
                 memory_limit=plan.memory_limit,
             )
             blocks = split(particles.sizes, plan.cut.blocks)
-            return evaluate(Replicate(plan, particles), blocks, drawn, workers)
+            return evaluate(Replicate(plan, particles, reads), blocks, drawn, workers)
         except ReadTogether as found:
+            if reads is not None:
+                reads = None
+                continue
             if found.by_index and found.by_index not in plan.switched:
                 plan = replace(plan, switched=(*plan.switched, found.by_index))
                 continue
@@ -329,7 +349,10 @@ def _followed(plan: Plan, drawn: Drawn) -> tuple[Plan, Drawn]:
 
 def _ordinary(plan: Plan, error: NotMappableError, workers: Workers) -> BlockSum:
     """Run the programs once for each particle, as ordinary importance sampling does."""
-    runs = run_one_by_one(plan.programs, plan.num_samples)
+    number, seconds = plan.num_samples, plan.options.time_limit
+    if seconds is not None:
+        number = min(number, number_of_runs(plan.structure, seconds))
+    runs = run_one_by_one(plan.programs, number)
     partly = _partly_combined(plan, error, runs, workers)
     if partly is not None:
         return partly
@@ -392,7 +415,7 @@ def _partly_combined(
 
 
 def run_replicates(
-    plan: Plan, num_replicates: int, workers: Workers, *, keep: bool = False
+    plan: Plan, num_replicates: int, workers: Workers, *, keep: bool = False, known: bool = False
 ) -> list[BlockSum]:
     """
     Run independent replicates, each with a seed drawn from the global generator.
@@ -400,19 +423,40 @@ def run_replicates(
     Each is a unit of work for an executor; a single one sends its blocks instead.
 
     :param keep: whether to keep factors that are small, so that queries take less time.
+    :param known: whether programs and data have been checked by runs before: what the first
+        replicate finds the sites to read then holds for the others. Reads by an index array are
+        held against the programs in each all the same.
     """
     if num_replicates == 1:
         return [run_plan(plan, workers)]
     seeds = torch.randint(2**31 - 1, (num_replicates,)).tolist()
     kept = KEPT_BYTES // num_replicates if keep and workers.executor is None else 0
-    totals = workers.run([partial(_replicate, plan, seed, kept) for seed in seeds])
-    return [_with_programs(total, plan) for total in totals]
+    first: list[BlockSum] = []
+    if known and workers.executor is None:
+        first = [_with_programs(_replicate(plan, seeds[0], kept), plan)]
+    like = first[0].replicate if first and _is_as_planned(first[0], plan) else None
+    seeds = seeds[len(first) :]
+    jobs = [partial(_replicate, plan, seed, kept, like) for seed in seeds]
+    totals = workers.run(jobs, "replicates")
+    return first + [_with_programs(total, plan) for total in totals]
 
 
-def _replicate(plan: Plan, seed: int, kept: int) -> BlockSum:
+def _is_as_planned(total: BlockSum, plan: Plan) -> bool:
+    """Whether a run found the programs to be as planned, at all particles alike."""
+    found = total.replicate
+    reads = (found.reads or {}).values()
+    return (
+        not total.traces
+        and found.structure == plan.structure
+        and not found.plan.switched
+        and not any(site.switch for site in reads)
+    )
+
+
+def _replicate(plan: Plan, seed: int, kept: int, like: Replicate | None = None) -> BlockSum:
     """Run a replicate; ``kept`` is how many bytes of factors to keep."""
     with seeded(seed):
-        total = run_plan(plan, Workers(show_progress=False))
+        total = run_plan(plan, Workers(show_progress=False), like)
     total = _with_programs(total, None)
     if total.traces:
         return replace(total, traces=())
@@ -456,7 +500,8 @@ def evaluate(
     )
     del graph
     others = blocks[len(results) :]
-    results += workers.run([partial(_block, replicate, part, part is blocks[0]) for part in others])
+    jobs = [partial(_block, replicate, part, part is blocks[0]) for part in others]
+    results += workers.run(jobs, "blocks")
     for (_, values), ranges in zip(results, blocks, strict=True):
         whole = replace(whole, values=with_values(whole.values, whole.sizes, values, ranges))
     log_evidences = torch.stack([log_p for log_p, _ in results])

@@ -22,10 +22,12 @@ from typing import Literal, TypeAlias
 import torch
 from pyro import poutine
 from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import is_validation_enabled
 from torch import Tensor
 
 from pyro_mpis._text import first_line
 from pyro_mpis._typing import Program, SampleMessage
+from pyro_mpis.programs.densities import memoise, refuse_invalid, taking_anything
 from pyro_mpis.programs.environment import rng_state, same_rng_state, set_rng_state
 from pyro_mpis.programs.handlers import (
     AllMet,
@@ -143,7 +145,20 @@ def run_plainly(
         return _run_both(programs, compare, tracking=True)
     except Exception:  # some code takes no tensors with marks: what is read is then found otherwise
         set_rng_state(state)
+    try:
         return _run_both(programs, compare, tracking=False)
+    except ValueError as error:  # an argument is perhaps invalid at these values alone
+        if not is_validation_enabled():
+            raise
+        set_rng_state(state)
+        try:
+            with taking_anything():
+                traces = _run_both(programs, compare, tracking=True)
+        except Exception:
+            raise error from None
+    for trace, name in zip(traces, ("guide", "model"), strict=True):
+        refuse_invalid(trace, name)
+    return traces
 
 
 def _run_both(
@@ -183,8 +198,9 @@ def trace_at(programs: Programs, values: Mapping[str, Tensor]) -> Trace:
 
     :return: an ordinary trace, return value included.
     """
-    trace = run_at(programs, "model", values)
-    trace.log_prob_sum()  # memoised in the trace, as the traces of pyro.infer.Importance have it
+    with taking_anything():
+        trace = run_at(programs, "model", values)
+    memoise(trace)
     return trace
 
 
