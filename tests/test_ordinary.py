@@ -432,7 +432,7 @@ def test_random_numbers_that_no_site_draws(matters: bool) -> None:
         noise = torch.randn(()) if matters else 0.0
         pyro.sample("y", dist.Normal(a + b + noise, scale), obs=torch.tensor(0.5))
 
-    model()  # which makes the parameter
+    pyro.param("scale", torch.tensor(0.8))
     if not matters:
         compare(model, num_samples=3)
         return
