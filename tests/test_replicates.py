@@ -126,7 +126,9 @@ def test_standard_error_is_that_of_the_spread() -> None:
 
 
 def test_no_spread_without_replicates() -> None:
-    with pytest.raises(ValueError, match=r"num_replicates: the error comes from the spread of several"):
+    with pytest.raises(
+        ValueError, match=r"num_replicates: the error comes from the spread of several"
+    ):
         run().evidence_error()
     for number in (0, 1.5, True):
         with pytest.raises(ValueError, match="num_replicates: expected a positive integer"):
