@@ -134,7 +134,7 @@ def guide(county: Tensor, data: Mapping[str, Tensor], scale: float = 1.0) -> Non
 
 CASES: dict[str, Options] = {
     "whole": {},
-    "blocks": {"memory_limit": 3_000},
+    "blocks": {"memory_limit": 5_000},
     "replicates": {"num_replicates": 3},
     "group": {"groups": [("a", "b")]},
 }

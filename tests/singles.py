@@ -299,6 +299,9 @@ class Singles:
             if self._is_silent(site) or bool(mask_of(site).all()):
                 continue
             result[name] = ~mask_of(site)
+            if name in self.supports:  # summed: as if there were no mask
+                result[name] = torch.ones_like(result[name])
+                continue
             for element in result[name].nonzero():
                 place = tuple(element.tolist())
                 result[name][place] = not self._is_read(name, place)
@@ -322,10 +325,16 @@ class Singles:
                 after = sites_at(self.model, {**free, name: changed}, self.args)
                 for one, site in before.items():
                     if one != name and not self._is_silent(site):
-                        densities = log_prob_of(site), log_prob_of(after[one])
+                        densities = self._counted(one, site), self._counted(one, after[one])
                         if not torch.allclose(*densities, rtol=0.0, atol=0.0, equal_nan=True):
                             return True
         return False
+
+    def _counted(self, name: str, site: dict[str, Any]) -> Tensor:
+        """Density of a site with its mask, if that counts."""
+        if name in self.supports:
+            return unmasked(site["fn"], site["value"])
+        return log_prob_of(site)
 
     @staticmethod
     def _is_silent(site: dict[str, Any]) -> bool:

@@ -6,6 +6,7 @@ import math
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from statistics import NormalDist
 
@@ -242,9 +243,9 @@ def test_eliminated_precision_is_the_inverse_of_the_dense_one() -> None:
 
 def test_a_tailed_normal_integrates_to_one_and_draws_from_its_density() -> None:
     fn = TailedNormal(torch.zeros(2, dtype=torch.double))
-    grid = torch.linspace(-60, 60, 2401, dtype=torch.double)
+    grid = torch.linspace(-60, 60, 1201, dtype=torch.double)
     density = fn.log_prob(torch.cartesian_prod(grid, grid)).exp()
-    assert float(density.sum()) * 0.05**2 == pytest.approx(1.0, abs=1e-4)
+    assert float(density.sum()) * 0.1**2 == pytest.approx(1.0, abs=1e-4)
     pyro.set_rng_seed(0)
     draws = fn.sample((100_000,))
     for bound in (0.5, 2.0, 4.0):  # of a coordinate: three quarters and half a quarter are normal
@@ -263,9 +264,9 @@ def test_a_tenth_of_a_tailed_normal_is_wide() -> None:
     loc = torch.tensor([3.0, -2.0], dtype=torch.double)
     scale = torch.tensor([[2.0, 0.0], [1.0, 4.0]], dtype=torch.double)
     fn = TailedNormal(torch.zeros(2, dtype=torch.double), (loc, scale))
-    grid = torch.linspace(-60, 60, 2401, dtype=torch.double)
+    grid = torch.linspace(-60, 60, 1201, dtype=torch.double)
     density = fn.log_prob(torch.cartesian_prod(grid, grid)).exp()
-    assert float(density.sum()) * 0.05**2 == pytest.approx(1.0, abs=1e-4)
+    assert float(density.sum()) * 0.1**2 == pytest.approx(1.0, abs=1e-4)
     pyro.set_rng_seed(0)
     draws = fn.sample((100_000,))
     limit = NormalDist().inv_cdf(1 - FALSE_ALARM / 4)
@@ -305,14 +306,24 @@ def test_flattened_weights_have_the_ess_asked_for() -> None:
 # --- the guide
 
 
-def adapted(model: Callable[..., object], seed: int = 0) -> MPImportance:
-    pyro.set_rng_seed(seed)
+def adapted(model: Callable[..., object]) -> MPImportance:
+    pyro.set_rng_seed(0)
     return MPImportance(model, num_samples=10).adapt()
+
+
+learned_once = lru_cache(adapted)
+
+
+def learned(model: Callable[..., object]) -> MPImportance:
+    """Return what was learned before, for tests that do not change it."""
+    result = learned_once(model)
+    pyro.set_rng_seed(1)
+    return result
 
 
 def test_the_guides_density_is_that_of_its_transform() -> None:
     """The log density of values by the change of variables, with a dense Jacobian by autograd."""
-    guide = adapted(nested).guide
+    guide = learned(nested).guide
     assert isinstance(guide, AutoPlateNormal)
     trace = poutine.trace(guide).get_trace()
     sites = statements(trace)
@@ -338,7 +349,7 @@ def test_the_guides_density_is_that_of_its_transform() -> None:
 
 
 def test_the_guide_is_an_autoguide_by_behaviour() -> None:
-    guide = adapted(normals).guide
+    guide = learned(normals).guide
     assert isinstance(guide, AutoPlateNormal)
     median, quantiles = guide.median(), guide.quantiles([0.1, 0.5, 0.9])
     assert median["x"].shape == (5,)
@@ -370,7 +381,7 @@ def test_the_guide_trains_on_and_its_state_can_be_kept() -> None:
 
 
 def test_the_result_and_the_guide_go_into_files(tmp_path: Path) -> None:
-    posterior = adapted(normals).run()
+    posterior = learned(normals).run()
     posterior.save(tmp_path / "result.mpis")
     loaded = MPImportance.load(tmp_path / "result.mpis", posterior.model, posterior.guide)
     assert float(loaded.evidence()) == float(posterior.evidence())
@@ -388,7 +399,7 @@ def test_the_result_and_the_guide_go_into_files(tmp_path: Path) -> None:
 
 def test_the_table_counts_the_weights_of_each_marginal() -> None:
     """A particle inside of a plate has as many values as there are particles around it."""
-    posterior = adapted(normals).run()
+    posterior = learned(normals).run()
     numbers = {posterior.marginals(site).log_weights.shape[-1] for site in ("m", "x")}
     assert len(numbers) == 2
     assert f"{min(numbers)} to {max(numbers)} particles a site" in str(posterior.summary())
@@ -396,7 +407,7 @@ def test_the_table_counts_the_weights_of_each_marginal() -> None:
 
 
 def test_a_conjugate_model_is_found() -> None:
-    posterior = adapted(normals).run()
+    posterior = learned(normals).run()
     assert isinstance(posterior.num_samples, dict)
     assert float(posterior.evidence()) == pytest.approx(LOG_EVIDENCE, abs=0.02)
     assert float(posterior.moments()["m"]) == pytest.approx(MEAN, abs=0.03)
@@ -424,7 +435,6 @@ def log_evidence_of_schools() -> float:
     return float(log_p.logsumexp(0)) + math.log(21 / 7999)
 
 
-@pytest.mark.parametrize(("log_bias", "accepted"), [(0.0, True), (math.log(1.05), False)])
 @pytest.mark.parametrize(
     ("model", "log_evidence"),
     [
@@ -433,17 +443,17 @@ def log_evidence_of_schools() -> float:
     ],
 )
 def test_the_evidence_of_the_frozen_proposal_is_unbiased(
-    model: Callable[[], None], log_evidence: Callable[[], float], log_bias: float, accepted: bool
+    model: Callable[[], None], log_evidence: Callable[[], float]
 ) -> None:
     """A z-test of the mean of P / p over 400 runs; rejects a right program once in 100,000."""
-    learned = adapted(model)
-    pyro.set_rng_seed(1)
+    found = learned(model)
     K = 8 if model is normals else 50
-    posterior = MPImportance(learned.model, learned.guide, num_samples=K, num_replicates=400).run()
-    ratios = (posterior._replicates() + log_bias - log_evidence()).exp()
-    z = float((ratios.mean() - 1) / (ratios.std() / math.sqrt(400)))
-    limit = NormalDist().inv_cdf(1 - FALSE_ALARM / 2)
-    assert (abs(z) < limit) == accepted, f"z = {z:.1f}, limit {limit:.1f}"
+    posterior = MPImportance(found.model, found.guide, num_samples=K, num_replicates=400).run()
+    for log_bias in (0.0, math.log(1.05)):
+        ratios = (posterior._replicates() + log_bias - log_evidence()).exp()
+        z = float((ratios.mean() - 1) / (ratios.std() / math.sqrt(400)))
+        limit = NormalDist().inv_cdf(1 - FALSE_ALARM / 2)
+        assert (abs(z) < limit) == (log_bias == 0.0), f"z = {z:.1f}, limit {limit:.1f}"
 
 
 def every_support() -> None:
@@ -506,7 +516,7 @@ def test_nothing_is_left_behind() -> None:
 
 
 def test_a_seed_fixes_the_result() -> None:
-    one, other = (adapted(normals).guide for _ in range(2))
+    one, other = learned(normals).guide, adapted(normals).guide
     assert isinstance(one, AutoPlateNormal)
     assert isinstance(other, AutoPlateNormal)
     for name, value in one.state_dict().items():
@@ -537,6 +547,6 @@ def test_moments_alone_find_a_proposal() -> None:
     assert [len(block.parts) for block in alone.blocks] == [1] * len(begin.priors)
     guide, plan = matched_by_moments(alone, Options(num_samples=2), lambda trial: None)
     trial = tried(Runs(plan), guide, 3)
-    expected = float(adapted(nested).run().evidence())
+    expected = float(learned(nested).run().evidence())
     assert trial.log_evidence == pytest.approx(expected, abs=1.0)
     assert guide.noise_sites == tuple(f"_mpis_noise_{n}" for n in range(len(begin.priors)))

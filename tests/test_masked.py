@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Masked latents: flat where something that counts reads them, left out where nothing does."""
 
+import itertools
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -13,6 +14,7 @@ import pytest
 import torch
 from compared import compare
 from pyro import poutine
+from pyro.infer import TraceEnum_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from pyro.poutine.messenger import Messenger
 from singles import Exact, Singles, exact
@@ -101,8 +103,8 @@ def wide_guide() -> None:
     pyro.sample("p", dist.Normal(0.5, 1.0))  # most of it outside of the support
 
 
-def flat_states(by_handler: bool) -> None:
-    """Summed over the support without weights; one of three is not read."""
+def masked_states(by_handler: bool) -> None:
+    """Summed over the support with their weights, as if there were no mask."""
     with pyro.plate("data", 3):
         fn = dist.Categorical(torch.tensor([0.1, 0.3, 0.6]))
         z = both_ways("z", fn, torch.tensor([True, False, False]), by_handler, infer=ENUMERATE)
@@ -192,11 +194,32 @@ for word in ("handler", "own"):
         f"padded states, {word}": (partial(padded, by_handler, True), None, 3),
         f"flat, {word}": (partial(flat_prior, by_handler), None, 4),
         f"flat, wide guide, {word}": (partial(flat_prior, by_handler), wide_guide, 6),
-        f"flat states, {word}": (partial(flat_states, by_handler), None, 1),
+        f"masked states, {word}": (partial(masked_states, by_handler), None, 1),
         f"unused county, {word}": (partial(unused_county, by_handler), None, 3),
         f"running sums, {word}": (partial(running_sums, by_handler), None, 3),
         f"scaled, {word}": (partial(scaled, by_handler), None, 3),
     }
+
+
+@pytest.mark.parametrize("seen", list(itertools.product([0.0, 1.0], repeat=3)))
+def test_summed_states_are_those_of_pyro(seen: tuple[float, ...]) -> None:
+    """Animals that live on count from their first capture on: TraceEnum_ELBO is exact."""
+
+    def model(captures: Tensor) -> None:
+        with pyro.plate("animals", len(captures)):
+            lives, known = torch.ones(len(captures)), torch.zeros(len(captures), dtype=torch.bool)
+            for t in pyro.markov(range(captures.shape[1])):
+                with hidden(known):
+                    p = torch.where(known, 0.6 * lives, 1.0 - 1e-7)
+                    lives = pyro.sample(f"z_{t}", dist.Bernoulli(p), infer=ENUMERATE)
+                    p = 0.7 * lives + 1e-7
+                    pyro.sample(f"y_{t}", dist.Bernoulli(p), obs=captures[:, t])
+                known = known | (captures[:, t] > 0)
+
+    captures = torch.tensor([seen, (1.0, 0.0, 1.0)])
+    summed = -TraceEnum_ELBO(max_plate_nesting=1).loss(model, lambda captures: None, captures)
+    found = MPImportance(model, num_samples=1).run(captures).evidence()
+    torch.testing.assert_close(found, torch.tensor(summed), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

@@ -419,3 +419,24 @@ def test_supports_are_not_looked_at_where_validation_is_off() -> None:
         torch.testing.assert_close(posterior.evidence(), (2.0 * x).exp().mean().log())
     with pytest.raises(ValueError, match=r"site 'y': no log_prob of a value"):
         MPImportance(model, num_samples=10).run(None)
+
+
+@pytest.mark.parametrize("matters", [False, True])
+def test_random_numbers_that_no_site_draws(matters: bool) -> None:
+    """Those that a parameter was made of, once, do not matter; noise in the mean does."""
+
+    def model() -> None:
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        scale = pyro.param("scale", torch.rand(()) + 0.5)
+        noise = torch.randn(()) if matters else 0.0
+        pyro.sample("y", dist.Normal(a + b + noise, scale), obs=torch.tensor(0.5))
+
+    pyro.param("scale", torch.tensor(0.8))
+    if not matters:
+        compare(model, num_samples=3)
+        return
+    pyro.set_rng_seed(0)
+    with pytest.warns(MPISWarning, match=rf"{ONCE}.*besides those of their sites, and depend on"):
+        posterior = MPImportance(model, num_samples=3).run()
+    assert len(posterior.exec_traces) == 3

@@ -115,18 +115,20 @@ def test_standard_error_is_that_of_the_spread() -> None:
     """Over many repetitions, the error of the log evidence is as large as reported."""
     truth = dist.MultivariateNormal(torch.zeros(3), 2 * torch.eye(3) + 1.5**2 + 1.0).log_prob(Y)
     scores = []
-    for seed in range(60):
+    for seed in range(40):
         pyro.clear_param_store()
         pyro.param("scale", torch.tensor(1.5))
         pyro.set_rng_seed(seed)
-        posterior = MPImportance(model, num_samples=20, num_replicates=12).run()
+        posterior = MPImportance(model, num_samples=20, num_replicates=8).run()
         scores.append(float(posterior.evidence() - truth) / posterior.evidence_error())
     spread = float(torch.tensor(scores).std())
-    assert 0.6 < spread < 1.9  # one, were the evidences normal; chi-square of 59 allows 0.7 to 1.4
+    assert 0.6 < spread < 1.9  # about 1.2, a t of 7, and a chi-square of 39 around it
 
 
 def test_no_spread_without_replicates() -> None:
-    with pytest.raises(ValueError, match=r"num_replicates: one set of particles has no spread"):
+    with pytest.raises(
+        ValueError, match=r"num_replicates: the error comes from the spread of several"
+    ):
         run().evidence_error()
     for number in (0, 1.5, True):
         with pytest.raises(ValueError, match="num_replicates: expected a positive integer"):
@@ -219,7 +221,9 @@ def test_other_changes_after_the_run_are_noticed() -> None:
         posterior.sample(50)
 
 
+@pytest.mark.slow
 def test_dask() -> None:
+    """Real processes of Dask's; every day `test_process_pool` and stand-ins in `test_workers`."""
     distributed = pytest.importorskip("distributed", reason="needs pyro-mpis[dask]")
     cluster = distributed.LocalCluster(
         n_workers=2, threads_per_worker=1, dashboard_address=None, processes=True

@@ -286,7 +286,7 @@ EXACT: dict[str, tuple[Callable[[Script], Programs], Groups]] = {
     "global group": (both_outside, [("a", "b")]),
     "local group": (inside_and_outside, [("b", "c")]),
 }
-SLOW = ("parents inside and outside", "local group")
+SLOW = ("parents inside and outside", "local group", "global group")
 
 
 @pytest.mark.parametrize(

@@ -231,7 +231,8 @@ def _tried(plan: Plan) -> Trial:
     for _ in range(TRIALS):
         total = run_plan(plan, alone)
         log_evidences.append(total.log_evidence.double())
-        if total.traces or not bool(torch.isfinite(log_evidences[-1])):
+        one_by_one = total.traces or total.replicate.programs.one_by_one
+        if one_by_one or not bool(torch.isfinite(log_evidences[-1])):
             continue
         symbols = [i.symbol for i in total.replicate.structure.indices if not i.enumerated]
         (weights,) = joint_weights_of([total], symbols, alone)

@@ -2,6 +2,9 @@
 """
 Which elements of masked latents are read by something that no mask hides, and what follows.
 
+The mask of a latent that is summed over its support does not count, as in Pyro's TraceEnum_ELBO.
+Of all others:
+
 The model runs once more, mapped over **slots**. In each, some masked elements are changed: if no
 density that counts differs, nothing reads them. First all are changed together, which settles
 padded sequences; then those of one site after the other; then elements by the bits of their
@@ -28,6 +31,7 @@ from pyro_mpis.programs.messages import (
     batch_shape_of,
     counted,
     is_delta,
+    is_enumerated,
     is_latent,
     is_silent,
     statements,
@@ -51,9 +55,12 @@ def find_masks(
     seen = masks_seen(model_trace)
     if not seen or structure.obstacle is not None:  # masks differ from particle to particle
         return Masks()
-    unread = unread_elements(programs, statements(model_trace), seen, mapped=True)
-    lifted, left_out, not_proposed = {}, {}, {}
     guide_sites, model_sites = statements(guide_trace), statements(model_trace)
+    summed = {
+        n: torch.ones_like(m) for n, m in seen.items() if structure.origins[n] == "enumerated"
+    }
+    unread = unread_elements(programs, model_sites, seen, summed, mapped=True)
+    lifted, left_out, not_proposed = dict(summed), {}, {}
     for name, elements in unread.items():
         site = model_sites[name]
         drawn = _drawn_for(structure, name)
@@ -128,9 +135,10 @@ def masks_at(programs: Programs, guide_trace: Trace, model_trace: Trace) -> Mask
     if same:
         return programs.masks
     guide_sites, model_sites = statements(guide_trace), statements(model_trace)
-    unread = unread_elements(programs, model_sites, seen, mapped=False)
+    summed = {n: torch.ones_like(m) for n, m in seen.items() if is_enumerated(model_sites[n])}
+    unread = unread_elements(programs, model_sites, seen, summed, mapped=False)
     computed = any(is_delta(s["fn"]) or s["is_observed"] for s in guide_sites.values())
-    lifted, left_out = dict(unread), {}
+    lifted, left_out = {**unread, **summed}, {}
     for name, elements in unread.items():
         own = guide_sites.get(name)
         fn = model_sites[name]["fn"]
@@ -145,6 +153,7 @@ def unread_elements(
     programs: Programs,
     sites: Mapping[str, SampleMessage],
     seen: Mapping[str, Tensor],
+    summed: Mapping[str, Tensor],
     *,
     mapped: bool,
 ) -> dict[str, Tensor]:
@@ -153,9 +162,14 @@ def unread_elements(
 
     :param sites: the model's, of a plain run.
     :param seen: their masks, False where masked.
+    :param summed: True, for those of them that are summed, whose masks do not count.
     :param mapped: whether to run many values at once, at several values of all latents; otherwise
         at those of the plain run alone.
     """
+    seen = {name: mask for name, mask in seen.items() if name not in summed}
+    if not seen:
+        return {}
+    programs = replace(programs, masks=Masks(summed, summed))
     state = pyro.util.get_rng_state()
     try:
         with pyro.validation_enabled(False):
@@ -216,7 +230,7 @@ class _Probe:
         """Evaluate the densities as they count: ``(slots, *batch shape)``."""
         number = len(next(iter(values.values())))
         for patched in (False, True) if self.mapped else ():
-            programs = replace(self.programs, patched=patched, masks=Masks())
+            programs = replace(self.programs, patched=patched)
             collect = dict.fromkeys(self.counting, _counted)
             try:
                 _, said = evaluate(
@@ -232,7 +246,7 @@ class _Probe:
         rows: dict[str, list[Tensor]] = {name: [] for name in self.counting}
         for slot in range(number):
             at = {name: value[slot] for name, value in values.items()}
-            sites = statements(run_at(replace(self.programs, masks=Masks()), "model", at))
+            sites = statements(run_at(self.programs, "model", at))
             for name, row in rows.items():
                 if name not in sites:
                     raise ValueError(f"site '{name}' is met in some runs only")

@@ -26,6 +26,7 @@ from pyro_mpis.particles.factors import site_value, without_ruled_out
 from pyro_mpis.particles.masked import masks_at
 from pyro_mpis.particles.proposals import Particles
 from pyro_mpis.programs.densities import density_of, is_checked, memoise, taking_anything
+from pyro_mpis.programs.handlers import Replay
 from pyro_mpis.programs.masks import unmasked
 from pyro_mpis.programs.messages import counted, drawn_from, is_delta, is_latent, statements
 from pyro_mpis.programs.runs import Programs
@@ -113,7 +114,7 @@ def _one_run(programs: Programs) -> Run:
     args, kwargs = programs.args, programs.kwargs
     with taking_anything():
         guide_trace = poutine.trace(programs.program("guide")).get_trace(*args, **kwargs)
-        model = poutine.replay(programs.model, trace=guide_trace)
+        model = Replay(trace=guide_trace)(programs.model)
         trace = poutine.trace(model).get_trace(*args, **kwargs)
     masks = masks_at(programs, guide_trace, trace)
     proposed = {name: masks.of_guide(site) for name, site in statements(guide_trace).items()}

@@ -43,7 +43,7 @@ LIBRARIES = tuple(
 MAX_LOOP = 1_000  # combinations that are worth a call of a distribution's log_prob each
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mapped:
     """A result of a mapped run: a tensor, and the levels that it was computed from."""
 
@@ -54,6 +54,15 @@ class Mapped:
     def shape(self) -> torch.Size:
         """The shape for single values."""
         return self.tensor.shape[len(self.levels) :]
+
+    def __eq__(self, other: object) -> bool:
+        """Whether all entries are the same; nan is nan."""
+        if not isinstance(other, Mapped) or self.levels != other.levels:
+            return False
+        one, another = self.tensor, other.tensor
+        if one.shape != another.shape or one.dtype != another.dtype:
+            return False
+        return bool(((one == another) | ((one != one) & (another != another))).all())
 
     def at(self, level: int) -> int | None:
         """Return the dim of a level; None if the tensor does not read it."""

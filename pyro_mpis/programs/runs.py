@@ -287,9 +287,13 @@ def evaluate(
     state = rng_state()
     run_mapped(at_single_values, levels, patched=programs.patched)
     if not same_rng_state(state, rng_state()):
+        first = {**from_guide}, {**from_model}
+        run_mapped(at_single_values, levels, patched=programs.patched)  # with other numbers
         set_rng_state(state)
+        if first == (from_guide, from_model):  # as those that a parameter was once made of
+            return first
         raise NotMappableError(
-            "the programs draw random numbers besides those of their sites",
+            "the programs draw random numbers besides those of their sites, and depend on them",
             "draw all random numbers in sample statements that no handler hides, or as data before "
             "the run",
         )
