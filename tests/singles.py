@@ -311,7 +311,8 @@ class Singles:
             known = {n: before[n]["value"] for n in self.latents}
             fn = before[name]["fn"]
             event = known[name][place]  # of its elements, each changes by another number
-            others = [event + torch.arange(1.0, event.numel() + 1).reshape(event.shape)]
+            steps = torch.arange(1.0, event.numel() + 1).reshape(event.shape)
+            others = [event + size * steps for size in (1.0, -1.0, 0.2, -0.2, 2.5, -2.5)]
             if fn.has_enumerate_support:
                 with suppress(NotImplementedError):  # counts that differ between elements
                     others = [value[place] for value in fn.enumerate_support(expand=True)]
@@ -322,7 +323,7 @@ class Singles:
                 after = sites_at(self.model, {**free, name: changed}, self.args)
                 for one, site in before.items():
                     if one != name and not self._is_silent(site):
-                        densities = log_prob_of(site), log_prob_of(after[one])
+                        densities = log_probs_of(site), log_probs_of(after[one])
                         if not torch.allclose(*densities, rtol=0.0, atol=0.0, equal_nan=True):
                             return True
         return False
@@ -463,10 +464,15 @@ def mask_of(site: dict[str, Any]) -> Tensor:
 
 def log_prob_of(site: dict[str, Any]) -> Tensor:
     """Log density of a site as its program counts it: zero outside of the support."""
+    return log_probs_of(site).sum()
+
+
+def log_probs_of(site: dict[str, Any]) -> Tensor:
+    """Log density of each element."""
     log_prob = in_table(site["fn"], site["value"])
     shown = inside(site["fn"], site["value"]) | ~mask_of(site)
     log_prob = torch.where(shown, log_prob, -math.inf)
-    return torch.as_tensor(scale_and_mask(log_prob, site["scale"], site["mask"]).sum())
+    return torch.as_tensor(scale_and_mask(log_prob, site["scale"], site["mask"]))
 
 
 def sites_at(program: Program, values: Mapping[str, Tensor], args: tuple[object, ...]) -> Sites:
