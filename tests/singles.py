@@ -315,7 +315,8 @@ class Singles:
             others = [event + size * steps for size in (1.0, -1.0, 0.2, -0.2, 2.5, -2.5)]
             if fn.has_enumerate_support:
                 with suppress(NotImplementedError):  # counts that differ between elements
-                    others = [value[place] for value in fn.enumerate_support(expand=True)]
+                    support = [value[place] for value in fn.enumerate_support(expand=True)]
+                    others = support if len(support) > 1 else others
             for other in others:
                 changed = known[name].clone()
                 changed[place] = other

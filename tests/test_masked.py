@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Masked latents: flat where something that counts reads them, left out where nothing does."""
 
+import itertools
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -344,3 +345,20 @@ def test_site_whose_mask_does_not_fit() -> None:
 
     with pytest.raises(ValueError, match=r"site 'x': its mask has shape \(3,\).*plates"):
         MPImportance(model, num_samples=2).run()
+
+
+def test_counts_that_are_none_in_the_first_run() -> None:
+    """What reads them is found all the same, though their support is zero alone there."""
+
+    def model(plated: bool) -> None:
+        total = pyro.sample("total", dist.Categorical(torch.tensor([0.6, 0.2, 0.2]))) * 1.0
+        if plated:
+            with pyro.plate("data", 3):
+                count = pyro.sample("count", dist.Binomial(total * torch.ones(3), 0.5).mask(False))
+                pyro.sample("y", dist.Normal(count, 1.0), obs=Y + 0.2)
+        else:
+            count = pyro.sample("count", dist.Binomial(total, 0.5).mask(False))
+            pyro.sample("y", dist.Normal(count, 1.0), obs=Y[0] + 0.2)
+
+    for plated, seed in itertools.product((True, False), range(4)):
+        compare(partial(model, plated), None, 3, seed=seed)

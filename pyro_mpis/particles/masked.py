@@ -264,6 +264,7 @@ def _probe_of(
             drawn = _redrawn(site["fn"], value, num_others + num_rows)
         else:
             drawn = support[torch.arange(num_others + num_rows) % len(support)]
+        drawn = _differing(drawn)
         rows[name] = torch.cat([value.unsqueeze(0), drawn[: num_rows - 1]])
         if name in masked:
             others[name] = drawn[num_rows:].clone()
@@ -348,6 +349,13 @@ def _read_elements(probe: _Probe, name: str, masked: Tensor) -> Tensor:
     result = torch.zeros_like(masked).flatten()
     result[elements[read]] = True
     return result.reshape(masked.shape)
+
+
+def _differing(values: Tensor) -> Tensor:
+    """Change every second value by one where all are the same: a count of none, of no trials."""
+    steps = torch.arange(len(values), device=values.device).to(values.dtype) % 2
+    steps = steps.reshape((-1,) + (1,) * (values.dim() - 1))
+    return torch.where((values == values[:1]).all(0), values + steps, values)
 
 
 def _pattern(masked: Tensor, elements: Tensor, code: Tensor) -> Tensor:
