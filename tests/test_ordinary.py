@@ -2,6 +2,8 @@
 """Programs that run once for each particle: the numbers of ordinary importance sampling."""
 
 import math
+import re
+import warnings
 from collections.abc import Callable
 from functools import partial
 
@@ -25,6 +27,7 @@ from pyro_mpis.planning import Options, plan_of, programs_of
 pytestmark = pytest.mark.usefixtures("float64")
 
 Program = Callable[..., object]
+ONCE_OF = "the programs run once for each particle of"
 ONCE = "the programs run once for each particle, as in pyro.infer.Importance"
 
 
@@ -164,6 +167,22 @@ def test_sites_that_differ_from_run_to_run() -> None:
     torch.testing.assert_close(posterior.evidence(), log_prob.exp().mean().log())
 
 
+def test_one_notice_where_sites_differ() -> None:
+    """What was said of sharing indices in the first run does not hold for the others."""
+
+    def model() -> None:
+        n = pyro.sample("n", dist.Poisson(12.0))
+        rates = [pyro.sample(f"rate_{i}", dist.Gamma(2.0, 1.0)) for i in range(int(n))]
+        total = sum(rates, torch.tensor(0.1))
+        pyro.sample("y", dist.Poisson(total), obs=torch.tensor(20.0))
+
+    pyro.set_rng_seed(0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        MPImportance(model, num_samples=60).run()
+    assert [ONCE in str(warning.message) for warning in caught] == [True]
+
+
 # What leaves torch.
 
 
@@ -200,12 +219,13 @@ LEAVES: dict[Callable[[Tensor], Tensor], tuple[str, str]] = {
 
 @pytest.mark.parametrize("function", LEAVES)
 def test_values_that_leave_torch(function: Callable[[Tensor], Tensor]) -> None:
-    """All latents share an index; the line and what to write in its place are told."""
+    """What is looked at shares an index; the line and what to write in its place are told."""
 
-    def model() -> None:
+    def model(both: bool = True) -> None:
         w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
         s = pyro.sample("s", dist.LogNormal(0.0, 0.5))
-        pyro.sample("y", dist.Normal(function(w), s), obs=torch.tensor(1.5))
+        x = w * s if both else w
+        pyro.sample("y", dist.Normal(function(x), s), obs=torch.tensor(1.5))
 
     pyro.set_rng_seed(0)
     with pytest.warns(MPISWarning, match=ONCE) as warned:
@@ -217,6 +237,8 @@ def test_values_that_leave_torch(function: Callable[[Tensor], Tensor]) -> None:
     assert remedy in text.partition("To combine particles:")[2]
     compare(model, num_samples=6, together=[("w", "s")], warning=ONCE)
     assert len(posterior.exec_traces) == 6
+    warning = f"{ONCE_OF} 'w': .*{re.escape(line)}"
+    compare(model, num_samples=6, args=(False,), warning=warning)
 
 
 def test_assertions_that_hold_for_all_particles() -> None:
@@ -232,8 +254,8 @@ def test_assertions_that_hold_for_all_particles() -> None:
         pyro.sample("y", dist.Normal(w.sum(), s), obs=torch.tensor(2.0))
 
     compare(model, args=(False,), num_samples=4)
-    warning = rf"{ONCE}.*`if branch and \(s > 0\)\.all\(\):`"
-    compare(model, args=(True,), num_samples=4, together=[("w", "s")], warning=warning)
+    warning = rf"{ONCE_OF} 's': .*`if branch and \(s > 0\)\.all\(\):`"
+    compare(model, args=(True,), num_samples=4, warning=warning)
 
 
 def test_values_written_among_data() -> None:

@@ -8,7 +8,8 @@ the densities of all others are added up in one factor.
 """
 
 import math
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import pyro
 import torch
@@ -18,6 +19,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import is_validation_enabled
 from torch import Tensor
 
+from pyro_mpis import _progress
 from pyro_mpis._typing import SampleMessage
 from pyro_mpis.factor_graph.graph import FactorGraph, LogFactor
 from pyro_mpis.particles.factors import site_value, without_ruled_out
@@ -34,25 +36,44 @@ NO_PLATE = 10_000  # number of a symbol that no plate has
 OTHERS = "(sites of some runs)"
 
 
+@dataclass(frozen=True)
+class Run:
+    """One run of guide and model, which draws one particle of all latents."""
+
+    guide: Trace
+    model: Trace
+    densities: Mapping[str, Tensor]  # the log of each site's share of r_k
+
+
 def run_ordinary(
     structure: Structure, programs: Programs, num_samples: int
 ) -> tuple[Structure, Particles, FactorGraph, tuple[Trace, ...]]:
+    """Draw particles of all latents together, and weigh each; see :func:`weighed_together`."""
+    return weighed_together(structure, run_one_by_one(programs, num_samples))
+
+
+def run_one_by_one(programs: Programs, num_samples: int) -> list[Run]:
+    """Run guide and model once for each particle; draws random numbers."""
+    return [_one_run(programs) for _ in _progress.bar(range(num_samples), "particles")]
+
+
+def weighed_together(
+    structure: Structure, runs: Sequence[Run]
+) -> tuple[Structure, Particles, FactorGraph, tuple[Trace, ...]]:
     """
-    Draw particles of all latents together, and weigh each; draws random numbers.
+    Weigh particles of all latents together.
 
     :param structure: of one run of the programs.
     :return: the structure with a single index, the particles, their factors, and the model's
         traces.
     """
-    rows: list[dict[str, Tensor]] = []
-    values: list[dict[str, Tensor]] = []
-    traces = []
-    for _ in range(num_samples):
-        trace, densities = _one_run(programs)
-        rows.append(densities)
-        sites = statements(trace)
-        values.append({name: s["value"] for name, s in sites.items() if is_latent(s)})
-        traces.append(trace)
+    num_samples = len(runs)
+    rows = [run.densities for run in runs]
+    traces = [run.model for run in runs]
+    values = [
+        {name: s["value"] for name, s in statements(trace).items() if is_latent(s)}
+        for trace in traces
+    ]
     kept = _in_every_run(structure, values)
     structure = _with_one_index(structure, kept, num_samples)
     symbol = structure.indices[0].symbol
@@ -88,8 +109,7 @@ def run_ordinary(
     return structure, particles, graph, tuple(traces)
 
 
-def _one_run(programs: Programs) -> tuple[Trace, dict[str, Tensor]]:
-    """Run guide and model; return the model's trace, and the log of each site's share of r_k."""
+def _one_run(programs: Programs) -> Run:
     args, kwargs = programs.args, programs.kwargs
     with taking_anything():
         guide_trace = poutine.trace(programs.program("guide")).get_trace(*args, **kwargs)
@@ -110,7 +130,7 @@ def _one_run(programs: Programs) -> tuple[Trace, dict[str, Tensor]]:
         if is_latent(site) or (site["is_observed"] and name not in trace.nodes):
             densities[f"{name} (proposal)"] = -_sum(_log_proposal(site), site)
     memoise(trace)  # as the traces of pyro.infer.Importance have it
-    return trace, densities
+    return Run(guide_trace, trace, densities)
 
 
 def _log_proposal(site: SampleMessage) -> Tensor:
@@ -130,7 +150,7 @@ def _sum(log_prob: Tensor, site: SampleMessage) -> Tensor:
     return torch.as_tensor(log_prob).sum(dtype=torch.double) * scale_of_plates(site)
 
 
-def _log_factors(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def _log_factors(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Put densities together: (K,) of each site that is in every run, and of all others."""
     common = [name for name in rows[0] if all(name in row for row in rows)]
     result = {name: torch.stack([row[name] for row in rows]) for name in common}
