@@ -265,9 +265,6 @@ def test_data_outside_of_a_fixed_support_beside_latents() -> None:
 LAZY: dict[str, Callable[[Tensor], Distribution]] = {
     "logits": lambda x: dist.Categorical(logits=x * torch.linspace(-3.0, 3.0, 5_000)),
     "probs": lambda x: dist.Bernoulli(probs=x.sigmoid()),
-    "matrix": lambda x: dist.MultivariateNormal(
-        torch.zeros(2), precision_matrix=torch.eye(2) * x.exp()
-    ),
 }
 
 

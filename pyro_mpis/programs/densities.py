@@ -27,7 +27,6 @@ from torch.distributions import (
     TransformedDistribution,
     constraints,
 )
-from torch.distributions.utils import lazy_property
 
 from pyro_mpis.programs.mapped import exchange, log_prob_of, unwrapped
 from pyro_mpis.programs.masks import Parts, taken_apart
@@ -223,14 +222,9 @@ def _valid_arguments(
 
 
 def _is_given(fn: Distribution, name: str, argument: Tensor) -> bool:
-    """Whether an argument was given, not computed from another one when it was asked for."""
-    lazy = [n for n in fn.arg_constraints if isinstance(getattr(type(fn), n, None), lazy_property)]
-    if name not in lazy:
-        return True
-    given = getattr(fn, "_param", None)  # probs or logits
-    if given is not None:
-        return argument is given
-    return sum(n in fn.__dict__ for n in lazy) == 1
+    """Whether an argument was given: probs are computed from logits, or these from probs."""
+    given = getattr(fn, "_param", None)
+    return given is None or name not in ("probs", "logits") or argument is given
 
 
 def refuse_invalid(trace: Trace, program: str) -> None:
