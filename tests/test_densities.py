@@ -260,25 +260,3 @@ def test_data_outside_of_a_fixed_support_beside_latents() -> None:
         pyro.sample("y", dist.Pareto(1.0, alpha), obs=torch.tensor(0.5))
 
     fails(ValueError, r"site 'y': probability zero for all particles", model)
-
-
-LAZY: dict[str, Callable[[Tensor], Distribution]] = {
-    "logits": lambda x: dist.Categorical(logits=x * torch.linspace(-3.0, 3.0, 5_000)),
-    "probs": lambda x: dist.Bernoulli(probs=x.sigmoid()),
-}
-
-
-@pytest.mark.parametrize("name", LAZY)
-def test_arguments_computed_from_others_are_not_looked_at(name: str) -> None:
-    """They meet their constraints up to rounding."""
-
-    def make(x: Tensor) -> Distribution:
-        fn = LAZY[name](x)
-        for argument in fn.arg_constraints:
-            getattr(fn, argument)
-        return fn
-
-    value = LAZY[name](torch.ones(())).sample()
-    density = densities(make, lambda _: value, torch.tensor([0.5, 2.0]))
-    expected = torch.stack([make(torch.tensor(x)).log_prob(value) for x in (0.5, 2.0)])
-    torch.testing.assert_close(density, expected)

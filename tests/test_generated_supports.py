@@ -15,7 +15,7 @@ from pyro_mpis import MPImportance
 
 pytestmark = pytest.mark.usefixtures("float64")
 
-EVERY_DAY = range(40)
+EVERY_DAY = range(24)
 SLOW = range(1000, 1400)
 IMPOSSIBLE = ("probability zero for all particles", "the evidence is zero")
 DRAWS = 60  # of all particles, until some combination is possible

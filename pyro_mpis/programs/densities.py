@@ -210,8 +210,8 @@ def _valid_arguments(
         if constraints.is_dependent(constraint) or constraint is constraints.real:
             continue
         argument = fn.__dict__.get(name)
-        if not isinstance(argument, Tensor) or not _is_given(fn, name, argument):
-            continue
+        if not isinstance(argument, Tensor):
+            continue  # a number, or computed from the others when asked for
         try:
             valid = constraint.check(argument)
         except (RuntimeError, NotImplementedError):
@@ -219,12 +219,6 @@ def _valid_arguments(
         valid = _all_of_events(valid, min(dims, valid.dim()))
         assert valid is not None
         yield name, constraint, valid
-
-
-def _is_given(fn: Distribution, name: str, argument: Tensor) -> bool:
-    """Whether an argument was given: probs are computed from logits, or these from probs."""
-    given = getattr(fn, "_param", None)
-    return given is None or name not in ("probs", "logits") or argument is given
 
 
 def refuse_invalid(trace: Trace, program: str) -> None:
