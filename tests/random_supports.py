@@ -38,7 +38,7 @@ CHILDREN = {
     "share": ("count", "Beta(count, 2.0)", "Normal(0.5, 0.4)"),
 }
 # site read -> distribution of the data, values that they may have
-DATA = {
+DATA: dict[str, list[tuple[str, tuple[float, ...]]]] = {
     "high": [
         ("Uniform(0.0, high)", (0.2, 0.6, 1.1)),
         ("Exponential(high)", (0.3, 1.4)),

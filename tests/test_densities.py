@@ -219,7 +219,7 @@ def test_structure_is_found_where_the_first_draw_makes_an_argument_invalid() -> 
     traces = MPImportance(model, guide, num_samples=20).run().exec_traces
     sums = torch.tensor([float(trace.log_prob_sum()) for trace in traces])
     assert torch.equal(
-        sums == -torch.inf, torch.tensor([bool(t.nodes["p"]["value"] > 1) for t in traces])
+        sums == -torch.inf, torch.tensor([float(t.nodes["p"]["value"]) > 1 for t in traces])
     )
 
 
@@ -232,7 +232,7 @@ def test_arguments_that_are_invalid_whatever_the_latents_are(fixed: str) -> None
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
         p = torch.tensor([0.5, 1.5 if fixed == "model" else 0.5])
         with pyro.plate("data", 2):
-            pyro.sample("y", dist.Binomial(3.0, p), obs=torch.tensor([2.0, 1.0]))
+            pyro.sample("y", dist.Binomial(3, p), obs=torch.tensor([2.0, 1.0]))
             pyro.sample("z", dist.Normal(x, 1.0), obs=torch.zeros(2))
 
     found = {
@@ -249,7 +249,7 @@ def test_fixed_arguments_beside_latents_are_looked_at() -> None:
 
     def model() -> None:
         n = pyro.sample("n", dist.Poisson(3.0))
-        pyro.sample("y", dist.Binomial(n + 5.0, 1.5), obs=torch.tensor(1.0))
+        pyro.sample("y", dist.Binomial(n + 5.0, torch.tensor(1.5)), obs=torch.tensor(1.0))
 
     fails(ValueError, r"site 'y': log_prob is nan at 5 of 5 combinations", model, K=5)
 

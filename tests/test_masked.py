@@ -26,6 +26,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 Y = torch.tensor([0.5, -1.0, 1.5], dtype=torch.double)
 SEEN = torch.tensor([True, False, True])
+HALF = torch.tensor(0.5, dtype=torch.double)
 ENUMERATE: Any = {"enumerate": "parallel"}
 FLAT = r"masked, but a site that is not masked reads it"
 
@@ -354,10 +355,10 @@ def test_counts_that_are_none_in_the_first_run() -> None:
         total = pyro.sample("total", dist.Categorical(torch.tensor([0.6, 0.2, 0.2]))) * 1.0
         if plated:
             with pyro.plate("data", 3):
-                count = pyro.sample("count", dist.Binomial(total * torch.ones(3), 0.5).mask(False))
+                count = pyro.sample("count", dist.Binomial(total * torch.ones(3), HALF).mask(False))
                 pyro.sample("y", dist.Normal(count, 1.0), obs=Y + 0.2)
         else:
-            count = pyro.sample("count", dist.Binomial(total, 0.5).mask(False))
+            count = pyro.sample("count", dist.Binomial(total, HALF).mask(False))
             pyro.sample("y", dist.Normal(count, 1.0), obs=Y[0] + 0.2)
 
     for plated, seed in itertools.product((True, False), range(4)):

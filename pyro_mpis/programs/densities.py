@@ -9,6 +9,7 @@ and they count as impossible.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pyro
 import torch
@@ -246,7 +247,7 @@ def memoise(trace: Trace) -> None:
 
     One that is nan beside one that is zero is zero.
     """
-    sites = [site for site in trace.nodes.values() if site["type"] == "sample"]
+    sites: list[Any] = [site for site in trace.nodes.values() if site["type"] == "sample"]
     checked = [is_validation_enabled() and is_checked(site["fn"]) for site in sites]
     with pyro.validation_enabled(False):
         log_probs = [
