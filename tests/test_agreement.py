@@ -8,6 +8,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from failing import chain, fails
+from pyro.poutine.runtime import InferDict
 
 from pyro_mpis import MPImportance, MPISWarning
 
@@ -23,7 +24,7 @@ def test_guide_site_that_the_model_lacks() -> None:
 
 
 @pytest.mark.parametrize("infer", [{}, {"is_auxiliary": True}])
-def test_guide_site_that_the_model_observes(infer: dict[str, bool]) -> None:
+def test_guide_site_that_the_model_observes(infer: InferDict) -> None:
     def guide() -> None:
         pyro.sample("y", dist.Normal(0.0, 1.0), infer=infer)
 
