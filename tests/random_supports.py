@@ -38,7 +38,7 @@ CHILDREN = {
     "share": ("count", "Beta(count, 2.0)", "Normal(0.5, 0.4)"),
 }
 # site read -> distribution of the data, values that they may have
-DATA = {
+DATA: dict[str, list[tuple[str, tuple[float, ...]]]] = {
     "high": [
         ("Uniform(0.0, high)", (0.2, 0.6, 1.1)),
         ("Exponential(high)", (0.3, 1.4)),
@@ -64,7 +64,7 @@ class Supports:
 
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
-        self.branches = False
+        self.branches = self.guided = False
 
     def chance(self, probability: float) -> bool:
         return self.rng.random() < probability
@@ -75,13 +75,13 @@ class Supports:
         how = self.rng.choice(["plain"] * 8 + ["own", "handler", "scale"])
         if how == "own":
             text += f".mask({mask})"
-        if "obs=" in options and plated and how == "handler" and self.chance(0.7):
+        if "obs=" in options and plated and not self.guided and self.chance(0.15):
             how, options = "plain", f"{options}, obs_mask=torch.tensor([True, False])"
         lines = [f"{name} = pyro.sample('{name}', dist.{text}{options})"]
         if plated:
             lines = ["with data:", f"    {lines[0]}"]
         if how in ("handler", "scale"):
-            scale = self.rng.choice(["0.5", "1.7", "high.abs()" if name != "high" else "1.3"])
+            scale = self.rng.choice(["0.5", "1.7", self.scale if name != "high" else "1.3"])
             handler = f"mask(mask={mask})" if how == "handler" else f"scale(scale={scale})"
             lines = [f"with poutine.{handler}:", *(f"    {line}" for line in lines)]
         return [f"    {line}" for line in lines]
@@ -89,7 +89,8 @@ class Supports:
     def program(self) -> Generated:
         plates = {name: self.chance(0.3) for name in PARENTS}
         children = self.rng.sample(list(CHILDREN), self.rng.choice([1, 1, 2]))
-        guided = self.chance(0.6) or any(name in NEED_A_GUIDE for name in children)
+        self.guided = self.chance(0.6) or any(name in NEED_A_GUIDE for name in children)
+        self.scale = "0.8" if plates["high"] else "high.abs()"
         model, guide = (
             [f"def {name}():", "    data = pyro.plate('data', 2)"] for name in ("model", "guide")
         )
@@ -99,7 +100,7 @@ class Supports:
             model += self.statement(name, prior, plates[name], mark)
             if name == "count":  # integers of a Categorical
                 model.append("    count = count * 1.0")
-            if guided and not mark:
+            if self.guided and not mark:
                 line = f"pyro.sample('{name}', dist.{self.rng.choice(guides)})"
                 guide += self.in_plate(line, plates[name])
         if self.chance(0.15):  # a branch that changes nothing: once for each particle
@@ -109,7 +110,7 @@ class Supports:
             parent, prior, proposal = CHILDREN[name]
             plated = plates[parent] or self.chance(0.4)
             model += self.statement(name, prior, plated)
-            if guided:
+            if self.guided:
                 guide += self.in_plate(f"pyro.sample('{name}', dist.{proposal})", plated)
             plates[name] = plated
         if "root" in children or self.chance(0.2):
@@ -122,7 +123,7 @@ class Supports:
             data = [self.rng.choice(values) for _ in range(2 if plated else 1)]
             observed = f"torch.tensor({data if plated else data[0]})"
             model += self.statement(f"y{number}", text, plated, f", obs={observed}")
-        text = "\n".join(guide) if guided else ""
+        text = "\n".join(guide) if self.guided else ""
         return Generated(self.seed, 2, "\n".join(model), text, [], True, self.branches)
 
     def in_plate(self, line: str, plated: bool) -> list[str]:

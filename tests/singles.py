@@ -299,10 +299,10 @@ class Singles:
             if self._is_silent(site) or bool(mask_of(site).all()):
                 continue
             result[name] = ~mask_of(site)
-            if name in self.supports:  # summed: as if there were no mask
-                result[name] = torch.ones_like(result[name])
-                continue
-            for element in result[name].nonzero():
+            own = mask_of({**site, "mask": None})
+            if name in self.supports:  # summed: as if no handler masked it
+                result[name] = own.clone()
+            for element in (~(own if name in self.supports else mask_of(site))).nonzero():
                 place = tuple(element.tolist())
                 result[name][place] = not self._is_read(name, place)
         return result
@@ -314,10 +314,12 @@ class Singles:
             known = {n: before[n]["value"] for n in self.latents}
             fn = before[name]["fn"]
             event = known[name][place]  # of its elements, each changes by another number
-            others = [event + torch.arange(1.0, event.numel() + 1).reshape(event.shape)]
+            steps = torch.arange(1.0, event.numel() + 1).reshape(event.shape)
+            others = [event + size * steps for size in (1.0, -1.0, 0.2, -0.2, 2.5, -2.5)]
             if fn.has_enumerate_support:
                 with suppress(NotImplementedError):  # counts that differ between elements
-                    others = [value[place] for value in fn.enumerate_support(expand=True)]
+                    support = [value[place] for value in fn.enumerate_support(expand=True)]
+                    others = support if len(support) > 1 else others
             for other in others:
                 changed = known[name].clone()
                 changed[place] = other
@@ -331,10 +333,8 @@ class Singles:
         return False
 
     def _counted(self, name: str, site: dict[str, Any]) -> Tensor:
-        """Density of a site with its mask, if that counts."""
-        if name in self.supports:
-            return unmasked(site["fn"], site["value"])
-        return log_prob_of(site)
+        """Density of each element of a site, with the masks that count."""
+        return log_probs_of({**site, "mask": None} if name in self.supports else site)
 
     @staticmethod
     def _is_silent(site: dict[str, Any]) -> bool:
@@ -472,10 +472,15 @@ def mask_of(site: dict[str, Any]) -> Tensor:
 
 def log_prob_of(site: dict[str, Any]) -> Tensor:
     """Log density of a site as its program counts it: zero outside of the support."""
+    return log_probs_of(site).sum()
+
+
+def log_probs_of(site: dict[str, Any]) -> Tensor:
+    """Log density of each element."""
     log_prob = in_table(site["fn"], site["value"])
     shown = inside(site["fn"], site["value"]) | ~mask_of(site)
     log_prob = torch.where(shown, log_prob, -math.inf)
-    return torch.as_tensor(scale_and_mask(log_prob, site["scale"], site["mask"]).sum())
+    return torch.as_tensor(scale_and_mask(log_prob, site["scale"], site["mask"]))
 
 
 def sites_at(program: Program, values: Mapping[str, Tensor], args: tuple[object, ...]) -> Sites:

@@ -8,6 +8,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from failing import chain, fails
+from pyro.poutine.runtime import InferDict
 
 from pyro_mpis import MPImportance, MPISWarning
 
@@ -22,9 +23,10 @@ def test_guide_site_that_the_model_lacks() -> None:
     )
 
 
-def test_guide_site_that_the_model_observes() -> None:
+@pytest.mark.parametrize("infer", [{}, {"is_auxiliary": True}])
+def test_guide_site_that_the_model_observes(infer: InferDict) -> None:
     def guide() -> None:
-        pyro.sample("y", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(0.0, 1.0), infer=infer)
 
     fails(ValueError, r"site 'y': observed in the model, but sampled in the guide", chain, guide)
 
@@ -38,6 +40,11 @@ GUIDES: dict[str, dist.TorchDistribution] = {
     "the same support": dist.LogNormal(0.0, 1.0),
     "beyond": dist.Normal(0.5, 1.0),
     "a part": dist.Uniform(0.0, 2.0),
+    "above": dist.Pareto(torch.tensor(0.05), torch.tensor(1.0)),
+}
+REACHES = {
+    "a part": r"Uniform reaches \[0, 2\] only",
+    "above": r"Pareto reaches \[0.05, inf\] only",
 }
 
 
@@ -49,8 +56,8 @@ def test_guide_of_another_support(name: str) -> None:
         pyro.sample("s", GUIDES[name])
 
     pyro.set_rng_seed(0)
-    message = r"'s': the guide's Uniform reaches \[0, 2\] only, of the model's \[0, inf\]"
-    with pytest.warns(MPISWarning, match=message) if name == "a part" else nullcontext():
+    message = rf"'s': the guide's {REACHES.get(name)}, of the model's \[0, inf\]"
+    with pytest.warns(MPISWarning, match=message) if name in REACHES else nullcontext():
         posterior = MPImportance(positive, guide, num_samples=30).run()
     s = posterior.marginals("s").samples
     assert bool((s < 0).any()) == (name == "beyond")

@@ -218,9 +218,8 @@ def test_structure_is_found_where_the_first_draw_makes_an_argument_invalid() -> 
     torch.testing.assert_close(posterior.evidence(), weights.mean().log())
     traces = MPImportance(model, guide, num_samples=20).run().exec_traces
     sums = torch.tensor([float(trace.log_prob_sum()) for trace in traces])
-    assert torch.equal(
-        sums == -torch.inf, torch.tensor([bool(t.nodes["p"]["value"] > 1) for t in traces])
-    )
+    drawn = torch.tensor([float(torch.as_tensor(trace.nodes["p"]["value"])) for trace in traces])
+    assert torch.equal(sums == -torch.inf, drawn > 1)
 
 
 @pytest.mark.parametrize("fixed", ["model", "guide"])
@@ -232,7 +231,7 @@ def test_arguments_that_are_invalid_whatever_the_latents_are(fixed: str) -> None
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
         p = torch.tensor([0.5, 1.5 if fixed == "model" else 0.5])
         with pyro.plate("data", 2):
-            pyro.sample("y", dist.Binomial(3.0, p), obs=torch.tensor([2.0, 1.0]))
+            pyro.sample("y", dist.Binomial(3, p), obs=torch.tensor([2.0, 1.0]))
             pyro.sample("z", dist.Normal(x, 1.0), obs=torch.zeros(2))
 
     found = {
@@ -249,7 +248,7 @@ def test_fixed_arguments_beside_latents_are_looked_at() -> None:
 
     def model() -> None:
         n = pyro.sample("n", dist.Poisson(3.0))
-        pyro.sample("y", dist.Binomial(n + 5.0, 1.5), obs=torch.tensor(1.0))
+        pyro.sample("y", dist.Binomial(n + 5.0, torch.tensor(1.5)), obs=torch.tensor(1.0))
 
     fails(ValueError, r"site 'y': log_prob is nan at 5 of 5 combinations", model, K=5)
 
@@ -260,28 +259,3 @@ def test_data_outside_of_a_fixed_support_beside_latents() -> None:
         pyro.sample("y", dist.Pareto(1.0, alpha), obs=torch.tensor(0.5))
 
     fails(ValueError, r"site 'y': probability zero for all particles", model)
-
-
-LAZY: dict[str, Callable[[Tensor], Distribution]] = {
-    "logits": lambda x: dist.Categorical(logits=x * torch.linspace(-3.0, 3.0, 5_000)),
-    "probs": lambda x: dist.Bernoulli(probs=x.sigmoid()),
-    "matrix": lambda x: dist.MultivariateNormal(
-        torch.zeros(2), precision_matrix=torch.eye(2) * x.exp()
-    ),
-}
-
-
-@pytest.mark.parametrize("name", LAZY)
-def test_arguments_computed_from_others_are_not_looked_at(name: str) -> None:
-    """They meet their constraints up to rounding."""
-
-    def make(x: Tensor) -> Distribution:
-        fn = LAZY[name](x)
-        for argument in fn.arg_constraints:
-            getattr(fn, argument)
-        return fn
-
-    value = LAZY[name](torch.ones(())).sample()
-    density = densities(make, lambda _: value, torch.tensor([0.5, 2.0]))
-    expected = torch.stack([make(torch.tensor(x)).log_prob(value) for x in (0.5, 2.0)])
-    torch.testing.assert_close(density, expected)

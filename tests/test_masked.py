@@ -27,6 +27,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 Y = torch.tensor([0.5, -1.0, 1.5], dtype=torch.double)
 SEEN = torch.tensor([True, False, True])
+HALF = torch.tensor(0.5, dtype=torch.double)
 ENUMERATE: Any = {"enumerate": "parallel"}
 FLAT = r"masked, but a site that is not masked reads it"
 
@@ -104,7 +105,7 @@ def wide_guide() -> None:
 
 
 def masked_states(by_handler: bool) -> None:
-    """Summed over the support with their weights, as if there were no mask."""
+    """Summed with their weights where a handler masks them, without where they mask themselves."""
     with pyro.plate("data", 3):
         fn = dist.Categorical(torch.tensor([0.1, 0.3, 0.6]))
         z = both_ways("z", fn, torch.tensor([True, False, False]), by_handler, infer=ENUMERATE)
@@ -367,3 +368,20 @@ def test_site_whose_mask_does_not_fit() -> None:
 
     with pytest.raises(ValueError, match=r"site 'x': its mask has shape \(3,\).*plates"):
         MPImportance(model, num_samples=2).run()
+
+
+def test_counts_that_are_none_in_the_first_run() -> None:
+    """What reads them is found all the same, though their support is zero alone there."""
+
+    def model(plated: bool) -> None:
+        total = pyro.sample("total", dist.Categorical(torch.tensor([0.6, 0.2, 0.2]))) * 1.0
+        if plated:
+            with pyro.plate("data", 3):
+                count = pyro.sample("count", dist.Binomial(total * torch.ones(3), HALF).mask(False))
+                pyro.sample("y", dist.Normal(count, 1.0), obs=Y + 0.2)
+        else:
+            count = pyro.sample("count", dist.Binomial(total, HALF).mask(False))
+            pyro.sample("y", dist.Normal(count, 1.0), obs=Y[0] + 0.2)
+
+    for plated, seed in itertools.product((True, False), range(4)):
+        compare(partial(model, plated), None, 3, seed=seed)

@@ -376,6 +376,29 @@ def test_particles_outside_of_a_support_weigh_nothing(
         assert zero == (weight == -torch.inf)
 
 
+def test_copies_that_plates_make_are_looked_at_too() -> None:
+    def model() -> None:
+        with pyro.plate("data", 2):
+            x = pyro.sample("x", dist.Exponential(1.0))
+            if x.sum() > 3.0:
+                x = x + 0.5
+            pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor([0.5, 1.0]))
+
+    def guide() -> None:
+        with pyro.plate("data", 2):
+            pyro.sample("x", dist.Normal(1.0, 1.5))
+
+    pyro.set_rng_seed(0)
+    with pytest.warns(MPISWarning, match=ONCE):
+        posterior = MPImportance(model, guide, num_samples=40).run()
+    x = posterior.marginals("x").samples.T
+    changed = torch.where(x.sum(-1, keepdim=True) > 3.0, x + 0.5, x)
+    log_weights = dist.Normal(changed, 1.0).log_prob(torch.tensor([0.5, 1.0])) - x
+    log_weights = (log_weights - dist.Normal(1.0, 1.5).log_prob(x)).sum(-1)
+    log_weights = torch.where((x >= 0).all(-1), log_weights, -torch.inf)
+    torch.testing.assert_close(posterior.evidence(), log_weights.logsumexp(0) - math.log(40))
+
+
 def test_nan_that_nothing_rules_out_is_refused() -> None:
     def model() -> None:
         rate = pyro.sample("rate", dist.Normal(0.0, 1.0))

@@ -22,7 +22,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro_mpis.particles.drawing import Draw, Drawn, support_of
 from pyro_mpis.particles.evaluation import MAX_LEVELS, wanted_of_guide, wanted_of_model
 from pyro_mpis.particles.memory import number_of_densities
-from pyro_mpis.programs.mapped import log_prob_of
+from pyro_mpis.programs.densities import density_of
 from pyro_mpis.programs.masks import unmasked
 from pyro_mpis.programs.messages import drawn_from, statements
 from pyro_mpis.programs.runs import NotMappableError, OtherSitesError, Programs, Wanted, evaluate
@@ -50,7 +50,9 @@ def drawn_plainly(structure: Structure, runs: Sequence[tuple[Trace, Trace]]) -> 
             if message["value"].shape != site.shape:
                 return None
             fn = unmasked(message["fn"])
-            log_prob = drawn_from(message, log_prob_of(fn, message["value"]))
+            with pyro.validation_enabled(False):
+                density = density_of(fn, message["value"], validate=site.checked)
+            log_prob = drawn_from(message, density)
             values.append(message["value"].detach())
             log_probs.append(log_prob.expand(site.batch_shape))
             supports.append(support_of(site, message))

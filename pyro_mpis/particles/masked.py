@@ -2,8 +2,8 @@
 """
 Which elements of masked latents are read by something that no mask hides, and what follows.
 
-The mask of a latent that is summed over its support does not count, as in Pyro's TraceEnum_ELBO.
-Of all others:
+``poutine.mask`` of a latent that is summed over its support does not count, as in Pyro's
+TraceEnum_ELBO. Of all others:
 
 The model runs once more, mapped over **slots**. In each, some masked elements are changed: if no
 density that counts differs, nothing reads them. First all are changed together, which settles
@@ -57,7 +57,9 @@ def find_masks(
         return Masks()
     guide_sites, model_sites = statements(guide_trace), statements(model_trace)
     summed = {
-        n: torch.ones_like(m) for n, m in seen.items() if structure.origins[n] == "enumerated"
+        name: _own_mask(model_sites[name], mask)
+        for name, mask in seen.items()
+        if structure.origins[name] == "enumerated"
     }
     unread = unread_elements(programs, model_sites, seen, summed, mapped=True)
     lifted, left_out, not_proposed = dict(summed), {}, {}
@@ -74,8 +76,14 @@ def find_masks(
                 not_proposed[drawn] = left
             left_out[name] = not_proposed[name] = left
             elements = elements & ~widened(left, dims)
-        lifted[name] = elements
+        lifted[name] = elements | lifted[name] if name in summed else elements
     return Masks(seen, lifted, left_out, not_proposed)
+
+
+def _own_mask(site: SampleMessage, mask: Tensor) -> Tensor:
+    """Return the mask of ``.mask()`` alone, of the shape of all masks together."""
+    own = taken_apart(site["fn"]).mask
+    return torch.as_tensor(True if own is None else own, device=mask.device).expand(mask.shape)
 
 
 def masks_seen(model_trace: Trace) -> dict[str, Tensor]:
@@ -135,10 +143,14 @@ def masks_at(programs: Programs, guide_trace: Trace, model_trace: Trace) -> Mask
     if same:
         return programs.masks
     guide_sites, model_sites = statements(guide_trace), statements(model_trace)
-    summed = {n: torch.ones_like(m) for n, m in seen.items() if is_enumerated(model_sites[n])}
+    summed = {
+        name: _own_mask(model_sites[name], mask)
+        for name, mask in seen.items()
+        if is_enumerated(model_sites[name])
+    }
     unread = unread_elements(programs, model_sites, seen, summed, mapped=False)
     computed = any(is_delta(s["fn"]) or s["is_observed"] for s in guide_sites.values())
-    lifted, left_out = {**unread, **summed}, {}
+    lifted, left_out = {**summed, **unread}, {}
     for name, elements in unread.items():
         own = guide_sites.get(name)
         fn = model_sites[name]["fn"]
@@ -146,6 +158,8 @@ def masks_at(programs: Programs, guide_trace: Trace, model_trace: Trace) -> Mask
             dims = taken_apart(fn).event_dims
             left_out[name] = elements.flatten(-dims).all(-1) if dims else elements
             lifted[name] = elements & ~widened(left_out[name], dims)
+        if name in summed:
+            lifted[name] = lifted[name] | summed[name]
     return Masks(seen, lifted, left_out, left_out)
 
 
@@ -162,11 +176,12 @@ def unread_elements(
 
     :param sites: the model's, of a plain run.
     :param seen: their masks, False where masked.
-    :param summed: True, for those of them that are summed, whose masks do not count.
+    :param summed: of those of them that are summed, the masks of ``.mask()``, which alone count.
     :param mapped: whether to run many values at once, at several values of all latents; otherwise
         at those of the plain run alone.
     """
-    seen = {name: mask for name, mask in seen.items() if name not in summed}
+    seen = {name: summed.get(name, mask) for name, mask in seen.items()}
+    seen = {name: mask for name, mask in seen.items() if name not in summed or not mask.all()}
     if not seen:
         return {}
     programs = replace(programs, masks=Masks(summed, summed))
@@ -278,6 +293,7 @@ def _probe_of(
             drawn = _redrawn(site["fn"], value, num_others + num_rows)
         else:
             drawn = support[torch.arange(num_others + num_rows) % len(support)]
+        drawn = _differing(drawn)
         rows[name] = torch.cat([value.unsqueeze(0), drawn[: num_rows - 1]])
         if name in masked:
             others[name] = drawn[num_rows:].clone()
@@ -362,6 +378,13 @@ def _read_elements(probe: _Probe, name: str, masked: Tensor) -> Tensor:
     result = torch.zeros_like(masked).flatten()
     result[elements[read]] = True
     return result.reshape(masked.shape)
+
+
+def _differing(values: Tensor) -> Tensor:
+    """Change every second value by one where all are the same: a count of none, of no trials."""
+    steps = torch.arange(len(values), device=values.device).to(values.dtype) % 2
+    steps = steps.reshape((-1,) + (1,) * (values.dim() - 1))
+    return torch.where((values == values[:1]).all(0), values + steps, values)
 
 
 def _pattern(masked: Tensor, elements: Tensor, code: Tensor) -> Tensor:

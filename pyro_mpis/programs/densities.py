@@ -9,6 +9,7 @@ and they count as impossible.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pyro
 import torch
@@ -27,7 +28,6 @@ from torch.distributions import (
     TransformedDistribution,
     constraints,
 )
-from torch.distributions.utils import lazy_property
 
 from pyro_mpis.programs.mapped import exchange, log_prob_of, unwrapped
 from pyro_mpis.programs.masks import Parts, taken_apart
@@ -211,8 +211,8 @@ def _valid_arguments(
         if constraints.is_dependent(constraint) or constraint is constraints.real:
             continue
         argument = fn.__dict__.get(name)
-        if not isinstance(argument, Tensor) or not _is_given(fn, name, argument):
-            continue
+        if not isinstance(argument, Tensor):
+            continue  # a number, or computed from the others when asked for
         try:
             valid = constraint.check(argument)
         except (RuntimeError, NotImplementedError):
@@ -220,17 +220,6 @@ def _valid_arguments(
         valid = _all_of_events(valid, min(dims, valid.dim()))
         assert valid is not None
         yield name, constraint, valid
-
-
-def _is_given(fn: Distribution, name: str, argument: Tensor) -> bool:
-    """Whether an argument was given, not computed from another one when it was asked for."""
-    lazy = [n for n in fn.arg_constraints if isinstance(getattr(type(fn), n, None), lazy_property)]
-    if name not in lazy:
-        return True
-    given = getattr(fn, "_param", None)  # probs or logits
-    if given is not None:
-        return argument is given
-    return sum(n in fn.__dict__ for n in lazy) == 1
 
 
 def refuse_invalid(trace: Trace, program: str) -> None:
@@ -258,7 +247,7 @@ def memoise(trace: Trace) -> None:
 
     One that is nan beside one that is zero is zero.
     """
-    sites = [site for site in trace.nodes.values() if site["type"] == "sample"]
+    sites: list[Any] = [site for site in trace.nodes.values() if site["type"] == "sample"]
     checked = [is_validation_enabled() and is_checked(site["fn"]) for site in sites]
     with pyro.validation_enabled(False):
         log_probs = [

@@ -2,14 +2,14 @@
 r"""
 How masks of latents count.
 
-A latent that is summed over its support counts as if there were no mask, as in TraceEnum_ELBO. Any
-other latent that a mask hides is drawn all the same. Element by element:
+``poutine.mask`` around a latent that is summed over its support does not count, as in Pyro's
+TraceEnum_ELBO. Any other latent that a mask hides is drawn all the same. Element by element:
 
 * where something that no mask hides reads it, its prior is flat (on its support), as in Pyro's SVI
   and HMC: the density of the model is one, that of the proposal counts in full;
 * where nothing of the kind reads it, as at the padded end of a sequence, it is left out. If the
-  guide draws it, neither density counts. If it is drawn from the prior, both count, as if there
-  were no mask: they sum to one. It is then a forecast.
+  guide draws it, neither density counts. If it is drawn from the prior, or summed, both count, as
+  if there were no mask: they sum to one. It is then a forecast.
 
 So a guide's own masks mean nothing. In a site's message, once changed by this module, masks within
 the distribution are those of a flat prior, and the message's own mask is of what is left out.
