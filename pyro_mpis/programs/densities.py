@@ -259,4 +259,6 @@ def memoise(trace: Trace) -> None:
         if impossible:
             log_prob = torch.where(log_prob.isnan(), -torch.inf, log_prob)
         counted = scale_and_mask(log_prob, site["scale"], site["mask"])
-        site.update(unscaled_log_prob=log_prob, log_prob=counted, log_prob_sum=counted.sum())
+        site["log_prob_sum"] = counted.sum()
+        if impossible:  # Pyro would compute these later, and refuse the value
+            site.update(unscaled_log_prob=log_prob, log_prob=counted)
