@@ -11,7 +11,7 @@ SOURCES := pyro_mpis tests tutorials $(wildcard benchmarks)
 # One thread for each process: the tensors are small, and the test workers share the cores.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help demo test test-slow lint types tests doctests wheel tutorials docs bench paper clean distclean
+.PHONY: help demo test test-slow lint types tests doctests wheel tutorials docs bench bench-adapt paper clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make test-slow  the tests left out of make test"
 	@echo "make docs       the site, with the tutorials as notebooks, into output/site"
 	@echo "make bench      speed and memory against Pyro's estimators, into docs/benchmarks.md"
+	@echo "make bench-adapt  learned proposals against Pyro's inference, into output/adapt; resumes"
 	@echo "make paper      the paper's experiments, into output/paper; half an hour, resumes"
 	@echo "make wheel      build the wheel, and use it outside of the source tree"
 	@echo "make lint       ruff check and ruff format --check"
@@ -78,6 +79,9 @@ docs: $(VENV)/.stamp-docs
 
 bench: $(VENV)/.stamp-dev
 	$(BIN)/python benchmarks/speed.py
+
+bench-adapt: $(VENV)/.stamp-dev
+	$(BIN)/python benchmarks/adapt.py --output output/adapt
 
 paper: $(VENV)/.stamp-dev
 	$(BIN)/python -m benchmarks.paper --output output/paper
