@@ -19,6 +19,7 @@ from pyro_mpis._typing import Program
 from pyro_mpis.adaptation.guide import AutoPlateNormal
 from pyro_mpis.adaptation.layout import by_site
 from pyro_mpis.adaptation.learner import learnt
+from pyro_mpis.adaptation.mirrors import missing_halves
 from pyro_mpis.adaptation.moments import matched_by_moments
 from pyro_mpis.adaptation.natural import Settings
 from pyro_mpis.adaptation.prepared import Drawable, is_improper, prepared, summable
@@ -103,7 +104,9 @@ def adapted(
         if not candidates:
             raise ValueError(f"adapt: {'; '.join(problems)}")
         best = max(candidates, key=lambda candidate: candidate.trial.log_evidence)
+        mirrored = missing_halves(start, best.guide)
     told = [] if best.is_good else [_poor(best, problems)]
+    told += [mirrored] if mirrored else []
     numbers: dict[str | None, int] = {None: OTHERS}
     numbers.update(best.numbers)
     return Adapted(
