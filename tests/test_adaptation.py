@@ -534,12 +534,12 @@ def test_moments_alone_find_a_proposal() -> None:
 
 def test_an_improper_prior_is_started_from_somewhere() -> None:
     """Against a grid: a flat prior of a location, and of a scale in the half-line."""
-    y = torch.tensor([11.0, 12.0, 13.0, 14.0, 15.0, 40.0])
+    y = torch.tensor([5.0, 11.0, 12.0, 13.0, 14.0, 15.0, 18.0, 19.0, 22.0, 26.0, 30.0, 40.0])
 
     def model() -> None:
         m = pyro.sample("m", dist.ImproperUniform(constraints.real, (), ()))
         s = pyro.sample("s", dist.ImproperUniform(constraints.positive, (), ()))
-        with pyro.plate("rows", 6):
+        with pyro.plate("rows", 12):
             pyro.sample("y", dist.Normal(m, s), obs=y)
 
     grid = torch.linspace(-200, 240, 2201, dtype=torch.double).unsqueeze(-1)

@@ -4,6 +4,7 @@
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -47,7 +48,7 @@ def by_trial(model: Callable[[], None], names: list[str]) -> set[frozenset[str]]
     """Turn every set of latents at an ordinary draw, and compare the joint density."""
     pyro.set_rng_seed(3)
     trace = poutine.trace(model).get_trace()
-    values = {name: trace.nodes[name]["value"] for name in names}
+    values: dict[str, Any] = {name: trace.nodes[name]["value"] for name in names}
 
     def log_joint(turned: frozenset[str]) -> float:
         data = {n: -v if n in turned else v for n, v in values.items()}

@@ -88,7 +88,7 @@ def _densities(start: Start, turned: tuple[str, ...]) -> dict[str, Tensor]:
         trace.compute_log_prob()
     except (ValueError, RuntimeError, ArithmeticError):  # as where a scale gets negative
         return {}
-    return {name: site["log_prob"] for name, site in statements(trace).items()}
+    return {name: trace.nodes[name]["log_prob"] for name in statements(trace)}
 
 
 def _subsets(names: Sequence[str]) -> Iterator[tuple[str, ...]]:

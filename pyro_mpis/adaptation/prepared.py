@@ -55,7 +55,9 @@ class Drawable(Messenger):
     def _pyro_sample(self, msg: SampleMessage) -> None:
         if is_latent(msg) and type(msg["fn"]) is dist.ImproperUniform:
             fn = msg["fn"]
-            msg["fn"] = _Improper(fn.support, fn.batch_shape, fn.event_shape)
+            msg["fn"] = _Improper(  # type: ignore[no-untyped-call]
+                fn.support, fn.batch_shape, fn.event_shape
+            )
 
 
 def is_improper(fn: object) -> bool:
