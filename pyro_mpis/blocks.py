@@ -15,7 +15,7 @@ guide are.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -24,6 +24,9 @@ from pyro.params.param_store import StateDict
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from pyro_mpis import _progress, _threads
+from pyro_mpis._text import quoted
+from pyro_mpis.costs import number_of_runs
 from pyro_mpis.factor_graph.evidence import log_evidence, reduced
 from pyro_mpis.factor_graph.graph import FactorGraph, SiteValue
 from pyro_mpis.particles.crossing import check_crossing
@@ -37,8 +40,14 @@ from pyro_mpis.particles.evaluation import (
 )
 from pyro_mpis.particles.factors import build_graph
 from pyro_mpis.particles.indexed import check_graph, find_reads, regroup_indexed
-from pyro_mpis.particles.memory import gc_paused
-from pyro_mpis.particles.ordinary import run_ordinary
+from pyro_mpis.particles.looked_at import (
+    drawn_plainly,
+    latents_looked_at,
+    taken_one_by_one,
+    work_of_runs,
+)
+from pyro_mpis.particles.memory import MUCH_WORK, gc_paused
+from pyro_mpis.particles.ordinary import Run, run_one_by_one, weighed_together
 from pyro_mpis.particles.probes import SiteReads
 from pyro_mpis.particles.proposals import (
     Particles,
@@ -172,7 +181,7 @@ class Replicate:
         self,
         block: Particles,
         ranges: Ranges,
-        parts: Iterable[Ranges],
+        parts: Collection[Ranges],
         *,
         check: bool = False,
     ) -> Iterator[FactorGraph]:
@@ -184,7 +193,7 @@ class Replicate:
         """
         assert self.reads is not None
         of_block = _reads_at(self.reads, ranges)
-        for part in parts:
+        for part in _progress.bar(parts, "densities"):
             particles = block.block(self.structure, part)
             graph = build_graph(self.structure, particles, self._evaluate(particles))
             reads = _reads_at(of_block, part)
@@ -257,10 +266,15 @@ def run_plan(plan: Plan, workers: Workers, like: Replicate | None = None) -> Blo
 
     :param like: a replicate of the same plan that ran before: what its sites read is known then.
     """
-    with plan.environment.entered(), gc_paused(plan.cut.whole):
+    with (
+        plan.environment.entered(),
+        gc_paused(plan.cut.whole),
+        _progress.showing(workers.show_progress),
+        _threads.several(plan.is_large),
+    ):
         obstacle = plan.structure.obstacle
         if obstacle is not None:
-            return _ordinary(plan, NotMappableError(obstacle.what, obstacle.remedy))
+            return _ordinary(plan, NotMappableError(obstacle.what, obstacle.remedy), workers)
         for patched in (False, True) if like is None else (like.programs.patched,):
             plan = replace(plan, programs=replace(plan.programs, patched=patched))
             try:
@@ -272,7 +286,7 @@ def run_plan(plan: Plan, workers: Workers, like: Replicate | None = None) -> Blo
                 if like is not None:
                     return run_plan(plan, workers)
                 if patched:
-                    return _ordinary(plan, error)
+                    return _ordinary(plan, error, workers)
         raise AssertionError
 
 
@@ -334,11 +348,16 @@ def _followed(plan: Plan, drawn: Drawn) -> tuple[Plan, Drawn]:
     return plan, drawn.chosen_anew(plan.structure)
 
 
-def _ordinary(plan: Plan, error: NotMappableError) -> BlockSum:
+def _ordinary(plan: Plan, error: NotMappableError, workers: Workers) -> BlockSum:
     """Run the programs once for each particle, as ordinary importance sampling does."""
-    structure, particles, graph, traces = run_ordinary(
-        plan.structure, plan.programs, plan.num_samples
-    )
+    number, seconds = plan.num_samples, plan.options.time_limit
+    if seconds is not None:
+        number = min(number, number_of_runs(plan.structure, seconds))
+    runs = run_one_by_one(plan.programs, number)
+    partly = _partly_combined(plan, error, runs, workers)
+    if partly is not None:
+        return partly
+    structure, particles, graph, traces = weighed_together(plan.structure, runs)
     notice = (
         "the programs run once for each particle, as in pyro.infer.Importance: all latents share "
         "one particle index, and this is ordinary importance sampling, which needs more particles. "
@@ -346,9 +365,57 @@ def _ordinary(plan: Plan, error: NotMappableError) -> BlockSum:
     )
     if plan.options.numbers:
         notice += f" All have as many particles as the site with most: {plan.num_samples}."
-    plan = replace(plan, structure=structure, notices=(*plan.notices, notice))
+    plan = replace(plan, structure=structure, notices=(notice,))  # others were of another plan
     replicate = Replicate(plan, particles, reads={})
     return BlockSum(replicate, ({},), graph, log_evidence(graph).double().unsqueeze(0), traces)
+
+
+def _partly_combined(
+    plan: Plan, error: NotMappableError, runs: Sequence[Run], workers: Workers
+) -> BlockSum | None:
+    """
+    Let those latents alone share an index whose values the programs look at.
+
+    :param runs: which have drawn the particles.
+    :return: None if these are all latents, if it cannot be found out, or if it would take long.
+    """
+    if plan.structure.obstacle is not None or plan.options.numbers:
+        return None
+    structure = plan.structure.with_num_samples(len(runs))
+    drawn = drawn_plainly(structure, [(run.guide, run.model) for run in runs])
+    if drawn is None:
+        return None
+    names = latents_looked_at(structure, plan.programs, drawn)
+    if names is None:
+        return None
+    structure = taken_one_by_one(structure, names)
+    if work_of_runs(structure, names) > MUCH_WORK:
+        return None
+    shares = len(names) > 1 or any(plan.structure.index_of[name].plates for name in names)
+    accuracy = (
+        ", and all their values share one particle index, so more particles are needed for the "
+        "same accuracy"
+        if shares
+        else ""
+    )
+    notice = (
+        f"the programs run once for each particle of {quoted(names)}: this takes longer{accuracy}. "
+        f"All other latents keep particle indices of their own. What cannot run at many values at "
+        f"once: {error}. To combine particles: {error.remedy}."
+    )
+    plan = replace(
+        plan,
+        programs=replace(plan.programs, one_by_one=names),
+        notices=(),
+        footprint=None,
+    )
+    plan = plan.with_structure(structure, notice)
+    if plan.structure.obstacle is not None:
+        return None
+    try:
+        return _evaluated(plan, drawn, workers)
+    except NotMappableError:
+        return None
 
 
 def run_replicates(
@@ -373,7 +440,8 @@ def run_replicates(
         first = [_with_programs(_replicate(plan, seeds[0], kept), plan)]
     like = first[0].replicate if first and _is_as_planned(first[0], plan) else None
     seeds = seeds[len(first) :]
-    totals = workers.run([partial(_replicate, plan, seed, kept, like) for seed in seeds])
+    jobs = [partial(_replicate, plan, seed, kept, like) for seed in seeds]
+    totals = workers.run(jobs, "replicates")
     return first + [_with_programs(total, plan) for total in totals]
 
 
@@ -411,7 +479,9 @@ def _with_programs(total: BlockSum, plan: Plan | None) -> BlockSum:
         environment = replace(found.environment, params=params, values={})
     else:
         programs, environment = plan.programs, plan.environment
-    programs = replace(programs, patched=found.programs.patched)
+    programs = replace(
+        programs, patched=found.programs.patched, one_by_one=found.programs.one_by_one
+    )
     found = replace(found, programs=programs, environment=environment)
     return replace(total, replicate=replace(total.replicate, plan=found))
 
@@ -434,7 +504,8 @@ def evaluate(
     )
     del graph
     others = blocks[len(results) :]
-    results += workers.run([partial(_block, replicate, part, part is blocks[0]) for part in others])
+    jobs = [partial(_block, replicate, part, part is blocks[0]) for part in others]
+    results += workers.run(jobs, "blocks")
     for (_, values), ranges in zip(results, blocks, strict=True):
         whole = replace(whole, values=with_values(whole.values, whole.sizes, values, ranges))
     log_evidences = torch.stack([log_p for log_p, _ in results])

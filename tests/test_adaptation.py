@@ -380,9 +380,20 @@ def test_the_result_and_the_guide_go_into_files(tmp_path: Path) -> None:
     again = pickle.loads(pickle.dumps(guide))
     for name, value in guide.median().items():
         assert torch.equal(again.median()[name], value)
+    with pytest.raises(ValueError, match=r"do not fit the saved run.*posterior\.guide"):
+        MPImportance.load(tmp_path / "result.mpis", normals)
 
 
 # --- as a whole
+
+
+def test_the_table_counts_the_weights_of_each_marginal() -> None:
+    """A particle inside of a plate has as many values as there are particles around it."""
+    posterior = adapted(normals).run()
+    numbers = {posterior.marginals(site).log_weights.shape[-1] for site in ("m", "x")}
+    assert len(numbers) == 2
+    assert f"{min(numbers)} to {max(numbers)} particles a site" in str(posterior.summary())
+    assert all(row.ess <= max(numbers) for row in posterior.summary().rows)
 
 
 def test_a_conjugate_model_is_found() -> None:

@@ -9,6 +9,7 @@ once in ten thousand.
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pyro
 import pyro.distributions as dist

@@ -190,7 +190,8 @@ class Runs:
         total = run_plan(self.plan, _ALONE)
         self.plan = total.replicate.plan
         log_p = total.log_evidence.double()
-        if not bool(torch.isfinite(log_p)) or total.traces:
+        one_by_one = total.traces or self.plan.programs.one_by_one
+        if not bool(torch.isfinite(log_p)) or one_by_one:
             return log_p, None
         reads = total.replicate.reads or {}
         if len(total.blocks) == 1 and not any(site.switch for site in reads.values()):
