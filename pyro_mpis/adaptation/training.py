@@ -185,8 +185,9 @@ class _Bound:
             "memory_limit": options.memory_limit,
         }
         self._objective: TraceMP_ELBO | MPReweightedWakeSleep = TraceMP_ELBO(
-            PARTICLES, **self._settings
-        )  # type: ignore[arg-type]
+            PARTICLES,
+            **self._settings,  # type: ignore[arg-type]
+        )
 
     def __call__(self) -> float:
         """Set the gradients; draws random numbers."""
