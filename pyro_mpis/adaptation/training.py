@@ -178,15 +178,14 @@ class _Bound:
         self._call = model, guide, args, kwargs
         self._names = names
         nesting = options.max_plate_nesting
-        self._settings = {
+        self._settings: dict[str, Any] = {
             "groups": options.groups,
             "shared_plates": options.shared_plates,
             "max_plate_nesting": math.inf if nesting is None else nesting,
             "memory_limit": options.memory_limit,
         }
         self._objective: TraceMP_ELBO | MPReweightedWakeSleep = TraceMP_ELBO(
-            PARTICLES,
-            **self._settings,  # type: ignore[arg-type]
+            PARTICLES, **self._settings
         )
 
     def __call__(self) -> float:
@@ -196,7 +195,7 @@ class _Bound:
         except NotImplementedError:
             if isinstance(self._objective, MPReweightedWakeSleep):
                 raise
-        self._objective = MPReweightedWakeSleep(PARTICLES, **self._settings)  # type: ignore[arg-type]
+        self._objective = MPReweightedWakeSleep(PARTICLES, **self._settings)
         return self._step()
 
     def _step(self) -> float:
