@@ -11,7 +11,7 @@ SOURCES := pyro_mpis tests tutorials $(wildcard benchmarks)
 # One thread for each process: the tensors are small, and the test workers share the cores.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help demo test test-slow lint types tests doctests wheel tutorials docs docs-check bench paper clean distclean
+.PHONY: help demo test test-slow lint types tests doctests wheel tutorials docs docs-check bench bench-adapt paper clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make docs       the site, with the tutorials as notebooks, into output/site"
 	@echo "make docs-check the site without running the tutorials: links, references"
 	@echo "make bench      speed and memory against Pyro's estimators, into docs/speed.md"
+	@echo "make bench-adapt  learned proposals against Pyro's inference, into output/adapt; resumes"
 	@echo "make paper      the paper's experiments, into output/paper; half an hour, resumes"
 	@echo "make wheel      build the wheel, and use it outside of the source tree"
 	@echo "make lint       ruff check, ruff format --check, codespell"
@@ -85,6 +86,9 @@ docs-check: $(VENV)/.stamp-dev
 
 bench: $(VENV)/.stamp-dev
 	$(BIN)/python benchmarks/speed.py
+
+bench-adapt: $(VENV)/.stamp-dev
+	$(BIN)/python benchmarks/adapt.py --output output/adapt
 
 paper: $(VENV)/.stamp-dev
 	$(BIN)/python -m benchmarks.paper --output output/paper

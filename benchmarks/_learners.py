@@ -28,7 +28,7 @@ PARTICLES = 8  # of a step of Pyro's objectives
 RATES = (0.03, 0.005)  # of Adam, in the first three fifths of the time and after
 WARM_UP = 300  # iterations of NUTS
 DRAWS = 2000  # of a guide, for importance sampling
-PIECE = 100  # of these at a time
+PIECE = 500  # of these at a time
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from pyro import poutine
 from pyro.infer import SVI, Importance, Predictive, Trace_ELBO
 from pyro.optim import Adam  # type: ignore[attr-defined]
 from torch import Tensor
+from torch.distributions import constraints
 
 from pyro_mpis import MPImportance, MPISWarning
 from pyro_mpis.adaptation import adapting
@@ -550,3 +551,31 @@ def test_moments_alone_find_a_proposal() -> None:
     expected = float(learned(nested).run().evidence())
     assert trial.log_evidence == pytest.approx(expected, abs=1.0)
     assert guide.noise_sites == tuple(f"_mpis_noise_{n}" for n in range(len(begin.priors)))
+
+
+def test_an_improper_prior_is_started_from_somewhere() -> None:
+    """Against a grid: a flat prior of a location, and of a scale in the half-line."""
+    y = torch.tensor([5.0, 11.0, 12.0, 13.0, 14.0, 15.0, 18.0, 19.0, 22.0, 26.0, 30.0, 40.0])
+
+    def model() -> None:
+        m = pyro.sample("m", dist.ImproperUniform(constraints.real, (), ()))
+        s = pyro.sample("s", dist.ImproperUniform(constraints.positive, (), ()))
+        with pyro.plate("rows", 12):
+            pyro.sample("y", dist.Normal(m, s), obs=y)
+
+    grid = torch.linspace(-200, 240, 2201, dtype=torch.double).unsqueeze(-1)
+    scale = torch.linspace(-1, 8, 901, dtype=torch.double).exp()
+    log_p = sum(dist.Normal(grid, scale).log_prob(datum) for datum in y) + scale.log()
+    assert isinstance(log_p, Tensor)
+    expected = float(log_p.flatten().logsumexp(0)) + math.log(0.2 * 0.01)
+    posterior = adapted(model).run()
+    assert float(posterior.evidence()) == pytest.approx(expected, abs=0.1)
+    weight = log_p.flatten().softmax(0).reshape(log_p.shape)
+    mean = float((weight * grid).sum())
+    sd = math.sqrt(float((weight * (grid - mean) ** 2).sum()))
+    assert float(posterior.moments()["m"]) == pytest.approx(mean, abs=0.1 * sd)
+
+
+def test_groups_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="groups: the guide that adapt learns"):
+        MPImportance(normals, groups=[("m", "x")]).adapt()

@@ -19,9 +19,10 @@ from pyro_mpis._typing import Program
 from pyro_mpis.adaptation.guide import AutoPlateNormal
 from pyro_mpis.adaptation.layout import by_site
 from pyro_mpis.adaptation.learner import learnt
+from pyro_mpis.adaptation.mirrors import missing_halves
 from pyro_mpis.adaptation.moments import matched_by_moments
 from pyro_mpis.adaptation.natural import Settings
-from pyro_mpis.adaptation.prepared import prepared, summable
+from pyro_mpis.adaptation.prepared import Drawable, is_improper, prepared, summable
 from pyro_mpis.adaptation.progress import Progress
 from pyro_mpis.adaptation.start import Start, is_discrete, start_of
 from pyro_mpis.adaptation.trials import OTHERS, Runs, Trial, fitting, matched, replicates_for, tried
@@ -103,7 +104,9 @@ def adapted(
         if not candidates:
             raise ValueError(f"adapt: {'; '.join(problems)}")
         best = max(candidates, key=lambda candidate: candidate.trial.log_evidence)
+        mirrored = missing_halves(start, best.guide)
     told = [] if best.is_good else [_poor(best, problems)]
+    told += [mirrored] if mirrored else []
     numbers: dict[str | None, int] = {None: OTHERS}
     numbers.update(best.numbers)
     return Adapted(
@@ -136,14 +139,17 @@ def started(
 ) -> Start:
     """Run the model plainly, and find its structure and its prior."""
     few = replace(options, num_samples=2, numbers={}, groups=(), memory_limit=None)
-    plan, _, trace = plan_of(programs_of(model, None, args, kwargs), few)
+    plan, _, trace = plan_of(programs_of(Drawable()(model), None, args, kwargs), few)
     refuse_subsampling([trace])
     sites = statements(trace)
     summed = summable(sites)
     masked = any(is_latent(site) and is_masked(site) for site in sites.values())
+    if any(is_latent(site) and is_improper(site["fn"]) for site in sites.values()):
+        model = Drawable()(model)
     if summed or masked:
         model = prepared(model, summed, masked=masked)
         plan, _, trace = plan_of(programs_of(model, None, args, kwargs), few)
+    plan = replace(plan, programs=replace(plan.programs, model=model))
     if not any(is_latent(site) and not is_discrete(site) for site in sites.values()):
         raise ValueError(
             "the model has no continuous latent, so there is no proposal to learn. Call .run(...) "

@@ -103,6 +103,11 @@ class AutoPlateNormal(PyroModule):
         )
 
     @property
+    def reaches_prior(self) -> bool:
+        """Whether some draws of the latents outside of plates are as wide as the prior."""
+        return self._tails and self._wide(self.blocks[0]) is not None
+
+    @property
     def noise_sites(self) -> tuple[str, ...]:
         """The names of the noise sites, one of each block."""
         return tuple(f"_mpis_noise_{block.number}" for block in self.blocks)

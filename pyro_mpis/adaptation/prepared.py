@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make a model ready to be learned: sum what can be summed, lift masks of latents."""
+"""Make a model ready to be learned: sum what can be summed, lift masks, draw where none can."""
 
 from collections.abc import Mapping
+from typing import Any
 
+import pyro.distributions as dist
+import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
+from torch.distributions import biject_to
 
 from pyro_mpis._typing import Program, SampleMessage
 from pyro_mpis.programs.masks import unmasked
 from pyro_mpis.programs.messages import is_delta, is_enumerated, is_latent
 
+IMPROPER_SD = 5.0  # in unconstrained numbers, of draws in place of those of an improper prior
 LARGEST_SUPPORT = 64  # values of a site that is summed without being asked to
 
 
@@ -31,6 +36,33 @@ class Unmask(Messenger):
     def _pyro_sample(self, msg: SampleMessage) -> None:
         if is_latent(msg):
             msg["mask"], msg["fn"] = None, unmasked(msg["fn"])
+
+
+class _Improper(dist.ImproperUniform):
+    """An improper prior that can be drawn from: a fit has to start somewhere."""
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+        """Draw normal unconstrained numbers, and map them to the support."""
+        transform = biject_to(self.support)
+        shape = (*sample_shape, *self.batch_shape, *transform.inverse_shape(self.event_shape))
+        value: Tensor = transform(IMPROPER_SD * torch.randn(shape))
+        return value
+
+
+class Drawable(Messenger):
+    """Make latent sites with an improper prior ones that can be drawn from."""
+
+    def _pyro_sample(self, msg: SampleMessage) -> None:
+        if is_latent(msg) and type(msg["fn"]) is dist.ImproperUniform:
+            fn = msg["fn"]
+            msg["fn"] = _Improper(  # type: ignore[no-untyped-call]
+                fn.support, fn.batch_shape, fn.event_shape
+            )
+
+
+def is_improper(fn: object) -> bool:
+    """Whether a distribution is one made by :class:`Drawable`."""
+    return isinstance(fn, _Improper)
 
 
 def summable(sites: Mapping[str, SampleMessage]) -> frozenset[str]:

@@ -21,6 +21,7 @@ from pyro_mpis.adaptation.gaussian import Gaussian
 from pyro_mpis.adaptation.guide import AutoPlateNormal
 from pyro_mpis.adaptation.layout import Block, Grouping, blocks_of, by_plates
 from pyro_mpis.adaptation.parametrisation import is_fixed, scaling_of
+from pyro_mpis.adaptation.prepared import is_improper
 from pyro_mpis.particles.drawing import draw_particles
 from pyro_mpis.planning import Plan
 from pyro_mpis.programs.environment import Environment
@@ -30,6 +31,7 @@ from pyro_mpis.programs.runs import Programs, Wanted, evaluate
 from pyro_mpis.programs.structure import Structure
 
 PRIOR_DRAWS = 200
+UNBOUNDED = 1e4  # times the sd of draws in place of an improper prior's: no bound to a fit's sd
 LARGEST_SD = 5.0  # of the prior, in unconstrained numbers; and its median's largest size
 
 
@@ -184,6 +186,8 @@ def start_of(plan: Plan, structure: Structure, trace: Trace) -> Start:
         if "scale" in said[name] and name not in reads_discrete:
             scale = said[name]["scale"].along(0).double().median(0).values
         median, width = _median_and_sd(free.double())
+        if is_improper(sites[name]["fn"]):
+            width = UNBOUNDED * width
         capped = median.clamp(-LARGEST_SD, LARGEST_SD), width.clamp(max=LARGEST_SD)
         priors[name] = Prior(capped, width, scale, name in fixed)
     others = {

@@ -11,10 +11,10 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.infer.elbo import ELBO
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
@@ -102,8 +102,9 @@ def parameters_of(
 
 def _unconstrained(trace: Trace) -> dict[str, Tensor]:
     """Return the unconstrained parameters of a trace."""
-    params = {name: site for name, site in trace.nodes.items() if site["type"] == "param"}
-    return {name: site["value"].unconstrained() for name, site in params.items()}
+    sites: Mapping[str, Any] = trace.nodes
+    params = {name: site["value"] for name, site in sites.items() if site["type"] == "param"}
+    return {name: value.unconstrained() for name, value in params.items()}
 
 
 def _climb(
@@ -177,13 +178,15 @@ class _Bound:
         self._call = model, guide, args, kwargs
         self._names = names
         nesting = options.max_plate_nesting
-        self._settings = {
+        self._settings: dict[str, Any] = {
             "groups": options.groups,
             "shared_plates": options.shared_plates,
             "max_plate_nesting": math.inf if nesting is None else nesting,
             "memory_limit": options.memory_limit,
         }
-        self._objective: ELBO = TraceMP_ELBO(PARTICLES, **self._settings)  # type: ignore[arg-type]
+        self._objective: TraceMP_ELBO | MPReweightedWakeSleep = TraceMP_ELBO(
+            PARTICLES, **self._settings
+        )
 
     def __call__(self) -> float:
         """Set the gradients; draws random numbers."""
@@ -192,7 +195,7 @@ class _Bound:
         except NotImplementedError:
             if isinstance(self._objective, MPReweightedWakeSleep):
                 raise
-        self._objective = MPReweightedWakeSleep(PARTICLES, **self._settings)  # type: ignore[arg-type]
+        self._objective = MPReweightedWakeSleep(PARTICLES, **self._settings)
         return self._step()
 
     def _step(self) -> float:
@@ -236,8 +239,8 @@ def _tried(plan: Plan) -> Trial:
             continue
         symbols = [i.symbol for i in total.replicate.structure.indices if not i.enumerated]
         (weights,) = joint_weights_of([total], symbols, alone)
-        ess = [1 / weight.square().sum(0) for weight in weights.values()]
-        smallest.append(torch.stack([part.min().double() for part in ess]).min())
+        of_each = [1 / weight.square().sum(0) for weight in weights.values()]
+        smallest.append(torch.stack([part.min().double() for part in of_each]).min())
     ess = torch.stack(smallest) if smallest else torch.zeros(1)
     return Trial(torch.stack(log_evidences), {}, ess)
 

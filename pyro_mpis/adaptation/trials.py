@@ -38,6 +38,7 @@ SMALL_RUN, LARGEST_RUN = 1e6, 3e7  # densities of a run
 WORK = 9e7  # densities of all final runs together
 OVERHEAD = 5e5  # densities that take as long as all else in a run
 REPLICATES = (4, 60)
+MANY_OF_SMALL = 20  # replicates at least, of small runs: three trials hardly show a heavy tail
 SMALL_ERROR = 0.02  # of the log evidence, in nats
 LARGE_ESS = 1500.0  # of a trial's particles, over all final runs
 
@@ -151,9 +152,12 @@ def replicates_for(plan: Plan, numbers: Mapping[str, int], trial: Trial) -> int:
     :param trial: of fewer particles, or as many.
     """
     few, many = REPLICATES
+    work = work_of(plan.structure, numbers)
+    if work <= 2 * SMALL_RUN:
+        few = MANY_OF_SMALL
     spread = (trial.spread / SMALL_ERROR) ** 2 if math.isfinite(trial.spread) else many
     wanted = max(spread, LARGE_ESS / float(trial.ess.median().clamp(min=1)))
-    worth = WORK / (work_of(plan.structure, numbers) + OVERHEAD)
+    worth = WORK / (work + OVERHEAD)
     return round(min(many, max(few, min(wanted, worth))))
 
 
