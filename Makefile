@@ -11,18 +11,19 @@ SOURCES := pyro_mpis tests tutorials $(wildcard benchmarks)
 # One thread for each process: the tensors are small, and the test workers share the cores.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help demo test test-slow lint types tests doctests wheel tutorials docs bench paper clean distclean
+.PHONY: help demo test test-slow lint types tests doctests wheel tutorials docs docs-check bench paper clean distclean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo       install into .venv and run tutorials/01_eight_schools.py"
-	@echo "make test       lint, types, tests, doctests, wheel, tutorials at small size"
+	@echo "make test       lint, spelling, types, tests, doctests, wheel, site, tutorials"
 	@echo "make test-slow  the tests left out of make test"
 	@echo "make docs       the site, with the tutorials as notebooks, into output/site"
-	@echo "make bench      speed and memory against Pyro's estimators, into docs/benchmarks.md"
+	@echo "make docs-check the site without running the tutorials: links, references"
+	@echo "make bench      speed and memory against Pyro's estimators, into docs/speed.md"
 	@echo "make paper      the paper's experiments, into output/paper; half an hour, resumes"
 	@echo "make wheel      build the wheel, and use it outside of the source tree"
-	@echo "make lint       ruff check and ruff format --check"
+	@echo "make lint       ruff check, ruff format --check, codespell"
 	@echo "make clean      remove caches, build products and output/; distclean: .venv too"
 
 $(BIN)/python:
@@ -38,7 +39,7 @@ $(VENV)/.stamp-demo: setup.cfg pyproject.toml | $(BIN)/python
 
 $(VENV)/.stamp-dev: setup.cfg pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -e '.[dev,tutorials]'
-	@touch $@ $(VENV)/.stamp-demo
+	@touch $@ $(VENV)/.stamp-demo $(VENV)/.stamp-docs
 
 $(VENV)/.stamp-docs: setup.cfg pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -e '.[docs]'
@@ -47,11 +48,12 @@ $(VENV)/.stamp-docs: setup.cfg pyproject.toml | $(BIN)/python
 demo: $(VENV)/.stamp-demo
 	$(BIN)/python tutorials/01_eight_schools.py
 
-test: lint types tests doctests wheel tutorials
+test: lint types tests doctests wheel docs-check tutorials
 
 lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/codespell $(SOURCES) docs $(wildcard *.md) setup.cfg Makefile
 
 types: $(VENV)/.stamp-dev
 	$(BIN)/mypy
@@ -75,6 +77,11 @@ wheel: $(VENV)/.stamp-dev
 # The site, with the tutorials executed; opens from output/site/index.html.
 docs: $(VENV)/.stamp-docs
 	$(ONE_THREAD) $(BIN)/python -m sphinx -q -W --keep-going docs output/site
+
+# The same pages, with the tutorials as they are written: that each link has its target.
+docs-check: $(VENV)/.stamp-dev
+	NB_EXECUTION_MODE=off $(ONE_THREAD) $(BIN)/python -m sphinx -q -W --keep-going -E docs \
+	    output/site-check
 
 bench: $(VENV)/.stamp-dev
 	$(BIN)/python benchmarks/speed.py

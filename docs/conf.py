@@ -7,6 +7,7 @@ The tutorials are percent scripts; they are executed, with their pictures, as th
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import jupytext
@@ -14,12 +15,13 @@ import jupytext
 import pyro_mpis
 
 here = Path(__file__).parent
+sys.path.insert(0, str(here))  # for _gallery
 
 # Sphinx reads only what lies in its folder, and notebooks rather than scripts.
 notebooks = here / "tutorials"
 shutil.rmtree(notebooks, ignore_errors=True)
 notebooks.mkdir()
-for script in sorted((here.parent / "tutorials").glob("[!_]*.py")):
+for script in sorted((here.parent / "tutorials").glob("[0-9]*.py")):
     notebook = jupytext.read(script)
     notebook.cells = [cell for cell in notebook.cells if not cell.source.startswith("# SPDX")]
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
@@ -37,11 +39,13 @@ extensions = [
     "sphinx.ext.mathjax",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
+    "_gallery",
 ]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "pyro_mpis"
-html_static_path: list[str] = []
+html_static_path = ["_static"]
+html_css_files = ["custom.css"]
 html_show_sphinx = False
 
 myst_enable_extensions = ["dollarmath", "deflist", "colon_fence"]

@@ -9,7 +9,11 @@ PACKAGE = os.path.dirname(__file__) + os.sep
 
 
 class MPISWarning(UserWarning):
-    """The answer is poor, or not quite what was asked for; the text says what would help."""
+    """
+    A warning of this package.
+
+    The answer is poor, or not quite what was asked for. The text says what would help.
+    """
 
 
 def warn(message: str) -> None:

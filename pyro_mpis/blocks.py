@@ -15,7 +15,7 @@ guide are.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -24,6 +24,9 @@ from pyro.params.param_store import StateDict
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from pyro_mpis import _progress, _threads
+from pyro_mpis._text import quoted
+from pyro_mpis.costs import number_of_runs
 from pyro_mpis.factor_graph.evidence import log_evidence, reduced
 from pyro_mpis.factor_graph.graph import FactorGraph, SiteValue
 from pyro_mpis.particles.crossing import check_crossing
@@ -37,8 +40,13 @@ from pyro_mpis.particles.evaluation import (
 )
 from pyro_mpis.particles.factors import build_graph
 from pyro_mpis.particles.indexed import check_graph, find_reads, regroup_indexed
+from pyro_mpis.particles.looked_at import (
+    drawn_plainly,
+    latents_looked_at,
+    taken_one_by_one,
+)
 from pyro_mpis.particles.memory import gc_paused
-from pyro_mpis.particles.ordinary import run_ordinary
+from pyro_mpis.particles.ordinary import Run, run_one_by_one, weighed_together
 from pyro_mpis.particles.probes import SiteReads
 from pyro_mpis.particles.proposals import (
     Particles,
@@ -64,7 +72,7 @@ class Replicate:
 
     plan: Plan
     particles: Particles
-    reads: SiteReads | None = None  # found once, the same for all blocks
+    reads: SiteReads | None = None  # found once, the same for all blocks; maybe by another one
 
     @property
     def structure(self) -> Structure:
@@ -110,7 +118,7 @@ class Replicate:
             first = weigh_from_factors(structure, first, evaluated)
             self = replace(self, particles=first)
         graph = build_graph(structure, first, evaluated)
-        reads = self.find_reads(graph, first, drawn)
+        reads = self.find_reads(graph, first, drawn) if self.reads is None else self.reads
         of_first = _reads_at(_reads_at(reads, ranges), parts[0])
         if validate and reads:
             self._check(of_first, graph, first, together=False)
@@ -172,7 +180,7 @@ class Replicate:
         self,
         block: Particles,
         ranges: Ranges,
-        parts: Iterable[Ranges],
+        parts: Collection[Ranges],
         *,
         check: bool = False,
     ) -> Iterator[FactorGraph]:
@@ -184,7 +192,7 @@ class Replicate:
         """
         assert self.reads is not None
         of_block = _reads_at(self.reads, ranges)
-        for part in parts:
+        for part in _progress.bar(parts, "densities"):
             particles = block.block(self.structure, part)
             graph = build_graph(self.structure, particles, self._evaluate(particles))
             reads = _reads_at(of_block, part)
@@ -251,30 +259,45 @@ def _graphs(total: BlockSum) -> Iterable[FactorGraph]:
     return total.replicate.evaluated(block, total.blocks[0], parts)
 
 
-def run_plan(plan: Plan, workers: Workers) -> BlockSum:
-    """Draw particles and evaluate them block by block; draws random numbers."""
-    with plan.environment.entered(), gc_paused(plan.cut.whole):
+def run_plan(plan: Plan, workers: Workers, like: Replicate | None = None) -> BlockSum:
+    """
+    Draw particles and evaluate them block by block; draws random numbers.
+
+    :param like: a replicate of the same plan that ran before: what its sites read is known then.
+    """
+    with (
+        plan.environment.entered(),
+        gc_paused(plan.cut.whole),
+        _progress.showing(workers.show_progress),
+        _threads.several(plan.is_large),
+    ):
         obstacle = plan.structure.obstacle
         if obstacle is not None:
-            return _ordinary(plan, NotMappableError(obstacle.what, obstacle.remedy))
-        for patched in (False, True):
+            return _ordinary(plan, NotMappableError(obstacle.what, obstacle.remedy), workers)
+        for patched in (False, True) if like is None else (like.programs.patched,):
             plan = replace(plan, programs=replace(plan.programs, patched=patched))
             try:
                 drawn = draw_particles(
                     plan.structure, plan.programs, stratified=plan.options.stratified
                 )
-                return _evaluated(plan, drawn, workers)
+                return _evaluated(plan, drawn, workers, None if like is None else like.reads)
             except NotMappableError as error:
+                if like is not None:
+                    return run_plan(plan, workers)
                 if patched:
-                    return _ordinary(plan, error)
+                    return _ordinary(plan, error, workers)
         raise AssertionError
 
 
-def _evaluated(plan: Plan, drawn: Drawn, workers: Workers) -> BlockSum:
+def _evaluated(
+    plan: Plan, drawn: Drawn, workers: Workers, reads: SiteReads | None = None
+) -> BlockSum:
     """
     Evaluate particles; where the programs turn out to be other than planned, by another plan.
 
     Each change is made once, or takes an index away, so that this ends.
+
+    :param reads: what the sites read, if that is known; forgotten where it turns out to be wrong.
     """
     followed = False
     while True:
@@ -288,8 +311,11 @@ def _evaluated(plan: Plan, drawn: Drawn, workers: Workers) -> BlockSum:
                 memory_limit=plan.memory_limit,
             )
             blocks = split(particles.sizes, plan.cut.blocks)
-            return evaluate(Replicate(plan, particles), blocks, drawn, workers)
+            return evaluate(Replicate(plan, particles, reads), blocks, drawn, workers)
         except ReadTogether as found:
+            if reads is not None:
+                reads = None
+                continue
             if found.by_index and found.by_index not in plan.switched:
                 plan = replace(plan, switched=(*plan.switched, found.by_index))
                 continue
@@ -321,11 +347,16 @@ def _followed(plan: Plan, drawn: Drawn) -> tuple[Plan, Drawn]:
     return plan, drawn.chosen_anew(plan.structure)
 
 
-def _ordinary(plan: Plan, error: NotMappableError) -> BlockSum:
+def _ordinary(plan: Plan, error: NotMappableError, workers: Workers) -> BlockSum:
     """Run the programs once for each particle, as ordinary importance sampling does."""
-    structure, particles, graph, traces = run_ordinary(
-        plan.structure, plan.programs, plan.num_samples
-    )
+    number, seconds = plan.num_samples, plan.options.time_limit
+    if seconds is not None:
+        number = min(number, number_of_runs(plan.structure, seconds))
+    runs = run_one_by_one(plan.programs, number)
+    partly = _partly_combined(plan, error, runs, workers)
+    if partly is not None:
+        return partly
+    structure, particles, graph, traces = weighed_together(plan.structure, runs)
     notice = (
         "the programs run once for each particle, as in pyro.infer.Importance: all latents share "
         "one particle index, and this is ordinary importance sampling, which needs more particles. "
@@ -333,13 +364,58 @@ def _ordinary(plan: Plan, error: NotMappableError) -> BlockSum:
     )
     if plan.options.numbers:
         notice += f" All have as many particles as the site with most: {plan.num_samples}."
-    plan = replace(plan, structure=structure, notices=(*plan.notices, notice))
+    plan = replace(plan, structure=structure, notices=(notice,))  # others were of another plan
     replicate = Replicate(plan, particles, reads={})
     return BlockSum(replicate, ({},), graph, log_evidence(graph).double().unsqueeze(0), traces)
 
 
+def _partly_combined(
+    plan: Plan, error: NotMappableError, runs: Sequence[Run], workers: Workers
+) -> BlockSum | None:
+    """
+    Let those latents alone share an index whose values the programs look at.
+
+    :param runs: which have drawn the particles.
+    :return: None if these are all latents, or if it cannot be found out.
+    """
+    if plan.structure.obstacle is not None or plan.options.numbers:
+        return None
+    structure = plan.structure.with_num_samples(len(runs))
+    drawn = drawn_plainly(structure, [(run.guide, run.model) for run in runs])
+    if drawn is None:
+        return None
+    names = latents_looked_at(structure, plan.programs, drawn)
+    if names is None:
+        return None
+    shares = len(names) > 1 or any(structure.index_of[name].plates for name in names)
+    accuracy = (
+        ", and all their values share one particle index, so more particles are needed for the "
+        "same accuracy"
+        if shares
+        else ""
+    )
+    notice = (
+        f"the programs run once for each particle of {quoted(names)}: this takes longer{accuracy}. "
+        f"All other latents keep particle indices of their own. What cannot run at many values at "
+        f"once: {error}. To combine particles: {error.remedy}."
+    )
+    plan = replace(
+        plan,
+        programs=replace(plan.programs, one_by_one=names),
+        notices=(),
+        footprint=None,
+    )
+    plan = plan.with_structure(taken_one_by_one(structure, names), notice)
+    if plan.structure.obstacle is not None:
+        return None
+    try:
+        return _evaluated(plan, drawn, workers)
+    except NotMappableError:
+        return None
+
+
 def run_replicates(
-    plan: Plan, num_replicates: int, workers: Workers, *, keep: bool = False
+    plan: Plan, num_replicates: int, workers: Workers, *, keep: bool = False, known: bool = False
 ) -> list[BlockSum]:
     """
     Run independent replicates, each with a seed drawn from the global generator.
@@ -347,19 +423,40 @@ def run_replicates(
     Each is a unit of work for an executor; a single one sends its blocks instead.
 
     :param keep: whether to keep factors that are small, so that queries take less time.
+    :param known: whether programs and data have been checked by runs before: what the first
+        replicate finds the sites to read then holds for the others. Reads by an index array are
+        held against the programs in each all the same.
     """
     if num_replicates == 1:
         return [run_plan(plan, workers)]
     seeds = torch.randint(2**31 - 1, (num_replicates,)).tolist()
     kept = KEPT_BYTES // num_replicates if keep and workers.executor is None else 0
-    totals = workers.run([partial(_replicate, plan, seed, kept) for seed in seeds])
-    return [_with_programs(total, plan) for total in totals]
+    first: list[BlockSum] = []
+    if known and workers.executor is None:
+        first = [_with_programs(_replicate(plan, seeds[0], kept), plan)]
+    like = first[0].replicate if first and _is_as_planned(first[0], plan) else None
+    seeds = seeds[len(first) :]
+    jobs = [partial(_replicate, plan, seed, kept, like) for seed in seeds]
+    totals = workers.run(jobs, "replicates")
+    return first + [_with_programs(total, plan) for total in totals]
 
 
-def _replicate(plan: Plan, seed: int, kept: int) -> BlockSum:
+def _is_as_planned(total: BlockSum, plan: Plan) -> bool:
+    """Whether a run found the programs to be as planned, at all particles alike."""
+    found = total.replicate
+    reads = (found.reads or {}).values()
+    return (
+        not total.traces
+        and found.structure == plan.structure
+        and not found.plan.switched
+        and not any(site.switch for site in reads)
+    )
+
+
+def _replicate(plan: Plan, seed: int, kept: int, like: Replicate | None = None) -> BlockSum:
     """Run a replicate; ``kept`` is how many bytes of factors to keep."""
     with seeded(seed):
-        total = run_plan(plan, Workers(show_progress=False))
+        total = run_plan(plan, Workers(show_progress=False), like)
     total = _with_programs(total, None)
     if total.traces:
         return replace(total, traces=())
@@ -378,7 +475,9 @@ def _with_programs(total: BlockSum, plan: Plan | None) -> BlockSum:
         environment = replace(found.environment, params=params, values={})
     else:
         programs, environment = plan.programs, plan.environment
-    programs = replace(programs, patched=found.programs.patched)
+    programs = replace(
+        programs, patched=found.programs.patched, one_by_one=found.programs.one_by_one
+    )
     found = replace(found, programs=programs, environment=environment)
     return replace(total, replicate=replace(total.replicate, plan=found))
 
@@ -401,7 +500,8 @@ def evaluate(
     )
     del graph
     others = blocks[len(results) :]
-    results += workers.run([partial(_block, replicate, part, part is blocks[0]) for part in others])
+    jobs = [partial(_block, replicate, part, part is blocks[0]) for part in others]
+    results += workers.run(jobs, "blocks")
     for (_, values), ranges in zip(results, blocks, strict=True):
         whole = replace(whole, values=with_values(whole.values, whole.sizes, values, ranges))
     log_evidences = torch.stack([log_p for log_p, _ in results])

@@ -13,16 +13,18 @@ that it makes room for are more than its dimensions need.
 """
 
 import functools
+import html
 import itertools
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
 
 import torch
 from pyro.poutine.trace_struct import Trace
 
-from pyro_mpis._text import quoted, table
+from pyro_mpis._text import data_frame, html_table, quoted, table
 from pyro_mpis.factor_graph.logspace import log_matmul, logsumexp
 from pyro_mpis.particles import memory
 from pyro_mpis.particles.footprint import Footprint, run_at_one
@@ -31,6 +33,9 @@ from pyro_mpis.programs.messages import statements
 from pyro_mpis.programs.runs import NotMappableError, Programs
 from pyro_mpis.programs.structure import Index, Structure
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
 SPREAD = 4.0  # of the weights, for each dimension of a proposal like a prior
 SECONDS = 10.0  # that the advice is to fit into
 NUMBERS = (10, 30, 100, 300, 1000)  # K of the table, besides that of the run
@@ -38,12 +43,21 @@ CANDIDATES = 8  # indices that groups are tried of
 WORTH = 1.5  # times lower a variance, for an advice
 PASSES = 6  # over all log_probs, to check them and to sum them over plates
 MOST = 10**7  # particles that anybody would draw
+CHOICES = (10, 20, 30, 50, 100, 200, 300, 500, 1000, 2000, 3000, 5000, 10_000)
 OUTSIDE = (1, 2, 4, 8)  # times as many particles outside of plates as inside
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run takes with one number of particles."""
+    """
+    What a run takes with one number of particles.
+
+    :param num_samples: K, the number of particles of each site.
+    :param entries: number of log densities that are evaluated.
+    :param memory: in bytes, if nothing is cut into parts.
+    :param parts: blocks and pieces that fit into the limit; 0 if none do.
+    :param seconds: about how long ``run`` takes.
+    """
 
     num_samples: int
     entries: int  # of all log_probs
@@ -57,7 +71,11 @@ class Advice:
     """
     A change that would help: the options of ``MPImportance``, and why.
 
-    :param particles: number for each random site, where they fit into the same memory and time.
+    :param text: the advice in words.
+    :param groups: groups to give.
+    :param enumerate: discrete sites to mark for an exact sum.
+    :param num_samples: the number of particles that then fits, if it is the same for all sites.
+    :param particles: the number for each random site that fits into the same memory and time.
     """
 
     text: str
@@ -67,12 +85,17 @@ class Advice:
     particles: Mapping[str, int] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RunPlan:
     """
-    What a run would take, what most of it is for, and what would help.
+    What :meth:`~pyro_mpis.MPImportance.plan` finds: what a run would take, and what would help.
 
-    :class:`str` makes a table. :attr:`advice` is in order: what helps most comes first.
+    ``print`` it in a terminal; in a notebook it shows itself.
+
+    :param costs: what a run takes, at several numbers of particles.
+    :param largest: what takes most of the memory.
+    :param advice: changes that would help, the best first.
+    :param memory_limit: in bytes; None if it is not known.
     """
 
     costs: tuple[Cost, ...]
@@ -82,7 +105,30 @@ class RunPlan:
 
     def __str__(self) -> str:
         """Return the table and the advice as text."""
-        lines = [("K", "entries", "memory", "in parts", "seconds")]
+        parts = [table(self._lines(), left=())] if self.costs else []
+        return "\n".join([*parts, *self._remarks(), *(f"- {item.text}" for item in self.advice)])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """Return the table and the advice as a notebook shows them."""
+        parts = [html_table(self._lines())] if self.costs else []
+        parts += [f"<p>{html.escape(remark)}</p>" for remark in self._remarks()]
+        items = "".join(f"<li>{html.escape(item.text)}</li>" for item in self.advice)
+        return "".join([*parts, f"<ul>{items}</ul>" if items else ""])
+
+    def to_dataframe(self) -> "DataFrame":
+        """
+        Return the costs as a pandas ``DataFrame``, indexed by the number of particles.
+
+        :raises ImportError: without pandas.
+        """
+        columns = [field.name for field in fields(Cost)]
+        values = {name: [getattr(cost, name) for cost in self.costs] for name in columns}
+        return data_frame(values).set_index("num_samples")
+
+    def _lines(self) -> list[tuple[str, ...]]:
+        lines: list[tuple[str, ...]] = [("K", "entries", "memory", "in parts", "seconds")]
         for cost in self.costs:
             parts = "does not fit" if cost.parts == 0 else str(cost.parts)
             lines.append(
@@ -94,9 +140,11 @@ class RunPlan:
                     f"{cost.seconds:.2g}" if cost.seconds < 1e6 else f"{cost.seconds:.0e}",
                 )
             )
+        return lines
+
+    def _remarks(self) -> list[str]:
         limit = "unknown" if self.memory_limit is None else _bytes(self.memory_limit)
-        result = [table(lines, left=()), f"memory limit: {limit}", f"largest: {self.largest}"]
-        return "\n".join(result + [f"- {advice.text}" for advice in self.advice])
+        return [f"memory limit: {limit}", f"largest: {self.largest}"]
 
 
 @dataclass(frozen=True)
@@ -107,6 +155,46 @@ class Machine:
     multiplication: float  # in a product of matrices in log space
     sum: float  # an entry that is added to another and summed in log space
     run: float  # of the programs at a single particle
+
+
+# A core of 2020, one thread. Numbers of particles are chosen by it and not by the machine at hand:
+# the same seed is to give the same result on any machine, whatever else that is busy with.
+USUAL = Machine(byte=3e-10, multiplication=2e-10, sum=6e-9, run=0.0)
+SECONDS_OF_SITE = 2e-4  # in a mapped run of the programs
+SECONDS_ALONE = 6e-4  # in a run for a single particle, with what is done around it
+
+
+def number_that_fits(
+    structure: Structure,
+    footprint: Footprint,
+    *,
+    seconds: float,
+    memory_limit: int | None,
+    device: str,
+) -> int:
+    """
+    Return the most particles of each index, of :data:`CHOICES`, that fit into time and memory.
+
+    :param seconds: that a run may take on a usual machine.
+    :param memory_limit: bytes for a run and its queries, without cutting it.
+    """
+    sites = len(structure.guide) + len(structure.model)
+    machine = replace(USUAL, run=SECONDS_OF_SITE * sites)
+    model = _CostModel(structure, footprint, machine, memory_limit, device)
+    limit = math.inf if memory_limit is None else memory_limit
+    best = CHOICES[0]
+    for number in CHOICES:
+        sizes = model.sizes(number, 1)
+        if model.seconds(sizes) > seconds or model.bytes(sizes) > limit:
+            break
+        best = number
+    return best
+
+
+def number_of_runs(structure: Structure, seconds: float) -> int:
+    """Return how many runs at single values fit into a time, of :data:`CHOICES`."""
+    most = seconds / (SECONDS_ALONE * (len(structure.guide) + len(structure.model)))
+    return max([CHOICES[0], *(number for number in CHOICES if number <= most)])
 
 
 def run_plan_of(
@@ -281,9 +369,9 @@ def _groups(model: _CostModel, symbols: frozenset[str]) -> list[Advice]:
     listed = ", ".join(str(group) for group in groups)
     text = f"groups=[{listed}] with {how_many}" if groups else how_many
     text += (
-        f" fits into {SECONDS:g} s and the memory limit, where as it stands only {alone} particles "
-        f"of each latent do: the variance of the evidence would be about {first / lowest:.1g} "
-        "times lower."
+        f" fits into {SECONDS:g} s and the memory limit. As it stands, only {alone} particles of "
+        f"each latent fit. The change makes the variance of the evidence about "
+        f"{first / lowest:.1g} times lower."
     )
     number = numbers[0] if len(numbers) == 1 else None
     return [Advice(text, groups=groups, num_samples=number, particles=particles)]

@@ -6,6 +6,7 @@ import html
 import logging
 import math
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
@@ -15,12 +16,13 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_mpis import planning
+from pyro_mpis import planning, rendering
 from pyro_mpis._text import quoted, range_of
 from pyro_mpis._typing import MomentFunction, NumSamples, Program
 from pyro_mpis._warnings import warn
 from pyro_mpis.adaptation.adapting import adapted
 from pyro_mpis.adaptation.guide import AutoPlateNormal
+from pyro_mpis.adaptation.training import trained
 from pyro_mpis.blocks import BlockSum, impossible_elements, run_replicates
 from pyro_mpis.costs import RunPlan
 from pyro_mpis.factor_graph import moments as _moments
@@ -49,6 +51,7 @@ from pyro_mpis.results.trace_posterior import Draws, ImportanceTraces, weighted_
 from pyro_mpis.workers import Workers
 
 if TYPE_CHECKING:
+    from graphviz import Digraph
     from numpy.typing import ArrayLike
 
     from pyro_mpis.results.arviz_export import ArvizData
@@ -62,53 +65,70 @@ class MPImportance(ImportanceTraces):
     """
     Massively parallel importance sampling of a model's posterior.
 
-    Draws ``num_samples`` particles of each latent site from the guide and weighs all their
-    combinations [1]. Stands where :class:`pyro.infer.Importance` stood::
+    Draws ``num_samples`` particles of each latent site, and weighs all combinations of them [1].
+    Use it in place of :class:`pyro.infer.Importance`.
 
-        posterior = MPImportance(model, guide, num_samples=30).run(data)
-        posterior.evidence()           # log p(data)
-        posterior.moments()            # {site: posterior mean}
-        posterior.marginals("mu")      # weighted particles, an Empirical distribution
-        posterior.sample(1000)         # {site: joint posterior draws}, for Predictive
-        posterior.diagnose()           # what is poor, and what would help
-        posterior.to_arviz()           # for az.summary, az.plot_forest, az.loo
+    >>> import pyro, pyro.distributions as dist
+    >>> def model(y):
+    ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    ...     with pyro.plate("data", len(y)):
+    ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+    >>> pyro.set_rng_seed(0)
+    >>> posterior = MPImportance(model, num_samples=200).run(torch.tensor([0.8, 1.6]))
+    >>> posterior.evidence().item()  # log p(y), here known to be -3.03
+    -3.0
+    >>> posterior.moments()["mu"].item()  # the posterior mean of each site, here known to be 0.80
+    0.8
+    >>> low, high = posterior.marginals("mu").quantile([0.05, 0.95])  # weighted particles
+    >>> posterior.sample(1000)["mu"].shape  # joint posterior draws, for Predictive
+    torch.Size([1000])
+
+    ``diagnose()`` says what is poor and what would help. ``to_arviz()`` is for ``az.plot_forest``
+    and ``az.loo``.
+
+    It is a :class:`~pyro.infer.abstract_infer.TracePosterior`, and has all members of
+    ``Importance``. So ``EmpiricalMarginal(posterior, "mu")`` works. Batch dims of a site that no
+    plate declares count as event dims. Handlers around a run do not act on it: put them around the
+    model.
 
     [1] Bowyer, Heap and Aitchison (2024), "Using Autodiff to Estimate Posterior Moments, Marginals
     and Samples", UAI, PMLR 244:394-417.
 
-    It is a :class:`~pyro.infer.abstract_infer.TracePosterior`, and has all members of
-    ``Importance``: ``EmpiricalMarginal(posterior, "mu")`` works. Batch dims of a site that no plate
-    declares count as event dims. Handlers around a run do not act on it; put them around the model.
-
     :param model: a Pyro model. It runs at single values, in the shapes of an ordinary run.
-    :param guide: a guide for all, some or none of the model's latent sites, autoguides included;
-        the rest is drawn from the prior, as all are without a guide.
+    :param guide: a guide for all, some or none of the model's latent sites, such as an autoguide.
+        Sites that it lacks are drawn from the prior.
     :param num_samples: K, the number of particles of each latent site. Sites may have numbers of
-        their own, and ``None`` stands for all others: ``num_samples={"mu": 300, None: 10}``. A
-        group is named by any of its members.
-    :param groups: groups of latent sites that share one particle index, for sites that are
-        strongly dependent or that one likelihood reads many of.
+        their own, and ``None`` stands for all others: ``num_samples={"mu": 300, None: 10}``. To
+        give a group a number, name any of its members. If no number is given, :meth:`run` chooses
+        the largest that fits into ``time_limit`` and memory, and :meth:`summary` says it.
+    :param groups: groups of latent sites that share one particle index. Use them for sites that
+        depend strongly on each other, and where one observation reads many sites.
     :param shared_plates: names of plates whose latents have one particle index for all elements, in
-        place of one for each. By default only plates whose elements are read together, or that
-        cross others, are shared; a warning says which.
-    :param max_plate_nesting: number of batch dims for plates; found by default (and for infinity,
-        the default of Pyro's ELBOs).
-    :param memory_limit: bytes that a run, or a query, may take, to a factor of 1.5 and 100 MB for
-        libraries; by default half of what the process may still take. A larger sum is evaluated in
-        blocks of particles, with the same result. If no block is small enough, a given limit is an
-        error; by default latents then share an index. See :meth:`plan`.
-    :param stratified: whether the particles of a site are spread evenly over its proposal, as a
-        Latin hypercube, where its family has a quantile function: Normal, LogNormal, Uniform and
-        others. The evidence is exactly unbiased, and its spread smaller. Others are drawn
-        independently, as all are with ``stratified=False``.
-    :param num_replicates: number of independent sets of particles. Evidences are averaged, moments
-        and marginals weighted by evidence; their spread gives :meth:`evidence_error`.
-    :param executor: any :class:`concurrent.futures.Executor` (a process pool, or Dask's, loky's,
-        mpi4py's) to send replicates, or the blocks of a single one, to. Model and guide must then
-        be what it can pickle; the result is the same. Threads of one process take turns, as Pyro's
-        handlers are global: processes are faster. Each process gets programs, data and particles
-        once in a run, and once in a query: docs/many_processes.md.
-    :param disable_progbar: whether to show no progress bar over blocks in a terminal.
+        place of one for each. By default a plate shares only if its elements are read together, or
+        if it crosses another plate. A warning then names it.
+    :param max_plate_nesting: number of batch dims for plates. By default, and for infinity (the
+        default of Pyro's ELBOs), it is found.
+    :param memory_limit: bytes that a run, or a query, may take; it may exceed them by a factor of
+        1.5, and by 100 MB for libraries. The default is half of what the process may still take. A
+        larger sum is evaluated in blocks of particles, with the same result. If no block is small
+        enough, latents share an index, or, with a limit that you gave, the run is an error. See
+        :meth:`plan`.
+    :param time_limit: seconds that all replicates of a run may take, where ``num_samples`` is not
+        given. They are seconds of a usual machine, not of this one, so that a seed gives the same
+        result everywhere.
+    :param stratified: whether particles are spread evenly over their proposal, as a Latin
+        hypercube. The evidence stays exactly unbiased, and its error gets smaller. This is for
+        families with a quantile function: Normal, LogNormal, Uniform and others. Particles of
+        other families are drawn independently, as are all with ``stratified=False``.
+    :param num_replicates: number of independent sets of particles. Evidences are averaged; moments
+        and marginals are averaged with the evidence as weight. The spread of the evidences gives
+        :meth:`evidence_error`.
+    :param executor: any :class:`concurrent.futures.Executor`, such as a process pool, or one of
+        Dask, loky or mpi4py. It computes replicates, or the blocks of a single one. It must be able
+        to pickle model and guide. The result is the same. Processes are faster than threads, which
+        take turns because Pyro's handlers are global. See docs/many_processes.md.
+    :param disable_progbar: whether to hide the progress bar. It appears in terminals and notebooks,
+        over replicates, blocks and queries that take more than two seconds.
     :raises ValueError: if an argument is not as described.
     """
 
@@ -122,6 +142,7 @@ class MPImportance(ImportanceTraces):
         shared_plates: Sequence[str] = (),
         max_plate_nesting: float | None = None,
         memory_limit: int | None = None,
+        time_limit: float = 3.0,
         stratified: bool = True,
         num_replicates: int = 1,
         executor: Executor | None = None,
@@ -138,16 +159,19 @@ class MPImportance(ImportanceTraces):
             raise ValueError(
                 f"memory_limit: expected a positive number of bytes, but found {memory_limit!r}."
             )
+        if not time_limit > 0:
+            raise ValueError(
+                f"time_limit: expected a positive number of seconds, but found {time_limit!r}."
+            )
         self.model = model
         self.guide = guide
-        self.num_samples = checked_numbers(
-            DEFAULT_NUM_SAMPLES if num_samples is None else num_samples
-        )
+        self.num_samples = None if num_samples is None else checked_numbers(num_samples)
         self._is_number_given = num_samples is not None
         self.groups = tuple(groups)
         self.shared_plates = tuple(shared_plates)
         self.max_plate_nesting = planning.number_of_dims(max_plate_nesting)
         self.memory_limit = memory_limit
+        self.time_limit = float(time_limit)
         self.stratified = bool(stratified)
         self.num_replicates = num_replicates
         self.executor = executor
@@ -169,6 +193,10 @@ class MPImportance(ImportanceTraces):
 
             posterior = MPImportance(model).adapt(data).run(data)
 
+        A guide of yours is kept, and trained in place instead: its parameters climb the bound of
+        :class:`~pyro_mpis.TraceMP_ELBO`, or follow :class:`~pyro_mpis.MPReweightedWakeSleep` where
+        draws have no gradient. Those of the model stay as they are.
+
         Discrete latents of few values are summed exactly: :attr:`model` is then the model with
         marks of these. Sets :attr:`num_samples` and, to no less than was given,
         :attr:`num_replicates`. Draws random numbers; leaves the param store and the handlers' stack
@@ -176,17 +204,18 @@ class MPImportance(ImportanceTraces):
         docs/adapting.md. The arguments are those of the model.
 
         :return: this object.
-        :raises ValueError: if the model has no continuous latent or has a guide already, or model
-            and data do not fit.
+        :raises ValueError: if the model has no continuous latent, a guide given has no parameters,
+            groups are given without a guide, or model and data do not fit.
         """
         if self.guide is not None and not isinstance(self.guide, AutoPlateNormal):
+            return self._adapt_guide(self.guide, args, kwargs)
+        if self.groups:
             raise ValueError(
-                f"guide: adapt learns a guide of its own, in place of {type(self.guide).__name__}. "
-                "Give none: MPImportance(model).adapt(...). A guide of yours is trained by "
-                "pyro.infer.SVI, for example, and then given to MPImportance(model, guide)."
+                f"groups: the guide that adapt learns has one particle index for each set of "
+                f"plates, so {list(self.groups)} cannot be kept. Give no groups, or a guide of "
+                "your own: MPImportance(model, guide, groups=...).adapt(...) trains it."
             )
-        self.groups = ()  # the guide has one index for each set of plates
-        options = replace(self._options, num_samples=None, numbers={})
+        options = replace(self._options, num_samples=None, numbers={}, time_limit=None)
         found = adapted(self.model, args, kwargs, options, show_progress=not self.disable_progbar)
         self.model, self.guide = found.model, found.guide
         self.num_samples = dict(found.num_samples)
@@ -196,14 +225,31 @@ class MPImportance(ImportanceTraces):
             warn(problem)
         return self
 
+    def _adapt_guide(
+        self, guide: Program, args: tuple[object, ...], kwargs: Mapping[str, object]
+    ) -> "MPImportance":
+        """Train a guide of the user's own."""
+        options = self._options
+        if not self._is_number_given:
+            options = replace(options, num_samples=None, numbers={}, time_limit=None)
+        found = trained(
+            self.model, guide, args, kwargs, options, show_progress=not self.disable_progbar
+        )
+        if not self._is_number_given:
+            self.num_samples, self._is_number_given = found.num_samples, True
+        self.num_replicates = max(self.num_replicates, found.num_replicates)
+        for problem in found.problems:
+            warn(problem)
+        return self
+
     @in_turn
     def run(self, *args: object, **kwargs: object) -> "MPImportance":
         """
         Draw the particles and weigh them; the arguments go to model and guide.
 
-        Draws random numbers; leaves the param store and the handlers' stack as they were. Warns
-        (:class:`~pyro_mpis.MPISWarning`) where latents share a particle index, and where the
-        programs run once for each particle.
+        Draws random numbers, and leaves the param store and the handlers' stack as they were. Warns
+        (:class:`~pyro_mpis.MPISWarning`) if latents share a particle index, and if the programs run
+        once for each particle.
 
         :return: this object.
         :raises ValueError: if model, guide or data do not fit; the message names the site.
@@ -211,11 +257,6 @@ class MPImportance(ImportanceTraces):
             what the sites read could not be followed.
         :raises MemoryError: if a factor does not fit into the given ``memory_limit``.
         """
-        if not self._is_number_given:
-            warn(
-                f"num_samples not given: {self.num_samples} particles of each latent site are "
-                "drawn, which is few. Give num_samples=100 for example, or call .adapt(...) before."
-            )
         programs = programs_of(self.model, self.guide, args, kwargs)
         plan, guide_trace, model_trace = plan_of(programs, self._options)
         if self.max_plate_nesting is None:
@@ -224,11 +265,15 @@ class MPImportance(ImportanceTraces):
         if wait is not None and plan.device == "cpu":
             warn(wait)
         is_learned = isinstance(self.guide, AutoPlateNormal)
-        sums = run_replicates(plan, self.num_replicates, self._workers, keep=is_learned)
+        sums = run_replicates(
+            plan, self.num_replicates, self._workers, keep=is_learned, known=is_learned
+        )
         possible = [total for total in sums if bool(torch.isfinite(total.log_evidence))]
         if not possible:
             raise _impossible(sums[0])
         self._sums, self._weights = possible, [{} for _ in possible]
+        if not self._is_number_given:
+            self.num_samples = possible[0].replicate.plan.num_samples
         self._told = self._told_of_error = False
         self._reset()
         notices = dict.fromkeys(n for total in sums for n in total.replicate.plan.notices)
@@ -246,26 +291,55 @@ class MPImportance(ImportanceTraces):
         """
         Say what :meth:`run` would take, and what would help; the arguments go to model and guide.
 
-        Draws no particles: guide and model run a few times, at single values, and the global
-        generator is left as it was. Sizes are exact for programs that run at many values at once;
-        seconds are within a factor of three or so on this machine. ::
+        Guide and model run a few times, at single values. No particles are drawn, and the global
+        generator is left as it was. Sizes are exact for programs that run at many values at once.
+        Seconds are right to a factor of about three on this machine.
 
-            print(MPImportance(model, num_samples=100).plan(data))
+        >>> import pyro, pyro.distributions as dist
+        >>> def model(y):
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        >>> plan = MPImportance(model, num_samples=100).plan(torch.tensor(0.8))
+        >>> [(cost.num_samples, cost.entries) for cost in plan.costs]
+        [(10, 20), (30, 60), (100, 200), (300, 600), (1000, 2000)]
 
-        :return: entries, memory, and seconds at several numbers of particles; what takes most of
-            it; and which sites to group, which to enumerate, how many particles then fit.
+        :return: entries, memory and seconds at several numbers of particles; what takes most of the
+            memory; which sites to group or to enumerate, and how many particles then fit.
         :raises ValueError: if model, guide or data do not fit; the message names the site.
         """
         programs = programs_of(self.model, self.guide, args, kwargs)
         return planning.run_plan(programs, self._options)
 
     @in_turn
+    def render(self, *args: object, **kwargs: object) -> "Digraph":
+        """
+        Draw the factor graph that :meth:`run` would sum over; the arguments go to model and guide.
+
+        Ellipses are particle indices, with their numbers of particles. Boxes are the log factors of
+        the sites, with the sizes of their dims: those of the indices that the site reads, then
+        those of its plates. Observed sites are grey, and the largest factor is red. Large boxes
+        around them are plates.
+
+        Draws no particles, as :meth:`plan`. Needs the Python package graphviz; showing or saving
+        the picture needs Graphviz itself. ::
+
+            MPImportance(model, num_samples=30).render(data)  # shows itself in a notebook
+            MPImportance(model, num_samples=30).render(data).render("model", format="svg")
+
+        :return: a graph, as :func:`pyro.render_model` returns one; its ``source`` is text.
+        :raises ValueError: if model, guide or data do not fit; the message names the site.
+        :raises ImportError: without the Python package graphviz.
+        """
+        programs = programs_of(self.model, self.guide, args, kwargs)
+        return rendering.render(planning.structure_of(programs, self._options))
+
+    @in_turn
     def evidence(self, log_scale: bool = True) -> Tensor:
         """
         Estimate the evidence p(x): (18) of [1], the mean over replicates.
 
-        :param log_scale: whether to return log p(x), in nats. Its exponential is unbiased; the
-            log itself is biased low.
+        :param log_scale: whether to return log p(x), in nats. Its exponential is unbiased, and so
+            the log itself is a little too low on average.
         :return: a scalar.
         """
         sums = self._ran()
@@ -278,18 +352,18 @@ class MPImportance(ImportanceTraces):
         """
         Return the standard error of the log evidence, in nats, from the spread of the replicates.
 
-        Warns (:class:`~pyro_mpis.MPISWarning`), once a run, if it is not to be trusted: of few
-        replicates, if one of them has most of the evidence, and if :meth:`diagnose` finds particles
-        that are narrower than the posterior, or weights with a heavy tail. For this it takes the
-        marginals of all sites.
+        Warns (:class:`~pyro_mpis.MPISWarning`), once a run, if the error is not to be trusted.
+        There are four reasons: few replicates; a replicate that has most of the evidence; particles
+        that are narrower than the posterior; weights with a heavy tail. To see the last two, it
+        computes the marginals of all sites, as :meth:`diagnose` does.
 
         :raises ValueError: with a single replicate.
         """
         self._ran()
         if self.num_replicates < 2:
             raise ValueError(
-                "num_replicates: one set of particles has no spread to tell an error from. Ask for "
-                "several, num_replicates=8 for example."
+                "num_replicates: the error comes from the spread of several sets of particles, and "
+                "there is one. Ask for more, num_replicates=8 for example."
             )
         error = evidence_error(self._replicates())
         if not self._told_of_error:
@@ -317,13 +391,16 @@ class MPImportance(ImportanceTraces):
         """
         Estimate posterior expectations: (27)-(28) of [1].
 
-        ``moments()`` gives the mean of every latent site, ``moments(torch.log, "tau")`` that of a
-        function of sites, ``moments({"xy": (torch.mul, "x", "y"), "x2": (torch.square, "x")})``
-        those of many functions in one pass.
+        There are three ways to call it:
 
-        A function is given **one** value of each of its sites, of the site's event shape; it is
-        run under :func:`torch.vmap` over particles and plate elements. Sites of nested plates may
-        be mixed, such as a global site with a plated one.
+        * ``moments()`` gives the mean of every latent site;
+        * ``moments(torch.log, "tau")`` gives the mean of a function of sites;
+        * ``moments({"xy": (torch.mul, "x", "y"), "x2": (torch.square, "x")})`` gives the means of
+          many functions in one pass.
+
+        A function is given **one** value of each of its sites, in the site's event shape. It runs
+        under :func:`torch.vmap` over particles and plate elements. Its sites may be in nested
+        plates: a global site may be mixed with a plated one.
 
         :return: for each moment ``batch_shape + shape of the function's result``, with the batch
             shape of the deepest site; a mean has the shape of the site.
@@ -360,8 +437,9 @@ class MPImportance(ImportanceTraces):
         """
         Return posterior marginals on the particles: (32)-(35), joint ones (43)-(44) of [1].
 
-        ``marginals()`` gives that of every latent site, ``marginals("mu")`` one, and
-        ``marginals("mu", "tau")`` the joint marginal of several sites of nested plates.
+        ``marginals()`` gives that of every latent site, and ``marginals("mu")`` that of one.
+        ``marginals("mu", "tau")`` gives the joint marginal of several sites, whose plates must be
+        nested.
 
         :raises ValueError: if a site is unknown or sites sit in different plates.
         """
@@ -387,8 +465,9 @@ class MPImportance(ImportanceTraces):
         """
         Draw joint posterior samples of all latent sites; draws random numbers.
 
-        :return: ``{site: (num_samples, *shape)}``, equally weighted, independent given the
-            particles; goes into :class:`pyro.infer.Predictive` as ``posterior_samples``.
+        :return: ``{site: (num_samples, *shape)}``. All draws have equal weight, and they are
+            independent given the particles. :class:`pyro.infer.Predictive` takes them as
+            ``posterior_samples``.
         """
         return sample_of(self._ran(), positive("num_samples", num_samples), self._workers)
 
@@ -411,19 +490,21 @@ class MPImportance(ImportanceTraces):
         return self._summary(marginals, prob)
 
     @in_turn
-    def diagnose(self, *, show: bool = True) -> Diagnosis:
+    def diagnose(self, *, show: bool | None = None) -> Diagnosis:
         """
         Say how far to trust the answers: what is poor, at which site, and what would help.
 
-        Looks at the effective sample size of every site and plate element, at Pareto k-hat where
-        there are particles enough (about 50), at whether weights rise towards the outermost
-        particles, as they do where a guide is too narrow, and at the replicates' spread. Draws
-        nothing.
+        Looks at four things, for every site and plate element: the effective sample size; Pareto
+        k-hat, if there are enough particles (about 50); whether weights rise towards the outermost
+        particles, as they do under a guide that is too narrow; and the spread of the replicates.
+        Draws nothing.
 
-        :param show: whether to print it.
+        :param show: whether to print it. By default a script prints it. In a notebook, or at a
+            prompt, the result shows itself: there nothing is printed.
         """
         diagnosis = self._diagnosis(self.marginals())
-        if show:
+        at_prompt = hasattr(sys, "ps1")  # which shows what a call returns
+        if show or (show is None and not at_prompt):
             print(diagnosis)
         self._told = True
         return diagnosis
@@ -435,8 +516,9 @@ class MPImportance(ImportanceTraces):
             self._sampled(),
             float(log_evidences.logsumexp(0)) - math.log(self.num_replicates),
             evidence_error(log_evidences) if self.num_replicates > 1 else None,
-            {number * self.num_replicates for number in self._counts()},
+            {m.log_weights.shape[-1] for name, m in marginals.items() if name in self._sampled()},
             prob,
+            None if self._is_number_given else self.time_limit,
         )
 
     def _diagnosis(self, marginals: Mapping[str, Marginal]) -> Diagnosis:
@@ -456,16 +538,17 @@ class MPImportance(ImportanceTraces):
         """
         Return the posterior in ArviZ's data structure; draws random numbers.
 
-        Needs ``pip install pyro-mpis[arviz]``. Dims are named after the plates, those of events
+        Needs the extra ``arviz``. Dims are named after the plates, those of events
         ``<site>_dim_0`` and so on; a batch dim of size one outside of all plates is dropped. The
         groups, each in an ordinary run's shapes:
 
         * ``posterior``: joint draws, with the values of ``pyro.deterministic``;
-          ``sample_stats``: ``lp``, the log joint density of each. The draws are one chain and
-          independent given the particles: read ``az.summary(..., kind="stats")``, since ArviZ's
-          ESS and r-hat are of Markov chains.
-        * ``log_likelihood``: of every observation, for ``az.loo``. Without ``poutine.scale``; nan
-          where ``poutine.mask`` hides it, so drop these before ``az.loo``. ``pyro.factor`` is none.
+          ``sample_stats``: ``lp``, the log joint density of each. The draws are independent given
+          the particles, and stored as one chain. ArviZ's ESS and r-hat are for Markov chains, so
+          use ``az.summary(..., kind="stats")``.
+        * ``log_likelihood``: of every observation, for ``az.loo``. ``poutine.scale`` does not count
+          in it. Where ``poutine.mask`` hides an observation it is nan: drop these before
+          ``az.loo``. A ``pyro.factor`` is not an observation.
         * ``observed_data``, ``constant_data`` (the arrays that the model was called with),
           ``posterior_predictive``, ``prior``, ``prior_predictive``.
         * ``particles``, ``particle_weights``, ``particle_ess``: what the draws were drawn from.
@@ -505,9 +588,9 @@ class MPImportance(ImportanceTraces):
         Write the result to a file, for :meth:`load`: tensors and plain data, no code.
 
         The arguments of :meth:`run` are kept if they are tensors and plain data (numbers, strings,
-        tuples, lists, dictionaries); a warning says if not. Model, guide, their parameters and the
-        executor are not kept. The file takes about :attr:`nbytes` and the size of the arguments:
-        32 MB for the eight schools with 100 particles, 32 kB without the factors.
+        tuples, lists, dictionaries). Otherwise a warning says so. Model, guide, their parameters
+        and the executor are not kept. The file is as large as :attr:`nbytes` and the arguments: for
+        the eight schools with 100 particles 32 MB, or 32 kB without the factors.
 
         :param path: of the file; one that is there is overwritten.
         :param factors: whether to keep the log factors, by far the largest part, if they fitted
@@ -520,6 +603,7 @@ class MPImportance(ImportanceTraces):
                 "a plate selects a subsample, which a file does not keep: run on all of the data, "
                 "or keep the numbers that moments() and marginals() give."
             )
+        assert self.num_samples is not None  # known after a run
         if not factors and not sums[0].traces:
             sums = [replace(total, whole=replace(total.whole, factors=())) for total in sums]
         settings = saving.Settings(
@@ -535,9 +619,9 @@ class MPImportance(ImportanceTraces):
         stored, unknown = saving.pack(settings, sums, self._weights)
         if unknown:
             warn(
-                f"'{os.fspath(path)}': the arguments of .run are not kept, since one is {unknown}, "
-                "neither a tensor nor plain data. Give them again: .load(path, model, guide, "
-                "args=..., kwargs=...)."
+                f"'{os.fspath(path)}': the arguments of .run are not kept, because one of them is "
+                f"{unknown}, neither a tensor nor plain data. Give them again: .load(path, model, "
+                "guide, args=..., kwargs=...)."
             )
         saving.write(path, stored)
 
@@ -556,10 +640,11 @@ class MPImportance(ImportanceTraces):
         """
         Read a result that :meth:`save` wrote; it then answers as the saved one did.
 
-        The file cannot run code, wherever it comes from. Model and guide are run once, to check
-        that they have the sites and shapes of the saved run; random numbers that this takes do
-        not count. A result of several blocks or replicates, or saved without factors, is evaluated
-        again by each query: the programs need the parameters of the run, which is checked too.
+        The file cannot run code, wherever it comes from. Model and guide run once, to check that
+        they have the sites and shapes of the saved run; this leaves the global generators as they
+        were. If the result has several blocks or replicates, or was saved without factors, each
+        query evaluates the programs again. They then need the parameters of the run, and this is
+        checked too.
 
         :param path: of the file.
         :param model: the model of the saved run.
@@ -574,16 +659,23 @@ class MPImportance(ImportanceTraces):
         if args is None and kwargs is None:
             if stored.arguments is None:
                 raise ValueError(
-                    f"'{os.fspath(path)}': it does not hold the arguments of the run, which were "
-                    "not all tensors and plain data. Give them: .load(path, model, guide, "
-                    "args=..., kwargs=...)."
+                    f"'{os.fspath(path)}': it does not hold the arguments of the run, because "
+                    "not all of them were tensors and plain data. Give them: .load(path, model, "
+                    "guide, args=..., kwargs=...)."
                 )
             args, kwargs = stored.arguments.args, stored.arguments.kwargs
         posterior = cls(model, guide, **vars(stored.settings))
         programs = programs_of(model, guide, tuple(args or ()), dict(kwargs or {}))
         environment = replace(Environment(), dtype=stored.dtype, validate=stored.validate)
-        with seeded(0), environment.entered():
-            programs, structure, *_ = planning.analysed(programs, posterior._options)
+        try:
+            with seeded(0), environment.entered():
+                programs, structure, *_ = planning.analysed(programs, posterior._options)
+        except ValueError as error:
+            raise ValueError(
+                f"'{os.fspath(path)}': model and guide do not fit the saved run. {error} If the "
+                "run had a learned proposal, give the model and the guide that adapt made: "
+                ".load(path, posterior.model, posterior.guide)."
+            ) from error
         saving.check_structure(path, stored.structure, structure)
         posterior._sums = [
             kept.restored(stored, programs, environment, posterior._options) for kept in stored.sums
@@ -597,10 +689,10 @@ class MPImportance(ImportanceTraces):
         """
         Return the result on another device; this one stays where it is, as with a tensor's ``to``.
 
-        Takes the tensors among the arguments of :meth:`run` along, also in tuples, lists and
-        dictionaries, but neither the parameters of modules nor tensors that model and guide refer
-        to by themselves. Those matter where a result is evaluated again, in several blocks or
-        replicates: move them first, ``guide.to(device)``.
+        The tensors among the arguments of :meth:`run` are moved too, also those in tuples, lists
+        and dictionaries. The parameters of modules are not, and neither are tensors that model and
+        guide refer to by themselves. A result of several blocks or replicates needs them, because
+        it is evaluated again: move them first, ``guide.to(device)``.
         """
         result = copy.copy(self)
         place = saving.resolved(device)
@@ -613,10 +705,10 @@ class MPImportance(ImportanceTraces):
         """
         Bytes of memory that the result holds, without the arguments of :meth:`run`.
 
-        One number for each combination of particles and plate elements of each factor, if they
-        fit into memory at once (for K particles and a site that reads one other, ``K**2`` for each
-        element of its plates); of several blocks or replicates only the particles,
-        and K weights of each site that has been asked for.
+        If all factors fit into memory at once, they hold one number for each combination of
+        particles and plate elements: for K particles and a site that reads one other site, ``K**2``
+        for each element of its plates. A result of several blocks or replicates holds only the
+        particles, and K weights of each site that you have asked for.
         """
         kept = [
             (t.replicate.particles, t.replicate.reads, t.whole, t.log_evidences) for t in self._sums
@@ -626,9 +718,12 @@ class MPImportance(ImportanceTraces):
     def __repr__(self) -> str:
         """Say what was drawn, and the log evidence."""
         options = self._options
-        given = {options.num_samples or DEFAULT_NUM_SAMPLES, *options.numbers.values()}
-        counts = self._counts() if self._sums else given
-        particles = f"{range_of(counts)} particles a site"
+        if self._sums or self._is_number_given:
+            given = {options.num_samples or DEFAULT_NUM_SAMPLES, *options.numbers.values()}
+            counts = self._counts() if self._sums else given
+            particles = f"{range_of(counts)} particles a site"
+        else:
+            particles = f"as many particles as fit into {self.time_limit:g} s"
         if self.num_replicates > 1:
             particles += f", {self.num_replicates} replicates"
         if not self._sums:
@@ -656,9 +751,12 @@ class MPImportance(ImportanceTraces):
         for group in self.groups:
             if isinstance(group, str):
                 raise ValueError(f"groups: expected sequences of site names, but found '{group}'.")
-        numbers = (
-            {None: self.num_samples} if isinstance(self.num_samples, int) else self.num_samples
-        )
+        numbers: Mapping[str | None, int] = {}
+        if self._is_number_given and self.num_samples is not None:
+            numbers = (
+                {None: self.num_samples} if isinstance(self.num_samples, int) else self.num_samples
+            )
+        seconds = self.time_limit / self.num_replicates
         return Options(
             num_samples=numbers.get(None),
             numbers={name: number for name, number in numbers.items() if name is not None},
@@ -667,6 +765,7 @@ class MPImportance(ImportanceTraces):
             max_plate_nesting=self.max_plate_nesting,
             memory_limit=self.memory_limit,
             stratified=self.stratified,
+            time_limit=None if self._is_number_given else seconds,
         )
 
     def get_log_normalizer(self) -> Tensor:

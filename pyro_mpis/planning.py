@@ -10,6 +10,7 @@ was seen.
 import itertools
 import math
 import operator
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,7 +20,7 @@ from pyro.poutine.util import is_validation_enabled
 
 from pyro_mpis._text import first_line, quoted
 from pyro_mpis._typing import NumSamples, Ordinal, Program
-from pyro_mpis.costs import RunPlan, run_plan_of
+from pyro_mpis.costs import RunPlan, number_of_runs, number_that_fits, run_plan_of
 from pyro_mpis.particles import memory
 from pyro_mpis.particles.footprint import Footprint, measured
 from pyro_mpis.particles.masked import find_masks
@@ -33,7 +34,10 @@ from pyro_mpis.programs.runs import Name, Programs, run_plainly, with_one_subsam
 from pyro_mpis.programs.structure import Index, Obstacle, Structure
 from pyro_mpis.programs.subsampling import subsamples_of
 
-DEFAULT_NUM_SAMPLES = 10  # as pyro.infer.Importance has it
+DEFAULT_NUM_SAMPLES = 10  # of sites without a number, where others have one
+# A run is large if it evaluates more densities, or its programs take longer at single values.
+LARGE = 2**23
+SLOW = 0.1  # seconds
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class Options:
     max_plate_nesting: int | None = None
     memory_limit: int | None = None
     stratified: bool = True
+    time_limit: float | None = None  # seconds, to choose a number by that is not given
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,13 @@ class Plan:
     # sites that read other elements at some particles than at others
     switched: tuple[str, ...] = ()
     footprint: Footprint | None = None  # what the programs hold, where it may matter
+    seconds: float = 0.0  # that the programs took at single values
+
+    @property
+    def is_large(self) -> bool:
+        """Whether a run or a query is so large that several threads may help."""
+        number = memory.number_of_densities(self.structure, self.structure.num_particles)
+        return number > LARGE or self.seconds > SLOW
 
     @property
     def num_samples(self) -> int:
@@ -87,11 +99,13 @@ class Plan:
         names = {structure.plates[symbol].name for symbol in plates}
         sites = {site for symbol in symbols for site in structure.by_symbol[symbol].sites}
         word = "plate" if len(names) == 1 else "plates"
+        have = "has" if len(sites) == 1 else "have"
         notice = (
-            f"{reason}: {quoted(sites)} has one particle index for all of {word} {quoted(names)}, "
-            "in place of one for each element, so more particles are needed for the same accuracy. "
-            "Better: a guide near to the posterior for these sites, or a larger num_samples. To "
-            f"choose yourself which plate shares, and not be told: shared_plates=[...]."
+            f"{reason}: {quoted(sites)} {have} one particle index for all of {word} "
+            f"{quoted(names)}, in place of one for each element, so more particles are needed for "
+            "the same accuracy. "
+            "What helps: a guide near the posterior for these sites, or a larger num_samples. To "
+            "choose the plate yourself, and silence this: shared_plates=[...]."
         )
         return self.with_structure(structure.sharing(symbols, plates), notice)
 
@@ -139,7 +153,7 @@ def fitted(
     notice = (
         f"too many latents are read together to combine the particles of each: {quoted(merged)} "
         "share particle indices, so more particles are needed for the same accuracy. To choose "
-        "yourself which do: groups=[(...), ...]; or draw fewer particles."
+        "yourself which latents share: groups=[(...), ...]. Or draw fewer particles."
     )
     return structure, cut, [notice]
 
@@ -180,20 +194,25 @@ def plan_of(programs: Programs, options: Options) -> tuple[Plan, Trace, Trace]:
     """
     environment = Environment()
     with environment.entered(), memory.gc_paused():
+        start = time.perf_counter()
         programs, structure, guide_trace, model_trace = analysed(programs, options)
+        seconds = time.perf_counter() - start
         environment = environment.with_params()  # those too that the programs have just made
         device = device_of(model_trace).type
-        not_given = unnumbered(structure, options)
+        not_given = [] if options.time_limit is not None else unnumbered(structure, options)
         traces = guide_trace, model_trace
         footprint = None
         sizes = structure.num_particles
         limit = memory_limit(options, device)
-        if structure.obstacle is None and memory.is_worth_measuring(
-            structure, sizes, limit, traces
+        is_open = options.time_limit is not None
+        if structure.obstacle is None and (
+            is_open or memory.is_worth_measuring(structure, sizes, limit, traces)
         ):
             structure, footprint = measured(
                 structure, programs, traces, validate=environment.validate
             )
+        if is_open:
+            structure, options = chosen(structure, footprint, options, device)
         try:
             structure, cut, notices = fitted(structure, options, device, footprint)
             notices = [*not_given, *notices]
@@ -210,8 +229,31 @@ def plan_of(programs: Programs, options: Options) -> tuple[Plan, Trace, Trace]:
             environment,
             tuple(notices),
             footprint=footprint,
+            seconds=seconds,
         )
     return plan, guide_trace, model_trace
+
+
+def chosen(
+    structure: Structure, footprint: Footprint | None, options: Options, device: str
+) -> tuple[Structure, Options]:
+    """
+    Choose the number of particles, where there is a limit of time to choose it by.
+
+    :param footprint: of the programs; None if they run once for each particle.
+    :return: the structure with that number of each index, and the options with it.
+    """
+    seconds = options.time_limit
+    if seconds is None:
+        return structure, options
+    if footprint is None:
+        number = number_of_runs(structure, seconds)
+    else:
+        limit = memory_limit(options, device)
+        number = number_that_fits(
+            structure, footprint, seconds=seconds, memory_limit=limit, device=device
+        )
+    return structure.with_num_samples(number), replace(options, num_samples=number)
 
 
 def run_plan(programs: Programs, options: Options) -> RunPlan:
@@ -223,14 +265,34 @@ def run_plan(programs: Programs, options: Options) -> RunPlan:
     """
     environment = Environment()
     with seeded(0), environment.entered(), memory.gc_paused():
-        programs, structure, *traces = analysed(programs, options)
-        footprint = None
-        if structure.obstacle is None:
-            structure, footprint = measured(
-                structure, programs, (traces[0], traces[1]), validate=environment.validate
-            )
+        programs, structure, footprint, traces = _looked_at(programs, options, environment)
         device = device_of(traces[1]).type
-        return _costs(structure, programs, (traces[0], traces[1]), footprint, options, device)
+        structure, options = chosen(structure, footprint, options, device)
+        return _costs(structure, programs, traces, footprint, options, device)
+
+
+def structure_of(programs: Programs, options: Options) -> Structure:
+    """
+    Return the structure that a run would start from.
+
+    Leaves random numbers, the param store and the handlers' stack as they were.
+    """
+    environment = Environment()
+    with seeded(0), environment.entered(), memory.gc_paused():
+        _, structure, footprint, traces = _looked_at(programs, options, environment)
+        return chosen(structure, footprint, options, device_of(traces[1]).type)[0]
+
+
+def _looked_at(
+    programs: Programs, options: Options, environment: Environment
+) -> tuple[Programs, Structure, Footprint | None, tuple[Trace, Trace]]:
+    """Find the structure, and what the programs hold unless torch cannot map them."""
+    programs, structure, *traces = analysed(programs, options)
+    both = traces[0], traces[1]
+    footprint = None
+    if structure.obstacle is None:
+        structure, footprint = measured(structure, programs, both, validate=environment.validate)
+    return programs, structure, footprint, both
 
 
 def _costs(
@@ -268,8 +330,8 @@ def analysed(programs: Programs, options: Options) -> tuple[Programs, Structure,
         if "Multiple sample sites" in str(error):
             raise ValueError(
                 f"{first_line(error)}. Each sample statement needs a name of its own: in a loop, "
-                "number them, as in pyro.sample(f'x_{i}', ...). A plate entered twice is to be "
-                "made once: plate = pyro.plate(...), then with plate: ..."
+                "number them, as in pyro.sample(f'x_{i}', ...). If the program enters a "
+                "plate twice, make it once: plate = pyro.plate(...), then with plate: ..."
             ) from error
         raise
     analysis = partial(
@@ -324,9 +386,9 @@ def weaknesses(
     for name, (number, size) in subsamples_of((guide_trace, model_trace)).items():
         result.append(
             f"plate '{name}': a subsample of {number} of {size}. All answers are for this one "
-            f"minibatch, whose elements count as {size / number:.4g} each: another would have "
-            "other answers, and none of them is the evidence of the data. Good for learning with "
-            "TraceMP_ELBO; for a posterior run on all of the data."
+            f"minibatch, whose elements count as {size / number:.4g} each: another would give "
+            "other answers, and none of them is the evidence of all data. Use a subsample for "
+            "learning with TraceMP_ELBO. For a posterior, run on all of the data."
         )
     points = {
         name for name in structure.carried if not structure.indices_read(structure.guide[name])
@@ -341,9 +403,9 @@ def weaknesses(
         )
     if points:
         result.append(
-            f"the guide fixes {quoted(points)} at a point (Delta): evidence() is the log of the "
-            "joint density of the data and this point, not of p(x), and all else is conditional "
-            "on it. For a posterior of these sites use AutoNormal instead."
+            f"the guide fixes {quoted(points)} at a point (Delta): evidence() is then the log of "
+            "the joint density of the data and this point, not of p(x). All other answers are "
+            "conditional on the point. For a posterior of these sites use AutoNormal instead."
         )
     indices = [index for index in structure.indices if not index.enumerated]
     sharing = set(structure.carried) - points
@@ -389,10 +451,10 @@ def _flat_priors(model_trace: Trace, structure: Structure) -> list[str]:
     if not flat:
         return []
     return [
-        f"{quoted(flat)}: masked, but read by what is not. Where masked, the prior counts as flat, "
-        "as in SVI and HMC, and the evidence is that under a density of one there. A latent that "
-        "the guide lacks is still drawn from the distribution behind the mask: give a guide if it "
-        "is far from the posterior."
+        f"{quoted(flat)}: masked, but a site that is not masked reads it. Where it is masked, its "
+        "prior counts as flat, with a density of one, as in SVI and HMC. The evidence is computed "
+        "with that. A latent that the guide lacks is still drawn from the distribution behind the "
+        "mask: give a guide if that distribution is far from the posterior."
     ]
 
 

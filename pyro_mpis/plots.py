@@ -2,9 +2,9 @@
 """
 Pictures of a posterior's particles and weights, on matplotlib.
 
-Draws from the posterior are for ArviZ to plot: ``az.plot_forest(posterior.to_arviz())``. These
-functions show what no ArviZ plot takes, the weights. Each returns its axes, for the caller to
-change; none changes matplotlib's settings.
+ArviZ plots draws from the posterior: ``az.plot_forest(posterior.to_arviz())``. The functions here
+show the weights, which no ArviZ plot takes. Each returns its axes, for you to change. None changes
+matplotlib's settings.
 """
 
 import itertools
@@ -39,15 +39,15 @@ def plot_marginals(
     """
     Draw posterior marginals with the particles and weights that they consist of.
 
-    A panel for each site. Of a scalar: the weighted histogram, a line at each particle as high as
-    its weight, and the outline of what the particles were drawn from, the prior or a guide. Of
-    more: a row for each element (at most 40), with particles as dots, their area being their
-    weight, and the interval from the 5 % to the 95 % quantile around the median. Limits are those
-    of the posterior: proposals may reach far beyond.
+    Each site has a panel. For a scalar, it shows the weighted histogram, a line at each particle as
+    high as its weight, and the outline of the proposal: the prior or a guide. For more than one
+    scalar, it has a row for each (at most 40). A dot is a particle, and its area is the weight. The
+    bar goes from the 5 % to the 95 % quantile, and has a mark at the median. The axis shows the
+    range of the posterior. A proposal may reach far beyond it.
 
-    :param sites: which; all without any.
+    :param sites: names of sites; all of them by default.
     :param coords: plate -> names of its elements, as :meth:`MPImportance.to_arviz` takes them.
-    :param axes: to draw into, one for each site; a new figure by default.
+    :param axes: axes to draw into, one for each site; a new figure by default.
     :raises ValueError: if a site is unknown, there are not as many axes as sites, or a plate has
         not as many elements as names.
     :raises ImportError: without matplotlib.
@@ -74,10 +74,10 @@ def plot_ess(posterior: MPImportance, *, ax: "Axes | None" = None) -> "Axes":
     """
     Draw the effective sample size of every site: a dot for each plate element.
 
-    The line at the right of each site is its number of particles; the shaded part is what
-    ``diagnose`` calls poor.
+    The line at the right of each site is its number of particles. ``diagnose`` calls sizes in the
+    shaded part poor.
 
-    :param ax: to draw into; a new figure by default.
+    :param ax: axes to draw into; a new figure by default.
     :raises ImportError: without matplotlib.
     """
     pyplot = _pyplot()
@@ -109,9 +109,9 @@ def plot_evidence(posterior: MPImportance, *, ax: "Axes | None" = None) -> "Axes
     """
     Draw the log evidence of every replicate, and of all together with its standard error.
 
-    Replicates without any evidence are triangles at the bottom.
+    Replicates with an evidence of zero are triangles at the bottom.
 
-    :param ax: to draw into; a new figure by default.
+    :param ax: axes to draw into; a new figure by default.
     :raises ValueError: with a single replicate.
     :raises ImportError: without matplotlib.
     """
@@ -152,7 +152,7 @@ def _pyplot() -> "ModuleType":
         from matplotlib import pyplot
     except ImportError as error:
         raise ImportError(
-            "plots need matplotlib, which is not installed: pip install pyro-mpis[plots]"
+            "plots need matplotlib, which is not installed: pip install matplotlib"
         ) from error
     return pyplot
 

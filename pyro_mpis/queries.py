@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from pyro_mpis import _threads
 from pyro_mpis.blocks import BlockSum
 from pyro_mpis.factor_graph.graph import FactorGraph
 from pyro_mpis.factor_graph.sampling import sample_sites
@@ -31,7 +32,9 @@ def joint_weights_of(
         for block in (share > 0).nonzero().squeeze(-1).tolist()
     ]
     function = partial(joint_weights, tuples=tuple(tuples))
-    found = workers.run([sums[replicate].job(block, function) for replicate, block in units])
+    jobs = [sums[replicate].job(block, function) for replicate, block in units]
+    with _threads.several(sums[0].replicate.plan.is_large):
+        found = workers.run(jobs, "marginals")
     results: list[dict[str, Tensor]] = [{} for _ in sums]
     for (replicate, block), (log_p, weights) in zip(units, found, strict=True):
         total, result = sums[replicate], results[replicate]
@@ -69,7 +72,8 @@ def sample_of(sums: Sequence[BlockSum], num_draws: int, workers: Workers) -> dic
     ]
     if len(units) == 1:
         job = sums[0].job(0, partial(sample_sites, num_draws=num_draws))
-        ((log_p, sample),) = workers.run([job])
+        with _threads.several(sums[0].replicate.plan.is_large):
+            ((log_p, sample),) = workers.run([job], "samples")
         _check_unchanged(log_p, sums[0].log_evidences[0])
         return sample
     log_evidences = torch.cat([total.log_evidences for total in sums])
@@ -82,7 +86,8 @@ def sample_of(sums: Sequence[BlockSum], num_draws: int, workers: Workers) -> dic
         replicate, block = units[number]
         function = partial(_seeded_sample, num_draws=counts[number], seed=seeds[number])
         jobs.append(sums[replicate].job(block, function))
-    found = workers.run(jobs)
+    with _threads.several(sums[0].replicate.plan.is_large):
+        found = workers.run(jobs, "samples")
     for number, (log_p, _) in zip(drawn, found, strict=True):
         _check_unchanged(log_p, log_evidences[number])
     parts = [sample for _, sample in found]

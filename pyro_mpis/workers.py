@@ -13,18 +13,16 @@ import itertools
 import os
 import platform
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
-from tqdm.auto import tqdm
-
+from pyro_mpis import _progress
 from pyro_mpis.programs import turns
 
 Result = TypeVar("Result")
-Item = TypeVar("Item")
 Job = Callable[[], Result]
 
 # Options of glibc's mallopt, and its own upper bound and default of the second.
@@ -44,23 +42,27 @@ class Workers:
         """Whether this number of jobs is sent away."""
         return self.executor is not None and number > 1
 
-    def run(self, jobs: Sequence[Job[Result]]) -> list[Result]:
-        """Run jobs and return their results in order; shows a bar in a terminal."""
-        if self.executor is None or len(jobs) == 1:
-            return [job() for job in self._progress(jobs)]
-        tasks = dealt(jobs, number_of_workers(self.executor) or len(jobs))
+    def run(self, jobs: Sequence[Job[Result]], doing: str) -> list[Result]:
+        """
+        Run jobs and return their results in order.
+
+        :param doing: what a progress bar is to say.
+        """
+        with _progress.showing(self.show_progress):
+            if self.executor is None or len(jobs) == 1:
+                return [job() for job in _progress.bar(jobs, doing)]
+            return self._sent(jobs, doing, self.executor)
+
+    def _sent(self, jobs: Sequence[Job[Result]], doing: str, executor: Executor) -> list[Result]:
+        """Run jobs where the executor sends them."""
+        tasks = dealt(jobs, number_of_workers(executor) or len(jobs))
         with warnings.catch_warnings():
             # Dask's advice for data that are sent with many tasks
             warnings.filterwarnings("ignore", message="Sending large graph", category=UserWarning)
             with turns.lent():
-                futures = [self.executor.submit(one_after_the_other, task) for task in tasks]
-                done = [future.result() for future in self._progress(futures)]
+                futures = [executor.submit(one_after_the_other, task) for task in tasks]
+                done = [future.result() for future in _progress.bar(futures, doing)]
         return [result for results in done for result in results]
-
-    def _progress(self, items: Sequence[Item]) -> Iterable[Item]:
-        disable = None if self.show_progress and len(items) > 1 else True  # None: in a terminal
-        bar: Iterable[Item] = tqdm(items, desc="blocks", disable=disable, leave=False)
-        return bar
 
 
 def number_of_workers(executor: Executor) -> int | None:

@@ -49,7 +49,7 @@ def run_recorded(
             return result
 
         result = one_run(replace(programs, guide=traced))
-        sites = {**result[0].nodes, **sites}  # the guide's first
+        sites = {**result.model.nodes, **sites}  # the guide's first
         latent = {n: site for n, site in sites.items() if site["type"] == "sample"}
         latent = {n: s for n, s in latent.items() if is_latent(s) and not site_is_subsample(s)}
         rows.append({n: s["value"] for n, s in latent.items() if not is_delta(s["fn"])})
@@ -85,6 +85,7 @@ def problem_of(
         plates = [plate.name for plate in structure.plates.values()]
         shared = dict.fromkeys(drawn, plates)
         return Singles(model, guide, drawn, {}, shared, [list(drawn)])
+    together = total.replicate.programs.one_by_one  # whose values the programs look at
     supports = {
         name: particles.values[name]
         for name, index in structure.index_of.items()
@@ -101,7 +102,7 @@ def problem_of(
         drawn,
         supports,
         structure.shared,
-        groups,
+        [*groups, sorted(together)] if together else groups,
         particles=found,
         num_draws=num_draws or {},
     )

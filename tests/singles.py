@@ -17,6 +17,7 @@ combination, and their ``log_density`` counts as the proposal's.
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -215,6 +217,7 @@ class Singles:
                     value = self.particles[name][k]
                     site = guide_sites.get(name) or model_sites[name]
                     log_prob = unmasked(site["fn"], value)
+                    log_prob = torch.where(inside(site["fn"], value), log_prob, -math.inf)
                     if name in self.left_out:
                         log_prob = torch.where(self.unread[name], 0.0, log_prob)
                     total = total + self._by_cell(index, name, log_prob)
@@ -279,7 +282,9 @@ class Singles:
     def _masked(self, name: str, site: dict[str, Any]) -> Tensor:
         """Density of a masked latent: flat where it is read, as drawn where it is the model's."""
         log_prob = scale_and_mask(unmasked(site["fn"], site["value"]), site["scale"])
-        keep, hidden = mask_of(site), torch.where(inside(site["fn"], site["value"]), 0.0, -math.inf)
+        possible = inside(site["fn"], site["value"])
+        log_prob = torch.where(possible, log_prob, -math.inf)
+        keep, hidden = mask_of(site), torch.where(possible, 0.0, -math.inf)
         if name in self.left_out:
             hidden = torch.where(self.unread[name], 0.0, hidden)
         else:
@@ -308,7 +313,8 @@ class Singles:
             event = known[name][place]  # of its elements, each changes by another number
             others = [event + torch.arange(1.0, event.numel() + 1).reshape(event.shape)]
             if fn.has_enumerate_support:
-                others = [value[place] for value in fn.enumerate_support(expand=True)]
+                with suppress(NotImplementedError):  # counts that differ between elements
+                    others = [value[place] for value in fn.enumerate_support(expand=True)]
             for other in others:
                 changed = known[name].clone()
                 changed[place] = other
@@ -316,7 +322,8 @@ class Singles:
                 after = sites_at(self.model, {**free, name: changed}, self.args)
                 for one, site in before.items():
                     if one != name and not self._is_silent(site):
-                        if not torch.equal(log_prob_of(site), log_prob_of(after[one])):
+                        densities = log_prob_of(site), log_prob_of(after[one])
+                        if not torch.allclose(*densities, rtol=0.0, atol=0.0, equal_nan=True):
                             return True
         return False
 
@@ -406,12 +413,28 @@ def unmasked(fn: Any, value: Tensor) -> Tensor:
     while isinstance(fn, dist.MaskedDistribution | dist.Independent):
         event_dims += getattr(fn, "reinterpreted_batch_ndims", 0)
         fn = fn.base_dist
-    log_prob: Tensor = fn.log_prob(value)
+    log_prob = in_table(fn, value)
     return log_prob.sum(tuple(range(-event_dims, 0))) if event_dims else log_prob
+
+
+def in_table(fn: Any, value: Tensor) -> Tensor:
+    """Log density; a Categorical cannot look up what is not in its table, which inside() sees."""
+    while isinstance(fn, ExpandedDistribution):
+        fn = fn.base_dist
+    if isinstance(fn, dist.Categorical):
+        value = value.clamp(0, fn.logits.shape[-1] - 1)
+    log_prob: Tensor = fn.log_prob(value)
+    return log_prob
 
 
 def inside(fn: Any, value: Tensor) -> Tensor:
     """Where a value lies in the support, over the batch shape; everywhere if there is no saying."""
+    if type(fn) is dist.TransformedDistribution and not fn.event_shape:
+        for transform in reversed(fn.transforms):  # an affine one says "anywhere" of itself
+            value = transform.inv(value)
+        return inside(fn.base_dist, value)
+    if type(fn) in (dist.MaskedDistribution, ExpandedDistribution):
+        return inside(fn.base_dist, value)
     try:
         check: Tensor = fn.support.check(value)
     except NotImplementedError:
@@ -440,7 +463,7 @@ def mask_of(site: dict[str, Any]) -> Tensor:
 
 def log_prob_of(site: dict[str, Any]) -> Tensor:
     """Log density of a site as its program counts it: zero outside of the support."""
-    log_prob = site["fn"].log_prob(site["value"])
+    log_prob = in_table(site["fn"], site["value"])
     shown = inside(site["fn"], site["value"]) | ~mask_of(site)
     log_prob = torch.where(shown, log_prob, -math.inf)
     return torch.as_tensor(scale_and_mask(log_prob, site["scale"], site["mask"]).sum())

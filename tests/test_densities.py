@@ -193,3 +193,95 @@ def test_nan_counts_only_where_no_other_factor_rules_it_out() -> None:
         for a in first:
             total = total + given(b, a) / proposal * 0.5 ** (4 - a - b) / 64
     torch.testing.assert_close(posterior.evidence(), total.log())
+
+
+# Plain runs at values that are impossible.
+
+
+def test_structure_is_found_where_the_first_draw_makes_an_argument_invalid() -> None:
+    """A probability of 1.3 in the plain run: the prior has no such values."""
+
+    def model() -> None:
+        p = pyro.sample("p", dist.Beta(1.0, 1.0))
+        with pyro.plate("data", 2):
+            pyro.sample("y", dist.Bernoulli(p), obs=torch.tensor([1.0, 0.0]))
+
+    def guide() -> None:
+        pyro.sample("p", dist.Normal(1.3, 0.4))
+
+    pyro.set_rng_seed(0)
+    posterior = MPImportance(model, guide, num_samples=200).run()
+    p = posterior.marginals("p").samples
+    inside = p <= 1.0
+    assert 10 < int(inside.sum()) < 100
+    weights = torch.where(inside, p * (1 - p), 0.0) / dist.Normal(1.3, 0.4).log_prob(p).exp()
+    torch.testing.assert_close(posterior.evidence(), weights.mean().log())
+    traces = MPImportance(model, guide, num_samples=20).run().exec_traces
+    sums = torch.tensor([float(trace.log_prob_sum()) for trace in traces])
+    assert torch.equal(
+        sums == -torch.inf, torch.tensor([bool(t.nodes["p"]["value"] > 1) for t in traces])
+    )
+
+
+@pytest.mark.parametrize("fixed", ["model", "guide"])
+def test_arguments_that_are_invalid_whatever_the_latents_are(fixed: str) -> None:
+    def guide() -> None:
+        pyro.sample("x", dist.Normal(0.0, math.nan if fixed == "guide" else 1.0))
+
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        p = torch.tensor([0.5, 1.5 if fixed == "model" else 0.5])
+        with pyro.plate("data", 2):
+            pyro.sample("y", dist.Binomial(3.0, p), obs=torch.tensor([2.0, 1.0]))
+            pyro.sample("z", dist.Normal(x, 1.0), obs=torch.zeros(2))
+
+    found = {
+        "model": "'y' of the model: 'probs' of its Binomial",
+        "guide": "'x' of the guide: 'scale'",
+    }
+    fails(
+        ValueError, f"site {found[fixed]}.* is to be .*Check the data and parameters", model, guide
+    )
+
+
+def test_fixed_arguments_beside_latents_are_looked_at() -> None:
+    """Torch makes one shape of all arguments, so that a mark of a latent is on each."""
+
+    def model() -> None:
+        n = pyro.sample("n", dist.Poisson(3.0))
+        pyro.sample("y", dist.Binomial(n + 5.0, 1.5), obs=torch.tensor(1.0))
+
+    fails(ValueError, r"site 'y': log_prob is nan at 5 of 5 combinations", model, K=5)
+
+
+def test_data_outside_of_a_fixed_support_beside_latents() -> None:
+    def model() -> None:
+        alpha = pyro.sample("alpha", dist.LogNormal(0.0, 1.0))
+        pyro.sample("y", dist.Pareto(1.0, alpha), obs=torch.tensor(0.5))
+
+    fails(ValueError, r"site 'y': probability zero for all particles", model)
+
+
+LAZY: dict[str, Callable[[Tensor], Distribution]] = {
+    "logits": lambda x: dist.Categorical(logits=x * torch.linspace(-3.0, 3.0, 5_000)),
+    "probs": lambda x: dist.Bernoulli(probs=x.sigmoid()),
+    "matrix": lambda x: dist.MultivariateNormal(
+        torch.zeros(2), precision_matrix=torch.eye(2) * x.exp()
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAZY)
+def test_arguments_computed_from_others_are_not_looked_at(name: str) -> None:
+    """They meet their constraints up to rounding."""
+
+    def make(x: Tensor) -> Distribution:
+        fn = LAZY[name](x)
+        for argument in fn.arg_constraints:
+            getattr(fn, argument)
+        return fn
+
+    value = LAZY[name](torch.ones(())).sample()
+    density = densities(make, lambda _: value, torch.tensor([0.5, 2.0]))
+    expected = torch.stack([make(torch.tensor(x)).log_prob(value) for x in (0.5, 2.0)])
+    torch.testing.assert_close(density, expected)

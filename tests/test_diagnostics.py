@@ -3,6 +3,7 @@
 
 import math
 import re
+import sys
 from dataclasses import replace
 
 import pyro
@@ -60,6 +61,22 @@ def test_numbers_of_every_site_and_element() -> None:
     assert line in str(diagnosis)
 
 
+def test_it_is_shown_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A script prints it; a prompt or a notebook shows what the call returns."""
+    posterior = MPImportance(plated, num_samples=6).run()
+    monkeypatch.delattr(sys, "ps1", raising=False)
+    diagnosis = posterior.diagnose()
+    assert capsys.readouterr().out == f"{diagnosis}\n"
+    assert repr(diagnosis) == str(diagnosis)
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    posterior.diagnose()
+    assert not capsys.readouterr().out
+    posterior.diagnose(show=True)
+    assert capsys.readouterr().out == f"{diagnosis}\n"
+
+
 def test_it_prints_and_draws_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     pyro.set_rng_seed(0)
     posterior = MPImportance(plated, num_samples=6).run()
@@ -71,7 +88,6 @@ def test_it_prints_and_draws_nothing(capsys: pytest.CaptureFixture[str]) -> None
     assert printed == f"{diagnosis}\n"
     assert torch.equal(torch.get_rng_state(), state)
     assert max(map(len, printed.splitlines())) <= 100
-    assert repr(diagnosis) == "<Diagnosis: problems 1, sites 3>"
     assert "Poor: " in printed
     for site in ("mu", "v", "x"):
         assert re.search(rf"^{site} +prior +6 ", printed, re.MULTILINE)

@@ -14,7 +14,7 @@ from checks import check_mean
 from posteriors import chain, plated, single
 from pyro import poutine
 from pyro.contrib.oed import eig
-from pyro.infer import CSIS, EmpiricalMarginal, Importance, Predictive
+from pyro.infer import CSIS, EmpiricalMarginal, Predictive
 from pyro.infer.mcmc.util import print_summary
 from pyro.optim.pytorch_optimizers import Adam  # type: ignore[attr-defined]
 from torch import Tensor, nn
@@ -25,19 +25,14 @@ from pyro_mpis import MPImportance, MPISWarning
 # --- the conventions of Pyro's inference classes
 
 
-def test_constructor_and_default_number_of_samples() -> None:
+def test_constructor_and_number_of_samples() -> None:
     def guide() -> None:
         pyro.sample("a", dist.Normal(0.5, 0.8))
 
     assert MPImportance(single, guide, 5).num_samples == 5
-    with pytest.warns(MPISWarning, match="num_samples not given"):
-        assert MPImportance(single).run().num_samples == Importance_default()
-
-
-def Importance_default() -> int:
-    with pytest.warns(UserWarning, match="num_samples not provided"):
-        number: int = Importance(single).num_samples
-    return number
+    posterior = MPImportance(single).run()
+    assert isinstance(posterior.num_samples, int)  # chosen, as Importance has a default
+    assert posterior.marginals("a").log_weights.shape[-1] == posterior.num_samples
 
 
 def test_the_prior_as_importance_passes_it() -> None:

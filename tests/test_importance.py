@@ -10,20 +10,13 @@ import torch
 from failing import chain, fails
 from pyro import poutine
 
-from pyro_mpis import MPImportance, MPISWarning
+from pyro_mpis import MPImportance
 
 
 @pytest.mark.parametrize("num_samples", [0, -1, 2.0, "3", True])
 def test_number_of_samples(num_samples: int) -> None:
     with pytest.raises(ValueError, match="num_samples: expected a positive integer"):
         MPImportance(chain, num_samples=num_samples)
-
-
-def test_number_of_samples_missing() -> None:
-    posterior = MPImportance(chain)  # adapt may choose a number yet
-    assert posterior.num_samples == 10
-    with pytest.warns(MPISWarning, match="10 particles"):
-        posterior.run()
 
 
 def test_programs_that_are_none() -> None:

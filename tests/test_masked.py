@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 Y = torch.tensor([0.5, -1.0, 1.5], dtype=torch.double)
 SEEN = torch.tensor([True, False, True])
 ENUMERATE: Any = {"enumerate": "parallel"}
-FLAT = r"masked, but read by what is not"
+FLAT = r"masked, but a site that is not masked reads it"
 
 
 def hidden(mask: Any) -> AbstractContextManager[object]:

@@ -277,7 +277,7 @@ def test_a_prior_with_the_posterior_in_its_tails() -> None:
         said.append(narrow(MPImportance(tails, num_samples=50).run()))
     assert sum(map(bool, said)) >= 4  # not where one particle has all the weight
     for found in filter(None, said):
-        assert "'a': drawn from the prior, in whose tails the posterior is." in found
+        assert "'a': drawn from the prior, but the posterior lies in the prior's tails." in found
         assert "Widen the guide" not in found
 
 

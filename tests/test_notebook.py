@@ -3,14 +3,16 @@
 
 import re
 import sys
+from dataclasses import replace
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_mpis import MPImportance
+from pyro_mpis import Advice, MPImportance
 from pyro_mpis._text import html_table, scalars
+from pyro_mpis.results.diagnostics import Problem
 
 
 def model() -> None:
@@ -65,6 +67,42 @@ def test_marginals(posterior: MPImportance) -> None:
     assert names == ["mu[0]", "theta[0]", "mu[1]", "theta[1]", "mu[2]", "theta[2]"]
 
 
+def test_diagnosis(posterior: MPImportance) -> None:
+    diagnosis = posterior.diagnose(show=False)
+    page = diagnosis._repr_html_()
+    header, mu, theta = cells(page)
+    assert header == [
+        "site",
+        "from",
+        "particles",
+        "ESS, lowest",
+        "of",
+        "median",
+        "heaviest",
+        "k-hat",
+    ]
+    assert mu[:4] == ["mu", "prior", "50", f"{diagnosis.sites[0].lowest_ess:.1f}"]
+    assert theta[4] == diagnosis.sites[1].worst
+    assert f"log evidence {diagnosis.log_evidence:.2f}" in page
+    assert "Nothing is poor" in page
+
+    problem = Problem("a < b", ("do c & d",))
+    page = replace(diagnosis, problems=(problem,), sites=())._repr_html_()
+    assert "<p>Poor: a &lt; b</p><ul><li>do c &amp; d</li></ul>" in page
+    assert "<table>" not in page
+
+
+def test_plan() -> None:
+    plan = MPImportance(model, num_samples=50).plan()
+    plan = replace(plan, advice=(Advice("a < b"),))
+    page = plan._repr_html_()
+    assert cells(page)[0] == ["K", "entries", "memory", "in parts", "seconds"]
+    assert [line[0] for line in cells(page)[1:]] == ["10", "30", "50", "100", "300", "1000"]
+    assert page.endswith("<ul><li>a &lt; b</li></ul>")
+    assert repr(plan) == str(plan)
+    assert str(replace(plan, costs=())).startswith("memory limit: ")
+
+
 def test_data_frames(posterior: MPImportance) -> None:
     pytest.importorskip("pandas")
     summary = posterior.summary()
@@ -79,6 +117,17 @@ def test_data_frames(posterior: MPImportance) -> None:
     assert list(one["value"]) == theta.samples[1].tolist()
     assert list(one["weight"]) == pytest.approx(theta.weights[1].tolist())
 
+    diagnosis = posterior.diagnose(show=False)
+    frame = diagnosis.to_dataframe()
+    assert list(frame.index) == ["mu", "theta"]
+    assert frame.loc["theta", "lowest_ess"] == diagnosis.sites[1].lowest_ess
+    assert frame.loc["theta", "worst"] == diagnosis.sites[1].worst
+
+    plan = MPImportance(model, num_samples=50).plan()
+    frame = plan.to_dataframe()
+    assert list(frame.index) == [10, 30, 50, 100, 300, 1000]
+    assert list(frame["entries"]) == [cost.entries for cost in plan.costs]
+
 
 def test_without_pandas(posterior: MPImportance, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pandas", None)
@@ -86,3 +135,7 @@ def test_without_pandas(posterior: MPImportance, monkeypatch: pytest.MonkeyPatch
         posterior.summary().to_dataframe()
     with pytest.raises(ImportError, match="pip install pandas"):
         posterior["mu"].to_dataframe()
+    with pytest.raises(ImportError, match="pip install pandas"):
+        posterior.diagnose(show=False).to_dataframe()
+    with pytest.raises(ImportError, match="pip install pandas"):
+        MPImportance(model, num_samples=5).plan().to_dataframe()

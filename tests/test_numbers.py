@@ -365,3 +365,73 @@ def test_merged_indices_have_the_larger_number(monkeypatch: pytest.MonkeyPatch) 
         posterior = run(hierarchy, {"mu": 9, "tau": 6, "theta": 2})
     counts = [count(posterior, name) for name in ("mu", "tau", "theta")]
     assert counts == [9, 9, 2]
+
+
+# --- no number given
+
+
+def schools() -> None:
+    """Eight groups with a known scale each."""
+    sigma = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+    with pyro.plate("school", 8):
+        theta = pyro.sample("theta", dist.Normal(mu, tau))
+        pyro.sample("y", dist.Normal(theta, sigma), obs=torch.linspace(-3.0, 28.0, 8))
+
+
+def one_by_one() -> None:
+    a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    scale = 1.0 if a > 0 else 2.0
+    pyro.sample("y", dist.Normal(a, scale), obs=torch.tensor(1.0))
+
+
+class TestChosenNumber:
+    def test_more_time_gives_more_particles(self) -> None:
+        numbers = []
+        for seconds in (1e-6, 0.3, 3.0):
+            posterior = MPImportance(schools, time_limit=seconds)
+            assert posterior.num_samples is None
+            numbers.append(posterior.run().num_samples)
+        assert numbers == [10, 100, 200]  # whatever the machine
+
+    def test_each_replicate_has_its_share_of_the_time(self) -> None:
+        posterior = MPImportance(schools, time_limit=3.0, num_replicates=10).run()
+        assert posterior.num_samples == 100
+
+    def test_memory_is_kept_to(self) -> None:
+        posterior = MPImportance(schools, memory_limit=10 * 2**20).run()
+        assert posterior.num_samples == 30
+        assert not posterior._sums[0].replicate.plan.cut.blocks
+
+    def test_it_is_that_of_a_given_number(self) -> None:
+        pyro.set_rng_seed(0)
+        chosen = MPImportance(schools, time_limit=0.3).run().evidence()
+        pyro.set_rng_seed(0)
+        torch.testing.assert_close(MPImportance(schools, num_samples=100).run().evidence(), chosen)
+
+    def test_it_is_chosen_again_in_the_next_run(self) -> None:
+        posterior = MPImportance(schools, time_limit=0.3).run()
+        posterior.time_limit = 1e-6
+        assert posterior.run().num_samples == 10
+
+    def test_the_summary_and_the_plan_say_it(self) -> None:
+        posterior = MPImportance(schools, time_limit=0.3, num_replicates=2).run()
+        posterior.diagnose(show=False)  # what is poor
+        assert "100 particles a site (chosen to fit into 0.3 s" in str(posterior.summary())
+        given = MPImportance(schools, num_samples=10).run()
+        given.diagnose(show=False)
+        assert "chosen" not in str(given.summary())
+        numbers = [cost.num_samples for cost in MPImportance(schools).plan().costs]
+        assert 200 in numbers
+
+    def test_programs_that_run_once_for_each_particle(self) -> None:
+        with pytest.warns(MPISWarning, match="once for each particle"):
+            posterior = MPImportance(one_by_one, time_limit=0.1).run()
+        assert posterior.num_samples == 50
+        assert posterior.marginals("a").log_weights.shape == (50,)
+
+    @pytest.mark.parametrize("limit", [0.0, -1.0, float("nan")])
+    def test_a_limit_without_meaning_is_refused(self, limit: float) -> None:
+        with pytest.raises(ValueError, match="time_limit: expected a positive number"):
+            MPImportance(schools, time_limit=limit)

@@ -2,6 +2,8 @@
 """Programs that run once for each particle: the numbers of ordinary importance sampling."""
 
 import math
+import re
+import warnings
 from collections.abc import Callable
 from functools import partial
 
@@ -25,6 +27,7 @@ from pyro_mpis.planning import Options, plan_of, programs_of
 pytestmark = pytest.mark.usefixtures("float64")
 
 Program = Callable[..., object]
+ONCE_OF = "the programs run once for each particle of"
 ONCE = "the programs run once for each particle, as in pyro.infer.Importance"
 
 
@@ -164,6 +167,22 @@ def test_sites_that_differ_from_run_to_run() -> None:
     torch.testing.assert_close(posterior.evidence(), log_prob.exp().mean().log())
 
 
+def test_one_notice_where_sites_differ() -> None:
+    """What was said of sharing indices in the first run does not hold for the others."""
+
+    def model() -> None:
+        n = pyro.sample("n", dist.Poisson(12.0))
+        rates = [pyro.sample(f"rate_{i}", dist.Gamma(2.0, 1.0)) for i in range(int(n))]
+        total = sum(rates, torch.tensor(0.1))
+        pyro.sample("y", dist.Poisson(total), obs=torch.tensor(20.0))
+
+    pyro.set_rng_seed(0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        MPImportance(model, num_samples=60).run()
+    assert [ONCE in str(warning.message) for warning in caught] == [True]
+
+
 # What leaves torch.
 
 
@@ -200,12 +219,13 @@ LEAVES: dict[Callable[[Tensor], Tensor], tuple[str, str]] = {
 
 @pytest.mark.parametrize("function", LEAVES)
 def test_values_that_leave_torch(function: Callable[[Tensor], Tensor]) -> None:
-    """All latents share an index; the line and what to write in its place are told."""
+    """What is looked at shares an index; the line and what to write in its place are told."""
 
-    def model() -> None:
+    def model(both: bool = True) -> None:
         w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
         s = pyro.sample("s", dist.LogNormal(0.0, 0.5))
-        pyro.sample("y", dist.Normal(function(w), s), obs=torch.tensor(1.5))
+        x = w * s if both else w
+        pyro.sample("y", dist.Normal(function(x), s), obs=torch.tensor(1.5))
 
     pyro.set_rng_seed(0)
     with pytest.warns(MPISWarning, match=ONCE) as warned:
@@ -217,6 +237,8 @@ def test_values_that_leave_torch(function: Callable[[Tensor], Tensor]) -> None:
     assert remedy in text.partition("To combine particles:")[2]
     compare(model, num_samples=6, together=[("w", "s")], warning=ONCE)
     assert len(posterior.exec_traces) == 6
+    warning = f"{ONCE_OF} 'w': .*{re.escape(line)}"
+    compare(model, num_samples=6, args=(False,), warning=warning)
 
 
 def test_assertions_that_hold_for_all_particles() -> None:
@@ -232,8 +254,8 @@ def test_assertions_that_hold_for_all_particles() -> None:
         pyro.sample("y", dist.Normal(w.sum(), s), obs=torch.tensor(2.0))
 
     compare(model, args=(False,), num_samples=4)
-    warning = rf"{ONCE}.*`if branch and \(s > 0\)\.all\(\):`"
-    compare(model, args=(True,), num_samples=4, together=[("w", "s")], warning=warning)
+    warning = rf"{ONCE_OF} 's': .*`if branch and \(s > 0\)\.all\(\):`"
+    compare(model, args=(True,), num_samples=4, warning=warning)
 
 
 def test_values_written_among_data() -> None:
@@ -260,3 +282,140 @@ def test_values_written_among_data() -> None:
         shared={"x": ["missing"]},
         warning=rf"{ONCE}.*whole\[missing\] = x",
     )
+
+
+# Values that are impossible, arguments that are invalid.
+
+
+def bound() -> None:
+    """The data lie outside of a support that depends on a latent."""
+    high = pyro.sample("high", dist.Uniform(0.0, 4.0))
+    if high > 3.0:
+        high = high + 0.5
+    pyro.sample("y", dist.Uniform(0.0, high), obs=torch.tensor(1.5))
+
+
+def positive() -> None:
+    """The guide reaches beyond the support; so would arguments that depend on the latent."""
+    rate = pyro.sample("rate", dist.Exponential(1.0))
+    if rate > 3.0:
+        rate = rate + 0.5
+    pyro.sample("y", dist.Exponential(rate), obs=torch.tensor(0.5))
+
+
+def shifted() -> None:
+    """An affine transform says of every value that it is inside."""
+    affine = dist.transforms.AffineTransform(2.0, 3.0)
+    rate = pyro.sample("rate", dist.TransformedDistribution(dist.Exponential(1.0), [affine]))
+    if rate > 3.0:
+        rate = rate + 0.5
+    pyro.sample("y", dist.Normal(rate, 1.0), obs=torch.tensor(2.5))
+
+
+def differing() -> None:
+    """The square root is nan where the factor is zero; both are in some runs only."""
+    rate = pyro.sample("rate", dist.Uniform(-1.0, 1.0))
+    if rate.abs() > 0.5:
+        pyro.factor("positive", torch.where(rate > 0, 0.0, -torch.inf))
+        pyro.sample("y", dist.Normal(rate.sqrt(), 1.0), obs=torch.tensor(0.5))
+
+
+def normal_rate() -> None:
+    pyro.sample("rate", dist.Normal(0.5, 2.0))
+
+
+def of_bound(high: Tensor) -> Tensor:
+    high = torch.where(high > 3.0, high + 0.5, high)
+    return torch.where(high >= 1.5, -high.log(), -torch.inf)
+
+
+def of_positive(rate: Tensor) -> Tensor:
+    changed = torch.where(rate > 3.0, rate + 0.5, rate)
+    log_joint = -rate + changed.log() - 0.5 * changed
+    log_q = dist.Normal(0.5, 2.0).log_prob(rate)
+    return torch.where(rate >= 0, log_joint - log_q, -torch.inf)
+
+
+def of_shifted(rate: Tensor) -> Tensor:
+    changed = torch.where(rate > 3.0, rate + 0.5, rate)
+    log_joint = -(rate - 2.0) / 3.0 - math.log(3.0)
+    log_joint = log_joint + dist.Normal(changed, 1.0).log_prob(torch.tensor(2.5))
+    log_q = dist.Normal(0.5, 2.0).log_prob(rate)
+    return torch.where(rate >= 2.0, log_joint - log_q, -torch.inf)
+
+
+def of_differing(rate: Tensor) -> Tensor:
+    density = dist.Normal(rate.clamp(min=0.0).sqrt(), 1.0).log_prob(torch.tensor(0.5))
+    density = torch.where(rate > 0, density, -torch.inf)
+    return torch.where(rate.abs() > 0.5, density, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("model", "guide", "log_weight"),
+    [
+        (bound, None, of_bound),
+        (positive, normal_rate, of_positive),
+        (shifted, normal_rate, of_shifted),
+        (differing, None, of_differing),
+    ],
+)
+def test_particles_outside_of_a_support_weigh_nothing(
+    model: Program, guide: Program | None, log_weight: Callable[[Tensor], Tensor]
+) -> None:
+    pyro.set_rng_seed(0)
+    with pytest.warns(MPISWarning, match=ONCE):
+        posterior = MPImportance(model, guide, num_samples=40).run()
+    (marginal,) = posterior.marginals().values()
+    expected = log_weight(marginal.samples)
+    impossible = expected == -torch.inf
+    assert 3 < int(impossible.sum()) < 37
+    torch.testing.assert_close(posterior.evidence(), expected.logsumexp(0) - math.log(40))
+    torch.testing.assert_close(marginal.weights, expected.softmax(0))
+    for trace, weight in zip(posterior.exec_traces, expected, strict=True):
+        zero = float(trace.log_prob_sum()) == -math.inf
+        assert zero == (weight == -torch.inf)
+
+
+def test_nan_that_nothing_rules_out_is_refused() -> None:
+    def model() -> None:
+        rate = pyro.sample("rate", dist.Normal(0.0, 1.0))
+        if rate.abs() > 0.5:
+            rate = rate * 2
+        pyro.sample("y", dist.Bernoulli(rate.clamp(max=0.9)), obs=torch.tensor(1.0))
+
+    pyro.set_rng_seed(0)
+    with pytest.raises(ValueError, match=r"site 'y': log_prob is nan at \d+ of 30 combinations"):
+        MPImportance(model, num_samples=30).run()
+
+
+def test_nan_of_a_guide_names_the_site() -> None:
+    def guide() -> None:
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
+        pyro.sample("rate", dist.Gamma(2.0, -loc if loc > 1.0 else torch.tensor(1.0)))
+
+    pyro.set_rng_seed(0)
+    message = r"site 'rate \(proposal\)': log_prob is nan at \d+ of 30"
+    with pytest.raises(ValueError, match=message):
+        MPImportance(positive, guide, num_samples=30).run()
+
+
+def test_supports_are_not_looked_at_where_validation_is_off() -> None:
+    """All of it, or that of one distribution, in a plate too: its copies are made in the run."""
+
+    def model(validate: bool | None) -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        if x > 0.5:
+            x = x + 0.1
+        with pyro.plate("data", 2):
+            fn = dist.Exponential(x.exp(), validate_args=validate)
+            pyro.sample("y", fn, obs=torch.tensor([-0.5, 0.5]))
+
+    for enabled, validate in ((False, None), (True, False)):
+        pyro.set_rng_seed(0)
+        with pyro.validation_enabled(enabled), pytest.warns(MPISWarning, match=ONCE):
+            posterior = MPImportance(model, num_samples=10).run(validate)
+        x = posterior.marginals("x").samples
+        x = torch.where(x > 0.5, x + 0.1, x)
+        torch.testing.assert_close(posterior.evidence(), (2.0 * x).exp().mean().log())
+    with pytest.raises(ValueError, match=r"site 'y': no log_prob of a value"):
+        MPImportance(model, num_samples=10).run(None)

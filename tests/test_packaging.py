@@ -90,27 +90,30 @@ def modules(source: str) -> set[str]:
     return {name for name in result if name.split(".")[0] == "pyro_mpis"}
 
 
-GROUND = {"_text", "_typing"}
+GROUND = {"_text", "_typing", "_progress", "_threads"}
 # What each part of the package may import besides itself: the data flow one way.
 BELOW = {
     "_text": set[str](),
     "_typing": set[str](),
+    "_progress": set[str](),
+    "_threads": set[str](),
     "_version": set[str](),
     "_warnings": set[str](),
     "programs": GROUND,
     "factor_graph": GROUND,
     "particles": GROUND | {"programs", "factor_graph"},
     "pieces": {"factor_graph"},
-    "workers": {"programs"},
+    "workers": GROUND | {"programs"},
     "costs": GROUND | {"programs", "factor_graph", "particles"},
     "planning": GROUND | {"programs", "particles", "costs"},
+    "rendering": GROUND | {"programs"},
 }
 BELOW["blocks"] = {*BELOW["planning"], "factor_graph", "planning", "pieces", "workers"}
 BELOW["queries"] = {*BELOW["blocks"], "blocks"}
 BELOW["results"] = {*BELOW["queries"], "queries", "_version"}
-BELOW["adaptation"] = {*BELOW["queries"], "queries"}
 BELOW["objectives"] = {*BELOW["queries"], "queries", "_warnings"}
-BELOW["importance"] = {*BELOW["results"], "results", "adaptation", "_warnings"}
+BELOW["adaptation"] = {*BELOW["objectives"], "objectives"}
+BELOW["importance"] = {*BELOW["results"], "results", "rendering", "adaptation", "_warnings"}
 BELOW["plots"] = {*BELOW["importance"], "importance"}
 BELOW["__init__"] = {*BELOW}
 

@@ -150,7 +150,7 @@ def test_results_are_in_order_whatever_the_workers() -> None:
             return future
 
     for number in (1, 4, 20, None):
-        assert Workers(Here(number), show_progress=False).run(jobs) == list(range(9))
+        assert Workers(Here(number), show_progress=False).run(jobs, "jobs") == list(range(9))
 
 
 TOUCHED = """

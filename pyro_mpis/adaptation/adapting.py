@@ -146,8 +146,8 @@ def started(
         plan, _, trace = plan_of(programs_of(model, None, args, kwargs), few)
     if not any(is_latent(site) and not is_discrete(site) for site in sites.values()):
         raise ValueError(
-            "the model has no continuous latent, so there is no proposal to learn: .run(...) sums "
-            "or samples its discrete latents as it is."
+            "the model has no continuous latent, so there is no proposal to learn. Call .run(...) "
+            "without adapt: it sums or samples the discrete latents."
         )
     with plan.environment.entered():
         structure = run_plan(plan, Workers(None, show_progress=False)).replicate.structure

@@ -32,21 +32,21 @@ class AutoPlateNormal(PyroModule):
     r"""
     A guide with the model's plates, Gaussian in unconstrained numbers.
 
-    All latents outside of plates are one Gaussian vector with a full covariance matrix; so are, in
-    each element, the latents of the same plates, given those around them. Each vector is computed
-    from a site of standard noise, ``_mpis_noise_0`` and so on, and the model's sites are ``Delta``,
-    as in Pyro's :class:`~pyro.infer.autoguide.AutoContinuous`. So massively parallel importance
-    sampling has one particle index for each set of plates, and every particle of the latents around
-    has particles of its own.
+    All latents outside of plates are one Gaussian vector with a full covariance matrix. The latents
+    of the same plates are one such vector in each element, given the latents around the plates.
+    Each vector is computed from a site of standard noise, ``_mpis_noise_0`` and so on. The model's
+    sites are ``Delta``, as in Pyro's :class:`~pyro.infer.autoguide.AutoContinuous`. So there is one
+    particle index for each set of plates, and every particle of the latents around a plate has
+    particles of its own inside the plate.
 
     :meth:`MPImportance.adapt <pyro_mpis.MPImportance.adapt>` makes and fits it. It works in
     :class:`~pyro.infer.Importance`, :class:`~pyro.infer.Predictive` and :class:`~pyro.infer.SVI`;
     its state is in ``state_dict()``.
 
-    :cvar nan_is_zero: that densities which are nan count as zero: heavy tails reach where the
-        arguments of the model's distributions overflow.
+    :cvar nan_is_zero: densities that are nan count as zero, because heavy tails reach places where
+        the arguments of the model's distributions overflow.
     :ivar latents: names of the model's sites that it has.
-    :ivar non_centred: those whose numbers are standardised by the prior's location and scale.
+    :ivar non_centred: the sites that are standardised by the prior's location and scale.
     """
 
     nan_is_zero = True

@@ -108,6 +108,7 @@ def _fitted(
         log_joint.derivatives,
         medians,
         sds,
+        start.widths(non_centred),
         coupled,
         settings,
         tell,

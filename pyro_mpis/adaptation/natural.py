@@ -70,6 +70,7 @@ def fit(
     evaluate: Evaluate,
     means: Sequence[Tensor],
     prior_sds: Sequence[Tensor],
+    widths: Sequence[Tensor],
     coupled: Sequence[Pair],
     settings: Settings,
     tell: Callable[[float], None] = lambda elbo: None,
@@ -80,7 +81,8 @@ def fit(
 
     :param evaluate: the log joint and its derivatives at given numbers.
     :param means: where to start: ``(*batch dims, D)`` of each block.
-    :param prior_sds: the scales of the numbers, in the same shapes.
+    :param prior_sds: the scales of the numbers at the start, in the same shapes.
+    :param widths: the sds of the numbers' prior, which those of the fit may exceed by little.
     :param coupled: the pairs of blocks that depend on each other.
     :param tell: called with the ELBO of each iteration.
     :param resumed: a fit of the same numbers to go on from, in place of the start.
@@ -95,7 +97,7 @@ def fit(
         if resumed is not None:
             precision = {pair: resumed.precision[pair] for pair in pairs}
             means = resumed.gaussian.means
-        made = eliminated(blocks, precision, prior_sds)
+        made = eliminated(blocks, precision, widths)
         start = Gaussian(list(means), made.scales(), made.couplings)
         state = _evaluated(blocks, evaluate, start, precision, settings.points)
         if state.is_finite:
@@ -106,7 +108,7 @@ def fit(
     for _ in range(settings.at_most + settings.tail):
         if not state.is_finite:
             break
-        proposed, was_limited = _next(blocks, evaluate, state, rate, prior_sds, settings.points)
+        proposed, was_limited = _next(blocks, evaluate, state, rate, widths, settings.points)
         if proposed is None or proposed.elbo < state.elbo - 1 - 3 * (state.error + proposed.error):
             rate /= 2.5
             if rate < SMALLEST_RATE:
@@ -151,7 +153,7 @@ def _next(
     evaluate: Evaluate,
     state: _State,
     rate: float,
-    prior_sds: Sequence[Tensor],
+    widths: Sequence[Tensor],
     points: int,
 ) -> tuple[_State | None, bool]:
     """Take a step; None if it leads out of where the density can be evaluated."""
@@ -160,7 +162,7 @@ def _next(
         for pair, old in state.precision.items()
     }
     try:
-        made: Eliminated = eliminated(blocks, precision, prior_sds)
+        made: Eliminated = eliminated(blocks, precision, widths)
         scales = made.scales()
     except RuntimeError:  # torch.linalg.LinAlgError: not finite, or not positive definite
         return None, True

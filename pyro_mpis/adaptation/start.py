@@ -37,7 +37,8 @@ LARGEST_SD = 5.0  # of the prior, in unconstrained numbers; and its median's lar
 class Prior:
     """What the prior says of one continuous latent, over draws from it."""
 
-    centred: tuple[Tensor, Tensor]  # median and sd of its unconstrained value
+    centred: tuple[Tensor, Tensor]  # median and sd of its unconstrained value, both capped
+    width: Tensor  # that sd, not capped
     scale: Tensor | None  # median of the prior's scale given the other latents, if it has one
     is_fixed: bool  # whether its support is the same for all values of the other latents
 
@@ -121,6 +122,15 @@ class Start:
             sds.append(block.joined({name: s for name, (_, s) in of_block.items()}))
         return medians, sds
 
+    def widths(self, non_centred: frozenset[str]) -> list[Tensor]:
+        """Return the prior sds of each block's numbers, not capped."""
+        result = []
+        for block in self.blocks:
+            widths = {part.name: self.priors[part.name].width for part in block.parts}
+            ones = {n: torch.ones_like(w) for n, w in widths.items() if n in non_centred}
+            result.append(block.joined(widths | ones))
+        return result
+
 
 def start_of(plan: Plan, structure: Structure, trace: Trace) -> Start:
     """
@@ -173,7 +183,9 @@ def start_of(plan: Plan, structure: Structure, trace: Trace) -> Start:
         scale = None
         if "scale" in said[name] and name not in reads_discrete:
             scale = said[name]["scale"].along(0).double().median(0).values
-        priors[name] = Prior(_median_and_sd(free.double()), scale, name in fixed)
+        median, width = _median_and_sd(free.double())
+        capped = median.clamp(-LARGEST_SD, LARGEST_SD), width.clamp(max=LARGEST_SD)
+        priors[name] = Prior(capped, width, scale, name in fixed)
     others = {
         name: detach_provenance(site["value"])
         for name, site in sites.items()
@@ -200,7 +212,6 @@ def _reading(structure: Structure, names: set[str]) -> set[str]:
 
 
 def _median_and_sd(draws: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the median and half the range of 68 % of draws, both capped."""
+    """Return the median and half the range of 68 % of draws."""
     low, median, high = draws.quantile(torch.tensor([0.16, 0.5, 0.84], dtype=draws.dtype), 0)
-    sd = (0.5 * (high - low)).clamp(1e-6, LARGEST_SD)
-    return median.clamp(-LARGEST_SD, LARGEST_SD), sd
+    return median, (0.5 * (high - low)).clamp(min=1e-6)

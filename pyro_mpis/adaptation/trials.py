@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pyro_mpis.adaptation.guide import AutoPlateNormal
+from pyro_mpis.adaptation.layout import Block
 from pyro_mpis.blocks import Replicate, run_plan
 from pyro_mpis.factor_graph.graph import FactorGraph
 from pyro_mpis.factor_graph.source_terms import joint_weights
@@ -27,13 +28,16 @@ from pyro_mpis.programs.structure import Structure
 from pyro_mpis.queries import joint_weights_of
 from pyro_mpis.workers import Workers
 
-GLOBALS = 300  # particles of the index outside of plates
+GLOBALS = (300, 2000)  # particles of the index outside of plates: usually, and of small models
 LOCALS = (10, 6, 6)  # of indices in plates, by the number of blocks around them
+FEW_ELEMENTS, FEW_NUMBERS = 10, 2  # of a plate whose many small elements have more particles each
+MORE_LOCALS = 2.0  # times as many at most
 CHEAP_EVENT = 4  # numbers of an event that take as long as another density
 OTHERS = 30  # of latents that the guide lacks
-LARGEST_RUN = 3e7  # densities of a run
-WORK = 7e7  # densities of all final runs together
-REPLICATES = (4, 24)
+SMALL_RUN, LARGEST_RUN = 1e6, 3e7  # densities of a run
+WORK = 9e7  # densities of all final runs together
+OVERHEAD = 5e5  # densities that take as long as all else in a run
+REPLICATES = (4, 60)
 SMALL_ERROR = 0.02  # of the log evidence, in nats
 LARGE_ESS = 1500.0  # of a trial's particles, over all final runs
 
@@ -73,11 +77,27 @@ def numbers_of(guide: AutoPlateNormal, share: float = 1.0) -> dict[str, int]:
     :param share: of the usual number, for trials.
     """
     result = {}
+    more = {block.number: _more(block) for block in guide.blocks}
     for block, name in zip(guide.blocks, guide.noise_sites, strict=True):
         depth = len({guide.blocks[parent].shape for parent in block.parents})
-        number = GLOBALS if not block.plates else LOCALS[min(max(depth, 1), len(LOCALS)) - 1]
+        if not block.plates:
+            number = GLOBALS[0] / math.prod(more.values())
+        else:
+            number = LOCALS[min(max(depth, 1), len(LOCALS)) - 1] * more[block.number]
         result[name] = max(4, round(number * share))
     return result
+
+
+def _more(block: Block) -> float:
+    """
+    Return how many times as many particles the index of an outermost plate gets as usual.
+
+    The errors of a plate's elements add up. Evenly spread particles of one or two numbers have
+    errors that fall faster than those of the index outside, so they are worth more.
+    """
+    if not block.plates or len(block.parents) > 1 or block.size > FEW_NUMBERS:
+        return 1.0
+    return min(MORE_LOCALS, max(1.0, math.sqrt(block.elements / FEW_ELEMENTS)))
 
 
 def work_of(structure: Structure, numbers: Mapping[str, int]) -> float:
@@ -88,7 +108,10 @@ def work_of(structure: Structure, numbers: Mapping[str, int]) -> float:
     }
     work = 0.0
     for site in structure.model.values():
-        combinations = math.prod(sizes[s] for s in structure.indices_read(site))
+        read = structure.indices_read(site)
+        combinations = math.prod(sizes[s] for s in read)
+        if any(structure.by_symbol[s].plates - site.plates for s in read):
+            combinations *= 2  # read by an index array, and brought to its elements
         densities = structure.elements(replace(site, event_size=1))  # pyro.factor's has none
         work += combinations * densities * max(1.0, site.event_size / CHEAP_EVENT)
     return work
@@ -108,6 +131,11 @@ def fitting(
         factor = (limit / work) ** (1 / depth)
         numbers = {name: max(4, int(number * factor)) for name, number in numbers.items()}
         plan, _, _ = plan_of(programs, with_numbers(options, numbers))
+    elif work < SMALL_RUN * share and not guide.blocks[0].plates:
+        name = guide.noise_sites[0]
+        factor = min(SMALL_RUN * share / work, GLOBALS[1] / GLOBALS[0])
+        numbers[name] = int(numbers[name] * factor)
+        plan, _, _ = plan_of(programs, with_numbers(options, numbers))
     return plan, numbers
 
 
@@ -125,7 +153,7 @@ def replicates_for(plan: Plan, numbers: Mapping[str, int], trial: Trial) -> int:
     few, many = REPLICATES
     spread = (trial.spread / SMALL_ERROR) ** 2 if math.isfinite(trial.spread) else many
     wanted = max(spread, LARGE_ESS / float(trial.ess.median().clamp(min=1)))
-    worth = WORK / max(work_of(plan.structure, numbers), 1.0)
+    worth = WORK / (work_of(plan.structure, numbers) + OVERHEAD)
     return round(min(many, max(few, min(wanted, worth))))
 
 
@@ -158,7 +186,8 @@ class Runs:
         total = run_plan(self.plan, _ALONE)
         self.plan = total.replicate.plan
         log_p = total.log_evidence.double()
-        if not bool(torch.isfinite(log_p)) or total.traces:
+        one_by_one = total.traces or self.plan.programs.one_by_one
+        if not bool(torch.isfinite(log_p)) or one_by_one:
             return log_p, None
         reads = total.replicate.reads or {}
         if len(total.blocks) == 1 and not any(site.switch for site in reads.values()):

@@ -33,11 +33,21 @@ class Marginal(Empirical):
     """
     The posterior marginal of a site, or the joint marginal of several, on its particles.
 
-    Batched over the plates; batch dims without a plate are the first of the event dims.
-    :attr:`samples` have shape ``batch_shape + (K,) + event_shape`` and
-    :attr:`log_weights` ``batch_shape + (K,)``, normalised over K. A joint marginal has as many
-    points as there are combinations of the sites' particles, those of the last site running
-    fastest; an event is then all sites' events, flattened, one after the other: see :meth:`unpack`.
+    It is batched over the plates. Batch dims without a plate are the first of the event dims.
+    :attr:`samples` have shape ``batch_shape + (K,) + event_shape``, and :attr:`log_weights`
+    ``batch_shape + (K,)``, normalised over K.
+
+    A joint marginal has a point for each combination of the sites' particles, those of the last
+    site running fastest. Its event is the events of all sites, flattened, one after the other:
+    :meth:`unpack` takes them apart.
+
+    >>> marginal = Marginal(
+    ...     torch.tensor([-1.0, 0.0, 2.0]), torch.tensor([0.2, 0.5, 0.3]).log(), {"x": torch.Size()}
+    ... )
+    >>> marginal.mean.item(), marginal.quantile(0.5).item()
+    (0.4, 0.0)
+    >>> marginal.ess.item()  # 1 / (0.2**2 + 0.5**2 + 0.3**2)
+    2.63
 
     :param samples: the particles.
     :param log_weights: their log weights.
@@ -101,8 +111,8 @@ class Marginal(Empirical):
         """
         Pareto k-hat of the weights' tail: ``batch_shape``.
 
-        nan with fewer than about 50 particles, where a tail says nothing; -inf where the weights
-        are even; inf where a few particles have all the weight.
+        It is nan with fewer than about 50 particles, as so few have no tail to speak of. It is -inf
+        if the weights are even, and inf if a few particles have all the weight.
         """
         flat = self.log_weights.reshape(-1, self.log_weights.shape[-1])
         k_hats = flat.new_tensor([_pareto_k(row) for row in flat])
@@ -110,7 +120,7 @@ class Marginal(Empirical):
 
     def quantile(self, q: float | Sequence[float] | Tensor) -> Tensor:
         """
-        Return posterior quantiles: the smallest particle with at least weight ``q`` up to it.
+        Return posterior quantiles: the smallest particle at or below which ``q`` of the weight is.
 
         :param q: a probability, or several.
         :return: ``batch_shape + event_shape``, with a dim for several ``q`` on the left.
@@ -133,7 +143,7 @@ class Marginal(Empirical):
         """
         Return particles and weights as a pandas ``DataFrame``, a row for each particle and scalar.
 
-        Its columns are ``scalar``, such as ``theta[3]``, ``particle``, ``value`` and ``weight``.
+        Its columns are ``scalar`` (such as ``theta[3]``), ``particle``, ``value`` and ``weight``.
 
         :raises ImportError: without pandas.
         """

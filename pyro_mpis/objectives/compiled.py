@@ -224,7 +224,7 @@ class Compiler:
         finally:
             set_rng_state(state)
         found = total.replicate.plan
-        if total.traces:
+        if total.traces or found.programs.one_by_one:
             raise NotImplementedError(f"{found.notices[-1]} Or use {self.alternative}.")
         if found.cut.blocks:
             sites = quoted(

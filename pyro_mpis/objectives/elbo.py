@@ -43,16 +43,16 @@ class TraceMP_ELBO(ELBO):
     :class:`~pyro.infer.RenyiELBO` with ``alpha=0``. Latents that the guide lacks are drawn from
     the prior; those marked ``infer={"enumerate": "parallel"}`` are summed exactly.
 
-    In a subsampled plate guide and model have the same subsample, another in each step. The scale
-    of the plate multiplies the sum over its elements, after their latents have been summed out.
-    The gradient is unbiased for the bound on all of the data if no latent outside of the plate is
-    summed over, as with ``num_samples=1``; else nearly so.
+    In a subsampled plate, guide and model see the same subsample, and each step draws another. The
+    latents of the plate are summed out first. The log of the result is then scaled. The gradient is
+    unbiased for the bound on all of the data if no latent lies outside of the plate, or with
+    ``num_samples=1``. Otherwise it is nearly so.
 
-    Model and guide are analysed in the first step, and in the first with arguments of other shapes,
-    or other integers. They are then taken to do the same in each step.
+    Model and guide are analysed in the first step, and again if arguments have other shapes or
+    other integers. All further steps assume that they do the same.
 
     :param num_samples: K, the number of particles of each latent site.
-    :param num_particles: number of independent estimates that the loss is the mean of.
+    :param num_particles: the loss is the mean of this number of independent estimates.
     :param groups: groups of latent sites that share one particle index.
     :param shared_plates: names of plates whose latents have one particle index for all elements.
     :param max_plate_nesting: number of batch dims for plates; found by default.
@@ -161,7 +161,7 @@ def refuse_without_derivative(structure: Structure, drawn: Drawn) -> None:
             kind = "discrete" if integers else "without reparametrised draws (rsample)"
             shared = structure.shared.get(name)
             because = (
-                f", and summed over no more: its elements of {quoted(shared)} are read together"
+                f", and not summed over, as its elements of {quoted(shared)} are read together"
                 if shared
                 else ""
             )

@@ -39,14 +39,14 @@ class MPReweightedWakeSleep(ELBO):
     """
     Reweighted wake-sleep over all combinations of particles, for :class:`pyro.infer.SVI`.
 
-    Has the interface of :class:`pyro.infer.ReweightedWakeSleep`, which it is with all latents in
-    one group. No gradient goes through the particles, so latents may be discrete. Two losses are
-    returned: that of the model, minus the log evidence, and that of the guide.
+    Has the interface of :class:`pyro.infer.ReweightedWakeSleep`, and is the same with all latents
+    in one group. No gradient goes through the particles, so latents may be discrete. Returns two
+    losses: that of the model, which is minus the log evidence, and that of the guide.
 
     :param num_particles: K, the number of particles of each latent site, two or more.
-    :param insomnia: the share of wake-phi in the guide's loss; that of sleep-phi is the rest. For
-        sleep-phi see Pyro's class: the guide needs an argument ``observations``.
-    :param model_has_params: whether the model has parameters to learn. Without, and with
+    :param insomnia: the share of wake-phi in the guide's loss; the rest is sleep-phi. Sleep-phi
+        works as in Pyro's class: the guide needs an argument ``observations``.
+    :param model_has_params: whether the model has parameters to learn. If not, and with
         ``insomnia=0``, no particles are drawn from the guide.
     :param num_sleep_particles: number of draws of the model for sleep-phi; K by default.
     :param vectorize_particles: whether these draws are made at once.

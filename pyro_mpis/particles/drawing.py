@@ -184,7 +184,7 @@ def _collecting(site: Site, supports: dict[str, Tensor | None]) -> Collect:
                 f"site '{site.name}' has shape {tuple(value.shape)}, and {tuple(site.shape)} in "
                 "another run"
             )
-        supports[site.name] = _support(site, message)
+        supports[site.name] = support_of(site, message)
         result = {"value": value, "log_prob": drawn_from(message, log_prob_of(fn, value))}
         if not isinstance(fn, torch.distributions.Distribution) or any(
             map(is_mapped, tensors_of(fn))
@@ -203,7 +203,7 @@ def _of_particles(mapped: Mapped, shape: torch.Size, num_samples: int) -> Tensor
     return tensor.expand((num_samples, *shape))
 
 
-def _support(site: Site, message: SampleMessage) -> Tensor | None:
+def support_of(site: Site, message: SampleMessage) -> Tensor | None:
     """Return all values that a site can take, one of each for all plate elements."""
     fn = message["fn"]
     if not getattr(fn, "has_enumerate_support", False):

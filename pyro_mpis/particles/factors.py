@@ -159,7 +159,7 @@ class _Packer:
             if symbol is None or size != self.size(symbol):
                 raise ValueError(
                     f"site '{name}': log_prob has shape {tuple(tensor.shape[len(lead) :])}; dim "
-                    f"{position - tensor.dim()} of size {size} is none that the site had in its "
+                    f"{position - tensor.dim()} of size {size} is not one that the site had in its "
                     "first run. A site must have the same shape in every run."
                 )
             dims += symbol

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pyro_mpis._typing import Distribution, SampleMessage
 from pyro_mpis.particles.probes import PROBE_ELEMENTS, differs_from, num_bits
-from pyro_mpis.programs.mapped import log_prob_of
+from pyro_mpis.programs.densities import density_of
 from pyro_mpis.programs.masks import Masks, mask_of, taken_apart, unmasked, widened
 from pyro_mpis.programs.messages import (
     batch_shape_of,
@@ -241,7 +241,7 @@ class _Probe:
 
 
 def _counted(site: SampleMessage, _: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {"log_prob": counted(site, log_prob_of(site["fn"], site["value"]))}
+    return {"log_prob": counted(site, density_of(site["fn"], site["value"], validate=False))}
 
 
 def _probe_of(

@@ -241,9 +241,9 @@ def long_wait(structure: Structure) -> str | None:
     site, _ = largest_factor(structure)
     number = len(structure.indices_read(site))
     return (
-        f"{work:.1e} densities are to be evaluated, which may take long: site '{site.name}' reads "
+        f"this run evaluates {work:.1e} densities, which may take long: site '{site.name}' reads "
         f"{number} particle indices, and has a density for each combination of their particles. "
-        f"Half as many particles take one part in {2**number}; latents that many sites read can "
+        f"Half as many particles take 1/{2**number} of the work. Latents that many sites read can "
         "share an index: groups=[(...), ...]."
     )
 

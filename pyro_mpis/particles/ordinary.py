@@ -8,20 +8,24 @@ the densities of all others are added up in one factor.
 """
 
 import math
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import pyro
 import torch
 from opt_einsum import get_symbol
 from pyro import poutine
 from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import is_validation_enabled
 from torch import Tensor
 
+from pyro_mpis import _progress
 from pyro_mpis._typing import SampleMessage
 from pyro_mpis.factor_graph.graph import FactorGraph, LogFactor
 from pyro_mpis.particles.factors import site_value, without_ruled_out
 from pyro_mpis.particles.masked import masks_at
 from pyro_mpis.particles.proposals import Particles
+from pyro_mpis.programs.densities import density_of, is_checked, memoise, taking_anything
 from pyro_mpis.programs.masks import unmasked
 from pyro_mpis.programs.messages import counted, drawn_from, is_delta, is_latent, statements
 from pyro_mpis.programs.runs import Programs
@@ -32,25 +36,44 @@ NO_PLATE = 10_000  # number of a symbol that no plate has
 OTHERS = "(sites of some runs)"
 
 
+@dataclass(frozen=True)
+class Run:
+    """One run of guide and model, which draws one particle of all latents."""
+
+    guide: Trace
+    model: Trace
+    densities: Mapping[str, Tensor]  # the log of each site's share of r_k
+
+
 def run_ordinary(
     structure: Structure, programs: Programs, num_samples: int
 ) -> tuple[Structure, Particles, FactorGraph, tuple[Trace, ...]]:
+    """Draw particles of all latents together, and weigh each; see :func:`weighed_together`."""
+    return weighed_together(structure, run_one_by_one(programs, num_samples))
+
+
+def run_one_by_one(programs: Programs, num_samples: int) -> list[Run]:
+    """Run guide and model once for each particle; draws random numbers."""
+    return [_one_run(programs) for _ in _progress.bar(range(num_samples), "particles")]
+
+
+def weighed_together(
+    structure: Structure, runs: Sequence[Run]
+) -> tuple[Structure, Particles, FactorGraph, tuple[Trace, ...]]:
     """
-    Draw particles of all latents together, and weigh each; draws random numbers.
+    Weigh particles of all latents together.
 
     :param structure: of one run of the programs.
     :return: the structure with a single index, the particles, their factors, and the model's
         traces.
     """
-    rows: list[dict[str, Tensor]] = []
-    values: list[dict[str, Tensor]] = []
-    traces = []
-    for _ in range(num_samples):
-        trace, densities = _one_run(programs)
-        rows.append(densities)
-        sites = statements(trace)
-        values.append({name: s["value"] for name, s in sites.items() if is_latent(s)})
-        traces.append(trace)
+    num_samples = len(runs)
+    rows = [run.densities for run in runs]
+    traces = [run.model for run in runs]
+    values = [
+        {name: s["value"] for name, s in statements(trace).items() if is_latent(s)}
+        for trace in traces
+    ]
     kept = _in_every_run(structure, values)
     structure = _with_one_index(structure, kept, num_samples)
     symbol = structure.indices[0].symbol
@@ -86,56 +109,62 @@ def run_ordinary(
     return structure, particles, graph, tuple(traces)
 
 
-def _one_run(programs: Programs) -> tuple[Trace, dict[str, Tensor]]:
-    """Run guide and model; return the model's trace, and the log of each site's share of r_k."""
+def _one_run(programs: Programs) -> Run:
     args, kwargs = programs.args, programs.kwargs
-    guide_trace = poutine.trace(programs.program("guide")).get_trace(*args, **kwargs)
-    model = poutine.replay(programs.model, trace=guide_trace)
-    trace = poutine.trace(model).get_trace(*args, **kwargs)
+    with taking_anything():
+        guide_trace = poutine.trace(programs.program("guide")).get_trace(*args, **kwargs)
+        model = poutine.replay(programs.model, trace=guide_trace)
+        trace = poutine.trace(model).get_trace(*args, **kwargs)
     masks = masks_at(programs, guide_trace, trace)
     proposed = {name: masks.of_guide(site) for name, site in statements(guide_trace).items()}
     densities: dict[str, Tensor] = {}
-    with pyro.validation_enabled(False):
-        for name, site in statements(trace).items():
-            site = masks.of_model(site)
-            density = _sum(counted(site, _log_prob(site)), site)
-            if is_latent(site) and name not in proposed and not is_delta(site["fn"]):
-                density = density - _sum(_log_proposal(site), site)
-            densities[name] = density
-        for name, site in proposed.items():
-            if is_latent(site) or (site["is_observed"] and name not in trace.nodes):
-                density = densities.get(name, torch.zeros((), dtype=torch.double))
-                densities[name] = density - _sum(_log_proposal(site), site)
-    trace.log_prob_sum()  # memoised in the trace, as the traces of pyro.infer.Importance have it
-    return trace, densities
+    for name, site in statements(trace).items():
+        site = masks.of_model(site)
+        density = counted(site, _density(site, latent=is_latent(site)))
+        if programs.nan_is_zero:
+            density = torch.where(density.isnan(), -torch.inf, density)
+        densities[name] = _sum(density, site)
+        if is_latent(site) and name not in proposed and not is_delta(site["fn"]):
+            densities[f"{name} (proposal)"] = -_sum(_log_proposal(site), site)
+    for name, site in proposed.items():
+        if is_latent(site) or (site["is_observed"] and name not in trace.nodes):
+            densities[f"{name} (proposal)"] = -_sum(_log_proposal(site), site)
+    memoise(trace)  # as the traces of pyro.infer.Importance have it
+    return Run(guide_trace, trace, densities)
 
 
 def _log_proposal(site: SampleMessage) -> Tensor:
     """Return the density that a site was drawn from."""
     fn = unmasked(site["fn"]) if is_latent(site) else site["fn"]
-    return drawn_from(site, _log_prob({**site, "fn": fn}))
+    return drawn_from(site, _density({**site, "fn": fn}))
 
 
-def _log_prob(site: SampleMessage) -> Tensor:
-    log_prob: Tensor = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
-    return log_prob
+def _density(site: SampleMessage, *, latent: bool = False) -> Tensor:
+    """Return a log density: zero outside of the support, nan at invalid arguments."""
+    checked = is_validation_enabled() and is_checked(site["fn"])
+    with pyro.validation_enabled(False):
+        return density_of(site["fn"], site["value"], validate=checked, latent=latent)
 
 
 def _sum(log_prob: Tensor, site: SampleMessage) -> Tensor:
     return torch.as_tensor(log_prob).sum(dtype=torch.double) * scale_of_plates(site)
 
 
-def _log_factors(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def _log_factors(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Put densities together: (K,) of each site that is in every run, and of all others."""
     common = [name for name in rows[0] if all(name in row for row in rows)]
     result = {name: torch.stack([row[name] for row in rows]) for name in common}
-    others = [
-        sum((row[name] for name in row if name not in result), torch.zeros(()).double())
-        for row in rows
-    ]
+    others = [_total([row[name] for name in row if name not in result]) for row in rows]
     if any(len(row) > len(common) for row in rows):
         result[OTHERS] = torch.stack(others)
     return result
+
+
+def _total(densities: list[Tensor]) -> Tensor:
+    """Add up log densities; one that is zero makes the others' nan impossible."""
+    total = sum(densities, torch.zeros((), dtype=torch.double))
+    impossible = any(bool(density == -math.inf) for density in densities)
+    return torch.full_like(total, -math.inf) if impossible else total
 
 
 def _in_every_run(structure: Structure, values: list[dict[str, Tensor]]) -> list[str]:

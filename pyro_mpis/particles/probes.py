@@ -28,7 +28,7 @@ from pyro_mpis._typing import Ordinal, SampleMessage
 from pyro_mpis.factor_graph.graph import FactorGraph
 from pyro_mpis.particles.evaluation import summed_over
 from pyro_mpis.particles.proposals import Particles
-from pyro_mpis.programs.mapped import log_prob_of
+from pyro_mpis.programs.densities import density_of
 from pyro_mpis.programs.messages import counted
 from pyro_mpis.programs.runs import Collect, NotMappableError, Programs, Wanted, evaluate
 from pyro_mpis.programs.structure import Structure
@@ -216,7 +216,7 @@ def _collecting(structure: Structure, name: str) -> Collect:
     dims = structure.summed_dims(structure.model[name])
 
     def collect(site: SampleMessage, _: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        log_prob = counted(site, log_prob_of(site["fn"], site["value"]))
+        log_prob = counted(site, density_of(site["fn"], site["value"], validate=False))
         return {"log_prob": summed_over(log_prob, dims)}
 
     return collect

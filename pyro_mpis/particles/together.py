@@ -6,6 +6,7 @@ Where elements of a plate are read together, or plates cross, the sum over an in
 is exponential in the size of the plate. Such indices are to be shared: one for the whole plate.
 """
 
+from pyro_mpis._text import quoted
 from pyro_mpis._typing import Ordinal
 from pyro_mpis.factor_graph.graph import FactorGraph, LogFactor
 
@@ -105,5 +106,5 @@ def foreign_ordinals(graph: FactorGraph, factor: LogFactor) -> list[Ordinal]:
 
 def plates_named(graph: FactorGraph, plates: Ordinal) -> str:
     """Return the names of plates, for a message."""
-    names = ", ".join(f"'{graph.plate_names[symbol]}'" for symbol in sorted(plates))
+    names = quoted({graph.plate_names[symbol] for symbol in plates})
     return f"plate {names}" if len(plates) == 1 else f"plates {names}"

@@ -127,8 +127,8 @@ def unreachable(name: str, guide: Distribution, model: Distribution) -> str | No
         return None
     return (
         f"'{name}': the guide's {type(guide).__name__} reaches {_describe(ours)} only, of the "
-        f"model's {_describe(theirs)}. evidence() is that of the part it reaches, and so is the "
-        "posterior. That is right if the rest is cut off on purpose; else use a wider guide."
+        f"model's {_describe(theirs)}. evidence() and the posterior are those of the part that it "
+        "reaches. That is right if you cut off the rest on purpose; else use a wider guide."
     )
 
 

@@ -8,45 +8,57 @@ and they count as impossible.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
+import pyro
 import torch
 from pyro.distributions import MaskedDistribution, TorchDistribution
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.distributions.util import scale_and_mask
+from pyro.ops.provenance import get_provenance
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import is_validation_enabled
 from torch import Tensor
 from torch.distributions import (
+    Categorical,
     Distribution,
     Independent,
     MixtureSameFamily,
     TransformedDistribution,
     constraints,
 )
+from torch.distributions.utils import lazy_property
 
-from pyro_mpis.programs.mapped import exchange, is_mapped, log_prob_of, unwrapped
+from pyro_mpis.programs.mapped import exchange, log_prob_of, unwrapped
 from pyro_mpis.programs.masks import Parts, taken_apart
 
 UNBOUNDED = (constraints.real, constraints.real_vector, constraints.dependent)
+NOT_NOW = 0  # a distribution that does not check values, but for no wish of the user's
 
 
 def density_of(fn: Distribution, value: Tensor, *, validate: bool, latent: bool = False) -> Tensor:
     """
     Return a site's log density: ``(*batch shape)``.
 
-    :param validate: whether to look at the support and the arguments, where they depend on the
-        values of a mapped run.
+    :param validate: whether to look at the support and the arguments. The support of a Categorical,
+        whose values are places in a table, is always looked at.
     :param latent: whether what ``.mask()`` hides is flat on the support, as a latent's prior is,
         not one everywhere.
     """
     parts = taken_apart(fn)
     if parts.mask is not None:
         return _masked_density(parts, value, validate=validate, latent=latent)
-    log_prob = log_prob_of(fn, value)
-    if not validate or not isinstance(fn, Distribution):
-        return log_prob
+    is_index = isinstance(_innermost(fn), Categorical)
+    if not isinstance(fn, Distribution) or not (validate or is_index):
+        return log_prob_of(fn, value)
     inside = inside_of(fn, value)
     if inside is not None and _is_false_somewhere(inside):
-        log_prob = torch.where(inside, log_prob, -torch.inf)
-    for valid in filter(_is_false_somewhere, _valid_arguments(fn)):
+        log_prob = torch.where(inside, log_prob_of(fn, _as_an_index(fn, value)), -torch.inf)
+    else:
+        log_prob = log_prob_of(fn, value)
+    for _, _, valid in _valid_arguments(fn) if validate else ():
+        if not _is_false_somewhere(valid):
+            continue
         if not _fits(valid.shape, log_prob.shape):
             valid = valid.all()  # dims of an argument that the batch shape does not have
         log_prob = torch.where(valid, log_prob, torch.nan)
@@ -55,12 +67,23 @@ def density_of(fn: Distribution, value: Tensor, *, validate: bool, latent: bool 
 
 def _is_false_somewhere(condition: Tensor) -> bool:
     """
-    Whether a condition that differs between values is false for any.
+    Whether a condition is false for any of the values.
 
     Densities are often much larger than what the condition looks at, and a choice between them and
-    another number takes longer. What is the same for all values, the plain run has looked at.
+    another number takes longer.
     """
-    return is_mapped(condition) and not bool(unwrapped(condition).tensor.all())
+    return not bool(unwrapped(condition).tensor.all())
+
+
+def _as_an_index(fn: Distribution, value: Tensor) -> Tensor:
+    """Bring integers into their support: a Categorical looks them up."""
+    support = fn.support
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    if not isinstance(support, constraints.integer_interval):
+        return value
+    lower, upper = (torch.as_tensor(b) for b in (support.lower_bound, support.upper_bound))
+    return value.clamp(lower.to(value.device), upper.to(value.device))
 
 
 def _masked_density(parts: Parts, value: Tensor, *, validate: bool, latent: bool) -> Tensor:
@@ -72,7 +95,7 @@ def _masked_density(parts: Parts, value: Tensor, *, validate: bool, latent: bool
         log_prob = density_of(parts.inner, value, validate=validate)
         log_prob = scale_and_mask(log_prob, mask=parts.mask)
     inside = inside_of(parts.inner, value) if validate and latent else None
-    if inside is not None and is_mapped(inside):
+    if inside is not None:
         log_prob = torch.where(inside, log_prob, -torch.inf)
     dims = parts.event_dims
     return log_prob.expand(shape).sum(tuple(range(-dims, 0))) if dims else log_prob
@@ -86,9 +109,27 @@ def _fits(shape: torch.Size, batch_shape: torch.Size) -> bool:
 
 def is_checked(fn: object) -> bool:
     """Whether a distribution checks values, as it does unless made with ``validate_args=False``."""
-    while hasattr(fn, "base_dist"):
+    return getattr(_innermost(fn), "_validate_args", False) is not False
+
+
+def _innermost(fn: object) -> object:
+    """Take a distribution out of masks and shapes. That of a transform is another distribution."""
+    while isinstance(fn, Independent | MaskedDistribution | ExpandedDistribution):
         fn = fn.base_dist
-    return bool(getattr(fn, "_validate_args", False))
+    return fn
+
+
+@contextmanager
+def taking_anything() -> Iterator[None]:
+    """
+    Let distributions be made of any arguments, and values be any: :func:`density_of` looks at them.
+
+    A copy of a distribution keeps what the class says when it is made. It is a zero here, so that
+    those that the user has made with ``validate_args=False`` can be told from it.
+    """
+    with pyro.validation_enabled(False):
+        torch.distributions.Distribution._validate_args = NOT_NOW  # type: ignore[assignment]
+        yield
 
 
 def inside_of(fn: Distribution, value: Tensor) -> Tensor | None:
@@ -144,9 +185,11 @@ def _all_of_events(inside: Tensor | None, dims: int) -> Tensor | None:
     return inside.flatten(-dims).all(-1) if inside.dim() >= dims else inside.all()
 
 
-def _valid_arguments(fn: Distribution, dims: int = 0) -> Iterator[Tensor]:
+def _valid_arguments(
+    fn: Distribution, dims: int = 0
+) -> Iterator[tuple[str, constraints.Constraint, Tensor]]:
     """
-    Yield where each argument meets its constraint, in dims of the batch shape.
+    Yield each argument's name, its constraint, and where it meets it, in dims of the batch shape.
 
     :param dims: batch dims of this distribution that are event dims of the site.
     """
@@ -167,25 +210,64 @@ def _valid_arguments(fn: Distribution, dims: int = 0) -> Iterator[Tensor]:
     for name, constraint in fn.arg_constraints.items():
         if constraints.is_dependent(constraint) or constraint is constraints.real:
             continue
-        argument = fn.__dict__.get(name)  # others are computed from these when asked for
-        if not isinstance(argument, Tensor) or not is_mapped(argument):
-            continue  # the plain run has looked at what does not depend on particles
+        argument = fn.__dict__.get(name)
+        if not isinstance(argument, Tensor) or not _is_given(fn, name, argument):
+            continue
         try:
             valid = constraint.check(argument)
         except (RuntimeError, NotImplementedError):
             continue  # torch cannot map the check of some, as of positive definite matrices
         valid = _all_of_events(valid, min(dims, valid.dim()))
         assert valid is not None
-        yield valid
+        yield name, constraint, valid
 
 
-def invalid_arguments(fn: Distribution) -> list[str]:
-    """Return what the arguments of a distribution have to be, for a message."""
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    rules = getattr(fn, "arg_constraints", {})
-    return [
-        f"{name}: {constraint}"
-        for name, constraint in rules.items()
-        if not constraints.is_dependent(constraint) and constraint is not constraints.real
-    ]
+def _is_given(fn: Distribution, name: str, argument: Tensor) -> bool:
+    """Whether an argument was given, not computed from another one when it was asked for."""
+    lazy = [n for n in fn.arg_constraints if isinstance(getattr(type(fn), n, None), lazy_property)]
+    if name not in lazy:
+        return True
+    given = getattr(fn, "_param", None)  # probs or logits
+    if given is not None:
+        return argument is given
+    return sum(n in fn.__dict__ for n in lazy) == 1
+
+
+def refuse_invalid(trace: Trace, program: str) -> None:
+    """
+    Refuse arguments that are invalid whatever the latents are.
+
+    :param trace: of a plain run with provenance.
+    :raises ValueError: names the site.
+    """
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample" or not isinstance(site["fn"], Distribution):
+            continue
+        for argument, wanted, valid in _valid_arguments(site["fn"]):
+            if not get_provenance(valid) and not bool(valid.all()):
+                raise ValueError(
+                    f"site '{name}' of the {program}: '{argument}' of its "
+                    f"{type(_innermost(site['fn'])).__name__} is to be {wanted}, and is not. Check "
+                    "the data and parameters that it is computed from."
+                )
+
+
+def memoise(trace: Trace) -> None:
+    """
+    Evaluate the densities of a plain run, and keep them in its trace as Pyro does.
+
+    One that is nan beside one that is zero is zero.
+    """
+    sites = [site for site in trace.nodes.values() if site["type"] == "sample"]
+    checked = [is_validation_enabled() and is_checked(site["fn"]) for site in sites]
+    with pyro.validation_enabled(False):
+        log_probs = [
+            torch.as_tensor(density_of(site["fn"], site["value"], validate=validate))
+            for site, validate in zip(sites, checked, strict=True)
+        ]
+    impossible = any(bool((log_prob == -torch.inf).any()) for log_prob in log_probs)
+    for site, log_prob in zip(sites, log_probs, strict=True):
+        if impossible:
+            log_prob = torch.where(log_prob.isnan(), -torch.inf, log_prob)
+        counted = scale_and_mask(log_prob, site["scale"], site["mask"])
+        site.update(unscaled_log_prob=log_prob, log_prob=counted, log_prob_sum=counted.sum())

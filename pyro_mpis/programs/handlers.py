@@ -9,12 +9,19 @@ import torch
 from pyro import poutine
 from pyro.ops.provenance import detach_provenance
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.runtime import _DIM_ALLOCATOR, Message
 from torch import Tensor
 
 from pyro_mpis._typing import SampleMessage
 from pyro_mpis.programs.draws import draw_of
-from pyro_mpis.programs.messages import SCALED_PROPOSAL, is_delta, is_latent, is_subsample
+from pyro_mpis.programs.messages import (
+    SCALED_PROPOSAL,
+    is_delta,
+    is_enumerated,
+    is_latent,
+    is_subsample,
+)
 from pyro_mpis.programs.provenance import tracked
 from pyro_mpis.programs.stratified import Strata
 
@@ -53,6 +60,16 @@ class Compare(Messenger):
     def _pyro_sample(self, msg: SampleMessage) -> None:
         if is_latent(msg) and msg["name"] in self.sites:
             self.compare(self.sites[msg["name"]], msg)
+
+
+class Replay(ReplayMessenger):
+    """Give the model the guide's values; a mark for enumeration counts in either program."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        own = msg["infer"] if is_latent(msg) and is_enumerated(msg) else {}
+        super()._pyro_sample(msg)
+        if own and "enumerate" not in msg["infer"]:
+            msg["infer"] = {**msg["infer"], "enumerate": own["enumerate"]}
 
 
 class AllMet(Exception):

@@ -343,6 +343,24 @@ class _NoContext:
         """Mark nothing."""
 
 
+READ = "pyro_mpis: levels that the operation read"  # kept with the error that it raised
+
+
+def _levels_of(part: object) -> frozenset[int]:
+    """Return the levels that the tensors within something are mapped at."""
+    mapped = filter(is_mapped, tensors_of(part))
+    return frozenset(level for tensor in mapped for level in unwrapped(tensor).levels)
+
+
+def levels_at_error(error: BaseException | None) -> frozenset[int]:
+    """Return the levels of the values that an operation failed on; none if that is not known."""
+    while error is not None:
+        if READ in vars(error):
+            return frozenset(vars(error)[READ])
+        error = error.__cause__ or error.__context__
+    return frozenset()
+
+
 class _Rewritten(TorchFunctionMode):
     """Operations that torch cannot map, in terms of others that it can."""
 
@@ -358,7 +376,11 @@ class _Rewritten(TorchFunctionMode):
             result = rewritten(*args, **(kwargs or {}))
             if result is not NotImplemented:
                 return result
-        return func(*args, **(kwargs or {}))
+        try:
+            return func(*args, **(kwargs or {}))
+        except Exception as error:
+            vars(error).setdefault(READ, _levels_of((args, kwargs)))
+            raise
 
 
 def _set_item(tensor: Tensor, index: Any, value: Any) -> Any:

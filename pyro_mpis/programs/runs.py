@@ -15,33 +15,48 @@ import os
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
+from functools import partial
+from types import MappingProxyType
 from typing import Literal, TypeAlias
 
 import torch
 from pyro import poutine
 from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import is_validation_enabled
 from torch import Tensor
 
 from pyro_mpis._text import first_line
 from pyro_mpis._typing import Program, SampleMessage
+from pyro_mpis.programs.densities import memoise, refuse_invalid, taking_anything
 from pyro_mpis.programs.environment import rng_state, same_rng_state, set_rng_state
 from pyro_mpis.programs.handlers import (
     AllMet,
     Compare,
     DrawMapped,
+    Replay,
     Stop,
     Substitute,
     Track,
 )
-from pyro_mpis.programs.mapped import LIBRARIES, Mapped, Values, run_mapped, unwrapped
+from pyro_mpis.programs.mapped import (
+    LIBRARIES,
+    Mapped,
+    Values,
+    levels_at_error,
+    run_mapped,
+    unwrapped,
+)
 from pyro_mpis.programs.masks import GuideMasks, Masks, ModelMasks
 from pyro_mpis.programs.messages import is_delta, is_latent, statements
+from pyro_mpis.programs.one_by_one import put_together
 from pyro_mpis.programs.stratified import Strata
 from pyro_mpis.programs.subsampling import OneSubsample, Subsamples
 
 Name: TypeAlias = Literal["model", "guide"]
 # Takes a site's message and the single values of all given sites; returns what to keep, by name.
 Collect: TypeAlias = Callable[[SampleMessage, Mapping[str, Tensor]], Mapping[str, Tensor]]
+
+
 Said: TypeAlias = dict[str, dict[str, Mapped]]  # site -> what was kept of it
 
 
@@ -58,6 +73,7 @@ class Programs:
     subsamples: Subsamples | None = None  # of plates that select a minibatch
     detached: bool = False  # whether particles are cut off from what they are drawn from
     masks: Masks = field(default_factory=Masks)  # how those of latents count
+    one_by_one: frozenset[str] = frozenset()  # sites whose values cannot be mapped
 
     @property
     def nan_is_zero(self) -> bool:
@@ -83,11 +99,18 @@ def with_one_subsample(programs: Programs) -> Programs:
 
 
 class NotMappableError(Exception):
-    """A program that runs on single values cannot be run at many at once."""
+    """
+    A program that runs on single values cannot be run at many at once.
 
-    def __init__(self, message: str, remedy: str = "") -> None:
+    :ivar levels: of the mapped run, those of the values that it failed on, if these are known.
+    """
+
+    def __init__(
+        self, message: str, remedy: str = "", levels: frozenset[int] = frozenset()
+    ) -> None:
         super().__init__(message)
         self.remedy = remedy
+        self.levels = levels
 
 
 class OtherSitesError(NotMappableError):
@@ -122,7 +145,20 @@ def run_plainly(
         return _run_both(programs, compare, tracking=True)
     except Exception:  # some code takes no tensors with marks: what is read is then found otherwise
         set_rng_state(state)
+    try:
         return _run_both(programs, compare, tracking=False)
+    except ValueError as error:  # an argument is perhaps invalid at these values alone
+        if not is_validation_enabled():
+            raise
+        set_rng_state(state)
+        try:
+            with taking_anything():
+                traces = _run_both(programs, compare, tracking=True)
+        except Exception:
+            raise error from None
+    for trace, name in zip(traces, ("guide", "model"), strict=True):
+        refuse_invalid(trace, name)
+    return traces
 
 
 def _run_both(
@@ -145,7 +181,7 @@ def _run_both(
             lambda site: tracking and not is_delta(site["fn"]) and site["name"] not in from_guide
         ),
     ):
-        replayed = poutine.replay(programs.model, trace=guide_values)
+        replayed = Replay(trace=guide_values)(programs.model)
         model_trace = poutine.trace(replayed).get_trace(*programs.args, **programs.kwargs)
     return guide_trace, model_trace
 
@@ -162,8 +198,9 @@ def trace_at(programs: Programs, values: Mapping[str, Tensor]) -> Trace:
 
     :return: an ordinary trace, return value included.
     """
-    trace = run_at(programs, "model", values)
-    trace.log_prob_sum()  # memoised in the trace, as the traces of pyro.infer.Importance have it
+    with taking_anything():
+        trace = run_at(programs, "model", values)
+    memoise(trace)
     return trace
 
 
@@ -196,23 +233,37 @@ def evaluate(
     guide: Wanted | None = None,
     model: Wanted | None = None,
     shapes: Mapping[str, torch.Size],
+    given: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> tuple[Said, Said]:
     """
     Run guide and model at all combinations of values, mapped over each level.
 
-    The model takes the values of the guide's ``Delta`` sites from the guide's run.
+    The model takes the values of the guide's ``Delta`` sites from the guide's run. A level whose
+    values cannot be mapped is taken value by value.
 
     :param levels: site -> ``(size, *shape)``, one size in each level; an ordinary run's shapes.
     :param guide: what to keep of the guide's sites; None if it is not to be run.
     :param model: likewise of the model's.
     :param shapes: of the model's latent sites, where the guide's may have other dims of size one.
+    :param given: values that are the same at all combinations.
     :return: what was kept of the guide's and the model's sites.
     :raises NotMappableError: if torch cannot map a program; it names the line.
     """
     from_guide: Said = {}
     from_model: Said = {}
+    for number, level in enumerate(levels):
+        if programs.one_by_one & level.keys():
+            others = [*levels[:number], *levels[number + 1 :]]
+            run = partial(evaluate, programs, others, guide=guide, model=model, shapes=shapes)
+            size = len(next(iter(level.values())))
+            at_values = ({n: value[k] for n, value in level.items()} for k in range(size))
+            said = [run(given={**given, **values}) for values in at_values]
+            by_guide, by_model = zip(*said, strict=True)
+            own = level.keys()
+            return put_together(by_guide, number, own), put_together(by_model, number, own)
 
     def at_single_values(values: dict[str, Tensor]) -> None:
+        values = {**given, **values}
         model_values = dict(values)
         if guide is not None:
             until = () if guide.all_sites else guide.collect
@@ -366,6 +417,7 @@ def not_mappable(name: Name, last_site: str | None, error: Exception) -> NotMapp
     return NotMappableError(
         f"the {name} {where}{_line(error)}: {type(error).__name__}: {first_line(error)}",
         next(found, OTHER_REMEDY),
+        levels_at_error(error),
     )
 
 

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
 
+from pyro_mpis import _threads
+
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
@@ -50,7 +52,8 @@ def turn() -> Iterator[None]:
         with _LOCKS.working:
             _LOCKS.depth = 1
             try:
-                yield
+                with _threads.one():
+                    yield
             finally:
                 _LOCKS.depth = 0
 
@@ -69,7 +72,7 @@ def in_turn(function: Callable[Parameters, Result]) -> Callable[Parameters, Resu
 @contextmanager
 def job() -> Iterator[None]:
     """Run a job of an asker, who waits for it, while no other thread computes."""
-    with _LOCKS.working:
+    with _LOCKS.working, _threads.one():
         yield
 
 

@@ -244,7 +244,7 @@ def build(
         import xarray
     except ImportError as error:
         raise ImportError(
-            "to_arviz needs xarray and ArviZ, which are not installed: pip install pyro-mpis[arviz]"
+            "to_arviz needs xarray and ArviZ, which are not installed: pip install arviz h5netcdf"
         ) from error
     _check_names(groups, names)
     datasets = {name: _dataset(arrays, names) for name, arrays in groups.items() if arrays}

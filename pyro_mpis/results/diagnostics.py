@@ -11,21 +11,26 @@ shows in how the weights bend (``narrowness``). Nothing shows a mode that no par
 What counts as poor is decided here, for ``diagnose``, ``summary`` and the plots alike.
 """
 
+import html
 import math
 import textwrap
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from pyro import settings
 from torch import Tensor
 
-from pyro_mpis._text import table
+from pyro_mpis._text import data_frame, html_table, table
 from pyro_mpis.blocks import BlockSum
 from pyro_mpis.factor_graph.marginals import Marginal
 from pyro_mpis.programs.structure import Structure
 from pyro_mpis.results.narrowness import curvature_of, times_as_wide
 from pyro_mpis.results.remedies import multiple, remedies, widening
 from pyro_mpis.results.site_diagnosis import SiteDiagnosis
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 # Of five even draws the mean is off by 0.45 posterior sds, and the 5 % and 95 % quantiles are the
 # lowest and the highest of them.
@@ -46,6 +51,7 @@ NARROW_CURVATURE = 0.125
 FALSE_ALARM = 0.01
 # Sites of the printed table: a chain of a thousand has its bottleneck in a few.
 MOST_ROWS = 30
+COLUMNS = ("site", "from", "particles", "ESS, lowest", "of", "median", "heaviest", "k-hat")
 
 
 def _check_threshold(value: float) -> None:
@@ -72,13 +78,15 @@ class Problem:
 @dataclass(frozen=True, repr=False)
 class Diagnosis:
     """
-    What :meth:`~pyro_mpis.MPImportance.diagnose` finds; ``str()`` says it in words.
+    What :meth:`~pyro_mpis.MPImportance.diagnose` finds.
 
-    :param sites: of every site that has particles, in the model's order.
-    :param problems: what is poor; empty if nothing is.
-    :param log_evidences: of each replicate, -inf for an evidence of zero: ``(replicates,)``.
-    :param log_evidence: of all replicates together.
-    :param evidence_error: its standard error, None of a single replicate.
+    ``print`` it in a terminal; in a notebook it shows itself.
+
+    :param sites: the weights of every site that has particles, in the model's order.
+    :param problems: what is poor, and what would help; empty if nothing is poor.
+    :param log_evidences: the log evidence of each replicate, ``(replicates,)``; -inf for zero.
+    :param log_evidence: the log evidence of all replicates together.
+    :param evidence_error: its standard error; None if there is a single replicate.
     """
 
     sites: tuple[SiteDiagnosis, ...]
@@ -89,7 +97,7 @@ class Diagnosis:
 
     @property
     def bottleneck(self) -> SiteDiagnosis | None:
-        """The site of the lowest effective sample size; None of a model without particles."""
+        """The site of the lowest effective sample size; None if no site has particles."""
         return min(self.sites, key=lambda site: site.lowest_ess, default=None)
 
     def __str__(self) -> str:
@@ -103,9 +111,41 @@ class Diagnosis:
             parts.append(_wrapped(_good(self)))
         return "\n\n".join(parts)
 
-    def __repr__(self) -> str:
-        """Return a line: the whole is printed."""
-        return f"<Diagnosis: problems {len(self.problems)}, sites {len(self.sites)}>"
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """Return the table and the sentences as a notebook shows them."""
+        rows, rest = _rows(self.sites)
+        parts = [f"<p>{html.escape(_evidence_line(self))}</p>"]
+        if self.sites:
+            parts.append(html_table([COLUMNS, *rows], rest))
+        for problem in self.problems:
+            helps = "".join(f"<li>{html.escape(text)}</li>" for text in problem.helps)
+            parts.append(f"<p>Poor: {html.escape(problem.found)}</p><ul>{helps}</ul>")
+        if not self.problems:
+            parts.append(f"<p>{html.escape(_good(self))}</p>")
+        return "".join(parts)
+
+    def to_dataframe(self) -> "DataFrame":
+        """
+        Return the weights of the sites as a pandas ``DataFrame``, indexed by the sites' names.
+
+        Its columns are ``proposal``, ``particles``, ``lowest_ess``, ``worst`` (the element that has
+        it), ``median_ess``, ``heaviest`` (the largest share of one particle) and ``k_hat``.
+
+        :raises ImportError: without pandas.
+        """
+        columns: dict[str, list[object]] = {
+            "site": [site.name for site in self.sites],
+            "proposal": [site.proposal for site in self.sites],
+            "particles": [site.num_particles for site in self.sites],
+            "lowest_ess": [site.lowest_ess for site in self.sites],
+            "worst": [site.worst for site in self.sites],
+            "median_ess": [float(site.ess.median()) for site in self.sites],
+            "heaviest": [float(site.heaviest.max()) for site in self.sites],
+            "k_hat": [site.highest_k for site in self.sites],
+        }
+        return data_frame(columns).set_index("site")
 
 
 def diagnose(
@@ -268,10 +308,10 @@ def _too_narrow(sites: tuple[SiteDiagnosis, ...]) -> list[Problem]:
     element = by_name[worst].element(int(times[worst].reshape(-1).argmax()))
     finding = (
         f"{number} of {sum(site.ess.numel() for site in sites)} marginals have weights that rise "
-        "towards their outermost particles, so that these are narrower than the posterior (most: "
+        "towards their outermost particles: the particles are narrower than the posterior (most: "
         f"{element}, whose posterior is {multiple(most[worst])} as wide as its particles). The log "
-        "evidence is too low, by how much is not known; its standard error and all intervals are "
-        "too small. An effective sample size near the number of particles does not say otherwise."
+        "evidence is too low, by an unknown amount. Its standard error and all intervals are too "
+        "small. A high effective sample size does not show this."
     )
     helps = widening([(by_name[name], times) for name, times in most.items()])
     return [Problem(finding, tuple(helps))]
@@ -317,30 +357,31 @@ def _evidence_line(diagnosis: Diagnosis) -> str:
 
 
 def _table(sites: tuple[SiteDiagnosis, ...]) -> str:
-    header = ("site", "from", "particles", "ESS, lowest", "of", "median", "heaviest", "k-hat")
-    lines: list[tuple[str, ...]] = [header]
+    rows, rest = _rows(sites)
+    text = table([COLUMNS, *rows], left=(0, 1, 4))
+    return f"{text}\n{rest}" if rest else text
+
+
+def _rows(sites: tuple[SiteDiagnosis, ...]) -> tuple[list[tuple[str, ...]], str]:
+    """Return the lines of the table, and what to say of the sites that it has no line for."""
     by_ess = sorted(sites, key=lambda site: site.lowest_ess)
     shown = {site.name for site in by_ess[:MOST_ROWS]}
-    for site in sites:
-        if site.name not in shown:
-            continue
-        k_hat = "-" if math.isnan(site.highest_k) else f"{site.highest_k:.2f}"
-        lines.append(
-            (
-                site.name,
-                site.proposal,
-                str(site.num_particles),
-                f"{site.lowest_ess:.1f}",
-                site.worst,
-                f"{float(site.ess.median()):.1f}",
-                f"{float(site.heaviest.max()):.2f}",
-                k_hat,
-            )
+    rows: list[tuple[str, ...]] = [
+        (
+            site.name,
+            site.proposal,
+            str(site.num_particles),
+            f"{site.lowest_ess:.1f}",
+            site.worst,
+            f"{float(site.ess.median()):.1f}",
+            f"{float(site.heaviest.max()):.2f}",
+            "-" if math.isnan(site.highest_k) else f"{site.highest_k:.2f}",
         )
-    text = table(lines, left=(0, 1, 4))
-    if len(sites) > len(shown):
-        text += f"\nand {len(sites) - len(shown)} sites of higher ESS"
-    return text
+        for site in sites
+        if site.name in shown
+    ]
+    left_out = len(sites) - len(shown)
+    return rows, f"and {left_out} sites of higher ESS" if left_out else ""
 
 
 def _good(diagnosis: Diagnosis) -> str:

@@ -60,26 +60,34 @@ def log_predictive(
     """
     Estimate the log predictive density of held-out data: log mean exp over posterior samples.
 
-    Held-out data come in one of two ways::
+    >>> import pyro, pyro.distributions as dist
+    >>> def model(y):
+    ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    ...     with pyro.plate("data", len(y)):
+    ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+    >>> samples = {"mu": torch.tensor([0.2, 0.4])}
+    >>> log_predictive(model, samples, (torch.tensor([0.3]),)).item()
+    -0.92
 
-        # the model called with held-out data alone
+    There are two ways to give held-out data::
+
+        # call the model with the held-out data alone
         log_predictive(model, samples, (x_test, y_test))
-        # the model called with all data, training data first in their plates
+        # call the model with all data; the training data come first in their plates
         log_predictive(model, samples, {"x": x_all, "y": y_all}, train={"x": x, "y": y})
 
-    The second is log p(all | z) - log p(train | z) in each sample, and is for data that cannot do
-    without the rest (the next steps of a series, more elements of a plate).
+    The second is log p(all | z) - log p(train | z) in each sample. Use it for data that need the
+    training data beside them, such as the next steps of a series or more elements of a plate.
 
-    A latent site's value is that of the posterior sample, which is matched **by position**: where
-    ``test`` makes a plate larger, as many first elements as the sample has are the sample's, and
-    those that follow are drawn from the prior, given the rest of the sample. A site in a plate that
-    ``posterior_samples`` does not have is drawn so altogether: leave out the sites of a plate whose
-    elements in ``test`` are others than those of the training data.
+    The values of latent sites are those of the posterior samples, matched **by position**. If
+    ``test`` makes a plate larger, its first elements have the values of the sample. The further
+    elements are drawn from the prior, given the rest of the sample. If the elements of a plate in
+    ``test`` are all others than in the training data, leave the sites of this plate out of
+    ``posterior_samples``: then they are all drawn from the prior.
 
-    The model sees single values, in the shapes of an ordinary run, as in a run of
-    :class:`MPImportance`: it is mapped over the samples, or runs once for each of them where torch
-    cannot map it. Draws random numbers. Works with samples from :meth:`MPImportance.sample`,
-    ``MCMC.get_samples()``, or ``Predictive(guide, ...)``.
+    The model sees single values, as in a run of :class:`MPImportance`. It is mapped over the
+    samples, or runs once for each sample if torch cannot map it. Draws random numbers. Samples may
+    come from :meth:`MPImportance.sample`, ``MCMC.get_samples()`` or ``Predictive(guide, ...)``.
 
     :param model: the model, with its observations made from the arguments.
     :param posterior_samples: ``{site: (num_samples, *shape)}``, the shape that of an ordinary run.
@@ -87,9 +95,9 @@ def log_predictive(
     :param test: the arguments that the model is called with for held-out data: a tuple of
         positional ones or a dictionary of keyword ones.
     :param train: likewise for training data, where ``test`` contains them too.
-    :param num_local_samples: draws of each new latent for each posterior sample. Several make the
-        estimate much better where there are many new latents: with one the mean over posterior
-        samples is ruled by the best of the draws, and its logarithm is far too low.
+    :param num_local_samples: draws of each new latent for each posterior sample. With many new
+        latents, give several. With one, the best of the draws dominates the mean over posterior
+        samples, and its logarithm is far too low.
     :return: a scalar, float64, in nats; ``-inf`` if every sample rules the data out.
     :raises ValueError: if samples, plates and arguments do not fit; the message names the site.
     """
@@ -330,7 +338,7 @@ def _place(site: SampleMessage, sample: Tensor, call: _Call) -> Tensor:
         elif old > new:
             raise ValueError(
                 f"site '{name}': plate '{plates[position]}' has {new} elements in {call.name}, but "
-                f"posterior_samples have {old}. Which of them these are cannot be told: select "
+                f"posterior_samples have {old}. It is not known which of them these are: select "
                 f"them from the samples; or leave '{name}' out, if the elements are new."
             )
     if not fits:

@@ -86,8 +86,8 @@ def widening(times: Sequence[tuple[SiteDiagnosis, float]]) -> list[str]:
     drawn = [site.name for site, _ in times if site.proposal == "prior"]
     if drawn:
         helps.append(
-            f"{quoted(drawn[:MOST_NAMES])}: drawn from the prior, in whose tails the posterior is. "
-            "Use a guide that is wider there."
+            f"{quoted(drawn[:MOST_NAMES])}: drawn from the prior, but the posterior lies in the "
+            "prior's tails. Use a guide that has more particles there."
         )
     return helps
 
@@ -174,8 +174,8 @@ def _better_guide(site: SiteDiagnosis, marginal: Marginal, num_indices: int, num
     name = site.worst
     source = "the prior" if site.proposal == "prior" else "the guide"
     remedy = (
-        "A guide for it (AutoNormal trained by SVI, or a pyro.sample in a guide of your own) puts "
-        "the particles where they count."
+        "A guide puts the particles where they count: MPImportance(model).adapt(...) learns one, "
+        "or train one by SVI (AutoNormal, or a guide of your own)."
         if site.proposal == "prior"
         else "Train the guide further, or let the site read in it those that it depends on."
     )
@@ -205,8 +205,8 @@ def _better_guide(site: SiteDiagnosis, marginal: Marginal, num_indices: int, num
     if num_sites == 1:
         return f"{covered}: more particles are all it takes."
     return (
-        f"{covered}. What makes its weights uneven besides is how few particles there are of the "
-        "sites that it is combined with: more of all help, or a guide in which it reads the sites "
+        f"{covered}. Its weights are uneven because the sites that it is combined with have few "
+        "particles. More particles of all sites help, or a guide in which it reads the sites that "
         "it depends on."
     )
 

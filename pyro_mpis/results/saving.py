@@ -74,7 +74,7 @@ class StoredSum:
         self, stored: "Stored", programs: Programs, environment: Environment, options: Options
     ) -> BlockSum:
         """Return the sum, to be evaluated by the given programs."""
-        programs = replace(programs, patched=stored.patched)
+        programs = replace(programs, patched=stored.patched, one_by_one=stored.one_by_one)
         cut = Cut({}, self.pieces)
         plan = Plan(stored.structure, programs, options, cut, environment=environment)
         replicate = Replicate(plan, self.particles, self.reads)
@@ -91,6 +91,7 @@ class Stored:
     dtype: torch.dtype  # the default one of the run
     validate: bool
     patched: bool  # see Programs
+    one_by_one: frozenset[str]  # likewise
     arguments: Arguments | None  # None if not all are tensors and plain data
 
     def __post_init__(self) -> None:
@@ -152,6 +153,7 @@ def pack(
         dtype=replicate.environment.dtype,
         validate=replicate.environment.validate,
         patched=replicate.programs.patched,
+        one_by_one=replicate.programs.one_by_one,
         arguments=None if obstacle else arguments,
     )
     return stored, obstacle

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Row:
-    """Posterior of one scalar; quantiles on the particles, weights' ESS and k-hat of its site."""
+    """The posterior of one scalar; ESS and k-hat are those of its site's weights."""
 
     name: str
     mean: float
@@ -33,13 +33,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """The rows, and the log evidence; ``str()`` is a table for a terminal."""
+    """
+    The table that :meth:`~pyro_mpis.MPImportance.summary` makes.
+
+    ``print`` it in a terminal; in a notebook it shows itself.
+    """
 
     rows: tuple[Row, ...]
     log_evidence: float
     evidence_error: float | None  # standard error of the log evidence, over replicates
     num_samples: frozenset[int]  # numbers of particles that sites have, over replicates
     prob: float = 0.9  # between the lower and the upper quantile
+    time_limit: float | None = None  # seconds that the numbers were chosen by, if they were
 
     def __str__(self) -> str:
         """Return the table."""
@@ -77,6 +82,8 @@ class Summary:
         title = f"log evidence {self.log_evidence:.2f}{error}"
         if not all(math.isnan(row.ess) for row in self.rows):
             title += f", {range_of(self.num_samples)} particles a site"
+            if self.time_limit is not None:
+                title += f" (chosen to fit into {self.time_limit:g} s and memory)"
         return title
 
     __repr__ = __str__
@@ -89,6 +96,7 @@ def summarise(
     evidence_error: float | None,
     num_samples: Set[int],
     prob: float,
+    time_limit: float | None = None,
 ) -> Summary:
     """
     Make the table; k-hat is nan where the weights are too even for it to say something.
@@ -96,11 +104,14 @@ def summarise(
     :param sampled: the sites that have particles; ESS and k-hat of others (summed over their whole
         support, or fixed) say nothing, and are nan.
     :param prob: probability between the lower and the upper quantile.
+    :param time_limit: seconds that the numbers of particles were chosen by, if they were.
     """
     rows: list[Row] = []
     for name, marginal in marginals.items():
         rows += _rows(name, marginal, name in sampled, prob)
-    return Summary(tuple(rows), log_evidence, evidence_error, frozenset(num_samples), prob)
+    return Summary(
+        tuple(rows), log_evidence, evidence_error, frozenset(num_samples), prob, time_limit
+    )
 
 
 def _rows(name: str, marginal: Marginal, sampled: bool, prob: float) -> list[Row]:
