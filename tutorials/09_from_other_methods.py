@@ -86,9 +86,8 @@ MEANS["SVI, corrected"] = corrected.moments()["theta"]
 with warnings.catch_warnings(record=True) as notices:
     warnings.simplefilter("always", MPISWarning)
     error = corrected.evidence_error()
-print(
-    f"bound: {-sum(losses[-100:]) / 100:.2f}, log evidence {corrected.evidence():.2f} ({error:.2f})"
-)
+bound = -sum(losses[-100:]) / 100
+print(f"bound {bound:.2f}, log evidence {corrected.evidence():.2f} ({error:.2f})")
 print(*(str(notice.message)[:300] for notice in notices))
 
 # %%
