@@ -46,8 +46,8 @@ def model(school, x, score=None):
 
 # %%
 data = (school, x, score)
-limit = 30 * 2**20  # 30 MiB, to see blocks at work
-plan = MPImportance(model, num_samples=12, memory_limit=limit).plan(*data)
+limit = 16 * 2**20  # 16 MiB, to see blocks at work
+plan = MPImportance(model, num_samples=16, memory_limit=limit).plan(*data)
 print(plan)
 numbers = [cost.num_samples for cost in plan.costs]
 plt.figure(figsize=(6.4, 3), layout="constrained")
@@ -67,11 +67,11 @@ plt.show()
 # %%
 def run(**options):
     pyro.set_rng_seed(1)
-    return MPImportance(model, num_samples=8, disable_progbar=True, **options).run(*data)
+    return MPImportance(model, num_samples=16, disable_progbar=True, **options).run(*data)
 
 
 whole = run()
-blocks = run(memory_limit=8 * 2**20)
+blocks = run(memory_limit=limit)
 print(f"log evidence in one piece {whole.evidence():.3f}, in blocks {blocks.evidence():.3f}")
 
 # %% [markdown]
