@@ -110,8 +110,8 @@ errors = torch.stack([effect.mean - low, high - effect.mean])
 plt.errorbar(range(1, 16), effect.mean, errors, fmt="o", label="posterior")
 plt.axhline(0, color="0.5", lw=0.8)
 plt.xlabel("herd (area of the open dots: animals)")
-plt.ylabel("effect (logit)")
-plt.legend()
+plt.gca().set(ylabel="effect (logit)", ylim=(-2, 2.6))
+plt.legend(ncols=2)
 plt.show()
 
 # %% [markdown]
