@@ -44,8 +44,9 @@ from pyro_mpis.particles.looked_at import (
     drawn_plainly,
     latents_looked_at,
     taken_one_by_one,
+    work_of_runs,
 )
-from pyro_mpis.particles.memory import gc_paused
+from pyro_mpis.particles.memory import MUCH_WORK, gc_paused
 from pyro_mpis.particles.ordinary import Run, run_one_by_one, weighed_together
 from pyro_mpis.particles.probes import SiteReads
 from pyro_mpis.particles.proposals import (
@@ -376,7 +377,7 @@ def _partly_combined(
     Let those latents alone share an index whose values the programs look at.
 
     :param runs: which have drawn the particles.
-    :return: None if these are all latents, or if it cannot be found out.
+    :return: None if these are all latents, if it cannot be found out, or if it would take long.
     """
     if plan.structure.obstacle is not None or plan.options.numbers:
         return None
@@ -387,7 +388,10 @@ def _partly_combined(
     names = latents_looked_at(structure, plan.programs, drawn)
     if names is None:
         return None
-    shares = len(names) > 1 or any(structure.index_of[name].plates for name in names)
+    structure = taken_one_by_one(structure, names)
+    if work_of_runs(structure, names) > MUCH_WORK:
+        return None
+    shares = len(names) > 1 or any(plan.structure.index_of[name].plates for name in names)
     accuracy = (
         ", and all their values share one particle index, so more particles are needed for the "
         "same accuracy"
@@ -405,7 +409,7 @@ def _partly_combined(
         notices=(),
         footprint=None,
     )
-    plan = plan.with_structure(taken_one_by_one(structure, names), notice)
+    plan = plan.with_structure(structure, notice)
     if plan.structure.obstacle is not None:
         return None
     try:

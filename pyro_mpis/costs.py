@@ -161,6 +161,7 @@ class Machine:
 # the same seed is to give the same result on any machine, whatever else that is busy with.
 USUAL = Machine(byte=3e-10, multiplication=2e-10, sum=6e-9, run=0.0)
 SECONDS_OF_SITE = 2e-4  # in a mapped run of the programs
+SECONDS_OF_DENSITY = 2e-8  # with the sum over it
 SECONDS_ALONE = 6e-4  # in a run for a single particle, with what is done around it
 
 
@@ -192,9 +193,22 @@ def number_that_fits(
 
 
 def number_of_runs(structure: Structure, seconds: float) -> int:
-    """Return how many runs at single values fit into a time, of :data:`CHOICES`."""
-    most = seconds / (SECONDS_ALONE * (len(structure.guide) + len(structure.model)))
-    return max([CHOICES[0], *(number for number in CHOICES if number <= most)])
+    """
+    Return how many runs of the programs fit into a time, of :data:`CHOICES`.
+
+    Each at single values, or, where that may be, with one particle of some latents and all of
+    the others.
+    """
+    sites = len(structure.guide) + len(structure.model)
+
+    def fits(number: int) -> bool:
+        work = 0
+        if structure.obstacle is None:
+            sizes = structure.with_num_samples(number).num_particles
+            work = number * memory.number_of_densities(structure, sizes)
+        return number * SECONDS_ALONE * sites + work * SECONDS_OF_DENSITY <= seconds
+
+    return max([CHOICES[0], *filter(fits, CHOICES)])
 
 
 def run_plan_of(

@@ -245,3 +245,19 @@ def test_objectives_refuse() -> None:
     """A value that is looked at has lost its derivative."""
     with pytest.raises(NotImplementedError, match=r"once for each particle of 'rate'.*Or use"):
         TraceMP_ELBO(num_samples=3).loss(simulator, lambda: None)
+
+
+def test_what_would_take_long_runs_as_in_importance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each particle of the rate has 3 * 3 combinations of the other two latents."""
+    for most, alone in ((10_000, False), (10, True)):
+        monkeypatch.setattr(blocks, "MUCH_WORK", most)
+        with pytest.warns(MPISWarning, match="in pyro.infer.Importance" if alone else "'rate'"):
+            posterior = MPImportance(simulator, num_samples=3).run()
+        assert bool(posterior._sums[0].traces) == alone
+
+
+def test_a_number_that_is_chosen_counts_every_run() -> None:
+    """Each of K runs evaluates the densities at all K * K combinations of the others."""
+    with pytest.warns(MPISWarning, match="once for each particle of 'rate'"):
+        posterior = MPImportance(simulator, time_limit=1.0).run()
+    assert posterior.num_samples == 200  # 300, if it were for one of them

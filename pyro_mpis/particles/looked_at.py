@@ -21,6 +21,7 @@ from pyro.poutine.trace_struct import Trace
 
 from pyro_mpis.particles.drawing import Draw, Drawn, support_of
 from pyro_mpis.particles.evaluation import MAX_LEVELS, wanted_of_guide, wanted_of_model
+from pyro_mpis.particles.memory import number_of_densities
 from pyro_mpis.programs.mapped import log_prob_of
 from pyro_mpis.programs.masks import unmasked
 from pyro_mpis.programs.messages import drawn_from, statements
@@ -152,3 +153,16 @@ def taken_one_by_one(structure: Structure, names: frozenset[str]) -> Structure:
         guide=reading(dict(structure.guide)),
         model=reading(dict(structure.model)),
     )
+
+
+def work_of_runs(structure: Structure, names: frozenset[str]) -> int:
+    """
+    Return how many densities are evaluated if some latents are taken one by one.
+
+    Each run evaluates all densities, of those too that read none of these latents.
+
+    :param structure: of :func:`taken_one_by_one`.
+    """
+    one = structure.index_of[min(names)]
+    sizes = {**structure.num_particles, one.symbol: 1}
+    return one.num_samples * number_of_densities(structure, sizes)
