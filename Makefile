@@ -96,16 +96,10 @@ paper: $(VENV)/.stamp-dev
 # CI in the environment makes the tutorials small. What they assert counts here, not what they print.
 tutorials: $(VENV)/.stamp-dev
 	set -e; for script in tutorials/[0-9]*.py; do \
-	    CI=1 MPLBACKEND=Agg $(BIN)/python $$script > /dev/null; \
+	    $(ONE_THREAD) CI=1 MPLBACKEND=Agg $(BIN)/python $$script > /dev/null; \
 	done
 	$(BIN)/python benchmarks/speed.py --quick --output output/benchmarks-quick.md > /dev/null
 	$(BIN)/python -m benchmarks.paper --quick --output output/paper-quick > /dev/null
-ifdef PYRO_MPIS_DATA
-	CI=1 $(BIN)/python tutorials/chimpanzees.py > /dev/null
-	CI=1 $(BIN)/python tutorials/chimpanzees.py --published > /dev/null
-else
-	@echo "tutorials/chimpanzees.py not run: PYRO_MPIS_DATA is not set"
-endif
 
 clean:
 	rm -rf build dist output *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

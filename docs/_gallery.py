@@ -5,8 +5,6 @@ The directive ``gallery``: every picture of the tutorials, linked to the section
 The pictures are those of the executed notebooks. A site that is made without running them has none.
 """
 
-import os
-
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective

@@ -451,7 +451,11 @@ class MPImportance(ImportanceTraces):
             lambda graph, weights: [_moments.marginal(graph, weights, names) for names in asked],
         )
         log_shares = self._log_shares()
-        merged = [merge(parts, log_shares) for parts in zip(*found, strict=True)]
+        summed = set(self._sites()) - self._sampled()  # the same values in all replicates
+        merged = [
+            merge(parts, log_shares, are_same=summed.issuperset(names))
+            for names, parts in zip(asked, zip(*found, strict=True), strict=True)
+        ]
         return merged[0] if sites else dict(zip(self._sites(), merged, strict=True))
 
     def __getitem__(self, site: str) -> Marginal:

@@ -361,3 +361,16 @@ def test_without_xarray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "xarray", None)
     with pytest.raises(ImportError, match="pip install arviz"):
         fitted(5).to_arviz(3)
+
+
+@pytest.mark.usefixtures("data_tree")
+def test_sites_of_different_numbers_of_particles() -> None:
+    def model() -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        nu = pyro.sample("nu", dist.Normal(mu, 1.0))
+        pyro.sample("y", dist.Normal(mu + nu, 1.0), obs=torch.tensor(0.3))
+
+    posterior = MPImportance(model, num_samples={"mu": 7, None: 5}).run()
+    data = posterior.to_arviz(10)
+    assert dims(data, "particles") == {"mu": ("particle",), "nu": ("nu_particle",)}
+    assert torch.equal(values(data, "particles")["nu"], posterior.marginals("nu").samples)

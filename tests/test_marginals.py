@@ -4,6 +4,7 @@
 import math
 import pickle
 
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
@@ -142,3 +143,22 @@ def test_pareto_k_of_a_tail_of_small_weights(scale: float, cutoff: float | None)
     assert cutoff or 1e-12 < begin < 1e-5
     expected, _ = fit_generalized_pareto(weights[weights > begin] - begin)
     assert float(marginal.pareto_k) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_values_of_a_summed_site_stand_once() -> None:
+    """Over replicates too, with the weights of all of them."""
+
+    def model() -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        z = pyro.sample("z", dist.Categorical(torch.ones(3)), infer={"enumerate": "parallel"})
+        pyro.sample("y", dist.Normal(mu + z, 1.0), obs=torch.tensor(1.3))
+
+    pyro.set_rng_seed(0)
+    posterior = MPImportance(model, num_samples=4, num_replicates=5).run()
+    assert posterior.marginals("z").samples.tolist() == [0, 1, 2]
+    assert posterior.marginals("mu").samples.shape == (20,)
+    expected = [
+        float(posterior.moments(lambda z, i=i: (z == i).double(), "z"))
+        for i in range(3)
+    ]
+    assert posterior.marginals("z").weights.tolist() == pytest.approx(expected)

@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Binomial, HalfCauchy, NegativeBinomial, Normal
 
 from benchmarks.paper import intended, published, sources
+from benchmarks.paper.chimpanzees_table import read_chimpanzees
 from benchmarks.paper.experiment import Arrays, Program
 from benchmarks.paper.sources import BirdSizes, BusSizes, Unavailable
 from pyro_mpis import MPImportance, log_predictive
 from pyro_mpis.programs.messages import is_latent, statements
-from tutorials._data import read_chimpanzees
 
 
 def csv_text(rows: Sequence[Mapping[str, object]]) -> str:

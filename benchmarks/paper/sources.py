@@ -24,7 +24,7 @@ from typing import IO
 import numpy as np
 import torch
 
-from tutorials._data import chimpanzees_csv, read_chimpanzees
+from benchmarks.paper.chimpanzees_table import chimpanzees_csv, read_chimpanzees
 
 from .experiment import Arrays
 from .published import data_dir

@@ -229,15 +229,20 @@ class Marginal(Empirical):
         return products.sum(len(self.batch_shape)).to(values.dtype)
 
 
-def merge(parts: Sequence[Marginal], log_shares: Tensor) -> Marginal:
+def merge(parts: Sequence[Marginal], log_shares: Tensor, *, are_same: bool = False) -> Marginal:
     """
     Put the particles of several marginals of the same sites together.
 
     :param log_shares: the log of each one's weight in the whole, ``(parts,)``.
+    :param are_same: whether all have the same particles, each of which then stands there once.
     """
     if len(parts) == 1:
         return parts[0]
     dim = len(parts[0].batch_shape)
+    if are_same:
+        shares = log_shares.to(parts[0].log_weights.dtype).reshape(-1, *(1,) * (dim + 1))
+        together = (torch.stack([part.log_weights for part in parts]) + shares).logsumexp(0)
+        return Marginal(parts[0].samples, together, parts[0].event_shapes)
     samples = torch.cat([part.samples for part in parts], dim)
     log_weights = [
         part.log_weights + share.to(part.log_weights.dtype)

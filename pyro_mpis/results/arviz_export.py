@@ -183,19 +183,25 @@ def particle_arrays(
     Name the dims of particles, their weights and effective sample sizes.
 
     Of sites that follow several others, with a point for each combination of their particles, only
-    the effective sample size is given.
+    the effective sample size is given. Sites may have different numbers of particles: the dim is
+    ``particle`` for the first site and those with as many, ``<site>_particle`` for each other.
 
     :param sampled: the sites that have particles, not their whole support or a fixed value.
     """
     values: dict[str, tuple[tuple[str, ...], Array]] = {}
     weights: dict[str, tuple[tuple[str, ...], Array]] = {}
     sizes: dict[str, tuple[tuple[str, ...], Array]] = {}
+    usual: int | None = None  # number of particles of the first site
     for name, marginal in marginals.items():
         one, num_batch, site = {name: sites[name]}, len(marginal.batch_shape), particles[name]
         shape = one[name].value.shape
         batch_shape = shape[: len(shape) - one[name].event_dim]
         if len(site.indices) == 1:
-            left = "particle" if name in sampled else f"{name}_value"
+            left = f"{name}_value"
+            if name in sampled:
+                usual = usual or marginal.log_weights.shape[-1]
+                is_usual = marginal.log_weights.shape[-1] == usual
+                left = "particle" if is_usual else f"{name}_particle"
             samples = site.padded(marginal.samples.movedim(num_batch, 0), left=1)
             weight = site.padded(marginal.weights.movedim(num_batch, 0), left=1)
             weight = weight.expand((len(weight), *batch_shape))

@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data of the tutorials: from the folder that PYRO_MPIS_DATA names, else downloaded once."""
+"""The table of the chimpanzees: in the folder that PYRO_MPIS_DATA names, else downloaded once."""
 
 import csv
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -84,26 +82,3 @@ def read_chimpanzees(path: Path) -> dict[str, Tensor]:
         "prosocial_left": column("prosoc_left"),
         "condition": column("condition"),
     }
-
-
-def load_chimpanzees() -> dict[str, Tensor]:
-    """Load all 504 trials, in their true blocks; see :func:`read_chimpanzees`."""
-    return read_chimpanzees(chimpanzees_csv())
-
-
-def load_published(name: str, arrays: Sequence[str]) -> dict[str, Tensor]:
-    """
-    Load training arrays of one of the paper's experiments, as published with it.
-
-    :param name: folder of the experiment, for example ``chimpanzees``.
-    :param arrays: names of the arrays.
-    :raises SystemExit: without PYRO_MPIS_DATA: the arrays are in no public place in this form.
-    """
-    folder = data_dir()
-    if folder is None:
-        raise SystemExit(
-            f"The published training arrays cannot be downloaded. Set PYRO_MPIS_DATA to a folder "
-            f"with {name}/train.npz, holding the arrays {', '.join(arrays)}."
-        )
-    with np.load(folder / name / "train.npz", allow_pickle=False) as file:
-        return {key: torch.as_tensor(file[key]).float() for key in arrays}
