@@ -157,8 +157,5 @@ def test_values_of_a_summed_site_stand_once() -> None:
     posterior = MPImportance(model, num_samples=4, num_replicates=5).run()
     assert posterior.marginals("z").samples.tolist() == [0, 1, 2]
     assert posterior.marginals("mu").samples.shape == (20,)
-    expected = [
-        float(posterior.moments(lambda z, i=i: (z == i).double(), "z"))
-        for i in range(3)
-    ]
+    expected = [float(posterior.moments(lambda z, i=i: (z == i).double(), "z")) for i in range(3)]
     assert posterior.marginals("z").weights.tolist() == pytest.approx(expected)
