@@ -13,12 +13,12 @@ from pyro.infer import TraceTMC_ELBO, config_enumerate
 
 from pyro_mpis import MPImportance
 from pyro_mpis import blocks as package_blocks
-from pyro_mpis.blocks import BlockSum, Replicate
 from pyro_mpis.particles import evaluation, memory
 from pyro_mpis.particles.drawing import Drawn
 from pyro_mpis.pieces import Ranges
 from pyro_mpis.programs.mapped import Values
 from pyro_mpis.programs.runs import Programs, Said
+from pyro_mpis.replicate import BlockSum, Replicate
 from pyro_mpis.workers import Workers
 
 Function = Callable[[], float | None]

@@ -8,8 +8,6 @@ was seen.
 """
 
 import itertools
-import math
-import operator
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,15 +17,15 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import is_validation_enabled
 
 from pyro_mpis._text import first_line, quoted
-from pyro_mpis._typing import NumSamples, Ordinal, Program
+from pyro_mpis._typing import Ordinal, Program
 from pyro_mpis.costs import number_of_runs, number_that_fits, run_plan_of
+from pyro_mpis.options import DEFAULT_NUM_SAMPLES, Options
 from pyro_mpis.particles import memory
 from pyro_mpis.particles.footprint import Footprint, measured
 from pyro_mpis.particles.masked import find_masks
-from pyro_mpis.programs.agreement import check_same_site, unreachable
+from pyro_mpis.programs.agreement import check_same_site
 from pyro_mpis.programs.analysis import analyse, device_of, with_implicit_plates
 from pyro_mpis.programs.environment import Environment, seeded
-from pyro_mpis.programs.masks import taken_apart
 from pyro_mpis.programs.messages import statements
 from pyro_mpis.programs.numbers import index_named, with_numbers
 from pyro_mpis.programs.runs import Name, Programs, run_plainly, with_one_subsample
@@ -35,24 +33,9 @@ from pyro_mpis.programs.structure import Index, Obstacle, Structure
 from pyro_mpis.programs.subsampling import subsamples_of
 from pyro_mpis.run_plan import RunPlan
 
-DEFAULT_NUM_SAMPLES = 10  # of sites without a number, where others have one
 # A run is large if it evaluates more densities, or its programs take longer at single values.
 LARGE = 2**23
 SLOW = 0.1  # seconds
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a run is asked for, checked when it is made."""
-
-    num_samples: int | None  # of each index that has no number of its own; None if not given
-    numbers: Mapping[str, int] = field(default_factory=dict)  # site -> number of its index
-    groups: tuple[tuple[str, ...], ...] = ()
-    shared_plates: tuple[str, ...] = ()
-    max_plate_nesting: int | None = None
-    memory_limit: int | None = None
-    stratified: bool = True
-    time_limit: float | None = None  # seconds, to choose a number by that is not given
 
 
 @dataclass(frozen=True)
@@ -376,89 +359,6 @@ def _with_shared_plates(structure: Structure, names: Sequence[str]) -> Structure
     return with_implicit_plates(structure) if names else structure
 
 
-def weaknesses(
-    structure: Structure,
-    groups: Sequence[Sequence[str]],
-    guide_trace: Trace,
-    model_trace: Trace,
-) -> list[str]:
-    """Say where the guide leaves less than massively parallel importance sampling."""
-    result = []
-    for name, (number, size) in subsamples_of((guide_trace, model_trace)).items():
-        result.append(
-            f"plate '{name}': a subsample of {number} of {size}. All answers are for this one "
-            f"minibatch, whose elements count as {size / number:.4g} each: another would give "
-            "other answers, and none of them is the evidence of all data. Use a subsample for "
-            "learning with TraceMP_ELBO. For a posterior, run on all of the data."
-        )
-    points = {
-        name for name in structure.carried if not structure.indices_read(structure.guide[name])
-    }
-    if structure.undeclared:
-        shapes = ", ".join(f"'{name}' {tuple(s)}" for name, s in structure.undeclared.items())
-        result.append(
-            f"batch dims that no pyro.plate declares ({shapes}) count as event dims: a latent has "
-            "one particle index for all of them, and an observation is summed over them. Enclose "
-            "the site in a plate, which gives each element an index of its own, or silence this "
-            "by .to_event."
-        )
-    if points:
-        result.append(
-            f"the guide fixes {quoted(points)} at a point (Delta): evidence() is then the log of "
-            "the joint density of the data and this point, not of p(x). All other answers are "
-            "conditional on the point. For a posterior of these sites use AutoNormal instead."
-        )
-    indices = [index for index in structure.indices if not index.enumerated]
-    sharing = set(structure.carried) - points
-    if not groups and len(indices) == 1 and len(sharing) > 1:
-        result.append(
-            f"the guide draws {len(sharing)} sites as one vector, '{indices[0].sites[0]}', so "
-            "there is a single particle index, and massively parallel importance sampling equals "
-            "ordinary importance sampling with num_samples draws. A guide with a distribution for "
-            "each site (AutoNormal, AutoGuideList of several parts) combines them all."
-        )
-    guide_sites, model_sites = statements(guide_trace), statements(model_trace)
-    for name, origin in structure.origins.items():
-        if origin == "guide":
-            cut_off = unreachable(name, guide_sites[name]["fn"], model_sites[name]["fn"])
-            result += [] if cut_off is None else [cut_off]
-    return result + _strange_plates(structure) + _flat_priors(model_trace, structure)
-
-
-def _strange_plates(structure: Structure) -> list[str]:
-    """Say which sites sit in other plates in the guide than in the model."""
-    strange = {
-        name
-        for name, origin in structure.origins.items()
-        if origin == "guide"
-        and structure.guide[name].plates - structure.model[name].plates
-        and structure.model[name].plates - structure.guide[name].plates
-    }
-    if not strange:
-        return []
-    return [
-        f"{quoted(strange)}: in other plates in the guide than in the model, so that all plate "
-        "elements share one particle index. Give the guide's plates the model's names."
-    ]
-
-
-def _flat_priors(model_trace: Trace, structure: Structure) -> list[str]:
-    """Say which latents are masked although something reads them."""
-    flat = {
-        name
-        for name, site in statements(model_trace).items()
-        if name in structure.origins and taken_apart(site["fn"]).mask is not None
-    }
-    if not flat:
-        return []
-    return [
-        f"{quoted(flat)}: masked, but a site that is not masked reads it. Where it is masked, its "
-        "prior counts as flat, with a density of one, as in SVI and HMC. The evidence is computed "
-        "with that. A latent that the guide lacks is still drawn from the distribution behind the "
-        "mask: give a guide if that distribution is far from the posterior."
-    ]
-
-
 def programs_of(
     model: Program,
     guide: Program | None,
@@ -490,40 +390,3 @@ def unnumbered(structure: Structure, options: Options) -> list[str]:
         f"num_samples gives no number for {quoted(sites)}: {DEFAULT_NUM_SAMPLES} particles of "
         "each are drawn, which is few. Give one to all others: num_samples={..., None: 100}."
     ]
-
-
-def checked_numbers(num_samples: NumSamples) -> int | dict[str | None, int]:
-    """Check a number of particles, or those of sites and, under ``None``, of all others."""
-    if not isinstance(num_samples, Mapping):
-        return positive("num_samples", num_samples)
-    numbers: dict[str | None, int] = {}
-    for name, number in num_samples.items():
-        if name is not None and not isinstance(name, str):
-            raise ValueError(
-                f"num_samples: expected names of sites, or None for all others, but found {name!r}."
-            )
-        where = "all others (None)" if name is None else f"'{name}'"
-        numbers[name] = positive(f"num_samples of {where}", number)
-    return numbers
-
-
-def positive(name: str, number: int) -> int:
-    """Return a positive integer, of any integer type."""
-    try:
-        value = operator.index(number)
-    except TypeError:
-        value = 0
-    if isinstance(number, bool) or value < 1:
-        raise ValueError(f"{name}: expected a positive integer, but found {number!r}.")
-    return value
-
-
-def number_of_dims(max_plate_nesting: float | None) -> int | None:
-    """Return a number of batch dims, or None for one to be found."""
-    if max_plate_nesting is None or max_plate_nesting == math.inf:
-        return None
-    if isinstance(max_plate_nesting, bool) or max_plate_nesting not in range(64):
-        raise ValueError(
-            f"max_plate_nesting: expected a number of dims, but found {max_plate_nesting!r}."
-        )
-    return int(max_plate_nesting)

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from pyro_mpis import _threads
-from pyro_mpis.blocks import BlockSum
 from pyro_mpis.factor_graph.graph import FactorGraph
 from pyro_mpis.factor_graph.sampling import sample_sites
 from pyro_mpis.factor_graph.source_terms import joint_weights
 from pyro_mpis.pieces import at_part
 from pyro_mpis.programs.environment import seeded
+from pyro_mpis.replicate import BlockSum
 from pyro_mpis.workers import Workers
 
 

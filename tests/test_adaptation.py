@@ -31,7 +31,7 @@ from pyro_mpis.adaptation.moments import flattened, matched_by_moments
 from pyro_mpis.adaptation.start import Start
 from pyro_mpis.adaptation.tails import TailedNormal
 from pyro_mpis.adaptation.trials import Runs, tried
-from pyro_mpis.planning import Options
+from pyro_mpis.options import Options
 from pyro_mpis.programs.messages import statements
 
 DATA = torch.tensor([0.3, 1.2, -0.4, 2.0, 0.9])

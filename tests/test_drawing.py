@@ -12,8 +12,9 @@ from checks import check_mean
 from compare import compare
 from torch import Tensor
 
+from pyro_mpis.options import Options
 from pyro_mpis.particles.drawing import Drawn, draw_particles
-from pyro_mpis.planning import Options, plan_of, programs_of
+from pyro_mpis.planning import plan_of, programs_of
 
 pytestmark = pytest.mark.usefixtures("float64")
 

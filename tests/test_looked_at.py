@@ -17,8 +17,9 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
 from pyro_mpis import MPImportance, MPISWarning, TraceMP_ELBO, blocks
+from pyro_mpis.options import Options
 from pyro_mpis.particles.ordinary import run_one_by_one, weighed_together
-from pyro_mpis.planning import Options, Plan, plan_of, programs_of
+from pyro_mpis.planning import Plan, plan_of, programs_of
 from pyro_mpis.programs.runs import NotMappableError
 from pyro_mpis.workers import Workers
 

@@ -15,7 +15,7 @@ from pyro import poutine
 from pyro_mpis import MPImportance, MPISWarning
 from pyro_mpis.adaptation.adapting import started
 from pyro_mpis.adaptation.mirrors import mirrors
-from pyro_mpis.planning import Options
+from pyro_mpis.options import Options
 
 DATA = torch.tensor([[1.0, 2.1], [1.9, 4.2], [-3.0, -5.8]])
 

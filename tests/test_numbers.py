@@ -19,8 +19,9 @@ from singles import Exact, Singles, exact
 from torch import Tensor
 
 from pyro_mpis import MPImportance, MPISWarning
+from pyro_mpis.options import Options
 from pyro_mpis.particles import memory
-from pyro_mpis.planning import Options, plan_of, programs_of
+from pyro_mpis.planning import plan_of, programs_of
 from pyro_mpis.programs.numbers import index_named
 
 Numbers = Mapping[str, int] | Mapping[str | None, int]

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from pyro_mpis import MPImportance, MPISWarning
 from pyro_mpis.factor_graph.evidence import log_evidence
+from pyro_mpis.options import Options
 from pyro_mpis.particles.ordinary import run_ordinary
-from pyro_mpis.planning import Options, plan_of, programs_of
+from pyro_mpis.planning import plan_of, programs_of
 
 pytestmark = pytest.mark.usefixtures("float64")
 

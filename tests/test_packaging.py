@@ -106,15 +106,25 @@ BELOW = {
     "workers": GROUND | {"programs"},
     "run_plan": GROUND,
     "costs": GROUND | {"run_plan", "programs", "factor_graph", "particles"},
-    "planning": GROUND | {"run_plan", "programs", "particles", "costs"},
+    "options": GROUND,
+    "weaknesses": GROUND | {"programs"},
+    "planning": GROUND | {"run_plan", "programs", "particles", "costs", "options"},
     "rendering": GROUND | {"programs"},
 }
-BELOW["blocks"] = {*BELOW["planning"], "factor_graph", "planning", "pieces", "workers"}
+BELOW["replicate"] = {*BELOW["planning"], "factor_graph", "planning", "pieces", "workers"}
+BELOW["blocks"] = {*BELOW["replicate"], "replicate"}
 BELOW["queries"] = {*BELOW["blocks"], "blocks"}
 BELOW["results"] = {*BELOW["queries"], "queries", "_version"}
 BELOW["objectives"] = {*BELOW["queries"], "queries", "_warnings"}
 BELOW["adaptation"] = {*BELOW["objectives"], "objectives"}
-BELOW["importance"] = {*BELOW["results"], "results", "rendering", "adaptation", "_warnings"}
+BELOW["importance"] = {
+    "weaknesses",
+    *BELOW["results"],
+    "results",
+    "rendering",
+    "adaptation",
+    "_warnings",
+}
 BELOW["plots"] = {*BELOW["importance"], "importance"}
 BELOW["__init__"] = {*BELOW}
 

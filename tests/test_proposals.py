@@ -13,10 +13,11 @@ from compare import compare
 from torch import Tensor
 
 from pyro_mpis import MPImportance, blocks
+from pyro_mpis.options import Options
 from pyro_mpis.particles import pairs
 from pyro_mpis.particles.drawing import draw_particles
 from pyro_mpis.particles.proposals import Particles, weigh
-from pyro_mpis.planning import Options, Plan, plan_of, programs_of
+from pyro_mpis.planning import Plan, plan_of, programs_of
 from pyro_mpis.workers import Workers
 
 pytestmark = pytest.mark.usefixtures("float64")

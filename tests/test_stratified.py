@@ -16,8 +16,9 @@ from pyro.infer.autoguide import AutoLowRankMultivariateNormal, AutoMultivariate
 from torch import Tensor
 
 from pyro_mpis import MPImportance
+from pyro_mpis.options import Options
 from pyro_mpis.particles.drawing import draw_particles
-from pyro_mpis.planning import Options, plan_of, programs_of
+from pyro_mpis.planning import plan_of, programs_of
 from pyro_mpis.programs import stratified
 from pyro_mpis.programs.stratified import LARGEST, SMALLEST, Strata, uniform_shape, value_at
 

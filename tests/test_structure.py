@@ -13,7 +13,8 @@ from models import random_case
 from torch import Tensor
 
 from pyro_mpis import MPImportance
-from pyro_mpis.planning import Options, plan_of, programs_of
+from pyro_mpis.options import Options
+from pyro_mpis.planning import plan_of, programs_of
 from pyro_mpis.programs.structure import UNIQUE_LEVELS, Structure, levels_of
 
 pytestmark = pytest.mark.usefixtures("float64")

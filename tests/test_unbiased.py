@@ -31,7 +31,8 @@ from wrong_programs import with_ancestral_ratio
 
 from pyro_mpis import MPImportance
 from pyro_mpis.blocks import run_plan
-from pyro_mpis.planning import Options, Plan, plan_of, programs_of
+from pyro_mpis.options import Options
+from pyro_mpis.planning import Plan, plan_of, programs_of
 from pyro_mpis.workers import Workers
 
 NUM_PARTICLES = 2  # of the exact tests

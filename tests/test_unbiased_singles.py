@@ -21,8 +21,9 @@ from compared import problem_of, run_recorded
 from singles import Exact, Program, Singles, exact, sites_at
 from torch import Tensor
 
+from pyro_mpis.options import Options
 from pyro_mpis.particles import drawing
-from pyro_mpis.planning import Options, plan_of, programs_of
+from pyro_mpis.planning import plan_of, programs_of
 from pyro_mpis.programs.structure import Structure
 
 K = 2  # particles

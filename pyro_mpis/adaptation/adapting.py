@@ -27,7 +27,8 @@ from pyro_mpis.adaptation.progress import Progress
 from pyro_mpis.adaptation.start import Start, is_discrete, start_of
 from pyro_mpis.adaptation.trials import OTHERS, Runs, Trial, fitting, matched, replicates_for, tried
 from pyro_mpis.blocks import run_plan
-from pyro_mpis.planning import Options, plan_of, programs_of
+from pyro_mpis.options import Options
+from pyro_mpis.planning import plan_of, programs_of
 from pyro_mpis.programs.agreement import refuse_subsampling
 from pyro_mpis.programs.masks import is_masked
 from pyro_mpis.programs.messages import is_latent, statements

@@ -18,7 +18,8 @@ from pyro_mpis.adaptation.gaussian import Gaussian
 from pyro_mpis.adaptation.guide import AutoPlateNormal
 from pyro_mpis.adaptation.start import Start
 from pyro_mpis.adaptation.trials import Runs, Trial, with_numbers
-from pyro_mpis.planning import Options, Plan, plan_of
+from pyro_mpis.options import Options
+from pyro_mpis.planning import Plan, plan_of
 
 SMALLEST_SHARE = 0.3  # of the particles, that the ESS of flattened weights is to have
 SMALLEST_FACTOR = 0.05  # of a variance, in one step

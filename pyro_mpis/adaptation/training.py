@@ -23,7 +23,8 @@ from pyro_mpis.adaptation.progress import Progress
 from pyro_mpis.adaptation.trials import LARGEST_RUN, Trial, replicates_for, work_of
 from pyro_mpis.blocks import run_plan
 from pyro_mpis.objectives import MPReweightedWakeSleep, TraceMP_ELBO
-from pyro_mpis.planning import Options, Plan, plan_of, programs_of
+from pyro_mpis.options import Options
+from pyro_mpis.planning import Plan, plan_of, programs_of
 from pyro_mpis.queries import joint_weights_of
 from pyro_mpis.workers import Workers
 

@@ -15,17 +15,19 @@ from torch import Tensor
 
 from pyro_mpis.adaptation.guide import AutoPlateNormal
 from pyro_mpis.adaptation.layout import Block
-from pyro_mpis.blocks import Replicate, run_plan
+from pyro_mpis.blocks import run_plan
 from pyro_mpis.factor_graph.graph import FactorGraph
 from pyro_mpis.factor_graph.source_terms import joint_weights
+from pyro_mpis.options import Options
 from pyro_mpis.particles.drawing import draw_particles
 from pyro_mpis.particles.memory import gc_paused
 from pyro_mpis.particles.proposals import weigh
-from pyro_mpis.planning import Options, Plan, plan_of
+from pyro_mpis.planning import Plan, plan_of
 from pyro_mpis.programs.environment import Environment
 from pyro_mpis.programs.runs import Programs
 from pyro_mpis.programs.structure import Structure
 from pyro_mpis.queries import joint_weights_of
+from pyro_mpis.replicate import Replicate
 from pyro_mpis.workers import Workers
 
 GLOBALS = (300, 2000)  # particles of the index outside of plates: usually, and of small models

@@ -20,10 +20,11 @@ from pyro.poutine.util import is_validation_enabled
 from pyro_mpis._text import quoted
 from pyro_mpis._typing import Program
 from pyro_mpis._warnings import warn
-from pyro_mpis.blocks import Replicate, run_plan
+from pyro_mpis.blocks import run_plan
 from pyro_mpis.factor_graph.evidence import reduced
 from pyro_mpis.factor_graph.graph import FactorGraph
 from pyro_mpis.objectives.signature import Arguments, arguments_of
+from pyro_mpis.options import Options
 from pyro_mpis.particles.drawing import Drawn, draw_particles
 from pyro_mpis.particles.evaluation import (
     Evaluated,
@@ -38,13 +39,14 @@ from pyro_mpis.particles.memory import gc_paused
 from pyro_mpis.particles.probes import SiteReads
 from pyro_mpis.particles.proposals import Particles, weigh, weigh_from_factors
 from pyro_mpis.particles.together import ReadTogether
-from pyro_mpis.planning import Options, Plan, plan_of, programs_of
+from pyro_mpis.planning import Plan, plan_of, programs_of
 from pyro_mpis.programs.agreement import check_same_site
 from pyro_mpis.programs.environment import rng_state, set_rng_state, training
 from pyro_mpis.programs.handlers import ScaleProposals
 from pyro_mpis.programs.masks import Masks
 from pyro_mpis.programs.runs import NotMappableError, Programs, run_plainly
 from pyro_mpis.programs.structure import Structure
+from pyro_mpis.replicate import Replicate
 from pyro_mpis.workers import Workers
 
 MAX_KEPT = 16  # analyses, as of the batches of data of several sizes

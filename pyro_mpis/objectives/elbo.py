@@ -22,8 +22,8 @@ from pyro_mpis._text import quoted
 from pyro_mpis._typing import Program
 from pyro_mpis.factor_graph.evidence import log_evidence
 from pyro_mpis.objectives.compiled import Compiler
+from pyro_mpis.options import Options, number_of_dims, positive
 from pyro_mpis.particles.drawing import Drawn
-from pyro_mpis.planning import Options, number_of_dims, positive
 from pyro_mpis.programs.structure import Structure
 
 

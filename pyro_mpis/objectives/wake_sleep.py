@@ -31,7 +31,7 @@ from pyro_mpis._typing import Program
 from pyro_mpis.factor_graph.evidence import log_evidence
 from pyro_mpis.factor_graph.graph import FactorGraph, LogFactor
 from pyro_mpis.objectives.compiled import Compiler, Weighed
-from pyro_mpis.planning import Options, number_of_dims, positive
+from pyro_mpis.options import Options, number_of_dims, positive
 from pyro_mpis.programs.structure import Structure
 
 

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from pyro_mpis._typing import Program
 from pyro_mpis._version import __version__
-from pyro_mpis.blocks import Replicate
 from pyro_mpis.factor_graph.graph import SiteValue
 from pyro_mpis.factor_graph.marginals import Marginal
 from pyro_mpis.programs.runs import Programs
+from pyro_mpis.replicate import Replicate
 from pyro_mpis.results.at_draws import OrdinarySite, predict, replay_draws
 from pyro_mpis.results.pointwise import own_latents
 

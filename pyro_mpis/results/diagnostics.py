@@ -22,9 +22,9 @@ from pyro import settings
 from torch import Tensor
 
 from pyro_mpis._text import data_frame, html_table, table
-from pyro_mpis.blocks import BlockSum
 from pyro_mpis.factor_graph.marginals import Marginal
 from pyro_mpis.programs.structure import Structure
+from pyro_mpis.replicate import BlockSum
 from pyro_mpis.results.narrowness import curvature_of, times_as_wide
 from pyro_mpis.results.remedies import multiple, remedies, widening
 from pyro_mpis.results.site_diagnosis import SiteDiagnosis

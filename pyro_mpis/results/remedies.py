@@ -16,12 +16,12 @@ from torch.distributions import constraints
 
 from pyro_mpis._text import quoted
 from pyro_mpis._typing import Distribution
-from pyro_mpis.blocks import BlockSum
 from pyro_mpis.factor_graph.marginals import Marginal
 from pyro_mpis.particles.memory import largest_factor
 from pyro_mpis.programs.messages import statements
 from pyro_mpis.programs.runs import run_at
 from pyro_mpis.programs.structure import Structure
+from pyro_mpis.replicate import BlockSum
 from pyro_mpis.results.site_diagnosis import SiteDiagnosis
 
 # With an ESS below two, the weighted particles tell neither the posterior's width nor how many

@@ -19,17 +19,18 @@ from torch import Tensor
 from torch.distributions.constraints import Constraint
 
 from pyro_mpis._text import quoted
-from pyro_mpis.blocks import BlockSum, Replicate
 from pyro_mpis.factor_graph.evidence import log_evidence
 from pyro_mpis.factor_graph.graph import FactorGraph, LogFactor, RaggedPlate, SiteValue
+from pyro_mpis.options import Options
 from pyro_mpis.particles.memory import Cut
 from pyro_mpis.particles.probes import ElementReads, SiteReads
 from pyro_mpis.particles.proposals import Particles
 from pyro_mpis.pieces import Ranges
-from pyro_mpis.planning import Options, Plan
+from pyro_mpis.planning import Plan
 from pyro_mpis.programs.environment import Environment, seeded
 from pyro_mpis.programs.runs import Name, Programs
 from pyro_mpis.programs.structure import Index, Obstacle, Plate, Site, Structure
+from pyro_mpis.replicate import BlockSum, Replicate
 from pyro_mpis.results import encoding
 from pyro_mpis.results.encoding import Format, parts_of, what_cannot_be_kept
 
@@ -60,7 +61,7 @@ class Arguments:
 
 @dataclass(frozen=True)
 class StoredSum:
-    """What a file keeps of a :class:`~pyro_mpis.blocks.BlockSum`, and its weights so far."""
+    """What a file keeps of a :class:`~pyro_mpis.replicate.BlockSum`, and its weights so far."""
 
     particles: Particles
     pieces: Mapping[str, int]

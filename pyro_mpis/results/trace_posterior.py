@@ -28,10 +28,10 @@ from pyro.ops.stats import waic
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_mpis.blocks import BlockSum
 from pyro_mpis.factor_graph.selection import sites_at
 from pyro_mpis.programs.turns import in_turn
 from pyro_mpis.queries import joint_weights_of, sample_of
+from pyro_mpis.replicate import BlockSum
 from pyro_mpis.workers import Workers
 
 

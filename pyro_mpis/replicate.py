@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+A plan with its particles, and what its programs say at a block of them.
+
+A block's factors are evaluated piece by piece; what the sites read is found at the first block, and
+holds for all.
+"""
+
+import itertools
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from pyro_mpis import _progress
+from pyro_mpis.factor_graph.evidence import reduced
+from pyro_mpis.factor_graph.graph import FactorGraph
+from pyro_mpis.particles.crossing import check_crossing
+from pyro_mpis.particles.drawing import Drawn
+from pyro_mpis.particles.evaluation import Evaluated, evaluate_programs
+from pyro_mpis.particles.factors import build_graph
+from pyro_mpis.particles.indexed import check_graph, find_reads, regroup_indexed
+from pyro_mpis.particles.probes import SiteReads
+from pyro_mpis.particles.proposals import Particles, at_supports, weigh_from_factors
+from pyro_mpis.pieces import Ranges, put_together, split
+from pyro_mpis.planning import Plan
+from pyro_mpis.programs.environment import Environment
+from pyro_mpis.programs.runs import Programs
+from pyro_mpis.programs.structure import UNIQUE_LEVELS, Structure
+from pyro_mpis.workers import Job, Result
+
+
+@dataclass(frozen=True)
+class Replicate:
+    """A plan with its particles; evaluates a block of them. Can be pickled if the programs can."""
+
+    plan: Plan
+    particles: Particles
+    reads: SiteReads | None = None  # found once, the same for all blocks; maybe by another one
+
+    @property
+    def structure(self) -> Structure:
+        """The structure of the programs."""
+        return self.plan.structure
+
+    @property
+    def programs(self) -> Programs:
+        """Model and guide."""
+        return self.plan.programs
+
+    @property
+    def environment(self) -> Environment:
+        """The global state that the programs run in."""
+        return self.plan.environment
+
+    def __call__(self, ranges: Ranges, *, check: bool = False) -> FactorGraph:
+        """
+        Evaluate a block, piece by piece.
+
+        :param check: whether to hold factors that read by an index array against the programs.
+        :raises ReadTogether: if they are not right.
+        """
+        block, parts = self.cut(ranges)
+        graphs = self.evaluated(block, ranges, parts, check=check)
+        return put_together(map(reduced, graphs), parts, block.sizes)
+
+    def evaluate_first(
+        self, ranges: Ranges, drawn: Drawn, *, piece: bool = False
+    ) -> "tuple[Replicate, FactorGraph]":
+        """
+        Evaluate the first block, and find what holds for all.
+
+        :param piece: whether to leave it at the block's first piece.
+        :raises ReadTogether: if elements of a plate cannot have an index each.
+        """
+        structure, validate = self.structure, self.environment.validate
+        block, parts = self.cut(ranges)
+        parts = parts[:1] if piece else parts
+        first = block.block(structure, parts[0])
+        evaluated = self._evaluate(first)
+        if self.plan.cut.whole:
+            first = weigh_from_factors(structure, first, evaluated)
+            self = replace(self, particles=first)
+        graph = build_graph(structure, first, evaluated)
+        reads = self.find_reads(graph, first, drawn) if self.reads is None else self.reads
+        of_first = _reads_at(_reads_at(reads, ranges), parts[0])
+        if validate and reads:
+            self._check(of_first, graph, first, together=False)
+        graph = regroup_indexed(graph, of_first)
+        check_crossing(graph)
+        replicate = replace(self, reads=reads)
+        others = replicate.evaluated(block, ranges, parts[1:], check=validate)
+        graphs = itertools.chain([graph], others)
+        return replicate, put_together(map(reduced, graphs), parts, block.sizes)
+
+    def find_reads(
+        self, graph: FactorGraph, first: Particles, drawn: Drawn, *, check: bool = True
+    ) -> SiteReads:
+        """
+        Find which elements sites read, and hold the graph against the programs.
+
+        :param first: the particles of the graph.
+        :param check: whether to do the latter.
+        """
+        structure, programs = self.structure, self.programs
+        fixed = at_supports(structure, self.particles, drawn)
+        if fixed is not None:
+            graph, first = build_graph(structure, fixed, self._evaluate(fixed)), fixed
+        # All particles, not this block's: a few may all decide alike which element is read.
+        reads = find_reads(graph, structure, fixed or self.particles, programs, self.plan.switched)
+        shares_levels = len(structure.indices) > UNIQUE_LEVELS
+        plated = any(graph.index_plates.values())
+        if check and (shares_levels or (self.environment.validate and plated and not reads)):
+            self._check(reads, graph, first, together=True)
+        return reads
+
+    def _evaluate(self, particles: Particles) -> Evaluated:
+        return evaluate_programs(
+            self.structure,
+            particles.values,
+            particles.sizes,
+            self.programs,
+            validate=self.environment.validate,
+        )
+
+    def _check(
+        self, reads: SiteReads, graph: FactorGraph, particles: Particles, *, together: bool
+    ) -> None:
+        check_graph(
+            graph,
+            self.structure,
+            particles,
+            self.programs,
+            reads,
+            together=together,
+        )
+
+    def cut(self, ranges: Ranges) -> tuple[Particles, tuple[Ranges, ...]]:
+        """Return the particles of a block, and how it is cut into pieces."""
+        block = self.particles.block(self.structure, ranges)
+        return block, split(block.sizes, self.plan.cut.pieces, smallest=2)
+
+    def evaluated(
+        self,
+        block: Particles,
+        ranges: Ranges,
+        parts: Collection[Ranges],
+        *,
+        check: bool = False,
+    ) -> Iterator[FactorGraph]:
+        """
+        Evaluate pieces of a block one after the other.
+
+        :param ranges: the particles of the block, of all of them.
+        :param parts: those of each piece, of the block's.
+        """
+        assert self.reads is not None
+        of_block = _reads_at(self.reads, ranges)
+        for part in _progress.bar(parts, "densities"):
+            particles = block.block(self.structure, part)
+            graph = build_graph(self.structure, particles, self._evaluate(particles))
+            reads = _reads_at(of_block, part)
+            if check and reads:
+                self._check(reads, graph, particles, together=False)
+            yield regroup_indexed(graph, reads)
+
+
+def _reads_at(reads: SiteReads, ranges: Ranges) -> SiteReads:
+    """Return what is read at a part of the particles."""
+    return {name: site.at(ranges) for name, site in reads.items()}
+
+
+@dataclass(frozen=True)
+class BlockSum:
+    """The evidence of one set of particles as a sum over blocks."""
+
+    replicate: Replicate
+    blocks: tuple[Ranges, ...]
+    whole: FactorGraph  # sizes and values of all particles; factors only of a single block
+    log_evidences: Tensor  # (blocks,), float64
+    traces: tuple[Trace, ...] = ()  # of the model, where it ran once for each particle
+
+    @property
+    def log_evidence(self) -> Tensor:
+        """The log evidence: a scalar, float64."""
+        return self.log_evidences.logsumexp(0)
+
+    def job(self, number: int, function: Callable[[FactorGraph], Result]) -> Job[Result]:
+        """Return the application of a function to the graph of a block, to be called or sent."""
+        if self.whole.factors:
+            return partial(function, self.whole)
+        return partial(_apply, self.replicate, self.blocks[number], function)
+
+
+def _apply(
+    replicate: Replicate, ranges: Ranges, function: Callable[[FactorGraph], Result]
+) -> Result:
+    with replicate.environment.entered():
+        return function(replicate(ranges))
+
+
+def impossible_elements(total: BlockSum) -> dict[str, Tensor]:
+    """
+    Return where each factor makes the evidence zero, in the first block.
+
+    :return: for each factor whether it is -inf for all particles: ``(*plates)``.
+    """
+    best: dict[str, Tensor] = {}
+    with total.replicate.environment.entered():
+        for graph in _graphs(total):
+            for factor in graph.factors:
+                dims = [n for n, symbol in enumerate(factor.dims) if symbol in graph.index_plates]
+                highest = factor.tensor.amax(dims) if dims else factor.tensor
+                best[factor.name] = torch.maximum(best.get(factor.name, highest), highest)
+    return {name: highest == -torch.inf for name, highest in best.items()}
+
+
+def _graphs(total: BlockSum) -> Iterable[FactorGraph]:
+    """Return the graphs of the pieces of the first block, not summed over any plate."""
+    if total.traces:
+        return [total.whole]
+    block, parts = total.replicate.cut(total.blocks[0])
+    return total.replicate.evaluated(block, total.blocks[0], parts)
