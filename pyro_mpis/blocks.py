@@ -50,7 +50,8 @@ from pyro_mpis.pieces import Ranges, split, with_values
 from pyro_mpis.planning import Plan
 from pyro_mpis.programs.analysis import with_implicit_plates
 from pyro_mpis.programs.environment import seeded
-from pyro_mpis.programs.runs import NotMappableError, Programs
+from pyro_mpis.programs.not_mappable import NotMappableError
+from pyro_mpis.programs.runs import Programs
 from pyro_mpis.programs.structure import UNIQUE_LEVELS, Structure
 from pyro_mpis.replicate import BlockSum, Replicate
 from pyro_mpis.workers import Workers

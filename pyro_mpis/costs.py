@@ -28,7 +28,8 @@ from pyro_mpis.particles import memory
 from pyro_mpis.particles.footprint import Footprint, run_at_one
 from pyro_mpis.particles.sizing import Sizes, Sizing
 from pyro_mpis.programs.messages import statements
-from pyro_mpis.programs.runs import NotMappableError, Programs
+from pyro_mpis.programs.not_mappable import NotMappableError
+from pyro_mpis.programs.runs import Programs
 from pyro_mpis.programs.structure import Index, Structure
 from pyro_mpis.run_plan import Advice, Cost, RunPlan
 

@@ -27,8 +27,9 @@ from pyro_mpis.programs.agreement import check_same_site
 from pyro_mpis.programs.analysis import analyse, device_of, with_implicit_plates
 from pyro_mpis.programs.environment import Environment, seeded
 from pyro_mpis.programs.messages import statements
+from pyro_mpis.programs.not_mappable import Name
 from pyro_mpis.programs.numbers import index_named, with_numbers
-from pyro_mpis.programs.runs import Name, Programs, run_plainly, with_one_subsample
+from pyro_mpis.programs.runs import Programs, run_plainly, with_one_subsample
 from pyro_mpis.programs.structure import Index, Obstacle, Structure
 from pyro_mpis.programs.subsampling import subsamples_of
 from pyro_mpis.run_plan import RunPlan

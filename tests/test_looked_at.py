@@ -20,7 +20,7 @@ from pyro_mpis import MPImportance, MPISWarning, TraceMP_ELBO, blocks
 from pyro_mpis.options import Options
 from pyro_mpis.particles.ordinary import run_one_by_one, weighed_together
 from pyro_mpis.planning import Plan, plan_of, programs_of
-from pyro_mpis.programs.runs import NotMappableError
+from pyro_mpis.programs.not_mappable import NotMappableError
 from pyro_mpis.workers import Workers
 
 pytestmark = pytest.mark.usefixtures("float64")

@@ -32,7 +32,7 @@ from pyro_mpis.planning import plan_of, programs_of
 from pyro_mpis.programs.agreement import refuse_subsampling
 from pyro_mpis.programs.masks import is_masked
 from pyro_mpis.programs.messages import is_latent, statements
-from pyro_mpis.programs.runs import NotMappableError
+from pyro_mpis.programs.not_mappable import NotMappableError
 from pyro_mpis.workers import Workers
 
 FEW_REPLICATES = 6

@@ -35,7 +35,8 @@ from pyro_mpis.particles.proposals import Particles
 from pyro_mpis.programs.densities import density_of
 from pyro_mpis.programs.mapped import Mapped, log_prob_of, run_mapped, unwrapped
 from pyro_mpis.programs.messages import counted, is_silent, statements
-from pyro_mpis.programs.runs import NotMappableError, Programs
+from pyro_mpis.programs.not_mappable import NotMappableError
+from pyro_mpis.programs.runs import Programs
 from pyro_mpis.programs.structure import Index, Structure, levels_of
 
 Pair = tuple[int, int]  # a block, and itself or one around it

@@ -44,7 +44,8 @@ from pyro_mpis.programs.agreement import check_same_site
 from pyro_mpis.programs.environment import rng_state, set_rng_state, training
 from pyro_mpis.programs.handlers import ScaleProposals
 from pyro_mpis.programs.masks import Masks
-from pyro_mpis.programs.runs import NotMappableError, Programs, run_plainly
+from pyro_mpis.programs.not_mappable import NotMappableError
+from pyro_mpis.programs.runs import Programs, run_plainly
 from pyro_mpis.programs.structure import Structure
 from pyro_mpis.replicate import Replicate
 from pyro_mpis.workers import Workers

@@ -21,7 +21,8 @@ from pyro_mpis.particles.evaluation import wanted_of_guide, wanted_of_model, wit
 from pyro_mpis.programs.analysis import with_implicit_plates
 from pyro_mpis.programs.messages import statements
 from pyro_mpis.programs.meter import Bytes, Meter
-from pyro_mpis.programs.runs import Collect, NotMappableError, Programs, Said, Wanted, evaluate
+from pyro_mpis.programs.not_mappable import NotMappableError
+from pyro_mpis.programs.runs import Collect, Programs, Said, Wanted, evaluate
 from pyro_mpis.programs.structure import Structure, levels_of
 
 OWN_LEVELS = 12  # up to this many indices have a level each: then what is read is certain

@@ -52,7 +52,8 @@ from pyro_mpis.particles.together import (
     read_together,
     unknown,
 )
-from pyro_mpis.programs.runs import NotMappableError, Programs, is_out_of_memory
+from pyro_mpis.programs.not_mappable import NotMappableError, is_out_of_memory
+from pyro_mpis.programs.runs import Programs
 from pyro_mpis.programs.structure import Structure
 
 

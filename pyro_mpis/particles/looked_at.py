@@ -25,7 +25,8 @@ from pyro_mpis.particles.memory import number_of_densities
 from pyro_mpis.programs.densities import density_of
 from pyro_mpis.programs.masks import unmasked
 from pyro_mpis.programs.messages import drawn_from, statements
-from pyro_mpis.programs.runs import NotMappableError, OtherSitesError, Programs, Wanted, evaluate
+from pyro_mpis.programs.not_mappable import NotMappableError, OtherSitesError
+from pyro_mpis.programs.runs import Programs, Wanted, evaluate
 from pyro_mpis.programs.structure import Origin, Site, Structure
 
 

@@ -36,7 +36,8 @@ from pyro_mpis.programs.messages import (
     is_silent,
     statements,
 )
-from pyro_mpis.programs.runs import NotMappableError, Programs, Wanted, evaluate, run_at
+from pyro_mpis.programs.not_mappable import NotMappableError
+from pyro_mpis.programs.runs import Programs, Wanted, evaluate, run_at
 from pyro_mpis.programs.structure import Structure
 
 MORE_ROWS = 2  # values of the latents besides those of the plain run

@@ -30,7 +30,8 @@ from pyro_mpis.particles.evaluation import summed_over
 from pyro_mpis.particles.proposals import Particles
 from pyro_mpis.programs.densities import density_of
 from pyro_mpis.programs.messages import counted
-from pyro_mpis.programs.runs import Collect, NotMappableError, Programs, Wanted, evaluate
+from pyro_mpis.programs.not_mappable import NotMappableError
+from pyro_mpis.programs.runs import Collect, Programs, Wanted, evaluate
 from pyro_mpis.programs.structure import Structure
 
 NONE, SEVERAL = -1, -2  # in place of an element

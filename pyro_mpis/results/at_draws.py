@@ -23,14 +23,8 @@ from pyro_mpis._text import broadcast_shape
 from pyro_mpis._typing import Program, SampleMessage
 from pyro_mpis.programs.mapped import log_prob_of
 from pyro_mpis.programs.messages import batch_shape_of, event_shape_of, is_subsample, statements
-from pyro_mpis.programs.runs import (
-    Collect,
-    NotMappableError,
-    Programs,
-    Wanted,
-    evaluate,
-    run_at,
-)
+from pyro_mpis.programs.not_mappable import NotMappableError
+from pyro_mpis.programs.runs import Collect, Programs, Wanted, evaluate, run_at
 from pyro_mpis.programs.structure import Structure
 from pyro_mpis.results.pointwise import NOTHING, Own, summed_log_probs
 

@@ -26,15 +26,8 @@ from pyro_mpis.programs.messages import (
     is_latent,
     statements,
 )
-from pyro_mpis.programs.runs import (
-    PARTICLE,
-    NotMappableError,
-    Programs,
-    Wanted,
-    is_out_of_memory,
-    not_mappable,
-    run_at,
-)
+from pyro_mpis.programs.not_mappable import NotMappableError, is_out_of_memory, not_mappable
+from pyro_mpis.programs.runs import PARTICLE, Programs, Wanted, run_at
 from pyro_mpis.programs.stratified import Strata
 from pyro_mpis.results.at_draws import at_all
 

@@ -35,10 +35,7 @@ from pyro_mpis.programs.messages import (
     is_latent,
     statements,
 )
-from pyro_mpis.programs.runs import (
-    Programs,
-    run_at,
-)
+from pyro_mpis.programs.runs import Programs, run_at
 from pyro_mpis.programs.turns import in_turn
 from pyro_mpis.results.at_samples import is_data, said_at
 

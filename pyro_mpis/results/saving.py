@@ -28,7 +28,8 @@ from pyro_mpis.particles.proposals import Particles
 from pyro_mpis.pieces import Ranges
 from pyro_mpis.planning import Plan
 from pyro_mpis.programs.environment import Environment, seeded
-from pyro_mpis.programs.runs import Name, Programs
+from pyro_mpis.programs.not_mappable import Name
+from pyro_mpis.programs.runs import Programs
 from pyro_mpis.programs.structure import Index, Obstacle, Plate, Site, Structure
 from pyro_mpis.replicate import BlockSum, Replicate
 from pyro_mpis.results import encoding
