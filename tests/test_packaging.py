@@ -117,14 +117,8 @@ BELOW["queries"] = {*BELOW["blocks"], "blocks"}
 BELOW["results"] = {*BELOW["queries"], "queries", "_version"}
 BELOW["objectives"] = {*BELOW["queries"], "queries", "_warnings"}
 BELOW["adaptation"] = {*BELOW["objectives"], "objectives"}
-BELOW["importance"] = {
-    "weaknesses",
-    *BELOW["results"],
-    "results",
-    "rendering",
-    "adaptation",
-    "_warnings",
-}
+BELOW["posterior"] = {*BELOW["results"], "results", "_warnings"}
+BELOW["importance"] = {*BELOW["posterior"], "posterior", "weaknesses", "rendering", "adaptation"}
 BELOW["plots"] = {*BELOW["importance"], "importance"}
 BELOW["__init__"] = {*BELOW}
 

@@ -651,7 +651,7 @@ def test_a_long_wait_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
 
     work = 5 + 5 + 5**3 + 2 * 5**4 + 3 * 5  # of phi, scale, x_0, the other x, the y
     monkeypatch.setattr(memory, "MUCH_WORK", work - 1)
-    with pytest.warns(MPISWarning, match=r"1\.4e\+03 densities .* 'x_1' .* 4 particle indices"):
+    with pytest.warns(MPISWarning, match=r"1\.4e\+03 densities, .* 'x_1' .* 4 particle indices"):
         MPImportance(chain, num_samples=5).run()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
