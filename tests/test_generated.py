@@ -20,7 +20,7 @@ from generated import generate
 from random_parts import Generated
 from singles import Exact, Singles, exact
 
-from pyro_mpis import MPImportance, blocks
+from pyro_mpis import MPImportance, replicate
 from pyro_mpis.particles.probes import ElementReads
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -293,7 +293,7 @@ def test_sharing_for_nothing_is_rejected() -> None:
 
 def test_regrouping_by_the_wrong_element_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     """The package's own check is off without validation, and finds it with."""
-    found = vars(blocks)["find_reads"]
+    found = vars(replicate)["find_reads"]
 
     def mistaken(*args: Any) -> dict[str, ElementReads]:
         return {
@@ -301,7 +301,7 @@ def test_regrouping_by_the_wrong_element_is_rejected(monkeypatch: pytest.MonkeyP
             for name, reads in found(*args).items()
         }
 
-    monkeypatch.setattr(blocks, "find_reads", mistaken)
+    monkeypatch.setattr(replicate, "find_reads", mistaken)
     with pyro.validation_enabled(False):
         rejected("by index")
     posterior = compare(by_index, None, 3)
@@ -312,7 +312,7 @@ def test_elements_that_are_not_seen_to_be_mixed_are_rejected(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A factor of the diagonal stands for densities that read several elements."""
-    monkeypatch.setattr(blocks, "check_graph", lambda *args, **kwargs: None)
+    monkeypatch.setattr(replicate, "check_graph", lambda *args, **kwargs: None)
     rejected("walk")
 
 
