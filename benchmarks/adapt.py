@@ -28,7 +28,7 @@ from pathlib import Path
 import pyro
 import torch
 from _learners import METHODS
-from _learning import PROBLEMS
+from _learning import PROBLEMS, SECONDS
 from _measure import processor, table
 
 Cell = tuple[str, str, int]  # model, method, seed
@@ -42,14 +42,6 @@ GOALS = {
     "bus_breakdown": (0.4, 0.1, 0.15),
     "movielens": (0.2, 0.07, 0.15),
     "occupancy": (1.0, 0.15, 0.35),
-}
-SECONDS = {
-    "eight_schools": 3.0,
-    "radon": 6.0,
-    "chimpanzees": 10.0,
-    "bus_breakdown": 15.0,
-    "movielens": 20.0,
-    "occupancy": 20.0,
 }
 LEFT_OUT = {
     ("occupancy", "AutoMultivariateNormal, Trace_ELBO"): "as AutoNormal: hundreds of nats off",

@@ -22,6 +22,7 @@ from pyro_mpis.blocks import run_replicates
 from pyro_mpis.options import (
     DEFAULT_NUM_SAMPLES,
     Options,
+    checked_groups,
     checked_numbers,
     number_of_dims,
     positive,
@@ -216,9 +217,8 @@ class MPImportance(Posterior):
         options = self._options
         if not self._is_number_given:
             options = replace(options, num_samples=None, numbers={}, time_limit=None)
-        found = trained(
-            self.model, guide, args, kwargs, options, show_progress=not self.disable_progbar
-        )
+        programs = programs_of(self.model, guide, args, kwargs)
+        found = trained(programs, options, show_progress=not self.disable_progbar)
         if not self._is_number_given:
             self.num_samples, self._is_number_given = found.num_samples, True
         self.num_replicates = max(self.num_replicates, found.num_replicates)
@@ -343,7 +343,7 @@ class MPImportance(Posterior):
             sums = [replace(total, whole=replace(total.whole, factors=())) for total in sums]
         settings = saving.Settings(
             num_samples=self.num_samples,
-            groups=tuple(tuple(group) for group in self.groups),
+            groups=checked_groups(self.groups),
             shared_plates=self.shared_plates,
             max_plate_nesting=self.max_plate_nesting,
             memory_limit=self.memory_limit,
@@ -462,9 +462,6 @@ class MPImportance(Posterior):
 
     @property
     def _options(self) -> Options:
-        for group in self.groups:
-            if isinstance(group, str):
-                raise ValueError(f"groups: expected sequences of site names, but found '{group}'.")
         numbers: Mapping[str | None, int] = {}
         if self._is_number_given and self.num_samples is not None:
             numbers = (
@@ -474,7 +471,7 @@ class MPImportance(Posterior):
         return Options(
             num_samples=numbers.get(None),
             numbers={name: number for name, number in numbers.items() if name is not None},
-            groups=tuple(tuple(group) for group in self.groups),
+            groups=checked_groups(self.groups),
             shared_plates=self.shared_plates,
             max_plate_nesting=self.max_plate_nesting,
             memory_limit=self.memory_limit,

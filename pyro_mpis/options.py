@@ -3,7 +3,7 @@
 
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pyro_mpis._typing import NumSamples
@@ -60,3 +60,11 @@ def number_of_dims(max_plate_nesting: float | None) -> int | None:
             f"max_plate_nesting: expected a number of dims, but found {max_plate_nesting!r}."
         )
     return int(max_plate_nesting)
+
+
+def checked_groups(groups: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], ...]:
+    """Return groups of site names; a name alone, a sequence of letters, is none."""
+    for group in groups:
+        if isinstance(group, str):
+            raise ValueError(f"groups: expected sequences of site names, but found '{group}'.")
+    return tuple(map(tuple, groups))

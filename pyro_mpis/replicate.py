@@ -188,6 +188,11 @@ class BlockSum:
         """The log evidence: a scalar, float64."""
         return self.log_evidences.logsumexp(0)
 
+    @property
+    def is_one_by_one(self) -> bool:
+        """Whether the programs ran once for each particle, of some latents or of all."""
+        return bool(self.traces or self.replicate.programs.one_by_one)
+
     def job(self, number: int, function: Callable[[FactorGraph], Result]) -> Job[Result]:
         """Return the application of a function to the graph of a block, to be called or sent."""
         if self.whole.factors:

@@ -22,7 +22,7 @@ from torch import Tensor
 from pyro_mpis import MPImportance, MPISWarning
 from pyro_mpis.factor_graph.evidence import log_evidence
 from pyro_mpis.options import Options
-from pyro_mpis.particles.ordinary import run_ordinary
+from pyro_mpis.particles.ordinary import run_one_by_one, weighed_together
 from pyro_mpis.planning import plan_of, programs_of
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -83,7 +83,7 @@ def test_expected_evidence_is_exact(
     plan, _, _ = plan_of(programs, Options(num_samples=2))
 
     def evidence() -> float:
-        _, _, graph, _ = run_ordinary(plan.structure, plan.programs, 2)
+        _, _, graph, _ = weighed_together(plan.structure, run_one_by_one(plan.programs, 2))
         return float(log_evidence(graph).exp())
 
     found = list(outcomes(coins, evidence))
@@ -111,7 +111,7 @@ def steps_guide(y: float = 0.5) -> None:
 def test_weights_are_those_of_importance(guide: Program | None) -> None:
     plan, _, _ = plan_of(programs_of(steps, guide, (), {}), Options(num_samples=20))
     pyro.set_rng_seed(1)
-    _, _, graph, traces = run_ordinary(plan.structure, plan.programs, 20)
+    _, _, graph, traces = weighed_together(plan.structure, run_one_by_one(plan.programs, 20))
     pyro.set_rng_seed(1)
     importance = Importance(steps, guide, num_samples=20).run()
     for ours, theirs in zip(traces, importance.exec_traces, strict=True):

@@ -25,7 +25,16 @@ from pyro_mpis.adaptation.natural import Settings
 from pyro_mpis.adaptation.prepared import Drawable, is_improper, prepared, summable
 from pyro_mpis.adaptation.progress import Progress
 from pyro_mpis.adaptation.start import Start, is_discrete, start_of
-from pyro_mpis.adaptation.trials import OTHERS, Runs, Trial, fitting, matched, replicates_for, tried
+from pyro_mpis.adaptation.trials import (
+    OTHERS,
+    TRIALS,
+    Runs,
+    Trial,
+    fitting,
+    matched,
+    replicates_for,
+    tried,
+)
 from pyro_mpis.blocks import run_plan
 from pyro_mpis.options import Options
 from pyro_mpis.planning import plan_of, programs_of
@@ -36,9 +45,7 @@ from pyro_mpis.programs.not_mappable import NotMappableError
 from pyro_mpis.workers import Workers
 
 FEW_REPLICATES = 6
-TRIALS = 3  # runs of a trial
 LOW_ESS = 5.0  # of a trial's particles outside of plates
-WIDE_SPREAD = 1.0  # sd of log evidences, in nats
 POINTS = (8, 4)  # at which derivatives are averaged; fewer where they take long
 MUCH_WORK = 5e6  # densities times rows of the Hessian, of an iteration
 MANY_NUMBERS = 400  # rows of the Hessian, above which the Gaussian is not fitted by gradients
@@ -68,11 +75,7 @@ class _Candidate:
     @property
     def is_good(self) -> bool:
         """Whether its trial runs agree, and rest on more than a few particles."""
-        return (
-            self.settled
-            and self.trial.spread < WIDE_SPREAD
-            and float(self.trial.ess.median()) > LOW_ESS
-        )
+        return self.settled and self.trial.is_good(LOW_ESS)
 
 
 def adapted(

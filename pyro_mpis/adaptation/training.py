@@ -18,13 +18,13 @@ from pyro import poutine
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_mpis._typing import Program
 from pyro_mpis.adaptation.progress import Progress
-from pyro_mpis.adaptation.trials import LARGEST_RUN, Trial, replicates_for, work_of
+from pyro_mpis.adaptation.trials import LARGEST_RUN, TRIALS, Trial, replicates_for, work_of
 from pyro_mpis.blocks import run_plan
 from pyro_mpis.objectives import MPReweightedWakeSleep, TraceMP_ELBO
 from pyro_mpis.options import Options
-from pyro_mpis.planning import Plan, plan_of, programs_of
+from pyro_mpis.planning import Plan, plan_of
+from pyro_mpis.programs.runs import Programs
 from pyro_mpis.queries import joint_weights_of
 from pyro_mpis.workers import Workers
 
@@ -34,9 +34,7 @@ WINDOW = 50  # steps whose mean bounds are compared
 MOST_WINDOWS = 20  # at one rate
 FALL = 10.0  # nats below the best window, at which a rate was too high
 NUMBERS = (100, 60, 30, 20, 10, 6, 4)  # of particles, of which the first that is not dear is taken
-TRIALS = 3
 LOW_ESS = 3.0  # of a trial's particles, at its worst
-WIDE_SPREAD = 1.0  # sd of log evidences, in nats
 
 
 @dataclass(frozen=True)
@@ -48,15 +46,7 @@ class Trained:
     problems: list[str] = field(default_factory=list)  # what the user is to be told
 
 
-def trained(
-    model: Program,
-    guide: Program,
-    args: tuple[object, ...],
-    kwargs: Mapping[str, object],
-    options: Options,
-    *,
-    show_progress: bool,
-) -> Trained:
+def trained(programs: Programs, options: Options, *, show_progress: bool) -> Trained:
     """
     Train a guide's parameters in place; draws random numbers.
 
@@ -65,32 +55,29 @@ def trained(
     :param options: with ``num_samples`` if the user has given one: it is kept.
     :raises ValueError: if the guide has no parameters, or the bound is nan or never finite.
     """
-    parameters = parameters_of(guide, args, kwargs)
-    bound = _Bound(model, guide, args, kwargs, options, frozenset(parameters))
+    parameters = parameters_of(programs)
+    bound = _Bound(programs, options, frozenset(parameters))
     with Progress(show_progress) as progress:
         _climb(bound, list(parameters.values()), progress.fitting)
-        plan, numbers = _planned(model, guide, args, kwargs, options)
+        plan, numbers = _planned(programs, options)
         trial = _tried(plan)
-    is_good = trial.spread < WIDE_SPREAD and float(trial.ess.median()) > LOW_ESS
     return Trained(
         max(numbers.values()),
         replicates_for(plan, numbers, trial),
-        [] if is_good else [_poor(trial)],
+        [] if trial.is_good(LOW_ESS) else [_poor(trial)],
     )
 
 
-def parameters_of(
-    guide: Program, args: tuple[object, ...], kwargs: Mapping[str, object]
-) -> dict[str, Tensor]:
+def parameters_of(programs: Programs) -> dict[str, Tensor]:
     """
     Return a guide's unconstrained parameters.
 
     :raises ValueError: if it has none.
     """
     with torch.no_grad():
-        guide(*args, **kwargs)  # an autoguide is made in its first run
+        programs.guide(*programs.args, **programs.kwargs)  # makes an autoguide, in its first run
         with poutine.block(), poutine.trace(param_only=True) as tracer:
-            guide(*args, **kwargs)
+            programs.guide(*programs.args, **programs.kwargs)
     found = _unconstrained(tracer.trace)
     if not found:
         raise ValueError(
@@ -167,16 +154,8 @@ class _Bound:
     Where a gradient cannot go through draws, it is that of wake-sleep from then on.
     """
 
-    def __init__(
-        self,
-        model: Program,
-        guide: Program,
-        args: tuple[object, ...],
-        kwargs: Mapping[str, object],
-        options: Options,
-        names: frozenset[str],
-    ) -> None:
-        self._call = model, guide, args, kwargs
+    def __init__(self, programs: Programs, options: Options, names: frozenset[str]) -> None:
+        self._programs = programs
         self._names = names
         nesting = options.max_plate_nesting
         self._settings: dict[str, Any] = {
@@ -200,24 +179,17 @@ class _Bound:
         return self._step()
 
     def _step(self) -> float:
-        model, guide, args, kwargs = self._call
+        of = self._programs
         with poutine.trace(param_only=True) as tracer:
-            loss = self._objective.loss_and_grads(model, guide, *args, **kwargs)
+            loss = self._objective.loss_and_grads(of.model, of.guide, *of.args, **of.kwargs)
         for name, parameter in _unconstrained(tracer.trace).items():
             if name not in self._names:
                 parameter.grad = None
         return -float(loss[0] if isinstance(loss, tuple) else loss)
 
 
-def _planned(
-    model: Program,
-    guide: Program,
-    args: tuple[object, ...],
-    kwargs: Mapping[str, object],
-    options: Options,
-) -> tuple[Plan, dict[str, int]]:
+def _planned(programs: Programs, options: Options) -> tuple[Plan, dict[str, int]]:
     """Plan runs, with as many particles as a run is worth where no number was given."""
-    programs = programs_of(model, guide, args, kwargs)
     given = options.num_samples is not None or options.numbers
     for number in NUMBERS:
         tried = options if given else replace(options, num_samples=number)
@@ -235,8 +207,7 @@ def _tried(plan: Plan) -> Trial:
     for _ in range(TRIALS):
         total = run_plan(plan, alone)
         log_evidences.append(total.log_evidence.double())
-        one_by_one = total.traces or total.replicate.programs.one_by_one
-        if one_by_one or not bool(torch.isfinite(log_evidences[-1])):
+        if total.is_one_by_one or not bool(torch.isfinite(log_evidences[-1])):
             continue
         symbols = [i.symbol for i in total.replicate.structure.indices if not i.enumerated]
         (weights,) = joint_weights_of([total], symbols, alone)

@@ -38,6 +38,8 @@ CHEAP_EVENT = 4  # numbers of an event that take as long as another density
 OTHERS = 30  # of latents that the guide lacks
 SMALL_RUN, LARGEST_RUN = 1e6, 3e7  # densities of a run
 WORK = 9e7  # densities of all final runs together
+TRIALS = 3  # runs of a trial
+WIDE_SPREAD = 1.0  # sd of their log evidences, in nats
 OVERHEAD = 5e5  # densities that take as long as all else in a run
 REPLICATES = (4, 60)
 MANY_OF_SMALL = 20  # replicates at least, of small runs: three trials hardly show a heavy tail
@@ -71,6 +73,10 @@ class Trial:
     def spread(self) -> float:
         """The sd of the runs' log evidences."""
         return float(self.log_evidences.std()) if len(self.log_evidences) > 1 else math.inf
+
+    def is_good(self, low_ess: float) -> bool:
+        """Whether the runs agree, and rest on more than a few particles."""
+        return self.spread < WIDE_SPREAD and float(self.ess.median()) > low_ess
 
 
 def numbers_of(guide: AutoPlateNormal, share: float = 1.0) -> dict[str, int]:
@@ -192,8 +198,7 @@ class Runs:
         total = run_plan(self.plan, _ALONE)
         self.plan = total.replicate.plan
         log_p = total.log_evidence.double()
-        one_by_one = total.traces or self.plan.programs.one_by_one
-        if not bool(torch.isfinite(log_p)) or one_by_one:
+        if not bool(torch.isfinite(log_p)) or total.is_one_by_one:
             return log_p, None
         reads = total.replicate.reads or {}
         if len(total.blocks) == 1 and not any(site.switch for site in reads.values()):

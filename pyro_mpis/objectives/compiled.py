@@ -8,7 +8,7 @@ mapped run and regroup what is read by index, nothing else.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import pyro
@@ -24,7 +24,7 @@ from pyro_mpis.blocks import run_plan
 from pyro_mpis.factor_graph.evidence import reduced
 from pyro_mpis.factor_graph.graph import FactorGraph
 from pyro_mpis.objectives.signature import Arguments, arguments_of
-from pyro_mpis.options import Options
+from pyro_mpis.options import Options, checked_groups, number_of_dims
 from pyro_mpis.particles.drawing import Drawn, draw_particles
 from pyro_mpis.particles.evaluation import (
     Evaluated,
@@ -161,6 +161,24 @@ def _found_reads(
         return Replicate(plan, particles).find_reads(graph, particles, drawn, check=False)
 
 
+def options_of(
+    num_samples: int,
+    groups: Sequence[Sequence[str]],
+    shared_plates: Sequence[str],
+    max_plate_nesting: float,
+    memory_limit: int | None,
+) -> Options:
+    """Return the options of an objective's analysis, from what its user gives."""
+    return Options(
+        num_samples,
+        groups=checked_groups(groups),
+        shared_plates=tuple(shared_plates),
+        max_plate_nesting=number_of_dims(max_plate_nesting),
+        memory_limit=memory_limit,
+        stratified=False,
+    )
+
+
 class Compiler:
     """
     Analyses programs once for arguments of the same shapes, and evaluates them.
@@ -227,7 +245,7 @@ class Compiler:
         finally:
             set_rng_state(state)
         found = total.replicate.plan
-        if total.traces or found.programs.one_by_one:
+        if total.is_one_by_one:
             raise NotImplementedError(f"{found.notices[-1]} Or use {self.alternative}.")
         if found.cut.blocks:
             sites = quoted(

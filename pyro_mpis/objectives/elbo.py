@@ -21,8 +21,8 @@ from torch import Tensor
 from pyro_mpis._text import quoted
 from pyro_mpis._typing import Program
 from pyro_mpis.factor_graph.evidence import log_evidence
-from pyro_mpis.objectives.compiled import Compiler
-from pyro_mpis.options import Options, number_of_dims, positive
+from pyro_mpis.objectives.compiled import Compiler, options_of
+from pyro_mpis.options import positive
 from pyro_mpis.particles.drawing import Drawn
 from pyro_mpis.programs.structure import Structure
 
@@ -78,13 +78,8 @@ class TraceMP_ELBO(ELBO):
             retain_graph=retain_graph,
         )
         self.num_samples = positive("num_samples", num_samples)
-        options = Options(
-            self.num_samples,
-            groups=tuple(map(tuple, groups)),
-            shared_plates=tuple(shared_plates),
-            max_plate_nesting=number_of_dims(max_plate_nesting),
-            memory_limit=memory_limit,
-            stratified=False,
+        options = options_of(
+            self.num_samples, groups, shared_plates, max_plate_nesting, memory_limit
         )
         self._compiler = Compiler(
             options, f"pyro.infer.RenyiELBO(alpha=0, num_particles={num_samples}): then it is that."

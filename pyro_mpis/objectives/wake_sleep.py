@@ -30,8 +30,8 @@ from pyro_mpis._text import quoted
 from pyro_mpis._typing import Program
 from pyro_mpis.factor_graph.evidence import log_evidence
 from pyro_mpis.factor_graph.graph import FactorGraph, LogFactor
-from pyro_mpis.objectives.compiled import Compiler, Weighed
-from pyro_mpis.options import Options, number_of_dims, positive
+from pyro_mpis.objectives.compiled import Compiler, Weighed, options_of
+from pyro_mpis.options import positive
 from pyro_mpis.programs.structure import Structure
 
 
@@ -91,14 +91,7 @@ class MPReweightedWakeSleep(ELBO):
             vectorize_particles=vectorize_particles,
             max_plate_nesting=max_plate_nesting,
         )
-        options = Options(
-            num_particles,
-            groups=tuple(map(tuple, groups)),
-            shared_plates=tuple(shared_plates),
-            max_plate_nesting=number_of_dims(max_plate_nesting),
-            memory_limit=memory_limit,
-            stratified=False,
-        )
+        options = options_of(num_particles, groups, shared_plates, max_plate_nesting, memory_limit)
         self._compiler = Compiler(
             options, "pyro.infer.ReweightedWakeSleep: then it is that.", detached=True
         )

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from pyro_mpis._typing import Ordinal, SampleMessage
 from pyro_mpis.programs.densities import density_of
-from pyro_mpis.programs.mapped import Mapped
+from pyro_mpis.programs.mapped import Mapped, Said
 from pyro_mpis.programs.masks import is_masked, unmasked
 from pyro_mpis.programs.messages import counted, drawn_from
-from pyro_mpis.programs.runs import Collect, Programs, Said, Wanted, evaluate
+from pyro_mpis.programs.runs import Collect, Programs, Wanted, evaluate
 from pyro_mpis.programs.structure import Site, Structure, levels_of
 
 MAX_LEVELS = 60  # of a mapped run: a torch tensor has 64 dims
@@ -81,7 +81,8 @@ def evaluate_programs(
     for name, said in (carried or {}).items():
         (symbol,) = structure.indices_read(structure.guide[name])
         number = next(n for n, level in enumerate(levels) if symbol in level)
-        by_level[number][name] = _at_particles(said["value"], sizes[symbol])
+        value = said["value"]
+        by_level[number][name] = value.along(0).expand((sizes[symbol], *value.shape))
         log_prob = said["log_prob"]
         known[name] = {"log_prob": replace(log_prob, levels=(number,) * len(log_prob.levels))}
     with pyro.validation_enabled(False):
@@ -93,11 +94,6 @@ def evaluate_programs(
             shapes=structure.latent_shapes,
         )
     return Evaluated(known or said_by_guide, said_by_model, levels)
-
-
-def _at_particles(value: Mapped, size: int) -> Tensor:
-    """Return ``(size, *shape)``."""
-    return value.tensor if value.levels else value.tensor.expand((size, *value.tensor.shape))
 
 
 def carried_by_one(structure: Structure, *, validate: bool) -> Mapping[str, Collect]:

@@ -255,9 +255,8 @@ class _Probe:
             except NotMappableError:
                 continue
             return {
-                name: tensor if parts["log_prob"].levels else tensor.expand((number, *tensor.shape))
+                name: parts["log_prob"].along(0).expand((number, *parts["log_prob"].shape))
                 for name, parts in said.items()
-                for tensor in (parts["log_prob"].tensor,)
             }
         rows: dict[str, list[Tensor]] = {name: [] for name in self.counting}
         for slot in range(number):

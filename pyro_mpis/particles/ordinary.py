@@ -11,12 +11,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import pyro
 import torch
 from opt_einsum import get_symbol
 from pyro import poutine
 from pyro.poutine.trace_struct import Trace
-from pyro.poutine.util import is_validation_enabled
 from torch import Tensor
 
 from pyro_mpis import _progress
@@ -25,7 +23,7 @@ from pyro_mpis.factor_graph.graph import FactorGraph, LogFactor
 from pyro_mpis.particles.factors import site_value, without_ruled_out
 from pyro_mpis.particles.masked import masks_at
 from pyro_mpis.particles.proposals import Particles
-from pyro_mpis.programs.densities import density_of, is_checked, memoise, taking_anything
+from pyro_mpis.programs.densities import memoise, plain_density, taking_anything
 from pyro_mpis.programs.handlers import Replay
 from pyro_mpis.programs.masks import unmasked
 from pyro_mpis.programs.messages import counted, drawn_from, is_delta, is_latent, statements
@@ -44,13 +42,6 @@ class Run:
     guide: Trace
     model: Trace
     densities: Mapping[str, Tensor]  # the log of each site's share of r_k
-
-
-def run_ordinary(
-    structure: Structure, programs: Programs, num_samples: int
-) -> tuple[Structure, Particles, FactorGraph, tuple[Trace, ...]]:
-    """Draw particles of all latents together, and weigh each; see :func:`weighed_together`."""
-    return weighed_together(structure, run_one_by_one(programs, num_samples))
 
 
 def run_one_by_one(programs: Programs, num_samples: int) -> list[Run]:
@@ -121,7 +112,7 @@ def _one_run(programs: Programs) -> Run:
     densities: dict[str, Tensor] = {}
     for name, site in statements(trace).items():
         site = masks.of_model(site)
-        density = counted(site, _density(site, latent=is_latent(site)))
+        density = counted(site, plain_density(site["fn"], site["value"], latent=is_latent(site)))
         if programs.nan_is_zero:
             density = torch.where(density.isnan(), -torch.inf, density)
         densities[name] = _sum(density, site)
@@ -137,18 +128,11 @@ def _one_run(programs: Programs) -> Run:
 def _log_proposal(site: SampleMessage) -> Tensor:
     """Return the density that a site was drawn from."""
     fn = unmasked(site["fn"]) if is_latent(site) else site["fn"]
-    return drawn_from(site, _density({**site, "fn": fn}))
-
-
-def _density(site: SampleMessage, *, latent: bool = False) -> Tensor:
-    """Return a log density: zero outside of the support, nan at invalid arguments."""
-    checked = is_validation_enabled() and is_checked(site["fn"])
-    with pyro.validation_enabled(False):
-        return density_of(site["fn"], site["value"], validate=checked, latent=latent)
+    return drawn_from(site, plain_density(fn, site["value"]))
 
 
 def _sum(log_prob: Tensor, site: SampleMessage) -> Tensor:
-    return torch.as_tensor(log_prob).sum(dtype=torch.double) * scale_of_plates(site)
+    return log_prob.sum(dtype=torch.double) * scale_of_plates(site)
 
 
 def _log_factors(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

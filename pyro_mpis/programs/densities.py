@@ -222,6 +222,13 @@ def _valid_arguments(
         yield name, constraint, valid
 
 
+def plain_density(fn: Distribution, value: Tensor, *, latent: bool = False) -> Tensor:
+    """Return :func:`density_of` in a plain run, where the user's validation says what to check."""
+    validate = is_validation_enabled() and is_checked(fn)
+    with pyro.validation_enabled(False):
+        return torch.as_tensor(density_of(fn, value, validate=validate, latent=latent))
+
+
 def refuse_invalid(trace: Trace, program: str) -> None:
     """
     Refuse arguments that are invalid whatever the latents are.
@@ -248,12 +255,7 @@ def memoise(trace: Trace) -> None:
     One that is nan beside one that is zero is zero.
     """
     sites: list[Any] = [site for site in trace.nodes.values() if site["type"] == "sample"]
-    checked = [is_validation_enabled() and is_checked(site["fn"]) for site in sites]
-    with pyro.validation_enabled(False):
-        log_probs = [
-            torch.as_tensor(density_of(site["fn"], site["value"], validate=validate))
-            for site, validate in zip(sites, checked, strict=True)
-        ]
+    log_probs = [plain_density(site["fn"], site["value"]) for site in sites]
     impossible = any(bool((log_prob == -torch.inf).any()) for log_prob in log_probs)
     for site, log_prob in zip(sites, log_probs, strict=True):
         if impossible:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, TypeAlias
 
 import pyro
 import torch
@@ -80,6 +80,9 @@ class Mapped:
         tensor = self.tensor.permute((*order, *range(len(order), self.tensor.dim())))
         sizes = [1 if dim is None else self.tensor.shape[dim] for dim in dims]
         return tensor.reshape((*sizes, *self.shape))
+
+
+Said: TypeAlias = dict[str, dict[str, Mapped]]  # site -> what was kept of it
 
 
 def run_mapped(

@@ -10,9 +10,7 @@ from collections.abc import Sequence, Set
 
 import torch
 
-from pyro_mpis.programs.mapped import Mapped
-
-Said = dict[str, dict[str, Mapped]]  # as in programs.runs
+from pyro_mpis.programs.mapped import Mapped, Said
 
 
 def put_together(runs: Sequence[Said], level: int, own: Set[str]) -> Said:

@@ -36,7 +36,7 @@ from pyro_mpis.programs.handlers import (
     Track,
 )
 from pyro_mpis.programs.mapped import (
-    Mapped,
+    Said,
     Values,
     run_mapped,
     unwrapped,
@@ -56,9 +56,6 @@ from pyro_mpis.programs.subsampling import OneSubsample, Subsamples
 
 # Takes a site's message and the single values of all given sites; returns what to keep, by name.
 Collect: TypeAlias = Callable[[SampleMessage, Mapping[str, Tensor]], Mapping[str, Tensor]]
-
-
-Said: TypeAlias = dict[str, dict[str, Mapped]]  # site -> what was kept of it
 
 
 @dataclass(frozen=True)
