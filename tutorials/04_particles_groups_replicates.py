@@ -99,8 +99,8 @@ def nile(flow):
 
 
 arrangements = {
-    "an index for each latent": ((4, 8, 16)[:few], 3, {}),
-    "one group for all": ((64, 512, 4096)[:few], 1, {"groups": [("before", "after", "noise")]}),
+    "an index for each latent": ((4, 8, 12)[:few], 3, {}),
+    "one group for all": ((64, 512, 1728)[:few], 1, {"groups": [("before", "after", "noise")]}),
 }
 of_nile = spreads(nile, (flow,), arrangements)
 
