@@ -110,7 +110,7 @@ def widened(guide, times):
 
 for times in (2, 4, 8):
     run(f"stopped early, {times} times as wide", widened(early, times))
-run("trained, 2 times as wide", widened(guide, 2))
+wider = run("trained, 2 times as wide", widened(guide, 2))
 
 # %% [markdown]
 # ## Or let `adapt` do it
