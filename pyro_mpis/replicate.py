@@ -37,9 +37,9 @@ from pyro_mpis.particles.proposals import Particles, at_supports, weigh_from_fac
 from pyro_mpis.pieces import Ranges, put_together, split
 from pyro_mpis.planning import Plan
 from pyro_mpis.programs.environment import Environment
-from pyro_mpis.programs.mapped import Said
 from pyro_mpis.programs.runs import Programs
 from pyro_mpis.programs.structure import UNIQUE_LEVELS, Structure
+from pyro_mpis.programs.tensors import Said
 from pyro_mpis.workers import Job, Result
 
 Beside: TypeAlias = tuple[Mixture, tuple[Said, Said]]  # what a check chose, and its densities

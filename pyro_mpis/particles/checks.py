@@ -27,9 +27,9 @@ from pyro_mpis.particles.evaluation import Evaluated, wanted_of_guide, wanted_of
 from pyro_mpis.particles.memory import number_of_densities
 from pyro_mpis.particles.probes import NONE, ElementReads, SiteReads, unravel
 from pyro_mpis.particles.proposals import Particles
-from pyro_mpis.programs.mapped import Mapped, Said
 from pyro_mpis.programs.runs import Programs, evaluate
 from pyro_mpis.programs.structure import Structure, levels_of
+from pyro_mpis.programs.tensors import Mapped, Said
 
 ROWS = 3  # random choices of a particle for each element, at least
 MANY_ROWS = 16  # if two particles may have the same value, or if tensors are small

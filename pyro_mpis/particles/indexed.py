@@ -52,10 +52,10 @@ from pyro_mpis.particles.together import (
     read_together,
     unknown,
 )
-from pyro_mpis.programs.mapped import Said
 from pyro_mpis.programs.not_mappable import NotMappableError, is_out_of_memory
 from pyro_mpis.programs.runs import Programs
 from pyro_mpis.programs.structure import Structure
+from pyro_mpis.programs.tensors import Said
 
 
 def find_reads(
