@@ -173,10 +173,14 @@ def fit(
 def _cut_for_all(sizing: Sizing, symbols: Ordinal, blocks: Sizes) -> str | None:
     """Return the index outside of all plates to cut, of some: all factors together shrink most."""
     cuttable = _all_cuttable(sizing.structure, symbols, blocks)
+    shapes = sizing.shapes(blocks)
+    taken = [(shape.dims, sizing.bytes_of(shape, shapes)) for shape in shapes.factors]
 
     def left(symbol: str) -> tuple[int, int]:
-        smaller = {**blocks, symbol: math.ceil(blocks[symbol] / 2)}
-        return sizing.factors(sizing.shapes(smaller)).bytes, -blocks[symbol]
+        size = blocks[symbol]
+        half = math.ceil(size / 2)
+        total = sum(n // size * half if symbol in dims else n for dims, n in taken)
+        return total, -size
 
     return min(cuttable, key=left, default=None)
 
