@@ -7,6 +7,7 @@ that elements of a plate are read together (:meth:`Plan.sharing`), or that a sit
 was seen.
 """
 
+import functools
 import itertools
 import time
 from collections.abc import Mapping, Sequence
@@ -56,7 +57,7 @@ class Plan:
     footprint: Footprint | None = None  # what the programs hold, where it may matter
     seconds: float = 0.0  # that the programs took at single values
 
-    @property
+    @functools.cached_property
     def is_large(self) -> bool:
         """Whether a run or a query is so large that several threads may help."""
         number = memory.number_of_densities(self.structure, self.structure.num_particles)
