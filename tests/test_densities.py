@@ -14,7 +14,8 @@ from torch.distributions import Distribution
 
 from pyro_mpis import MPImportance
 from pyro_mpis.programs.densities import density_of
-from pyro_mpis.programs.mapped import run_mapped, unwrapped
+from pyro_mpis.programs.mapped import run_mapped
+from pyro_mpis.programs.tensors import unwrapped
 
 
 def test_nan_log_prob() -> None:

@@ -33,11 +33,12 @@ from pyro_mpis.particles.evaluation import Evaluated, summed_over
 from pyro_mpis.particles.factors import build_graph
 from pyro_mpis.particles.proposals import Particles
 from pyro_mpis.programs.densities import density_of
-from pyro_mpis.programs.mapped import Mapped, log_prob_of, run_mapped, unwrapped
+from pyro_mpis.programs.mapped import log_prob_of, run_mapped
 from pyro_mpis.programs.messages import counted, is_silent, statements
 from pyro_mpis.programs.not_mappable import NotMappableError
 from pyro_mpis.programs.runs import Programs
 from pyro_mpis.programs.structure import Index, Structure, levels_of
+from pyro_mpis.programs.tensors import Mapped, unwrapped
 
 Pair = tuple[int, int]  # a block, and itself or one around it
 

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from pyro_mpis._typing import SampleMessage
 from pyro_mpis.programs.densities import density_of
-from pyro_mpis.programs.mapped import Mapped
 from pyro_mpis.programs.runs import Programs, Wanted, evaluate
 from pyro_mpis.programs.structure import Structure
+from pyro_mpis.programs.tensors import Mapped
 from pyro_mpis.replicate import Replicate
 
 Level = tuple[int, int]  # place among a site's own latents, number of values
