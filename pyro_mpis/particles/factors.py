@@ -41,7 +41,7 @@ def build_graph(
         infinite.
     :raises MissedReadError: if a site reads more than the structure says.
     """
-    packer = _Packer(structure, particles.sizes, evaluated)
+    packer = Packer(structure, particles.sizes, evaluated)
     factors = _factors(structure, particles, evaluated, packer)
     if not for_sum:
         factors = without_ruled_out(factors, structure)
@@ -70,7 +70,7 @@ def _factors(
     structure: Structure,
     particles: Particles,
     evaluated: Evaluated,
-    packer: "_Packer",
+    packer: "Packer",
 ) -> list[LogFactor]:
     """Pack the densities of all sites."""
     factors = _proposal_factors(structure, particles, packer)
@@ -90,7 +90,7 @@ def _factors(
 
 
 def _proposal_factors(
-    structure: Structure, particles: Particles, packer: "_Packer"
+    structure: Structure, particles: Particles, packer: "Packer"
 ) -> list[LogFactor]:
     """Return ``-log Q - log K`` of every index, (14) and (18): the only place where K enters."""
     factors = []
@@ -118,7 +118,7 @@ def _result_type(factors: Sequence[LogFactor]) -> torch.dtype:
 
 
 @dataclass(frozen=True)
-class _Packer:
+class Packer:
     """Turns results of mapped runs into packed factors and values."""
 
     structure: Structure
