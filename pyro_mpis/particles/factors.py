@@ -96,11 +96,15 @@ def _proposal_factors(
     factors = []
     for index in structure.indices:
         if not index.enumerated:
-            name = " and ".join(index.sites) + " (proposal)"
+            name = _name_of_proposal(index)
             log_k = math.log(particles.num_samples[index.symbol])
             tensor = -particles.log_proposals[index.symbol] - log_k
             factors.append(packer.pack_index(name, tensor, index))
     return factors
+
+
+def _name_of_proposal(index: Index) -> str:
+    return " and ".join(index.sites) + " (proposal)"
 
 
 def _has_value(structure: Structure, name: str) -> bool:
@@ -241,9 +245,18 @@ def without_ruled_out(factors: Sequence[LogFactor], structure: Structure) -> lis
 
 
 def _ruled_out(factor: LogFactor, other: LogFactor, structure: Structure) -> Tensor:
-    """Return where another factor is zero, in the dims of a factor."""
+    """
+    Return where another factor is zero, in the dims of a factor.
+
+    The proposal of a site is zero where its prior had invalid arguments. Where all are, it is no
+    reason for them: whether another factor is one is asked of the prior's density.
+    """
     zero = other.tensor == -math.inf
     dims = other.dims
+    for symbol, index in structure.by_symbol.items():
+        if factor.name in index.sites and other.name == _name_of_proposal(index):
+            everywhere = zero.all(dims.index(symbol), keepdim=True) if symbol in dims else zero
+            zero = zero & ~everywhere
     for symbol in other.dims:  # all particles of an index, then any element of a plate
         if symbol not in factor.dims and symbol in structure.by_symbol:
             zero, dims = zero.all(dims.index(symbol)), dims.replace(symbol, "")
