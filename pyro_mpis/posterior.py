@@ -29,7 +29,7 @@ from pyro_mpis.results import saving
 from pyro_mpis.results.arviz_export import Names, Wanted, build, model_groups, particle_arrays
 from pyro_mpis.results.at_draws import replay_draws
 from pyro_mpis.results.diagnostics import Diagnosis, diagnose, doubts_of_error, evidence_error
-from pyro_mpis.results.pointwise import own_latents
+from pyro_mpis.results.pointwise import summed_latents
 from pyro_mpis.results.summary import Summary, summarise
 from pyro_mpis.results.trace_posterior import Draws, ImportanceTraces, weighted_draws
 from pyro_mpis.workers import Workers
@@ -352,8 +352,8 @@ class Posterior(ImportanceTraces):
 
     def _summed_log_likelihoods(self, draws: Draws) -> Mapping[str, Tensor]:
         replicate, number = self._ran()[0].replicate, len(draws.log_weights)
-        own = own_latents(replicate)
-        if not own.latents:
+        summed = summed_latents(replicate)
+        if summed is None:
             return {}
         with replicate.environment.entered():
             replayed = replay_draws(
@@ -362,7 +362,7 @@ class Posterior(ImportanceTraces):
                 draws.values,
                 number,
                 likelihood=True,
-                own=own,
+                summed=summed,
             )
         return replayed.log_likelihoods
 

@@ -12,6 +12,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoNormal, init_to_value
 from torch import Tensor
 
 from pyro_mpis import MPImportance, MPISWarning
@@ -279,6 +281,63 @@ def test_a_prior_with_the_posterior_in_its_tails() -> None:
     for found in filter(None, said):
         assert "'a': drawn from the prior, but the posterior lies in the prior's tails." in found
         assert "Widen the guide" not in found
+
+
+@pytest.mark.parametrize("is_early", [True, False])
+def test_a_guide_whose_training_was_stopped_early(is_early: bool) -> None:
+    """
+    An AutoNormal after 60 steps from narrow scales on, and the one that training ends at.
+
+    Of the latter, two or more of ten runs are called narrow with a probability of 0.4 %.
+    """
+
+    def coins() -> None:
+        with pyro.plate("n", 6):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=Y)
+
+    pyro.set_rng_seed(0)
+    pyro.clear_param_store()
+    end = init_to_value(values={"z": Y / 2})
+    trained = AutoNormal(coins, init_loc_fn=end, init_scale=0.02 if is_early else 0.5**0.5)
+    svi = SVI(coins, trained, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    for _ in range(60 if is_early else 0):
+        svi.step()
+    exact = float(dist.Normal(0.0, 2**0.5).log_prob(Y).sum())
+    said = []
+    for seed in range(10):
+        pyro.set_rng_seed(seed)
+        run = MPImportance(coins, trained, num_samples=30).run()
+        said.append(bool(narrow(run)))
+        assert (abs(float(run.evidence()) - exact) > 5) == is_early
+    assert sum(said) == 10 if is_early else sum(said) <= 1
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_posterior_much_narrower_than_the_particles(alone: bool) -> None:
+    """
+    A mode of sd 0.02, alone or beside a wide one, where the prior has an sd of 10.
+
+    Alone it is always seen, by the ESS. Beside a wide one, it is as soon as a particle is near it.
+    """
+    y = torch.tensor(3.0)
+
+    def spike() -> None:
+        a = pyro.sample("a", dist.Normal(0.0, 10.0))
+        log_p = dist.Normal(a, 0.02).log_prob(y)
+        wide = dist.Normal(a, 5.0).log_prob(y)
+        pyro.factor("y", log_p if alone else torch.logaddexp(log_p, wide) - math.log(2))
+
+    found = {True: 0, False: 0}
+    for seed in range(20):
+        pyro.set_rng_seed(seed)
+        run = MPImportance(spike, num_samples=100).run()
+        nearest = float((run.marginals("a").samples - y).abs().min())
+        if alone or nearest < 0.03 or nearest > 0.1:
+            poor = bool(run.diagnose(show=False).problems)
+            assert poor == (alone or nearest < 0.03)
+            found[nearest < 0.03] += 1
+    assert min(found.values()) > 2
 
 
 def test_a_mode_without_particles_is_not_seen() -> None:

@@ -200,13 +200,28 @@ class Ramp:
         return (2.0 * (self.width - value) / self.width**2).log()
 
 
-def test_density_of_a_proposal_that_is_nan() -> None:
-    def model() -> None:
+@pytest.mark.parametrize("proposed_by", ["guide", "prior"])
+def test_density_of_a_proposal_that_is_nan(proposed_by: str) -> None:
+    """The site's own factor says so of a prior, unless another factor rules out what is nan."""
+
+    def ramp() -> Tensor:
         width = pyro.sample("width", dist.LogNormal(0.0, 1.0))
-        x = pyro.sample("x", Ramp(width))  # type: ignore[arg-type]
+        x: Tensor = pyro.sample("x", Ramp(width))  # type: ignore[arg-type]
+        return x
+
+    def normal() -> Tensor:
+        pyro.sample("width", dist.LogNormal(0.0, 1.0))
+        x: Tensor = pyro.sample("x", dist.Normal(0.0, 1.0))
+        return x
+
+    def model() -> None:
+        x = normal() if proposed_by == "guide" else ramp()
         pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(0.5))
 
     pyro.set_rng_seed(0)
-    message = r"site 'x': the density of its proposal is nan for \d+ of 50 particles"
-    with pytest.raises(ValueError, match=message):
-        MPImportance(model, num_samples=50).run()
+    message = {
+        "guide": r"site 'x': the density of its proposal is nan for \d+ of 50 particles",
+        "prior": r"site 'x': log_prob is nan at \d+ of 2500 combinations",
+    }
+    with pytest.raises(ValueError, match=message[proposed_by]):
+        MPImportance(model, ramp if proposed_by == "guide" else None, num_samples=50).run()

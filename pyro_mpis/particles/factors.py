@@ -41,7 +41,7 @@ def build_graph(
         infinite.
     :raises MissedReadError: if a site reads more than the structure says.
     """
-    packer = _Packer(structure, particles.sizes, evaluated)
+    packer = Packer(structure, particles.sizes, evaluated)
     factors = _factors(structure, particles, evaluated, packer)
     if not for_sum:
         factors = without_ruled_out(factors, structure)
@@ -70,7 +70,7 @@ def _factors(
     structure: Structure,
     particles: Particles,
     evaluated: Evaluated,
-    packer: "_Packer",
+    packer: "Packer",
 ) -> list[LogFactor]:
     """Pack the densities of all sites."""
     factors = _proposal_factors(structure, particles, packer)
@@ -90,17 +90,21 @@ def _factors(
 
 
 def _proposal_factors(
-    structure: Structure, particles: Particles, packer: "_Packer"
+    structure: Structure, particles: Particles, packer: "Packer"
 ) -> list[LogFactor]:
     """Return ``-log Q - log K`` of every index, (14) and (18): the only place where K enters."""
     factors = []
     for index in structure.indices:
         if not index.enumerated:
-            name = " and ".join(index.sites) + " (proposal)"
+            name = _name_of_proposal(index)
             log_k = math.log(particles.num_samples[index.symbol])
             tensor = -particles.log_proposals[index.symbol] - log_k
             factors.append(packer.pack_index(name, tensor, index))
     return factors
+
+
+def _name_of_proposal(index: Index) -> str:
+    return " and ".join(index.sites) + " (proposal)"
 
 
 def _has_value(structure: Structure, name: str) -> bool:
@@ -118,7 +122,7 @@ def _result_type(factors: Sequence[LogFactor]) -> torch.dtype:
 
 
 @dataclass(frozen=True)
-class _Packer:
+class Packer:
     """Turns results of mapped runs into packed factors and values."""
 
     structure: Structure
@@ -241,9 +245,18 @@ def without_ruled_out(factors: Sequence[LogFactor], structure: Structure) -> lis
 
 
 def _ruled_out(factor: LogFactor, other: LogFactor, structure: Structure) -> Tensor:
-    """Return where another factor is zero, in the dims of a factor."""
+    """
+    Return where another factor is zero, in the dims of a factor.
+
+    The proposal of a site is zero where its prior had invalid arguments. Where all are, it is no
+    reason for them: whether another factor is one is asked of the prior's density.
+    """
     zero = other.tensor == -math.inf
     dims = other.dims
+    for symbol, index in structure.by_symbol.items():
+        if factor.name in index.sites and other.name == _name_of_proposal(index):
+            everywhere = zero.all(dims.index(symbol), keepdim=True) if symbol in dims else zero
+            zero = zero & ~everywhere
     for symbol in other.dims:  # all particles of an index, then any element of a plate
         if symbol not in factor.dims and symbol in structure.by_symbol:
             zero, dims = zero.all(dims.index(symbol)), dims.replace(symbol, "")

@@ -181,7 +181,7 @@ def weigh_from_factors(
             symbols = evaluated.symbols(name, log_prob, structure.indices_read(site))
             pairs[name] = _diagonal(log_prob, symbols, index.symbol, site)
         joint = _joint(structure, index, pairs, particle_dims=2)
-        log_proposals[index.symbol] = joint.logsumexp(1) - math.log(joint.shape[1])
+        log_proposals[index.symbol] = _mixture(structure, index, joint)
     _check_proposals(structure, log_proposals)
     return replace(particles, log_proposals=log_proposals)
 
@@ -205,6 +205,31 @@ def _diagonal(log_prob: Mapped, symbols: str, symbol: str, site: Site) -> Tensor
         (*tensor.shape[:2], *(1,) * (len(site.batch_shape) - len(batch)), *batch)
     )
     return tensor
+
+
+def _mixture(
+    structure: Structure, index: Index, joint: Tensor, own: Tensor | None = None
+) -> Tensor:
+    """
+    Return log Q of particles, from their densities given all other sites at draw j.
+
+    The prior of a site may have invalid arguments at some values of its parents, where the density
+    is nan. No particle that was drawn there counts, and no other one could have been drawn there.
+    So (14) holds of all others. If nothing rules these values out, the site's own factor says so.
+
+    :param joint: ``(K, draws or 1, *plates)``.
+    :param own: which draw each particle is: ``(K, *plates or none)``; draw k is particle k if None.
+    """
+    number = joint.shape[1]
+    result = joint.logsumexp(1) - math.log(number)
+    is_prior = all(structure.origins.get(site) == "prior" for site in index.sites)
+    if number == 1 or not is_prior or not bool(result.isnan().any()):
+        return result
+    own = torch.arange(len(joint)) if own is None else own
+    own = own.to(joint.device).reshape((*own.shape, *(1,) * (joint.dim() - 1 - own.dim())))
+    at_own = joint.gather(1, own.unsqueeze(1).expand((-1, -1, *joint.shape[2:]))).squeeze(1)
+    result = joint.masked_fill(joint.isnan(), -math.inf).logsumexp(1) - math.log(number)
+    return result.masked_fill(at_own.isnan(), math.inf)
 
 
 def _check_proposals(structure: Structure, log_proposals: Mapping[str, Tensor]) -> None:
@@ -256,7 +281,8 @@ def _mixtures(
             for index in indices:
                 members = {name: log_probs[name] for name in index.sites}
                 joint = _joint(structure, index, members, particle_dims=2)
-                parts[index.symbol].append(joint.logsumexp(1) - math.log(joint.shape[1]))
+                own = drawn.kept.get(index.symbol, torch.arange(num_samples))[rows]
+                parts[index.symbol].append(_mixture(structure, index, joint, own))
         results |= {symbol: torch.cat(tensors) for symbol, tensors in parts.items()}
     return results
 

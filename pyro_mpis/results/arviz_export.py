@@ -26,7 +26,7 @@ from pyro_mpis.factor_graph.marginals import Marginal
 from pyro_mpis.programs.runs import Programs
 from pyro_mpis.replicate import Replicate
 from pyro_mpis.results.at_draws import OrdinarySite, predict, replay_draws
-from pyro_mpis.results.pointwise import own_latents
+from pyro_mpis.results.pointwise import summed_latents
 
 if TYPE_CHECKING:
     from arviz import InferenceData
@@ -121,7 +121,7 @@ def model_groups(
             draws,
             number,
             likelihood=wanted.log_likelihood,
-            own=own_latents(replicate),
+            summed=summed_latents(replicate),
         )
         sites = replayed.sites
         values = {"posterior": {**draws, **replayed.deterministics}}

@@ -26,8 +26,9 @@ from pyro_mpis.programs.messages import batch_shape_of, event_shape_of, is_subsa
 from pyro_mpis.programs.not_mappable import NotMappableError
 from pyro_mpis.programs.runs import Collect, Programs, Wanted, evaluate, run_at
 from pyro_mpis.programs.structure import Structure
-from pyro_mpis.results.pointwise import NOTHING, Own, summed_log_probs
+from pyro_mpis.results.pointwise import Summed, summed_log_likelihoods
 
+CHUNK_BYTES = 2**27  # of sums over enumerated latents, over the draws that are run together
 CHUNK_ELEMENTS = 2**22  # of a site's value or argument, over the draws that are run together
 
 Kind = Literal["latent", "deterministic", "observed", "factor"]
@@ -82,7 +83,7 @@ def replay_draws(
     num_draws: int,
     *,
     likelihood: bool,
-    own: Own = NOTHING,
+    summed: Summed | None = None,
 ) -> Replayed:
     """
     Run the model at joint draws of its latent sites; draws nothing.
@@ -93,10 +94,12 @@ def replay_draws(
 
     :param draws: ``{site: (draws, *shape)}``, as ``sample`` gives them.
     :param likelihood: whether to keep the log likelihoods.
-    :param own: enumerated latents to sum them over.
+    :param summed: enumerated latents to sum them over.
     """
     ordinary = ordinary_sites(structure, programs, {n: d[-1] for n, d in draws.items()})
-    size = max(1, _chunk_size(ordinary) // (own.combinations if likelihood else 1))
+    size = _chunk_size(ordinary)
+    if summed is not None and likelihood:
+        size = min(size, max(1, CHUNK_BYTES // summed.bytes))
     log_joint, kept, masks = [], [], []
     for start in range(0, num_draws, size):
         chunk = {name: draw[start : start + size] for name, draw in draws.items()}
@@ -104,9 +107,11 @@ def replay_draws(
         said = _said(structure, programs, ordinary, chunk, number)
         log_joint.append(_log_joint(said, number))
         kept.append(_kept(ordinary, said, likelihood=likelihood))
-        if likelihood and own.latents:
-            summed = summed_log_probs(structure, programs, own, chunk)
-            kept[-1] |= {n: v.expand((number, *kept[-1][n].shape[1:])) for n, v in summed.items()}
+        if summed is not None and likelihood:
+            for name, log_prob in summed_log_likelihoods(summed, programs, chunk).items():
+                given = kept[-1].get(name)  # not of a pyro.factor
+                if given is not None:
+                    kept[-1][name] = log_prob.to(given.dtype).expand(given.shape)
         masks.append({name: parts["mask"] for name, parts in said.items() if "mask" in parts})
     together = {name: torch.cat([part[name] for part in kept]) for name in kept[0]}
     log_likelihoods = {

@@ -1,150 +1,228 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""
-Log likelihoods of single observations, summed over enumerated latents that are theirs alone.
+Log likelihoods of single observations, summed over the enumerated latents that they read.
 
-For LOO and WAIC the log likelihood of observation i at a posterior draw :math:`\theta` is
+For leave-one-out cross-validation (LOO), the log likelihood of observation i at a posterior draw
+:math:`\theta` of the other latents is
 
-.. math:: \log p(y_i \mid \theta) = \log \sum_{z_i} p(z_i \mid \theta) \, p(y_i \mid z_i, \theta),
+.. math:: \log p(y_i \mid \theta, y_{-i}) = \log p(y \mid \theta) - \log p(y_{-i} \mid \theta).
 
-if the model sums :math:`z_i` out: at a drawn :math:`z_i` it would be that of a point which was
-drawn because it fits :math:`y_i`. An enumerated latent belongs to an observed site if both sit in
-the same plates, and nothing else reads it but latents that belong to that site too. Latents that
-several observations share (the states of a chain, a latent outside of the observations' plate) are
-not summed: the log likelihood is given their joint draws, as it is given all other latents.
+The mean of its inverse over the posterior of :math:`\theta` is
+:math:`p(y_{-i}) / p(y) = 1 / p(y_i \mid y_{-i})`, which is what LOO estimates. If no other
+observation reads the latents, as in a mixture with an indicator for each observation, this is
+:math:`\log p(y_i \mid \theta)`. If others do, as in a hidden Markov model, they tell of the latents
+too: neither :math:`p(y_i \mid \theta)` nor :math:`p(y_i \mid \theta, y_{<i})` would do.
+
+Draws of the enumerated latents in place of the sum would have the same mean, but a latent that was
+drawn given an observation fits it. The values that do not fit matter most here, and they are rarely
+drawn.
+
+All of them come from one sum and its derivatives. The model is evaluated at the draws, in
+combination with all values of the enumerated latents. The factor graph is that of a run, in which
+the draws are a plate. The derivative of its log sum by the log likelihood of observation i is
+:math:`q_i`, the posterior probability of the values z that the observation reads, and
+
+.. math:: p(y_i \mid \theta, y_{-i})^{-1} = \sum_z q_i(z) \, / \, p(y_i \mid z, \theta).
 """
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyro
+import torch
+from opt_einsum import get_symbol
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from pyro_mpis._typing import SampleMessage
+from pyro_mpis.factor_graph.evidence import log_evidence, reduced
+from pyro_mpis.factor_graph.graph import FactorGraph, LogFactor
+from pyro_mpis.factor_graph.sizes import Shape, Shapes, contraction_of
+from pyro_mpis.particles.evaluation import Evaluated
+from pyro_mpis.particles.factors import Packer
 from pyro_mpis.programs.densities import density_of
 from pyro_mpis.programs.runs import Programs, Wanted, evaluate
-from pyro_mpis.programs.structure import Structure
-from pyro_mpis.programs.tensors import Mapped
+from pyro_mpis.programs.structure import Index, Structure, levels_of
 from pyro_mpis.replicate import Replicate
 
-Level = tuple[int, int]  # place among a site's own latents, number of values
+# Nats below the highest log likelihood of an observation. A value of which it is less likely counts
+# as so unlikely: no sum tells, and its probability over its likelihood is a number still.
+FLOOR = 300.0
+DOUBLE = torch.double.itemsize
 
 
 @dataclass(frozen=True)
-class Own:
-    """The enumerated latents that belong to observed sites, and their supports."""
+class Summed:
+    """The enumerated latents that log likelihoods are summed over."""
 
-    latents: Mapping[str, tuple[str, ...]]  # of each observed site that has any
-    supports: Mapping[str, Tensor]  # (values, *shape) of each latent
-
-    @property
-    def combinations(self) -> int:
-        """The largest number of values that one site is to be evaluated at for each draw."""
-        sizes = [1]
-        for names in self.latents.values():
-            size = 1
-            for name in names:
-                size *= len(self.supports[name])
-            sizes.append(size)
-        return max(sizes)
+    structure: Structure  # with an index for each of them, and one for all others: a draw's number
+    supports: Mapping[str, Tensor]  # of the latents: (values, *shape)
+    observed: tuple[str, ...]  # the sites whose log likelihoods are summed
+    draw: str  # the symbol of a draw's number
+    bytes: int  # that the sum takes for each draw
 
 
-NOTHING = Own({}, {})
+def summed_latents(replicate: Replicate) -> Summed | None:
+    """
+    Find the enumerated latents to sum over; None if there are none.
 
-
-def own_latents(replicate: Replicate) -> Own:
-    """Find the enumerated latents that belong to one observed site each, element by element."""
+    Latents that a site reads by an index array are not among them.
+    """
     structure = replicate.structure
-    by_index = {
+    by_index = {plates for site in (replicate.reads or {}).values() for plates in site.elements}
+    indices = [
+        index
+        for index in structure.indices
+        if index.enumerated and len(index.sites) == 1 and index.plates not in by_index
+    ]
+    names = {index.sites[0] for index in indices}
+    observed = tuple(
         name
-        for site in (replicate.reads or {}).values()
-        for plates in site.elements
-        for name, index in structure.index_of.items()
-        if index.plates == plates
-    }
-    observed = [name for name in structure.model if name not in structure.origins]
-    found = {name: _own(structure, name) for name in observed}
-    latents = {
-        name: tuple(own) for name, own in found.items() if own and not by_index.intersection(own)
-    }
-    names = {name for own in latents.values() for name in own}
-    return Own(latents, {name: replicate.particles.values[name] for name in names})
+        for name, site in structure.model.items()
+        if name not in structure.origins
+        and not site.silent
+        and site.reads & names
+        and not any(site.batch_shape[dim] > 1 for dim in site.undeclared)  # one for each element
+    )
+    if not observed:
+        return None
+    taken, number = {index.symbol for index in structure.indices} | set(structure.plates), 0
+    while (draw := get_symbol(number)) in taken:
+        number += 1
+    others = {name for index in structure.indices for name in index.sites} | {*structure.origins}
+    of_draw = Index(draw, tuple(sorted(others - names)), frozenset())
+    structure = replace(structure, indices=(of_draw, *indices))
+    supports = {name: replicate.particles.values[name] for name in names}
+    return Summed(structure, supports, observed, draw, _bytes(structure, draw))
 
 
-def _own(structure: Structure, name: str) -> list[str]:
-    """Return the enumerated latents that belong to an observed site, in the model's order."""
-    site = structure.model[name]
-    if site.silent or any(site.batch_shape[dim] > 1 for dim in site.undeclared):
-        return []  # or else several observations in one element of the plates
-    own, pending = set[str](), set(site.reads)
-    while pending:
-        latent = pending.pop()
-        index = structure.index_of.get(latent)
-        if latent in own or index is None or not index.enumerated:
-            continue
-        if structure.model[latent].plates == site.plates == index.plates:
-            own.add(latent)
-            pending |= structure.model[latent].reads
-    while True:
-        shared = {
-            latent
-            for latent in own
-            for reader, other in structure.model.items()
-            if latent in other.reads and reader not in own | {name, latent}
-        }
-        if not shared:
-            return [latent for latent in structure.origins if latent in own]
-        own -= shared
+def _bytes(structure: Structure, draw: str) -> int:
+    """Return what the sum and its derivatives take for one draw."""
+    sites = [site for site in structure.model.values() if not site.silent]
+    shapes = []
+    for site in sites:
+        symbols = sorted((structure.indices_read(site) - {draw}) | site.factor_plates)
+        shapes.append(Shape(site.name, "".join(symbols), site.factor_plates, DOUBLE))
+    sizes = {**structure.num_particles, **{s: p.size for s, p in structure.plates.items()}}
+    index_plates = {i.symbol: i.plates for i in structure.indices if i.symbol != draw}
+    contraction = contraction_of(Shapes(tuple(shapes), sizes, index_plates))
+    factors = sum(math.prod(sizes[s] for s in shape.dims) for shape in shapes)
+    return 2 * DOUBLE * factors + (0 if contraction is None else contraction.backward)
 
 
-def summed_log_probs(
-    structure: Structure, programs: Programs, own: Own, draws: Mapping[str, Tensor]
+def summed_log_likelihoods(
+    summed: Summed, programs: Programs, draws: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """
-    Return the log likelihoods of the observed sites that have latents of their own.
+    Return the log likelihoods of the observed sites that read enumerated latents.
 
     :param draws: of all latent sites, ``(draws, *shape)``.
-    :return: ``(draws or 1, *batch shape)``.
+    :return: ``(draws or 1, *batch shape)``; not of sites whose mask depends on what is summed.
     """
-    by_level: dict[Level, dict[str, Tensor]] = {}
-    for names in own.latents.values():
-        for place, name in enumerate(names):
-            support = own.supports[name]
-            by_level.setdefault((place, len(support)), {})[name] = support
-    others = {name: draw for name, draw in draws.items() if name not in own.supports}
-    levels = ([others] if others else []) + list(by_level.values())
-    first = len(levels) - len(by_level)
-    collect = dict.fromkeys((*own.latents, *own.supports), _log_prob)
+    structure = summed.structure
+    given = {
+        name: draw
+        for name, draw in draws.items()
+        if name not in summed.supports and structure.origins[name] != "model_delta"
+    }
+    number = len(next(iter(given.values()))) if given else 1
+    sizes = {**structure.num_particles, summed.draw: number}
+    levels = levels_of(structure, sizes)
+    values: dict[str, Mapping[str, Tensor]] = {summed.draw: given}
+    for index in structure.indices:
+        if index.symbol != summed.draw:
+            values[index.symbol] = {index.sites[0]: summed.supports[index.sites[0]]}
+    if not given:
+        levels = [level for level in levels if level != [summed.draw]]
+    collect = {name: _log_prob for name, site in structure.model.items() if not site.silent}
     with pyro.validation_enabled(False):
         _, said = evaluate(
             programs,
-            levels,
+            [{n: v for symbol in level for n, v in values[symbol].items()} for level in levels],
             model=Wanted(collect, frozenset(structure.model)),
             shapes=structure.latent_shapes,
         )
-    result = {}
-    for name, latents in own.latents.items():
-        keys = [(place, len(own.supports[latent])) for place, latent in enumerate(latents)]
-        wanted = [first + list(by_level).index(key) for key in keys]
-        parts = [said[site]["log_prob"] for site in (name, *latents)]
-        num_batch = max(len(part.shape) for part in parts)
-        aligned = [_aligned(part, [0, *wanted] if first else wanted, num_batch) for part in parts]
-        total = sum(aligned[1:], aligned[0].double())
-        total = total.logsumexp(tuple(range(first, first + len(wanted))))
-        total = total if first else total.unsqueeze(0)
-        result[name] = total.to(parts[0].tensor.dtype)
-    return result
+    of_draws = next((n for n, level in enumerate(levels) if summed.draw in level), None)
+    hidden = {
+        name
+        for name in summed.observed
+        if "mask" in said[name] and set(said[name]["mask"].levels) - {of_draws}
+    }
+    graph = _graph(summed, Evaluated({}, said, levels), sizes)
+    found = _likelihoods(summed, graph)
+    return {name: log_prob for name, log_prob in found.items() if name not in hidden}
 
 
 def _log_prob(site: SampleMessage, _: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a density without its scale; a mask counts for latents alone."""
+    """Return a density without its scale, and its mask; nan is ruled out by another density."""
     log_prob = density_of(site["fn"], site["value"], validate=True)
-    if not site["is_observed"]:
-        log_prob = scale_and_mask(log_prob, mask=site["mask"])
-    return {"log_prob": log_prob}
+    log_prob = torch.where(log_prob.isnan(), -torch.inf, log_prob)
+    mask = site["mask"]
+    result = {"log_prob": scale_and_mask(log_prob, mask=mask)}
+    return result | ({"mask": mask} if isinstance(mask, Tensor) else {})
 
 
-def _aligned(mapped: Mapped, levels: list[int], num_batch: int) -> Tensor:
-    """Return ``(*levels, *batch)`` with size one for levels that a result does not read."""
-    tensor, shape = mapped.along(*levels), mapped.shape  # own latents: their site alone reads them
-    return tensor.reshape((*tensor.shape[: len(levels)], *(1,) * (num_batch - len(shape)), *shape))
+def _graph(summed: Summed, evaluated: Evaluated, sizes: Mapping[str, int]) -> FactorGraph:
+    """Pack the densities into a graph in which the draws are a plate."""
+    structure, draw, number = summed.structure, summed.draw, sizes[summed.draw]
+    packer = Packer(structure, sizes, evaluated)
+    enumerated = {i.symbol: i for i in structure.indices if i.symbol != draw}
+    factors = [packer.zeros(index, torch.device("cpu")) for index in enumerated.values()]
+    for name, parts in evaluated.model.items():
+        factors.append(packer.pack(name, parts["log_prob"], structure.model[name]))
+    of_draw = frozenset({draw}) if number > 1 else frozenset()
+    packed = []
+    for factor in factors:
+        tensor, dims = factor.tensor.detach().double(), factor.dims
+        if of_draw and draw not in dims:
+            tensor, dims = tensor.expand((number, *tensor.shape)), draw + dims
+        packed.append(LogFactor(factor.name, tensor, dims, factor.plates | of_draw))
+    return FactorGraph(
+        factors=tuple(packed),
+        sizes={**sizes, **{symbol: plate.size for symbol, plate in structure.plates.items()}},
+        index_plates={symbol: index.plates | of_draw for symbol, index in enumerated.items()},
+        plate_dims={symbol: plate.dim for symbol, plate in structure.plates.items()},
+        max_plate_nesting=structure.max_plate_nesting,
+        values={},
+        plate_names={symbol: plate.name for symbol, plate in structure.plates.items()},
+        index_sites={symbol: index.sites for symbol, index in enumerated.items()},
+        dtype=torch.double,
+        device=packed[0].tensor.device,
+    )
+
+
+def _likelihoods(summed: Summed, graph: FactorGraph) -> dict[str, Tensor]:
+    """Differentiate the log sum, and bring the results to the shapes of an ordinary run."""
+    factors, likelihoods = [], {}
+    for factor in graph.factors:
+        if factor.name in summed.observed:
+            indices = [n for n, s in enumerate(factor.dims) if s in graph.index_plates]
+            tensor = factor.tensor
+            best = tensor.amax(indices, keepdim=True) if indices else tensor
+            tensor = torch.maximum(tensor, best - FLOOR).requires_grad_()
+            factor = replace(factor, tensor=tensor)
+            likelihoods[factor.name] = factor, indices, best
+        factors.append(factor)
+    with torch.enable_grad():
+        total = log_evidence(reduced(replace(graph, factors=tuple(factors))))
+        tensors = [factor.tensor for factor, _, _ in likelihoods.values()]
+        found = torch.autograd.grad(total, tensors)
+    result = {}
+    for (name, (factor, indices, best)), posterior in zip(likelihoods.items(), found, strict=True):
+        inverse = posterior.log() - factor.tensor.detach()
+        inverse = inverse.logsumexp(indices) if indices else inverse
+        possible = best.squeeze(indices) > -torch.inf
+        result[name] = _ordinary(summed, graph, factor, torch.where(possible, -inverse, -torch.inf))
+    return result
+
+
+def _ordinary(summed: Summed, graph: FactorGraph, factor: LogFactor, tensor: Tensor) -> Tensor:
+    """Bring ``(draws and plates in the factor's order)`` to ``(draws, *batch shape)``."""
+    dims = [symbol for symbol in factor.dims if symbol not in graph.index_plates]
+    if summed.draw not in dims:
+        tensor, dims = tensor.unsqueeze(0), [summed.draw, *dims]
+    plates = "".join(symbol for symbol in dims if symbol != summed.draw)
+    tensor = tensor.movedim(dims.index(summed.draw), 0)
+    batch_shape = summed.structure.model[factor.name].batch_shape
+    return graph.to_batch(tensor, plates, batch_shape, left=1)
