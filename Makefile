@@ -94,12 +94,12 @@ paper: $(VENV)/.stamp-dev
 	$(BIN)/python -m benchmarks.paper --output output/paper
 
 # CI in the environment makes the tutorials small. What they assert counts here, not what they print.
+QUICK := 'benchmarks/speed.py --quick --output output/benchmarks-quick.md' \
+    '-m benchmarks.paper --quick --output output/paper-quick' tutorials/[0-9]*.py
+
 tutorials: $(VENV)/.stamp-dev
-	set -e; for script in tutorials/[0-9]*.py; do \
-	    $(ONE_THREAD) CI=1 MPLBACKEND=Agg $(BIN)/python $$script > /dev/null; \
-	done
-	$(BIN)/python benchmarks/speed.py --quick --output output/benchmarks-quick.md > /dev/null
-	$(BIN)/python -m benchmarks.paper --quick --output output/paper-quick > /dev/null
+	printf '%s\n' $(QUICK) | $(ONE_THREAD) CI=1 MPLBACKEND=Agg \
+	    xargs -P $(JOBS) -I '{}' sh -c '$(BIN)/python {} > /dev/null'
 
 clean:
 	rm -rf build dist output *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -16,8 +16,8 @@ from pyro_mpis import blocks as package_blocks
 from pyro_mpis.particles import evaluation, memory
 from pyro_mpis.particles.drawing import Drawn
 from pyro_mpis.pieces import Ranges
-from pyro_mpis.programs.mapped import Said, Values
 from pyro_mpis.programs.runs import Programs
+from pyro_mpis.programs.tensors import Said, Values
 from pyro_mpis.replicate import BlockSum, Replicate
 from pyro_mpis.workers import Workers
 

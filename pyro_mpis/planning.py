@@ -7,6 +7,7 @@ that elements of a plate are read together (:meth:`Plan.sharing`), or that a sit
 was seen.
 """
 
+import functools
 import itertools
 import time
 from collections.abc import Mapping, Sequence
@@ -48,6 +49,7 @@ class Plan:
     options: Options
     cut: memory.Cut
     device: str = "cpu"
+    memory_limit: int | None = None  # bytes that a run may take; None where nothing is known
     environment: Environment = field(default_factory=Environment)
     notices: tuple[str, ...] = ()  # what the user is to be told
     # sites that read other elements at some particles than at others
@@ -55,7 +57,7 @@ class Plan:
     footprint: Footprint | None = None  # what the programs hold, where it may matter
     seconds: float = 0.0  # that the programs took at single values
 
-    @property
+    @functools.cached_property
     def is_large(self) -> bool:
         """Whether a run or a query is so large that several threads may help."""
         number = memory.number_of_densities(self.structure, self.structure.num_particles)
@@ -67,14 +69,11 @@ class Plan:
         rest = self.options.num_samples or DEFAULT_NUM_SAMPLES
         return max((index.num_samples for index in self.structure.indices), default=rest)
 
-    @property
-    def memory_limit(self) -> int | None:
-        """The bytes that a run may take; None where nothing is known."""
-        return memory_limit(self.options, self.device)
-
     def with_structure(self, structure: Structure, *notices: str) -> "Plan":
         """Return a plan for another structure of the same programs."""
-        structure, cut, more = fitted(structure, self.options, self.device, self.footprint)
+        structure, cut, more = fitted(
+            structure, self.options, self.device, self.memory_limit, self.footprint
+        )
         notices = (*self.notices, *notices, *more)
         return replace(self, structure=structure, cut=cut, notices=notices)
 
@@ -103,7 +102,11 @@ def memory_limit(options: Options, device: str) -> int | None:
 
 
 def fitted(
-    structure: Structure, options: Options, device: str, footprint: Footprint | None = None
+    structure: Structure,
+    options: Options,
+    device: str,
+    limit: int | None,
+    footprint: Footprint | None = None,
 ) -> tuple[Structure, memory.Cut, list[str]]:
     """
     Find what fits into memory.
@@ -111,11 +114,11 @@ def fitted(
     Where nothing does, and the user has set no limit, latents share an index: two after the other
     of those that the largest factor reads, the ones with the fewest values first.
 
+    :param limit: in bytes; None where nothing is known.
     :param footprint: of the programs; see :func:`~pyro_mpis.particles.memory.fit`.
     :return: the structure, how its particles are cut, and what the user is to be told.
     :raises MemoryError: if the user has set a limit that nothing fits into.
     """
-    limit = memory_limit(options, device)
     merged: list[str] = []
     while True:
         try:
@@ -197,12 +200,12 @@ def plan_of(programs: Programs, options: Options) -> tuple[Plan, Trace, Trace]:
                 structure, programs, traces, validate=environment.validate
             )
         if is_open:
-            structure, options = chosen(structure, footprint, options, device)
+            structure, options = chosen(structure, footprint, options, limit, device)
         try:
-            structure, cut, notices = fitted(structure, options, device, footprint)
+            structure, cut, notices = fitted(structure, options, device, limit, footprint)
             notices = [*not_given, *notices]
         except memory.TooLargeError as error:
-            costs = _costs(structure, programs, traces, footprint, options, device)
+            costs = _costs(structure, programs, traces, footprint, options, limit, device)
             message = f"{error}\n{costs}"
             raise memory.TooLargeError(message, error.site, error.symbols) from None
         plan = Plan(
@@ -211,6 +214,7 @@ def plan_of(programs: Programs, options: Options) -> tuple[Plan, Trace, Trace]:
             options,
             cut,
             device,
+            limit,
             environment,
             tuple(notices),
             footprint=footprint,
@@ -220,12 +224,17 @@ def plan_of(programs: Programs, options: Options) -> tuple[Plan, Trace, Trace]:
 
 
 def chosen(
-    structure: Structure, footprint: Footprint | None, options: Options, device: str
+    structure: Structure,
+    footprint: Footprint | None,
+    options: Options,
+    limit: int | None,
+    device: str,
 ) -> tuple[Structure, Options]:
     """
     Choose the number of particles, where there is a limit of time to choose it by.
 
     :param footprint: of the programs; None if they run once for each particle.
+    :param limit: in bytes; None where nothing is known.
     :return: the structure with that number of each index, and the options with it.
     """
     seconds = options.time_limit
@@ -234,7 +243,6 @@ def chosen(
     if footprint is None:
         number = number_of_runs(structure, seconds)
     else:
-        limit = memory_limit(options, device)
         number = number_that_fits(
             structure, footprint, seconds=seconds, memory_limit=limit, device=device
         )
@@ -252,8 +260,9 @@ def run_plan(programs: Programs, options: Options) -> RunPlan:
     with seeded(0), environment.entered(), memory.gc_paused():
         programs, structure, footprint, traces = _looked_at(programs, options, environment)
         device = device_of(traces[1]).type
-        structure, options = chosen(structure, footprint, options, device)
-        return _costs(structure, programs, traces, footprint, options, device)
+        limit = memory_limit(options, device)
+        structure, options = chosen(structure, footprint, options, limit, device)
+        return _costs(structure, programs, traces, footprint, options, limit, device)
 
 
 def structure_of(programs: Programs, options: Options) -> Structure:
@@ -265,7 +274,9 @@ def structure_of(programs: Programs, options: Options) -> Structure:
     environment = Environment()
     with seeded(0), environment.entered(), memory.gc_paused():
         _, structure, footprint, traces = _looked_at(programs, options, environment)
-        return chosen(structure, footprint, options, device_of(traces[1]).type)[0]
+        device = device_of(traces[1]).type
+        limit = memory_limit(options, device)
+        return chosen(structure, footprint, options, limit, device)[0]
 
 
 def _looked_at(
@@ -286,6 +297,7 @@ def _costs(
     traces: tuple[Trace, Trace],
     footprint: Footprint | None,
     options: Options,
+    limit: int | None,
     device: str,
 ) -> RunPlan:
     return run_plan_of(
@@ -294,7 +306,7 @@ def _costs(
         traces,
         footprint,
         num_samples=options.num_samples or DEFAULT_NUM_SAMPLES,
-        memory_limit=memory_limit(options, device),
+        memory_limit=limit,
         device=device,
     )
 

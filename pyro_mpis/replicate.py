@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeAlias
 
 import torch
 from pyro.poutine.trace_struct import Trace
@@ -18,6 +19,14 @@ from torch import Tensor
 from pyro_mpis import _progress
 from pyro_mpis.factor_graph.evidence import reduced
 from pyro_mpis.factor_graph.graph import FactorGraph
+from pyro_mpis.particles.checks import (
+    Mixture,
+    mixture_of,
+    rows_beside,
+    said_at,
+    with_rows,
+    without_rows,
+)
 from pyro_mpis.particles.crossing import check_crossing
 from pyro_mpis.particles.drawing import Drawn
 from pyro_mpis.particles.evaluation import Evaluated, evaluate_programs
@@ -30,7 +39,10 @@ from pyro_mpis.planning import Plan
 from pyro_mpis.programs.environment import Environment
 from pyro_mpis.programs.runs import Programs
 from pyro_mpis.programs.structure import UNIQUE_LEVELS, Structure
+from pyro_mpis.programs.tensors import Said
 from pyro_mpis.workers import Job, Result
+
+Beside: TypeAlias = tuple[Mixture, tuple[Said, Said]]  # what a check chose, and its densities
 
 
 @dataclass(frozen=True)
@@ -80,12 +92,23 @@ class Replicate:
         block, parts = self.cut(ranges)
         parts = parts[:1] if piece else parts
         first = block.block(structure, parts[0])
-        evaluated = self._evaluate(first)
+        fixed = None if self.reads is not None else self.at_supports(drawn)
+        if self.reads is None and fixed is None and not (parts[0] or ranges):
+            evaluated, beside = self._evaluate_with_rows(first)
+        else:
+            evaluated, beside = self._evaluate(first), None
         if self.plan.cut.whole:
             first = weigh_from_factors(structure, first, evaluated)
             self = replace(self, particles=first)
         graph = build_graph(structure, first, evaluated)
-        reads = self.find_reads(graph, first, drawn) if self.reads is None else self.reads
+        reads = self.reads
+        if reads is None and fixed is not None:
+            reads = self.find_reads(*fixed)
+            self._check_first(reads, *fixed)
+        elif reads is None:
+            # All particles, not this block's: a few may all decide alike which element is read.
+            reads = self.find_reads(graph, self.particles)
+            self._check_first(reads, graph, first, beside)
         of_first = _reads_at(_reads_at(reads, ranges), parts[0])
         if validate and reads:
             self._check(of_first, graph, first, together=False)
@@ -96,26 +119,20 @@ class Replicate:
         graphs = itertools.chain([graph], others)
         return replicate, put_together(map(reduced, graphs), parts, block.sizes)
 
-    def find_reads(
-        self, graph: FactorGraph, first: Particles, drawn: Drawn, *, check: bool = True
-    ) -> SiteReads:
-        """
-        Find which elements sites read, and hold the graph against the programs.
+    def at_supports(self, drawn: Drawn) -> tuple[FactorGraph, Particles] | None:
+        """Return particles that are not random, and their graph; None if those drawn will do."""
+        particles = at_supports(self.structure, self.particles, drawn)
+        if particles is None:
+            return None
+        return build_graph(self.structure, particles, self._evaluate(particles)), particles
 
-        :param first: the particles of the graph.
-        :param check: whether to do the latter.
+    def find_reads(self, graph: FactorGraph, particles: Particles) -> SiteReads:
         """
-        structure, programs = self.structure, self.programs
-        fixed = at_supports(structure, self.particles, drawn)
-        if fixed is not None:
-            graph, first = build_graph(structure, fixed, self._evaluate(fixed)), fixed
-        # All particles, not this block's: a few may all decide alike which element is read.
-        reads = find_reads(graph, structure, fixed or self.particles, programs, self.plan.switched)
-        shares_levels = len(structure.indices) > UNIQUE_LEVELS
-        plated = any(graph.index_plates.values())
-        if check and (shares_levels or (self.environment.validate and plated and not reads)):
-            self._check(reads, graph, first, together=True)
-        return reads
+        Find which elements sites read.
+
+        :param particles: all of them; those of the graph may be a part.
+        """
+        return find_reads(graph, self.structure, particles, self.programs, self.plan.switched)
 
     def _evaluate(self, particles: Particles) -> Evaluated:
         return evaluate_programs(
@@ -126,17 +143,44 @@ class Replicate:
             validate=self.environment.validate,
         )
 
+    def _evaluate_with_rows(self, particles: Particles) -> tuple[Evaluated, Beside | None]:
+        """Evaluate particles and, in the same run, what the first check is to look at."""
+        mixture = None
+        if self._is_to_check(reads={}) and not self.programs.one_by_one:
+            mixture = rows_beside(self.structure, particles)
+        if mixture is None:
+            return self._evaluate(particles), None
+        evaluated = self._evaluate(with_rows(self.structure, particles, mixture))
+        evaluated, said = without_rows(evaluated, particles, mixture.rows)
+        return evaluated, (mixture, said)
+
+    def _is_to_check(self, reads: SiteReads) -> bool:
+        """Whether to hold the first graph against mixed particles of all indices."""
+        structure = self.structure
+        if len(structure.indices) > UNIQUE_LEVELS:  # some share a level: a read may be missed
+            return True
+        plated = any(index.plates for index in structure.indices)
+        return self.environment.validate and plated and not reads
+
+    def _check_first(
+        self,
+        reads: SiteReads,
+        graph: FactorGraph,
+        particles: Particles,
+        beside: Beside | None = None,
+    ) -> None:
+        """Hold the first graph against mixed particles, evaluated beside it or by a run."""
+        if beside is not None:
+            check_graph(graph, reads, *beside)
+        elif self._is_to_check(reads):
+            self._check(reads, graph, particles, together=True)
+
     def _check(
         self, reads: SiteReads, graph: FactorGraph, particles: Particles, *, together: bool
     ) -> None:
-        check_graph(
-            graph,
-            self.structure,
-            particles,
-            self.programs,
-            reads,
-            together=together,
-        )
+        mixture = mixture_of(self.structure, particles, together=together)
+        said = said_at(self.structure, particles, self.programs, mixture)
+        check_graph(graph, reads, mixture, said)
 
     def cut(self, ranges: Ranges) -> tuple[Particles, tuple[Ranges, ...]]:
         """Return the particles of a block, and how it is cut into pieces."""

@@ -86,6 +86,8 @@ def problem_of(
         shared = dict.fromkeys(drawn, plates)
         return Singles(model, guide, drawn, {}, shared, [list(drawn)])
     together = total.replicate.programs.one_by_one  # whose values the programs look at
+    if together:
+        groups = [*(group for group in groups if not together.issuperset(group)), sorted(together)]
     supports = {
         name: particles.values[name]
         for name, index in structure.index_of.items()
@@ -102,7 +104,7 @@ def problem_of(
         drawn,
         supports,
         structure.shared,
-        [*groups, sorted(together)] if together else groups,
+        groups,
         particles=found,
         num_draws=num_draws or {},
     )

@@ -96,7 +96,8 @@ class Singles:
         self.left_out = {
             name
             for name in self.unread.keys() & self.guide_sites.keys()
-            if name not in {*self.carried, *computed, *self.supports}
+            if name not in {*self.carried, *computed}
+            and not self._is_marked(name)
             and self.guide_sites[name]["fn"].batch_shape == self.model_sites[name]["fn"].batch_shape
         }
         self.indices = self._indices(first)
@@ -300,9 +301,9 @@ class Singles:
                 continue
             result[name] = ~mask_of(site)
             own = mask_of({**site, "mask": None})
-            if name in self.supports:  # summed: as if no handler masked it
+            if self._is_marked(name):  # as if no handler masked it
                 result[name] = own.clone()
-            for element in (~(own if name in self.supports else mask_of(site))).nonzero():
+            for element in (~(own if self._is_marked(name) else mask_of(site))).nonzero():
                 place = tuple(element.tolist())
                 result[name][place] = not self._is_read(name, place)
         return result
@@ -334,7 +335,12 @@ class Singles:
 
     def _counted(self, name: str, site: dict[str, Any]) -> Tensor:
         """Density of each element of a site, with the masks that count."""
-        return log_probs_of({**site, "mask": None} if name in self.supports else site)
+        return log_probs_of({**site, "mask": None} if self._is_marked(name) else site)
+
+    def _is_marked(self, name: str) -> bool:
+        """Whether a latent is to be summed: also if its plate shares an index, and it is drawn."""
+        sites = self.model_sites.get(name), self.guide_sites.get(name)
+        return any(site["infer"].get("enumerate") for site in sites if site is not None)
 
     @staticmethod
     def _is_silent(site: dict[str, Any]) -> bool:

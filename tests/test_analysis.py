@@ -94,9 +94,11 @@ def test_latent_under_a_mask_that_depends_on_a_latent() -> None:
     log_weight = log_weight + dist.Normal(x, 1.0).log_prob(torch.tensor(0.5))
     torch.testing.assert_close(guided.evidence(), log_weight.exp().mean().log())
     with pytest.warns(MPISWarning, match=r"latent site 'x' is under a mask computed from 'z'"):
-        posterior = MPImportance(model, num_samples=800).run()
+        posterior = MPImportance(model, num_samples=200).run()
     counts = dist.Normal(1.0, 2**0.5).log_prob(torch.tensor(0.5)).exp()
-    assert abs(float(posterior.evidence() - (0.5 * counts + 0.5).log())) < 0.1
+    assert (
+        abs(float(posterior.evidence() - (0.5 * counts + 0.5).log())) < 0.25
+    )  # where it counts: 0.87 less
 
 
 def test_groups_that_make_no_sense() -> None:

@@ -19,7 +19,8 @@ from pyro_mpis import MPImportance
 from pyro_mpis.particles.drawing import Draw, Drawn
 from pyro_mpis.particles.proposals import weigh
 from pyro_mpis.programs.densities import density_of
-from pyro_mpis.programs.mapped import run_mapped, unwrapped
+from pyro_mpis.programs.mapped import run_mapped
+from pyro_mpis.programs.tensors import unwrapped
 
 
 def test_nan_log_prob() -> None:

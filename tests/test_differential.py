@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 FALSE_ALARM = 1e-9  # of one program, where its means are normal: they are a little skewed
 ERROR = 0.05  # a program is compared if both relative errors are below
 WRONG = math.log(1.8)
-EVERY_DAY, SLOW = 3, 60
+EVERY_DAY, SLOW = 2, 61
 
 
 def suitable() -> list[int]:

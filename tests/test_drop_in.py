@@ -115,20 +115,20 @@ def test_expected_information(float64: None) -> None:
     """
     All outcomes are equally probable under a flat prior.
 
-    The mean of 30 estimates; false alarm 1e-6. Another prior is rejected.
+    The mean of 15 estimates; false alarm 1e-6. Another prior is rejected.
     """
     pyro.set_rng_seed(0)
     heads = torch.arange(6.0)
     exact = float(dist.Beta(1.0 + heads, 6.0 - heads).entropy().mean())
     estimates = [
-        average_posterior_entropy(MPImportance(coin, num_samples=100), 5) for _ in range(30)
+        average_posterior_entropy(MPImportance(coin, num_samples=100), 5) for _ in range(15)
     ]
     check_mean(torch.stack(estimates), exact)
     skewed = [
         average_posterior_entropy(
             MPImportance(lambda tosses: coin(tosses, 8.0), num_samples=100), 5
         )
-        for _ in range(30)
+        for _ in range(15)
     ]
     with pytest.raises(AssertionError):
         check_mean(torch.stack(skewed), exact)

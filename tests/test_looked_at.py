@@ -136,6 +136,7 @@ def test_expected_evidence_is_exact(
     check_exact_mean(found, truth)
 
 
+@pytest.mark.slow
 def test_new_draws_would_be_biased(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where all run one by one, it is with the particles that showed that they must."""
 

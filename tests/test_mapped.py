@@ -12,7 +12,8 @@ import torch
 from compare import compare
 from torch import Tensor
 
-from pyro_mpis.programs.mapped import MAX_LOOP, Mapped, log_prob_of, run_mapped, unwrapped
+from pyro_mpis.programs.mapped import MAX_LOOP, log_prob_of, run_mapped
+from pyro_mpis.programs.tensors import Mapped, unwrapped
 
 pytestmark = pytest.mark.usefixtures("float64")
 

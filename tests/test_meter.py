@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_mpis.programs.mapped import run_mapped, unwrapped
+from pyro_mpis.programs.mapped import run_mapped
 from pyro_mpis.programs.meter import Meter
+from pyro_mpis.programs.tensors import unwrapped
 
 A, B = 0, 1  # levels
 

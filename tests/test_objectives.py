@@ -222,7 +222,7 @@ def test_training_reaches_the_posterior() -> None:
         pyro.clear_param_store()
         pyro.set_rng_seed(0)
         svi = SVI(one, proposal, pyro.optim.ClippedAdam({"lr": 0.1, "lrd": 0.99}), loss)
-        for _ in range(400):
+        for _ in range(250):
             svi.step(y)
         assert pyro.param("a").item() == pytest.approx(1.5 * 4 / 5, abs=0.2)
         assert pyro.param("b").item() == pytest.approx(math.sqrt(4 / 5), abs=0.25)

@@ -65,10 +65,10 @@ def factorised() -> None:
 @pytest.mark.parametrize(
     ("model", "guide", "validate", "model_runs", "guide_runs"),
     [
-        # plainly, to draw, factors, where the prior's mixtures are too; the check of plates
-        (schools, None, True, 4, 0),
+        # plainly, to draw, factors, where the prior's mixtures and the check of plates are too
+        (schools, None, True, 3, 0),
         # a guide that reads: plainly, to draw, mixtures
-        (schools, schools_guide, True, 3, 3),
+        (schools, schools_guide, True, 2, 3),
         (flat, None, True, 3, 0),
         (flat, factorised, True, 2, 2),
         # which element is read by index, and that check, of the prior: no mixtures
@@ -98,8 +98,8 @@ def test_number_of_runs(
 @pytest.mark.parametrize(
     ("make", "model_runs", "guide_runs"),
     [
-        # the guide plainly, to draw, and with the model: for factors, and the check of plates
-        (functools.partial(AutoNormal, init_scale=0.5), 3, 4),
+        # the guide plainly, to draw, and with the model
+        (functools.partial(AutoNormal, init_scale=0.5), 2, 3),
         # no plate holds an index
         (AutoMultivariateNormal, 2, 3),
         (AutoDelta, 2, 3),
@@ -120,7 +120,7 @@ def test_number_of_runs_of_replicates() -> None:
     """The plain run is one for all."""
     counted = Counted(schools)
     MPImportance(counted, num_samples=5, num_replicates=4).run()
-    assert counted.runs == 1 + 4 * 3
+    assert counted.runs == 1 + 4 * 2
 
 
 def test_names_no_line_of_the_standard_library() -> None:

@@ -49,7 +49,7 @@ guide = AutoNormal(model, init_scale=0.02)
 svi = SVI(model, guide, pyro.optim.ClippedAdam({"lr": 0.03}), TraceMP_ELBO(num_samples=5))
 losses = [svi.step(hours, failures) for _ in range(60)]
 early = copy.deepcopy(guide)
-losses += [svi.step(hours, failures) for _ in range(60 if "CI" in os.environ else 340)]
+losses += [svi.step(hours, failures) for _ in range(30 if "CI" in os.environ else 340)]
 
 plt.figure(figsize=(7, 3), layout="constrained")
 plt.plot(losses, lw=0.8, label="loss")
@@ -110,19 +110,20 @@ def widened(guide, times):
 
 for times in (2, 4, 8):
     run(f"stopped early, {times} times as wide", widened(early, times))
-run("trained, 2 times as wide", widened(guide, 2))
+wider = run("trained, 2 times as wide", widened(guide, 2))
 
 # %% [markdown]
 # ## Or let `adapt` do it
 #
-# `adapt` learns a guide in which latents depend on each other, and chooses how many particles and
-# replicates to draw. `run` then draws fresh ones. ESS, the *effective sample size*, is how many
-# equally good particles would carry as much: the nearer to the line at the right, the better.
+# `adapt` learns a guide in which latents depend on each other. It chooses tens of replicates; eight
+# are enough to compare. ESS, the *effective sample size*, is how many equally good particles would
+# carry as much: the nearer to the line at the right, the better.
 
 # %%
 pyro.set_rng_seed(0)
-adapted = MPImportance(model).adapt(hours, failures).run(hours, failures)
-results["adapt"] = (adapted.evidence().item(), adapted.evidence_error())
+adapted = MPImportance(model).adapt(hours, failures)
+adapted.num_replicates = 8
+results["adapt"] = (adapted.run(hours, failures).evidence().item(), adapted.evidence_error())
 print(adapted.summary())
 plot_ess(adapted)
 plt.show()
@@ -145,6 +146,5 @@ plt.show()
 assert results["stopped early"][0] < EXACT - 5 < results["stopped early, 8 times as wide"][0]
 assert any("narrower than the posterior" in problem.found for problem in problems)
 assert results["stopped early, 2 times as wide"][0] > results["stopped early"][0] + 3
-assert abs(results["adapt"][0] - EXACT) < 4 * results["adapt"][1] < 0.5
-if "CI" not in os.environ:  # there the training is cut short
-    assert abs(results["trained"][0] - EXACT) < 0.15
+assert abs(results["adapt"][0] - EXACT) < 4 * results["adapt"][1] < 1.0
+assert "CI" in os.environ or abs(results["trained"][0] - EXACT) < 0.15  # in CI it is cut short

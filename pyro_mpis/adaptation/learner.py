@@ -101,6 +101,7 @@ def _fitted(
         non_centred,
         start.supports,
         start.others,
+        frozenset(coupled),
     )
     medians, sds = start.moments(non_centred)
     return fit(

@@ -33,11 +33,12 @@ from pyro_mpis.particles.evaluation import Evaluated, summed_over
 from pyro_mpis.particles.factors import build_graph
 from pyro_mpis.particles.proposals import Particles
 from pyro_mpis.programs.densities import density_of
-from pyro_mpis.programs.mapped import Mapped, log_prob_of, run_mapped, unwrapped
+from pyro_mpis.programs.mapped import log_prob_of, run_mapped
 from pyro_mpis.programs.messages import counted, is_silent, statements
 from pyro_mpis.programs.not_mappable import NotMappableError
 from pyro_mpis.programs.runs import Programs
 from pyro_mpis.programs.structure import Index, Structure, levels_of
+from pyro_mpis.programs.tensors import Mapped, unwrapped
 
 Pair = tuple[int, int]  # a block, and itself or one around it
 
@@ -61,6 +62,7 @@ class LogJoint:
     :param structure: of the model without a guide.
     :param supports: of the sites that are summed over their support: ``(values, *shape)``.
     :param others: values of the latents that have no numbers and are not summed.
+    :param coupled: pairs of blocks of which the Hessian is wanted; all if None.
     """
 
     programs: Programs
@@ -69,6 +71,7 @@ class LogJoint:
     non_centred: frozenset[str] = frozenset()
     supports: Mapping[str, Tensor] = field(default_factory=dict)
     others: Mapping[str, Tensor] = field(default_factory=dict)
+    coupled: frozenset[Pair] | None = None
 
     def __call__(self, numbers: Sequence[Tensor]) -> Tensor:
         """
@@ -180,7 +183,12 @@ class LogJoint:
 
     def _rows(self, block: Block, at: list[Tensor], gradient: Tensor) -> dict[Pair, Tensor]:
         """Return the rows of a block, and its part of those of the blocks inside of it."""
-        inside = [other for other in self.blocks if block.number in other.parents]
+        inside = [
+            other
+            for other in self.blocks
+            if block.number in other.parents
+            if self.coupled is None or (other.number, block.number) in self.coupled
+        ]
         wanted = [block, *inside]
         size = block.size
         parts: dict[Pair, list[Tensor]] = {(b.number, block.number): [] for b in wanted}

@@ -132,6 +132,9 @@ def missing_halves(start: Start, guide: AutoPlateNormal) -> str | None:
     """Say which mirror images a guide does not reach, if it is in one of them."""
     if not guide.blocks[0].plates and guide.reaches_prior and len(guide.blocks) == 1:
         return None
+    images = mirrors(start)
+    if not images:  # mostly, and quantiles of many latents take long
+        return None
     call = start.programs
     ends = guide.quantiles([0.16, 0.5, 0.84], *call.args, **call.kwargs)
     far = {
@@ -139,7 +142,7 @@ def missing_halves(start: Start, guide: AutoPlateNormal) -> str | None:
         for name, (low, median, high) in ends.items()
         if bool((median.abs() > FAR * 0.5 * (high - low)).any())
     }
-    found = [names for names in mirrors(start) if names & far]
+    found = [names for names in images if names & far]
     if not found:
         return None
     sets = "; ".join(quoted(sorted(names)) for names in found)

@@ -85,7 +85,8 @@ def fit(
     :param widths: the sds of the numbers' prior, which those of the fit may exceed by little.
     :param coupled: the pairs of blocks that depend on each other.
     :param tell: called with the ELBO of each iteration.
-    :param resumed: a fit of the same numbers to go on from, in place of the start.
+    :param resumed: a fit of the same numbers to go on from, in place of the start; if it settled,
+        only the tail is left to do.
     """
     pairs = [*((b.number, b.number) for b in blocks), *coupled]
     for scale in FIRST_SCALES:
@@ -105,6 +106,8 @@ def fit(
     rate, elbos, errors, limited = FIRST_RATE, [state.elbo], [state.error], [True]
     tail: int | None = None
     ended = False  # by itself
+    if resumed is not None and resumed.settled:
+        rate, tail, ended = LARGEST_RATE, settings.tail, True
     for _ in range(settings.at_most + settings.tail):
         if not state.is_finite:
             break

@@ -25,10 +25,10 @@ from pyro_mpis.adaptation.prepared import is_improper
 from pyro_mpis.particles.drawing import draw_particles
 from pyro_mpis.planning import Plan
 from pyro_mpis.programs.environment import Environment
-from pyro_mpis.programs.mapped import is_mapped, tensors_of
 from pyro_mpis.programs.messages import is_delta, is_latent, statements
 from pyro_mpis.programs.runs import Programs, Wanted, evaluate
 from pyro_mpis.programs.structure import Structure
+from pyro_mpis.programs.tensors import is_mapped, tensors_of
 
 PRIOR_DRAWS = 200
 UNBOUNDED = 1e4  # times the sd of draws in place of an improper prior's: no bound to a fit's sd

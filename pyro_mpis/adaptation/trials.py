@@ -7,8 +7,9 @@ densities to evaluate, not from a clock: a seed then fixes the result.
 """
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -34,10 +35,10 @@ GLOBALS = (300, 2000)  # particles of the index outside of plates: usually, and 
 LOCALS = (10, 6, 6)  # of indices in plates, by the number of blocks around them
 FEW_ELEMENTS, FEW_NUMBERS = 10, 2  # of a plate whose many small elements have more particles each
 MORE_LOCALS = 2.0  # times as many at most
-CHEAP_EVENT = 4  # numbers of an event that take as long as another density
+EVEN = 0.1  # variance of the log evidence, in nats, that indices in plates may add
 OTHERS = 30  # of latents that the guide lacks
-SMALL_RUN, LARGEST_RUN = 1e6, 3e7  # densities of a run
 WORK = 9e7  # densities of all final runs together
+SMALL_RUN, LARGEST_RUN = 1e6, WORK / 8  # densities of a run
 TRIALS = 3  # runs of a trial
 WIDE_SPREAD = 1.0  # sd of their log evidences, in nats
 OVERHEAD = 5e5  # densities that take as long as all else in a run
@@ -63,6 +64,21 @@ class Trial:
     log_evidences: Tensor  # (runs,), float64
     noise: dict[int, Noise]  # of the blocks
     ess: Tensor  # (runs,), of the first block, which has the fewest plates
+    unevenness: dict[int, float] = field(default_factory=dict)  # of blocks: median over runs
+
+    @property
+    def pooled_ess(self) -> float:
+        """The ESS of the first block's particles of all runs; one of large weight makes it low."""
+        return float(self.noise[0].ess.min()) if self.noise else 0.0
+
+    def is_better(self, other: "Trial") -> bool:
+        """Whether a move of the guide helped: a higher ESS, and no lower evidence but by chance."""
+        runs = torch.stack([self.log_evidences, other.log_evidences])
+        if not bool(runs.isfinite().all()):
+            return False
+        lower = float(runs[1].mean() - runs[0].mean())
+        error = float((runs.var(-1) / runs.shape[-1]).sum().sqrt())
+        return self.pooled_ess >= other.pooled_ess and lower <= 2 * error
 
     @property
     def log_evidence(self) -> float:
@@ -122,16 +138,24 @@ def work_of(structure: Structure, numbers: Mapping[str, int]) -> float:
         if any(structure.by_symbol[s].plates - site.plates for s in read):
             combinations *= 2  # read by an index array, and brought to its elements
         densities = structure.elements(replace(site, event_size=1))  # pyro.factor's has none
-        work += combinations * densities * max(1.0, site.event_size / CHEAP_EVENT)
+        work += combinations * densities * max(1, site.event_size)
     return work
 
 
 def fitting(
-    programs: Programs, options: Options, guide: AutoPlateNormal, share: float = 1.0
+    programs: Programs,
+    options: Options,
+    guide: AutoPlateNormal,
+    share: float = 1.0,
+    enough: Mapping[str, int] | None = None,
 ) -> tuple[Plan, dict[str, int]]:
-    """Plan a run of a guide, with as many particles as a run is worth; draws random numbers."""
+    """
+    Plan a run of a guide, with as many particles as a run is worth; draws random numbers.
+
+    :param enough: numbers for noise sites that need no more, see :func:`enough_of`.
+    """
     programs = replace(programs, guide=guide)
-    numbers = numbers_of(guide, share)
+    numbers = {**numbers_of(guide, share), **(enough or {})}
     plan, _, _ = plan_of(programs, with_numbers(options, numbers))
     work = work_of(plan.structure, numbers)
     limit = LARGEST_RUN * share
@@ -146,6 +170,19 @@ def fitting(
         numbers[name] = int(numbers[name] * factor)
         plan, _, _ = plan_of(programs, with_numbers(options, numbers))
     return plan, numbers
+
+
+def enough_of(guide: AutoPlateNormal, numbers: Mapping[str, int], trial: Trial) -> dict[str, int]:
+    """
+    Return the numbers of particles in plates that were enough in a trial.
+
+    Their particles have nearly the same weights; more runs are then worth more than more of them.
+    """
+    return {
+        name: numbers[name]
+        for block, name in zip(guide.blocks, guide.noise_sites, strict=True)
+        if block.plates and trial.unevenness.get(block.number, math.inf) < EVEN
+    }
 
 
 def with_numbers(options: Options, numbers: Mapping[str, int]) -> Options:
@@ -265,7 +302,25 @@ def tried(runs: Runs, guide: AutoPlateNormal, number: int) -> Trial:
         for block in guide.blocks
     }
     ess = torch.stack([1 / parts[0][0].square().sum(0).max() for _, parts in possible])
-    return Trial(log_evidences, noise, ess)
+    uneven = {
+        block.number: statistics.median(
+            _unevenness(parts[block.number][0]) for _, parts in possible
+        )
+        for block in guide.blocks
+    }
+    return Trial(log_evidences, noise, ess, uneven)
+
+
+def _unevenness(weight: Tensor) -> float:
+    """
+    Return about how much an index adds to the variance of the log evidence, in square nats.
+
+    A mean over K particles has the relative variance 1 / ESS - 1 / K; the logs of the means of all
+    elements add up.
+
+    :param weight: ``(K, *batch dims)``.
+    """
+    return float((weight.square().sum(0) - 1 / len(weight)).sum())
 
 
 def _pooled(shares: Tensor, runs: Sequence[tuple[Tensor, Tensor]]) -> Noise:
@@ -284,7 +339,7 @@ def _pooled(shares: Tensor, runs: Sequence[tuple[Tensor, Tensor]]) -> Noise:
 
 def matched(guide: AutoPlateNormal, noise: Mapping[int, Noise]) -> AutoPlateNormal:
     """
-    Move a guide to the posterior moments of its noise, as far as their ESS can be trusted.
+    Move a guide to the posterior moments of its noise, as far as these are no noise themselves.
 
     :param noise: of the blocks to be moved.
     """
@@ -296,16 +351,26 @@ def matched(guide: AutoPlateNormal, noise: Mapping[int, Noise]) -> AutoPlateNorm
             scales.append(scale)
             continue
         moments = noise[block.number]
-        ess, size = moments.ess.unsqueeze(-1), block.size
-        shifts.append((ess / (ess + size + 2) * moments.mean).to(mean))
-        if size <= LARGEST_MATCHED:
-            trust = (ess / (ess + size * (size + 1) + 4)).unsqueeze(-1)
-            unit = torch.eye(size, dtype=torch.double)
-            covariance = trust * moments.covariance + (1 - trust) * unit
-            scale = scale @ torch.linalg.cholesky(covariance).to(scale)
-        scales.append(scale)
+        variance = 1 / moments.ess.unsqueeze(-1)  # of a mean
+        shifts.append((_trust(moments.mean, variance) * moments.mean).to(mean))
+        unit = torch.eye(block.size, dtype=torch.double)
+        excess = moments.covariance - unit
+        own = torch.diag_embed(excess.diagonal(dim1=-2, dim2=-1))
+        of_own = _trust(own, torch.diag_embed(2 * variance.expand(moments.mean.shape)))
+        others = excess - own
+        of_others = min(of_own, _trust(others, variance.unsqueeze(-1) * (others != 0)))
+        covariance = unit + of_own * own + of_others * others
+        scales.append(scale @ torch.linalg.cholesky(covariance).to(scale))
     moved = replace(gaussian, means=gaussian.at(shifts), scales=scales)
     return guide.with_gaussian(moved)
 
 
-LARGEST_MATCHED = 20  # numbers of a block, above which its covariance is left as it is
+def _trust(found: Tensor, variance: Tensor) -> float:
+    """
+    Return the share of deviations that is more than their noise (James and Stein 1961).
+
+    :param variance: of each; those of size zero count for nothing.
+    """
+    total = float(found.square().sum())
+    noise = float(variance.expand_as(found).sum())
+    return max(0.0, 1 - noise / total) if total > 0 else 0.0

@@ -7,6 +7,7 @@ multiplied over, and the same order of eliminations is found (and kept, for the 
 is computed and nothing is allocated, so that sizes may be beyond what any machine has.
 """
 
+import functools
 import math
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,6 +24,7 @@ from pyro_mpis.factor_graph.graph import with_enclosing
 from pyro_mpis.factor_graph.packed import dims_of, union
 
 DOUBLE = torch.double.itemsize
+KEPT = 64  # contractions whose sizes are remembered
 PART = 2**18 * DOUBLE * 6  # temporaries of a sum that is worked on in parts
 
 
@@ -74,21 +76,38 @@ class Contraction:
 
 def contraction_of(shapes: Shapes) -> Contraction | None:
     """
-    Find what the contraction of a factor graph takes.
+    Find what the contraction of a factor graph takes; kept for the runs that follow.
 
     :param shapes: of the factors, one of each source term included.
     :return: None where plates cross: the sum cannot be taken as it is.
     """
-    ring = _SizeRing(shapes)
+    return _contraction(
+        tuple((shape.dims, shape.plates, shape.itemsize) for shape in shapes.factors),
+        tuple(shapes.sizes.items()),
+        tuple(shapes.index_plates.items()),
+        tuple(shapes.ragged.items()),
+        shapes.on_cpu,
+    )
+
+
+@functools.lru_cache(KEPT)
+def _contraction(
+    factors: tuple[tuple[str, Ordinal, int], ...],
+    sizes: tuple[tuple[str, int], ...],
+    index_plates: tuple[tuple[str, Ordinal], ...],
+    ragged: tuple[tuple[Ordinal, Ordinal], ...],
+    on_cpu: bool,
+) -> Contraction | None:
+    size_of, outer = dict(sizes), dict(ragged)
+    ring = _SizeRing(size_of, outer, on_cpu)
     tree: OrderedDict[Ordinal, list[Tensor]] = OrderedDict()
     used: set[str] = set()
-    for shape in shapes.factors:
-        dims = "".join(s for s in shape.dims if shapes.sizes[s] > 1)
-        ordinal = with_enclosing(shapes.ragged, shape.plates)
-        tree.setdefault(ordinal, []).append(_named(dims, shape.itemsize))
+    for dims, plates, itemsize in factors:
+        dims = "".join(symbol for symbol in dims if size_of[symbol] > 1)
+        tree.setdefault(with_enclosing(outer, plates), []).append(_named(dims, itemsize))
         used |= set(dims)
     try:
-        contract_to_tensor(tree, used & set(shapes.index_plates), ring=ring)
+        contract_to_tensor(tree, used & dict(index_plates).keys(), ring=ring)
     except NotImplementedError:
         return None
     return Contraction(
@@ -104,9 +123,11 @@ def contraction_of(shapes: Shapes) -> Contraction | None:
 class _SizeRing(Ring):
     """Sums and products of which only the sizes are known."""
 
-    def __init__(self, shapes: Shapes) -> None:
+    def __init__(
+        self, sizes: Mapping[str, int], ragged: Mapping[Ordinal, Ordinal], on_cpu: bool
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._shapes = shapes
+        self._sizes, self._ragged, self._on_cpu = sizes, ragged, on_cpu
         self.live = self.forward = self.saved = self.grads = self.kept = self.tables = 0
         self.work = self.sums = 0
         self.largest = Message("", 0)
@@ -115,8 +136,9 @@ class _SizeRing(Ring):
         """Take the steps that the sum would take."""
         if not terms:
             return _named("", DOUBLE)
-        sizes = self._shapes.sizes
-        steps = order.all_steps([dims_of(t) for t in terms], set(dims), sizes, self._shapes.on_cpu)
+        steps = order.all_steps(
+            [dims_of(term) for term in terms], set(dims), self._sizes, self._on_cpu
+        )
         held = {number: _Held(dims_of(t), _itemsize(t), 0) for number, t in enumerate(terms)}
         for step in steps:
             operands = [held.pop(number) for number in step.operands]
@@ -169,7 +191,7 @@ class _SizeRing(Ring):
     def product(self, term: Tensor, ordinal: Ordinal) -> Tensor:
         """Multiply over plates; elements of a ragged plate go to those that they read."""
         dims = frozenset(dims_of(term))
-        ragged = self._shapes.ragged
+        ragged = self._ragged
         for inner, outer in ragged.items():
             if inner <= dims and inner & ordinal and with_enclosing(ragged, outer) - ordinal:
                 left = "".join(s for s in dims_of(term) if s not in inner & ordinal)
@@ -191,7 +213,7 @@ class _SizeRing(Ring):
         self.sums += self._count(dims)
 
     def _count(self, dims: str) -> int:
-        return math.prod(self._shapes.sizes[symbol] for symbol in dims)
+        return math.prod(self._sizes[symbol] for symbol in dims)
 
     def _bytes(self, dims: str, itemsize: int) -> int:
         return self._count(dims) * itemsize

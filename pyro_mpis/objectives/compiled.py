@@ -156,9 +156,9 @@ def _found_reads(
     plan: Plan, programs: Programs, graph: FactorGraph, particles: Particles, drawn: Drawn
 ) -> SiteReads:
     """Find which elements sites read."""
-    plan = replace(plan, programs=programs)
+    replicate = Replicate(replace(plan, programs=programs), particles)
     with torch.no_grad():
-        return Replicate(plan, particles).find_reads(graph, particles, drawn, check=False)
+        return replicate.find_reads(*(replicate.at_supports(drawn) or (graph, particles)))
 
 
 def options_of(

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from pyro_mpis._typing import SampleMessage
-from pyro_mpis.programs.mapped import Mapped, Said, is_mapped, log_prob_of, tensors_of
+from pyro_mpis.programs.mapped import log_prob_of
 from pyro_mpis.programs.masks import unmasked
 from pyro_mpis.programs.messages import drawn_from
 from pyro_mpis.programs.not_mappable import OtherSitesError
 from pyro_mpis.programs.runs import Collect, Programs, Wanted, draw
 from pyro_mpis.programs.stratified import Strata
 from pyro_mpis.programs.structure import Site, Structure
+from pyro_mpis.programs.tensors import Mapped, Said, is_mapped, tensors_of
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from pyro_mpis._typing import Ordinal, SampleMessage
 from pyro_mpis.programs.densities import density_of
-from pyro_mpis.programs.mapped import Mapped, Said
 from pyro_mpis.programs.masks import is_masked, unmasked
 from pyro_mpis.programs.messages import counted, drawn_from
 from pyro_mpis.programs.runs import Collect, Programs, Wanted, evaluate
 from pyro_mpis.programs.structure import Site, Structure, levels_of
+from pyro_mpis.programs.tensors import Mapped, Said
 
 MAX_LEVELS = 60  # of a mapped run: a torch tensor has 64 dims
 

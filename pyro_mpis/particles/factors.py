@@ -23,8 +23,8 @@ from pyro_mpis._typing import Ordinal
 from pyro_mpis.factor_graph.graph import FactorGraph, LogFactor, SiteValue, exchange_dims
 from pyro_mpis.particles.evaluation import Evaluated
 from pyro_mpis.particles.proposals import Particles
-from pyro_mpis.programs.mapped import Mapped
 from pyro_mpis.programs.structure import Index, Site, Structure
+from pyro_mpis.programs.tensors import Mapped
 
 PRECISE = torch.float32.itemsize  # numbers of fewer bytes are too coarse to add up log_probs
 

@@ -19,12 +19,12 @@ from torch import Tensor
 from pyro_mpis._typing import SampleMessage
 from pyro_mpis.particles.evaluation import wanted_of_guide, wanted_of_model, with_reads
 from pyro_mpis.programs.analysis import with_implicit_plates
-from pyro_mpis.programs.mapped import Said
 from pyro_mpis.programs.messages import statements
 from pyro_mpis.programs.meter import Bytes, Meter
 from pyro_mpis.programs.not_mappable import NotMappableError
 from pyro_mpis.programs.runs import Collect, Programs, Wanted, evaluate
 from pyro_mpis.programs.structure import Structure, levels_of
+from pyro_mpis.programs.tensors import Said
 
 OWN_LEVELS = 12  # up to this many indices have a level each: then what is read is certain
 Sizes = Mapping[str, int]

@@ -29,7 +29,7 @@ from pyro_mpis.factor_graph.evidence import over_plates
 from pyro_mpis.factor_graph.graph import FactorGraph, LogFactor, RaggedPlate
 from pyro_mpis.factor_graph.packed import packed
 from pyro_mpis.factor_graph.ragged import regroup
-from pyro_mpis.particles.checks import differing
+from pyro_mpis.particles.checks import Mixture, differing
 from pyro_mpis.particles.probes import (
     NONE,
     SEVERAL,
@@ -55,6 +55,7 @@ from pyro_mpis.particles.together import (
 from pyro_mpis.programs.not_mappable import NotMappableError, is_out_of_memory
 from pyro_mpis.programs.runs import Programs
 from pyro_mpis.programs.structure import Structure
+from pyro_mpis.programs.tensors import Said
 
 
 def find_reads(
@@ -110,22 +111,16 @@ def _switched(
 
 
 def check_graph(
-    graph: FactorGraph,
-    structure: Structure,
-    particles: Particles,
-    programs: Programs,
-    reads: SiteReads,
-    *,
-    together: bool,
+    graph: FactorGraph, reads: SiteReads, mixture: Mixture, said: tuple[Said, Said]
 ) -> None:
     """
     Hold a graph against densities that mix the elements of plates.
 
-    :param graph: of these particles, not regrouped.
-    :param together: see :mod:`~pyro_mpis.particles.checks`.
+    :param graph: of the particles that the mixture chooses from, not regrouped.
+    :param said: by guide and model, at the mixture.
     :raises ReadTogether: if a site reads other elements, or other indices, than the graph says.
     """
-    wrong = differing(graph, structure, particles, programs, reads, together=together)
+    wrong = differing(graph, reads, mixture, said)
     if wrong:
         factor = wrong[0]
         foreign = frozenset[str]().union(*foreign_ordinals(graph, factor))

@@ -10,6 +10,7 @@ from pyro import settings
 
 # Of the memory that is free, how much a run takes by default.
 FRACTION = 0.5
+UNLIMITED = 2**60  # bytes; version 1 of control groups has no word for "no limit"
 ROOT = Path("/")  # of the file system that says what is free
 
 
@@ -85,8 +86,11 @@ def _of_control_groups() -> Iterator[int]:
 
 def _of_control_group(folder: Path, limit: str, usage: str, cached: str) -> Iterator[int]:
     """Yield what one control group leaves; what its cache of files takes would be given back."""
-    most, taken = _number(folder / limit), _number(folder / usage)
-    if most is not None and taken is not None:
+    most = _number(folder / limit)
+    if most is None or most >= UNLIMITED:  # most groups: the other two files need not be read
+        return
+    taken = _number(folder / usage)
+    if taken is not None:
         yield most - taken + _fields(folder / "memory.stat").get(cached, 0)
 
 

@@ -21,9 +21,9 @@ from pyro_mpis._typing import Ordinal
 from pyro_mpis.particles.footprint import Footprint
 from pyro_mpis.particles.limits import default_limit
 from pyro_mpis.particles.sizing import TENSORS_AT_ONCE, Need, Sizes, Sizing, bytes_of, elements_of
-from pyro_mpis.programs.mapped import tensors_of
 from pyro_mpis.programs.messages import statements
 from pyro_mpis.programs.structure import Site, Structure
+from pyro_mpis.programs.tensors import tensors_of
 
 __all__ = ["Cut", "TooLargeError", "default_limit", "fit", "gc_paused"]
 
@@ -173,10 +173,14 @@ def fit(
 def _cut_for_all(sizing: Sizing, symbols: Ordinal, blocks: Sizes) -> str | None:
     """Return the index outside of all plates to cut, of some: all factors together shrink most."""
     cuttable = _all_cuttable(sizing.structure, symbols, blocks)
+    shapes = sizing.shapes(blocks)
+    taken = [(shape.dims, sizing.bytes_of(shape, shapes)) for shape in shapes.factors]
 
     def left(symbol: str) -> tuple[int, int]:
-        smaller = {**blocks, symbol: math.ceil(blocks[symbol] / 2)}
-        return sizing.factors(sizing.shapes(smaller)).bytes, -blocks[symbol]
+        size = blocks[symbol]
+        half = math.ceil(size / 2)
+        total = sum(n // size * half if symbol in dims else n for dims, n in taken)
+        return total, -size
 
     return min(cuttable, key=left, default=None)
 
@@ -185,22 +189,31 @@ def _pieces(sizing: Sizing, blocks: Sizes, goal: float, room: float) -> dict[str
     """Return numbers of particles with which log_probs reach ``goal`` bytes, or come near it."""
     structure = sizing.structure
     sizes, work = dict(blocks), number_of_densities(structure, blocks)
+
+    def work_of(sizes: Sizes) -> int:
+        return number_of_densities(structure, sizes) * number_of_parts(blocks, sizes)
+
     while True:
         largest, needed = sizing.largest_tensor(sizes), sizing.evaluation(sizes)
         fits = needed.bytes <= room
         if fits and largest.bytes <= goal:
             return sizes
         reads = largest.symbols if fits else needed.symbols
-        symbol = _cuttable(structure, reads, sizes, smallest=2)
-        if symbol is None:
-            return sizes
-        smaller = {**sizes, symbol: math.ceil(sizes[symbol] / 2)}
-        more_work = (
-            number_of_densities(structure, smaller) * number_of_parts(blocks, smaller) / work
-        )
-        if fits and more_work > MORE_WORK:
+        smaller = min(_halved(sizes, reads), key=work_of, default=None)
+        if smaller is None or (fits and work_of(smaller) > MORE_WORK * work):
             return sizes
         sizes = smaller
+
+
+def _halved(sizes: Sizes, symbols: Ordinal) -> list[dict[str, int]]:
+    """
+    Return sizes with half of the particles of one of some indices, those with most of them first.
+
+    Indices inside of plates are among them: pieces are put together again before anything is summed
+    over an index. A piece has two particles or more.
+    """
+    cuttable = sorted((-sizes[symbol], symbol) for symbol in symbols if sizes[symbol] >= 4)
+    return [{**sizes, symbol: math.ceil(sizes[symbol] / 2)} for _, symbol in cuttable]
 
 
 def number_of_parts(whole: Sizes, sizes: Sizes) -> int:
@@ -253,22 +266,12 @@ def number_of_densities(structure: Structure, sizes: Sizes) -> int:
     return sum(elements_of(structure, site, sizes) for site in structure.model.values())
 
 
-def _cuttable(
-    structure: Structure, symbols: Ordinal, sizes: Sizes, smallest: int = 1
-) -> str | None:
-    """Return the index outside of all plates with most particles, of some."""
-    cuttable = _all_cuttable(structure, symbols, sizes, smallest)
-    return max(cuttable, key=lambda symbol: sizes[symbol], default=None)
-
-
-def _all_cuttable(
-    structure: Structure, symbols: Ordinal, sizes: Sizes, smallest: int = 1
-) -> list[str]:
-    """Return those of some indices whose particles can be cut."""
+def _all_cuttable(structure: Structure, symbols: Ordinal, sizes: Sizes) -> list[str]:
+    """Return those of some indices whose particles can be cut into blocks."""
     return [
         symbol
         for symbol in sorted(symbols)
-        if sizes[symbol] >= 2 * smallest
+        if sizes[symbol] >= 2
         and not structure.by_symbol[symbol].plates
         and not structure.by_symbol[symbol].enumerated
     ]

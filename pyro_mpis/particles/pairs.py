@@ -16,12 +16,12 @@ from torch import Tensor
 from pyro_mpis._typing import SampleMessage
 from pyro_mpis.particles.drawing import Drawn
 from pyro_mpis.programs.densities import density_of
-from pyro_mpis.programs.mapped import Mapped
 from pyro_mpis.programs.masks import unmasked
 from pyro_mpis.programs.messages import drawn_from
 from pyro_mpis.programs.meter import Meter
 from pyro_mpis.programs.runs import Programs, Wanted, evaluate
 from pyro_mpis.programs.structure import Structure
+from pyro_mpis.programs.tensors import Mapped
 
 MIXTURE_ELEMENTS = 2**24  # densities of pairs of particles that are held at once
 HIDDEN_IN_PAIRS = 32  # what evaluating them may take besides, in tensors of their size

@@ -29,9 +29,9 @@ from pyro_mpis._typing import Ordinal
 from pyro_mpis.particles.drawing import Draw, Drawn
 from pyro_mpis.particles.evaluation import Evaluated
 from pyro_mpis.particles.pairs import log_probs_of_pairs, rows_at_once
-from pyro_mpis.programs.mapped import Mapped
 from pyro_mpis.programs.runs import Programs
 from pyro_mpis.programs.structure import Index, Site, Structure
+from pyro_mpis.programs.tensors import Mapped
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each part of a run takes, with any numbers of particles, from sizes alone."""
 
+import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -92,6 +93,11 @@ class Sizing:
 
     def shapes(self, sizes: Sizes) -> Shapes:
         """Return the factors of a block, summed over the plates that hold no index."""
+        return replace(self._shapes, sizes={**sizes, **self._shapes.sizes})
+
+    @functools.cached_property
+    def _shapes(self) -> Shapes:
+        """The factors, and the sizes of plates alone."""
         structure = self.structure
         occupied = structure.plates_of_indices
         ragged: dict[Ordinal, Ordinal] = {}
@@ -109,17 +115,22 @@ class Sizing:
             factors.append(Shape("source", dims, index.plates, self.itemsize))
         return Shapes(
             factors=tuple(factors),
-            sizes={**sizes, **{s: plate.size for s, plate in structure.plates.items()}},
+            sizes={symbol: plate.size for symbol, plate in structure.plates.items()},
             index_plates={index.symbol: index.plates for index in structure.indices},
             ragged=ragged,
             on_cpu=self.device == "cpu",
         )
 
+    @staticmethod
+    def bytes_of(shape: Shape, shapes: Shapes) -> int:
+        """Return what one factor takes."""
+        return math.prod(shapes.sizes[s] for s in shape.dims) * shape.itemsize
+
     def factors(self, shapes: Shapes) -> Need:
         """Return what the factors of a block take."""
         largest, total = Need(0, "", frozenset()), 0
         for shape in shapes.factors:
-            number = math.prod(shapes.sizes[s] for s in shape.dims) * shape.itemsize
+            number = self.bytes_of(shape, shapes)
             total += number
             if number > largest.bytes:
                 site = self.structure.model.get(shape.name)

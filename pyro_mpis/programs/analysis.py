@@ -23,7 +23,6 @@ from pyro_mpis._typing import Distribution, SampleMessage
 from pyro_mpis.programs.agreement import check_guide_matches_model
 from pyro_mpis.programs.densities import inside_of, is_checked, unchecked
 from pyro_mpis.programs.indices import clusters_of, index_plates
-from pyro_mpis.programs.mapped import tensors_of
 from pyro_mpis.programs.masks import taken_apart
 from pyro_mpis.programs.messages import (
     batch_shape_of,
@@ -36,6 +35,7 @@ from pyro_mpis.programs.messages import (
 )
 from pyro_mpis.programs.structure import Index, Obstacle, Origin, Plate, Site, Structure
 from pyro_mpis.programs.subsampling import refuse_sequential, scale_of
+from pyro_mpis.programs.tensors import tensors_of
 
 
 def find_max_plate_nesting(traces: Iterable[Trace]) -> int:

@@ -29,8 +29,9 @@ from torch.distributions import (
     constraints,
 )
 
-from pyro_mpis.programs.mapped import exchange, log_prob_of, unwrapped
+from pyro_mpis.programs.mapped import log_prob_of
 from pyro_mpis.programs.masks import Parts, taken_apart
+from pyro_mpis.programs.tensors import exchange, unwrapped
 
 UNBOUNDED = (constraints.real, constraints.real_vector, constraints.dependent)
 NOT_NOW = 0  # a distribution that does not check values, but for no wish of the user's

@@ -15,8 +15,8 @@ from pyro.distributions import MaskedDistribution
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Transform, TransformedDistribution
 
-from pyro_mpis.programs.mapped import exchange, is_mapped, mapped_as, tensors_of, unwrapped
 from pyro_mpis.programs.stratified import Strata, uniform_shape, value_at
+from pyro_mpis.programs.tensors import exchange, is_mapped, mapped_as, tensors_of, unwrapped
 
 
 def draw_of(fn: Any, number: Tensor, strata: Strata) -> Tensor:

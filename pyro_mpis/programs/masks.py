@@ -25,8 +25,8 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_mpis._typing import Distribution, SampleMessage
-from pyro_mpis.programs.mapped import is_mapped
 from pyro_mpis.programs.messages import is_latent
+from pyro_mpis.programs.tensors import is_mapped
 
 Mask = Tensor | bool
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from pyro_mpis.programs.mapped import unwrapped
+from pyro_mpis.programs.tensors import unwrapped
 
 Levels = tuple[int, ...]
 Bytes = dict[Levels, int]  # of one combination of the values on these levels

@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 import torch
 
 from pyro_mpis._text import first_line
-from pyro_mpis.programs.mapped import LIBRARIES, levels_at_error
+from pyro_mpis.programs.rewritten import LIBRARIES, levels_at_error
 
 Name: TypeAlias = Literal["model", "guide"]
 

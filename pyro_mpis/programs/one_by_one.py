@@ -10,7 +10,7 @@ from collections.abc import Sequence, Set
 
 import torch
 
-from pyro_mpis.programs.mapped import Mapped, Said
+from pyro_mpis.programs.tensors import Mapped, Said
 
 
 def put_together(runs: Sequence[Said], level: int, own: Set[str]) -> Said:

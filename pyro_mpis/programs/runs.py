@@ -35,12 +35,7 @@ from pyro_mpis.programs.handlers import (
     Substitute,
     Track,
 )
-from pyro_mpis.programs.mapped import (
-    Said,
-    Values,
-    run_mapped,
-    unwrapped,
-)
+from pyro_mpis.programs.mapped import run_mapped
 from pyro_mpis.programs.masks import GuideMasks, Masks, ModelMasks
 from pyro_mpis.programs.messages import is_delta, is_latent, statements
 from pyro_mpis.programs.not_mappable import (
@@ -53,6 +48,7 @@ from pyro_mpis.programs.not_mappable import (
 from pyro_mpis.programs.one_by_one import put_together
 from pyro_mpis.programs.stratified import Strata
 from pyro_mpis.programs.subsampling import OneSubsample, Subsamples
+from pyro_mpis.programs.tensors import Said, Values, unwrapped
 
 # Takes a site's message and the single values of all given sites; returns what to keep, by name.
 Collect: TypeAlias = Callable[[SampleMessage, Mapping[str, Tensor]], Mapping[str, Tensor]]

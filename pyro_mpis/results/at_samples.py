@@ -18,7 +18,7 @@ from pyro_mpis._typing import Distribution, SampleMessage
 from pyro_mpis.programs.densities import density_of
 from pyro_mpis.programs.draws import draw_of
 from pyro_mpis.programs.environment import rng_state, set_rng_state
-from pyro_mpis.programs.mapped import Mapped, run_mapped, unwrapped
+from pyro_mpis.programs.mapped import run_mapped
 from pyro_mpis.programs.messages import (
     batch_shape_of,
     counted,
@@ -29,6 +29,7 @@ from pyro_mpis.programs.messages import (
 from pyro_mpis.programs.not_mappable import NotMappableError, is_out_of_memory, not_mappable
 from pyro_mpis.programs.runs import PARTICLE, Programs, Wanted, run_at
 from pyro_mpis.programs.stratified import Strata
+from pyro_mpis.programs.tensors import Mapped, unwrapped
 from pyro_mpis.results.at_draws import at_all
 
 OTHERS = "sites that only some runs have"

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Densities by another formula than torch's, where torch's takes many large tensors if mapped."""
+
+import torch
+from pyro.distributions import Bernoulli
+from torch import Tensor
+from torch.distributions import Distribution, Independent
+from torch.nn.functional import softplus
+
+from pyro_mpis.programs.tensors import is_mapped, unwrapped
+
+THRESHOLD = 50.0  # beyond it log(1 + exp(x)) is x, in float64 too
+
+
+def by_formula(fn: Distribution, value: Tensor) -> Tensor | None:
+    """
+    Return a log density: ``(*batch shape)``.
+
+    :return: None if torch's own formula is as good.
+    """
+    if isinstance(fn, Independent):
+        log_prob = by_formula(fn.base_dist, value)
+        dims = tuple(range(-fn.reinterpreted_batch_ndims, 0))
+        return log_prob.sum(dims) if log_prob is not None and dims else log_prob
+    if type(fn) in (Bernoulli, torch.distributions.Bernoulli):
+        return _bernoulli(fn, value)
+    return None
+
+
+def _bernoulli(fn: Distribution, value: Tensor) -> Tensor | None:
+    """Return ``-log(1 + exp(-s * logits))`` with the sign s of an outcome: two large tensors."""
+    logits: Tensor = fn.logits  # type: ignore[attr-defined]
+    values = unwrapped(value).tensor
+    if not is_mapped(logits) or not bool(((values == 0) | (values == 1)).all()):
+        return None
+    return softplus((1 - 2 * value) * logits, threshold=THRESHOLD).neg_()

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Tensors of a mapped run: at which levels they are mapped, and what holds them.
+
+A **level** of :func:`~pyro_mpis.programs.mapped.run_mapped` is known by its number, the outermost
+is 0.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch.distributions import Distribution, Transform
+
+Values = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Mapped:
+    """A result of a mapped run: a tensor, and the levels that it was computed from."""
+
+    tensor: Tensor  # (*levels, *shape)
+    levels: tuple[int, ...]  # in order
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape for single values."""
+        return self.tensor.shape[len(self.levels) :]
+
+    def __eq__(self, other: object) -> bool:
+        """Whether all entries are the same; nan is nan."""
+        if not isinstance(other, Mapped) or self.levels != other.levels:
+            return False
+        one, another = self.tensor, other.tensor
+        if one.shape != another.shape or one.dtype != another.dtype:
+            return False
+        return bool(((one == another) | ((one != one) & (another != another))).all())
+
+    def at(self, level: int) -> int | None:
+        """Return the dim of a level; None if the tensor does not read it."""
+        return self.levels.index(level) if level in self.levels else None
+
+    def along(self, *levels: int) -> Tensor:
+        """
+        Return ``(*levels, *shape)``, with size one for levels that the tensor does not read.
+
+        :param levels: those that it reads, and maybe others, in the order that is wanted.
+        """
+        assert set(self.levels) <= set(levels)
+        dims = [self.at(level) for level in levels]
+        order = [dim for dim in dims if dim is not None]
+        tensor = self.tensor.permute((*order, *range(len(order), self.tensor.dim())))
+        sizes = [1 if dim is None else self.tensor.shape[dim] for dim in dims]
+        return tensor.reshape((*sizes, *self.shape))
+
+
+Said: TypeAlias = dict[str, dict[str, Mapped]]  # site -> what was kept of it
+
+
+def is_mapped(tensor: Tensor) -> bool:
+    """Whether a tensor differs between the values of a mapped run."""
+    return bool(_functorch.is_batchedtensor(tensor))
+
+
+def mapped_as(other: Tensor, values: Tensor) -> Tensor:
+    """Map values, by their first dim, at the innermost level of another tensor."""
+    mapped: Tensor = _functorch._add_batch_dim(values, 0, _functorch.maybe_get_level(other))
+    return mapped
+
+
+def tensors_of(part: Any) -> list[Tensor]:
+    """Return the tensors that a distribution holds, those of its parts included."""
+    tensors: list[Tensor] = []
+    pending, known = [part], set[int]()
+    while pending:
+        part = pending.pop()
+        if isinstance(part, Tensor):
+            tensors.append(part)
+        elif type(part) in (tuple, list):
+            pending += reversed(part)
+        elif type(part) is dict:
+            pending += reversed(part.values())
+        elif has_parts(part) and id(part) not in known:
+            known.add(id(part))
+            pending += reversed(vars(part).values())
+    return tensors
+
+
+def unwrapped(tensor: Tensor) -> Mapped:
+    """Return a tensor of the innermost function with its levels as dims on the left."""
+    dims = list(range(-tensor.dim(), 0))  # levels are counted from 1, and dims negative
+    while _functorch.is_batchedtensor(tensor):
+        dims.insert(_functorch.maybe_get_bdim(tensor), _functorch.maybe_get_level(tensor))
+        tensor = _functorch.get_unwrapped(tensor)
+    levels = sorted(dim for dim in dims if dim > 0)
+    order = [dims.index(dim) for dim in (*levels, *range(len(levels) - len(dims), 0))]
+    if order != sorted(order):
+        tensor = tensor.permute(order)
+    return Mapped(tensor, tuple(level - 1 for level in levels))
+
+
+def exchange(
+    part: Any, change: Callable[[Tensor], Tensor], known: dict[int, Any] | None = None
+) -> Any:
+    """
+    Copy a distribution with other tensors in the place of those that it holds.
+
+    :param known: copies of parts met before: a transform and its inverse hold each other.
+    """
+    known = {} if known is None else known
+    if isinstance(part, Tensor):
+        return change(part)
+    if type(part) in (tuple, list):
+        return type(part)(exchange(item, change, known) for item in part)
+    if type(part) is dict:
+        return {key: exchange(item, change, known) for key, item in part.items()}
+    if has_parts(part):
+        if id(part) not in known:
+            known[id(part)] = result = copy.copy(part)
+            vars(result).update(
+                {key: exchange(item, change, known) for key, item in vars(part).items()}
+            )
+        return known[id(part)]
+    return part
+
+
+def has_parts(part: object) -> bool:
+    """Whether something is a distribution, a user's own included, or a transform."""
+    if isinstance(part, Distribution | Transform):
+        return True
+    return hasattr(part, "log_prob") and not isinstance(part, type)
