@@ -181,7 +181,8 @@ def _partly_combined(
     if plan.structure.obstacle is not None or plan.options.numbers:
         return None
     structure = plan.structure.with_num_samples(len(runs))
-    drawn = drawn_plainly(structure, [(run.guide, run.model) for run in runs])
+    masks = plan.programs.masks
+    drawn = drawn_plainly(structure, masks, [(run.guide, run.model) for run in runs])
     if drawn is None:
         return None
     names = latents_looked_at(structure, plan.programs, drawn)

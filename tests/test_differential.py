@@ -70,7 +70,9 @@ def agree(one: tuple[float, float], other: tuple[float, float], wrong: float = 0
 @pytest.mark.parametrize(
     "seed",
     [
-        seed if number < EVERY_DAY else pytest.param(seed, marks=pytest.mark.slow)
+        seed
+        if number < EVERY_DAY
+        else pytest.param(seed, marks=(pytest.mark.slow, pytest.mark.timeout(1_800)))
         for number, seed in enumerate(suitable())
     ],
 )

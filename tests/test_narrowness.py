@@ -14,6 +14,7 @@ import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal, init_to_value
+from pyro.optim import ClippedAdam
 from torch import Tensor
 
 from pyro_mpis import MPImportance, MPISWarning
@@ -300,7 +301,7 @@ def test_a_guide_whose_training_was_stopped_early(is_early: bool) -> None:
     pyro.clear_param_store()
     end = init_to_value(values={"z": Y / 2})
     trained = AutoNormal(coins, init_loc_fn=end, init_scale=0.02 if is_early else 0.5**0.5)
-    svi = SVI(coins, trained, pyro.optim.ClippedAdam({"lr": 0.01}), Trace_ELBO())
+    svi = SVI(coins, trained, ClippedAdam({"lr": 0.01}), Trace_ELBO())
     for _ in range(60 if is_early else 0):
         svi.step()
     exact = float(dist.Normal(0.0, 2**0.5).log_prob(Y).sum())

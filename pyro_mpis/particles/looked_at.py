@@ -23,17 +23,20 @@ from pyro_mpis.particles.drawing import Draw, Drawn, support_of
 from pyro_mpis.particles.evaluation import MAX_LEVELS, wanted_of_guide, wanted_of_model
 from pyro_mpis.particles.memory import number_of_densities
 from pyro_mpis.programs.densities import density_of
-from pyro_mpis.programs.masks import unmasked
+from pyro_mpis.programs.masks import Masks, unmasked
 from pyro_mpis.programs.messages import drawn_from, statements
 from pyro_mpis.programs.not_mappable import NotMappableError, OtherSitesError
 from pyro_mpis.programs.runs import Programs, Wanted, evaluate
 from pyro_mpis.programs.structure import Origin, Site, Structure
 
 
-def drawn_plainly(structure: Structure, runs: Sequence[tuple[Trace, Trace]]) -> Drawn | None:
+def drawn_plainly(
+    structure: Structure, masks: Masks, runs: Sequence[tuple[Trace, Trace]]
+) -> Drawn | None:
     """
     Return the particles of ordinary runs of guide and model.
 
+    :param masks: how those of the model's latents count; its traces have them as the user wrote.
     :return: None if the runs do not have the same sites.
     """
     guides = [statements(guide) for guide, _ in runs]
@@ -45,7 +48,10 @@ def drawn_plainly(structure: Structure, runs: Sequence[tuple[Trace, Trace]]) -> 
     draws = {}
     for name in structure.index_of:
         site = structure.proposal_site(name)
-        messages = [run[name] for run in (guides if site is structure.guide.get(name) else models)]
+        if site is structure.guide.get(name):
+            messages = [run[name] for run in guides]
+        else:
+            messages = [masks.of_model(run[name]) for run in models]
         values, log_probs, supports = [], [], []
         for message in messages:
             if message["value"].shape != site.shape:
