@@ -4,6 +4,7 @@
 import functools
 import time
 from collections.abc import Callable, Sequence
+from unittest import mock
 
 import pyro
 import torch
@@ -13,6 +14,7 @@ from pyro.infer import TraceTMC_ELBO, config_enumerate
 
 from pyro_mpis import MPImportance
 from pyro_mpis import blocks as package_blocks
+from pyro_mpis import replicate as package_replicate
 from pyro_mpis.particles import evaluation, memory
 from pyro_mpis.particles.drawing import Drawn
 from pyro_mpis.pieces import Ranges
@@ -82,16 +84,16 @@ def floor(case: Case, num_samples: int) -> Function:
         calls.append(functools.partial(evaluate, programs, levels, **kwargs))
         return evaluate(programs, levels, **kwargs)
 
-    piece = memory.PIECE_BYTES
-    evaluation.evaluate, memory.PIECE_BYTES = recorded, 2**62  # all at once, not in pieces
-    try:
+    with (
+        mock.patch.object(evaluation, "evaluate", recorded),
+        mock.patch.object(memory, "PIECE_BYTES", 2**62),  # all at once, not in pieces
+        mock.patch.object(package_replicate, "rows_beside", return_value=None),  # no check beside
+    ):
         inference(case, num_samples)
-    finally:
-        evaluation.evaluate, memory.PIECE_BYTES = evaluate, piece
 
     def evaluated() -> float:
         with torch.no_grad(), pyro.validation_enabled(False):
-            _, said = calls[0]()
+            _, said = calls[-1]()
             log_probs = [parts["log_prob"].tensor for parts in said.values() if "log_prob" in parts]
             return float(max(log_prob.numel() for log_prob in log_probs))
 
