@@ -28,9 +28,10 @@ from pyro_mpis.adaptation.guide import AutoPlateNormal
 from pyro_mpis.adaptation.layout import Block, by_site
 from pyro_mpis.adaptation.log_joint import LogJoint, Pair
 from pyro_mpis.adaptation.moments import flattened, matched_by_moments
+from pyro_mpis.adaptation.natural import Fitted, Settings, fit
 from pyro_mpis.adaptation.start import Start
 from pyro_mpis.adaptation.tails import TailedNormal
-from pyro_mpis.adaptation.trials import Runs, tried
+from pyro_mpis.adaptation.trials import Noise, Runs, Trial, enough_of, matched, tried
 from pyro_mpis.options import Options
 from pyro_mpis.programs.messages import statements
 
@@ -540,6 +541,79 @@ def test_failure_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.warns(MPISWarning, match=r"adapt found no good proposal: .* ESS of \d+"):
         posterior = adapted(normals)
     assert float(posterior.run().evidence()) == pytest.approx(LOG_EVIDENCE, abs=0.1)
+
+
+def many() -> None:
+    zero, one = torch.tensor(0.0), torch.tensor(1.0)
+    mu = pyro.sample("mu", dist.Normal(zero, one))
+    with pyro.plate("element", 200):
+        pyro.sample("x", dist.Normal(mu, one))
+
+
+def of_many() -> AutoPlateNormal:
+    begin = start(many)
+    medians, sds = begin.moments(frozenset())
+    gaussian = Gaussian(medians, [torch.diag_embed(sd) for sd in sds], {})
+    return begin.guide(gaussian, frozenset(), tails=False)
+
+
+@pytest.mark.parametrize("signal", [0.0, 1.0])
+def test_a_guide_moves_by_what_is_no_noise(signal: float) -> None:
+    # Means of 200 elements, from an ESS of 10, are noise of sd 0.32 around the signal. A move by a
+    # share of each, however small, would fail the first; no move at all the second.
+    torch.manual_seed(0)
+    guide = of_many()
+    noise = 0.1**0.5 * torch.randn(200, 1, dtype=torch.double)
+    mean = signal + (noise - noise.mean()) / noise.std() * 0.1**0.5 * 0.99
+    moments = Noise(mean, torch.ones(200, 1, 1).double(), torch.full((200,), 10.0).double())
+    before, after = guide.gaussian(), matched(guide, {1: moments}).gaussian()
+    shift = (after.means[1] - before.means[1]) / before.scales[1].squeeze(-1)
+    if signal:
+        torch.testing.assert_close(shift.double(), mean * 1 / 1.1, rtol=0.02, atol=0.02)
+    else:
+        torch.testing.assert_close(shift, torch.zeros(200, 1))
+    torch.testing.assert_close(after.scales[1], before.scales[1])
+
+
+def test_a_move_with_a_lower_evidence_or_ess_is_not_better() -> None:
+    def trial(log_evidences: list[float], ess: float) -> Trial:
+        one = torch.ones(1, 1).double()
+        noise = {0: Noise(one, one.unsqueeze(-1), torch.tensor([ess]).double())}
+        return Trial(torch.tensor(log_evidences).double(), noise, torch.tensor([ess]))
+
+    before = trial([-1.0, -1.1, -0.9], 20.0)
+    assert trial([-1.0, -1.2, -0.9], 25.0).is_better(before)
+    assert not trial([-1.0, -1.2, -0.9], 15.0).is_better(before)
+    assert not trial([-2.0, -2.2, -1.9], 25.0).is_better(before)
+    assert not trial([-math.inf, -1.0, -0.9], 25.0).is_better(before)
+
+
+def test_even_particles_of_a_plate_are_enough() -> None:
+    guide = of_many()
+    numbers = dict(zip(guide.noise_sites, (150, 5), strict=True))
+    even = Trial(torch.zeros(3), {}, torch.zeros(3), {0: 0.0, 1: 0.05})
+    assert enough_of(guide, numbers, even) == {guide.noise_sites[1]: 5}
+    assert enough_of(guide, numbers, replace(even, unevenness={0: 0.0, 1: 0.5})) == {}
+
+
+def test_a_settled_fit_goes_on_with_its_tail() -> None:
+    begin = start(normals)
+    medians, sds = begin.moments(frozenset())
+
+    def fitted(resumed: Fitted | None) -> Fitted:
+        evaluate = log_joint(begin).derivatives
+        widths = begin.widths(frozenset())
+        settings = Settings(points=4, tail=5)
+        pairs = [(b.number, around) for b in begin.blocks for around in b.parents]
+        return fit(begin.blocks, evaluate, medians, sds, widths, pairs, settings, resumed=resumed)
+
+    torch.manual_seed(0)
+    first = fitted(None)
+    again = fitted(first)
+    assert first.settled
+    assert again.settled
+    assert len(again.elbos) == 1 + 5
+    assert abs(again.elbo - first.elbo) < 1.0
 
 
 def test_moments_alone_find_a_proposal() -> None:
