@@ -293,7 +293,7 @@ def overhead(setting: Setting) -> str:
 
     Eight schools, K = 30, as a multiple of plain traces of guide and model, one each; without a
     guide, of two traces of the model. A run executes the programs plainly, for the draws and
-    for the factors, and with Pyro's validation on for three checks besides.
+    for the factors; the check of plates is evaluated together with these.
     """
     case = setting.case("eight_schools")
     args, model = tuple(case.data.values()), eight_schools_model

@@ -126,11 +126,11 @@ def decided(most: float) -> None:
         pyro.sample("y", dist.Normal(mean, 1.0), obs=torch.zeros(4))
 
 
-def check_decided(most: float) -> None:
+def check_decided(most: float, num_samples: int = 64) -> None:
     """Given the particle that decides, each element reads one regime: each has its own index."""
     for seed in range(3):
         pyro.set_rng_seed(seed)
-        posterior = MPImportance(decided, num_samples=64).run(most)
+        posterior = MPImportance(decided, num_samples=num_samples).run(most)
         when = posterior.marginals("when").samples
         level = posterior.marginals("level").samples  # (2, K)
         log_prob = dist.Normal(level, 1.0).log_prob(torch.zeros(()))
@@ -144,7 +144,7 @@ def test_element_that_a_latent_decides_at_few_particles(monkeypatch: pytest.Monk
     """Evaluated two at a time, the particles of the first piece agree on the element."""
     monkeypatch.setattr(memory, "PIECE_BYTES", 1000)
     monkeypatch.setattr(memory, "MORE_WORK", 1e9)
-    check_decided(0.9)
+    check_decided(0.9, num_samples=16)
 
 
 def test_element_that_a_latent_decides_in_a_large_plate(monkeypatch: pytest.MonkeyPatch) -> None:
