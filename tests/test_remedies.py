@@ -9,6 +9,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 from posteriors import Program, diagnosed, weighted, wide
+from pyro import poutine
+from pyro.infer.autoguide import AutoMultivariateNormal
 
 from pyro_mpis import Diagnosis, Marginal, MPImportance, MPISWarning
 from pyro_mpis.particles.memory import largest_factor
@@ -319,3 +321,22 @@ def test_sharing_pays_from_four_indices_on(number: int) -> None:
         pyro.sample("y", dist.Normal(total, 0.01), obs=torch.tensor(0.0))
 
     assert ("particle indices" in helps(diagnosed(model, K=4))) == (number == 4)
+
+
+def test_particles_of_a_guides_own_site_are_asked_for_by_a_name_of_the_model() -> None:
+    """The number may be given to any latent that is computed from the guide's site."""
+
+    def model() -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        tau = pyro.sample("tau", dist.LogNormal(0.0, 1.0))
+        pyro.sample("free", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 20):
+            pyro.sample("y", dist.Normal(mu, tau), obs=torch.linspace(1.0, 3.0, 20))
+
+    pyro.set_rng_seed(0)
+    guide = AutoMultivariateNormal(poutine.block(model, hide=["free", "y"]), init_scale=2.0)
+    guide()
+    posterior = MPImportance(model, guide, num_samples={"mu": 4, None: 50}).run()
+    said = str(posterior.diagnose(show=False))
+    assert re.search(r"Raise num_samples of\s+'(mu|tau)'", said), said
+    MPImportance(model, guide, num_samples={"tau": 8, None: 50}).run()

@@ -251,7 +251,10 @@ def _more_particles(block_sum: BlockSum, worst: SiteDiagnosis, enough: float) ->
         if telling
         else "may not be enough: an ESS this low does not tell how many are."
     )
-    of_site = "" if len(counts) == 1 else f" of '{index.sites[0]}'"
+    named = (
+        index.sites[0] if index.sites[0] in structure.model else worst.name
+    )  # not the guide's own
+    of_site = "" if len(counts) == 1 else f" of '{named}'"
     return (
         f"Raise num_samples{of_site}: {larger} {promise} The largest factor, that of "
         f"'{site.name}', then takes {_size(then)} in place of {_size(now)}. More replicates "
