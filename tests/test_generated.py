@@ -25,7 +25,7 @@ from pyro_mpis.particles.probes import ElementReads
 
 pytestmark = pytest.mark.usefixtures("float64")
 
-EVERY_DAY = range(40)
+EVERY_DAY = range(60)
 SLOW = range(1000, 1400)
 
 
