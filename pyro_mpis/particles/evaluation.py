@@ -81,8 +81,7 @@ def evaluate_programs(
     for name, said in (carried or {}).items():
         (symbol,) = structure.indices_read(structure.guide[name])
         number = next(n for n, level in enumerate(levels) if symbol in level)
-        value = said["value"]
-        by_level[number][name] = value.along(0).expand((sizes[symbol], *value.shape))
+        by_level[number][name] = said["value"].of_each(sizes[symbol])
         log_prob = said["log_prob"]
         known[name] = {"log_prob": replace(log_prob, levels=(number,) * len(log_prob.levels))}
     with pyro.validation_enabled(False):

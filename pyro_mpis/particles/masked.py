@@ -254,10 +254,7 @@ class _Probe:
                 )
             except NotMappableError:
                 continue
-            return {
-                name: parts["log_prob"].along(0).expand((number, *parts["log_prob"].shape))
-                for name, parts in said.items()
-            }
+            return {name: parts["log_prob"].of_each(number) for name, parts in said.items()}
         rows: dict[str, list[Tensor]] = {name: [] for name in self.counting}
         for slot in range(number):
             at = {name: value[slot] for name, value in values.items()}

@@ -57,6 +57,10 @@ class Mapped:
         sizes = [1 if dim is None else self.tensor.shape[dim] for dim in dims]
         return tensor.reshape((*sizes, *self.shape))
 
+    def of_each(self, number: int) -> Tensor:
+        """Return ``(number, *shape)``, one for each value of the first level, read or not."""
+        return self.along(0).expand((number, *self.shape))
+
 
 Said: TypeAlias = dict[str, dict[str, Mapped]]  # site -> what was kept of it
 

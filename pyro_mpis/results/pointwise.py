@@ -168,9 +168,12 @@ def _graph(summed: Summed, evaluated: Evaluated, sizes: Mapping[str, int]) -> Fa
     structure, draw, number = summed.structure, summed.draw, sizes[summed.draw]
     packer = Packer(structure, sizes, evaluated)
     enumerated = {i.symbol: i for i in structure.indices if i.symbol != draw}
-    factors = [packer.zeros(index, torch.device("cpu")) for index in enumerated.values()]
-    for name, parts in evaluated.model.items():
-        factors.append(packer.pack(name, parts["log_prob"], structure.model[name]))
+    factors = [
+        packer.pack(name, parts["log_prob"], structure.model[name])
+        for name, parts in evaluated.model.items()
+    ]
+    device = factors[0].tensor.device
+    factors = [*(packer.zeros(index, device) for index in enumerated.values()), *factors]
     of_draw = frozenset({draw}) if number > 1 else frozenset()
     packed = []
     for factor in factors:
@@ -188,7 +191,7 @@ def _graph(summed: Summed, evaluated: Evaluated, sizes: Mapping[str, int]) -> Fa
         plate_names={symbol: plate.name for symbol, plate in structure.plates.items()},
         index_sites={symbol: index.sites for symbol, index in enumerated.items()},
         dtype=torch.double,
-        device=packed[0].tensor.device,
+        device=device,
     )
 
 
