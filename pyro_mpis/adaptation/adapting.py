@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 
 from pyro_mpis._typing import Program
 from pyro_mpis.adaptation.guide import AutoPlateNormal
-from pyro_mpis.adaptation.layout import by_site
+from pyro_mpis.adaptation.layout import by_site, trees
 from pyro_mpis.adaptation.learner import learnt
 from pyro_mpis.adaptation.mirrors import missing_halves
 from pyro_mpis.adaptation.moments import matched_by_moments
@@ -45,7 +45,7 @@ from pyro_mpis.programs.messages import is_latent, statements
 from pyro_mpis.programs.not_mappable import NotMappableError
 from pyro_mpis.workers import Workers
 
-FEW_REPLICATES = 6
+FEW_REPLICATES, TREE_REPLICATES = 6, 12
 LOW_ESS = 5.0  # of a trial's particles outside of plates
 POINTS = (8, 4)  # at which derivatives are averaged; fewer where they take long
 MUCH_WORK = 5e6  # densities times rows of the Hessian, of an iteration
@@ -96,6 +96,8 @@ def adapted(
         start = started(model, args, kwargs, options)
         problems: list[str] = []
         learners = [_by_gradients, _by_moments]
+        if trees(start.structure, start.priors):
+            learners.insert(0, _by_trees)
         if start.supports and POINTS[0] * start.work > MUCH_WORK:
             learners = [_by_moments]  # gradients of large sums are dear, and often lead nowhere
         candidates: list[_Candidate] = []
@@ -174,11 +176,38 @@ def _by_gradients(start: Start, options: Options, progress: Progress) -> _Candid
     with start.environment.entered():
         fitted, non_centred = learnt(start, Settings(points=points), progress.fitting)
         guide = start.guide(fitted.gaussian, non_centred, tails=True)
+    return _corrected(start, guide, options, progress, settled=fitted.settled)
+
+
+def _by_trees(start: Start, options: Options, progress: Progress) -> _Candidate:
+    """Match to trial runs, with an index for each latent of chains and trees."""
+    linked = trees(start.structure, start.priors)
+    names = sorted(start.priors, key=lambda name: name in linked)  # those around them first
+    start = replace(start, priors={name: start.priors[name] for name in names})
+    start = replace(
+        start, blocks=start.blocks_by(lambda name, plates: name if name in linked else plates)
+    )
+    guide, _ = matched_by_moments(start, options, lambda trial: _tell(progress, trial))
+    with start.environment.entered():
+        guide = start.guide(guide.gaussian(), frozenset(), tails=True)
+    found = _corrected(start, guide, options, progress, settled=True)
+    # sums over many indices take longer than their densities
+    return replace(found, replicates=min(TREE_REPLICATES, found.replicates))
+
+
+def _tell(progress: Progress, trial: Trial) -> None:
+    progress.trying("matching", trial.log_evidence, trial.ess)
+
+
+def _corrected(
+    start: Start, guide: AutoPlateNormal, options: Options, progress: Progress, *, settled: bool
+) -> _Candidate:
+    """Move a fitted guide to the moments of trial runs."""
     plan, numbers = fitting(start.programs, options, guide, share=0.5)
     runs = Runs(plan)
     trial = tried(runs, guide, TRIALS)
     for blocks in ([0], range(len(guide.blocks))):
-        progress.trying("matching", trial.log_evidence, trial.ess)
+        _tell(progress, trial)
         if not trial.noise:
             break
         moved = matched(guide, {number: trial.noise[number] for number in blocks})
@@ -188,7 +217,7 @@ def _by_gradients(start: Start, options: Options, progress: Progress) -> _Candid
         guide, trial = moved, again
     enough = enough_of(guide, numbers, trial)
     plan, numbers = fitting(start.programs, options, guide, enough=enough)
-    return _Candidate(guide, trial, fitted.settled, numbers, replicates_for(plan, numbers, trial))
+    return _Candidate(guide, trial, settled, numbers, replicates_for(plan, numbers, trial))
 
 
 def _by_moments(start: Start, options: Options, progress: Progress) -> _Candidate:
@@ -196,7 +225,7 @@ def _by_moments(start: Start, options: Options, progress: Progress) -> _Candidat
     guide, plan = matched_by_moments(
         replace(start, blocks=start.blocks_by(by_site)),
         options,
-        lambda trial: progress.trying("matching", trial.log_evidence, trial.ess),
+        lambda trial: _tell(progress, trial),
     )
     trial = tried(Runs(plan), guide, TRIALS)
     numbers = dict(plan.options.numbers)

@@ -18,7 +18,7 @@ from pyro_mpis.adaptation.layout import Block, Part
 from pyro_mpis.adaptation.log_joint import Pair
 from pyro_mpis.adaptation.natural import antithetic
 from pyro_mpis.adaptation.parametrisation import Place, from_free
-from pyro_mpis.adaptation.tails import TailedNormal
+from pyro_mpis.adaptation.tails import StretchedNormal, TailedNormal
 from pyro_mpis.programs.environment import seeded
 from pyro_mpis.programs.handlers import AllMet, Stop, isolated
 from pyro_mpis.programs.mapped import run_mapped
@@ -63,6 +63,7 @@ class AutoPlateNormal(PyroModule):
         others: Mapping[str, Tensor],
         tails: bool = True,
         prior: tuple[Tensor, Tensor] | None = None,
+        stretches: Mapping[int, float] | None = None,
         name: str = "",
     ) -> None:
         name = name or f"AutoPlateNormal_{next(_NUMBERS)}"  # so that no two share parameters
@@ -73,6 +74,7 @@ class AutoPlateNormal(PyroModule):
         self._others = dict(others)
         self._tails = tails
         self._prior = prior  # location and sd of the first block's numbers
+        self._stretches = dict(stretches or {})  # of the noise of blocks in plates
         self._pairs: tuple[Pair, ...] = tuple(gaussian.couplings)
         self.non_centred = non_centred
         self.latents = tuple(part.name for block in blocks for part in block.parts)
@@ -100,6 +102,7 @@ class AutoPlateNormal(PyroModule):
             others=self._others,
             tails=self._tails,
             prior=self._prior,
+            stretches=self._stretches,
             name=self._pyro_name,
         )
 
@@ -150,8 +153,10 @@ class AutoPlateNormal(PyroModule):
         """Sample the standard noise of a block."""
         zeros = getattr(self, f"loc_{block.number}").detach().new_zeros(block.size)
         fn = dist.Normal(zeros, 1.0).to_event(1)
-        if self._tails and not block.plates:
+        if self._tails and block.is_outer:
             fn = TailedNormal(zeros, self._wide(block))
+        elif self._tails and block.number in self._stretches:
+            fn = StretchedNormal(zeros, self._stretches[block.number])
         with contextlib.ExitStack() as entered:
             for plate in block.plates:
                 entered.enter_context(plates[plate.name])

@@ -19,6 +19,10 @@ from torch import Tensor
 from pyro_mpis._typing import Ordinal
 from pyro_mpis.programs.structure import Plate, Structure
 
+MOST_READERS = 4  # densities that read a latent of a chain or tree
+FEWEST_LINKED = 8  # latents that are worth an index each
+LARGEST_LINKED = 2  # numbers of each
+
 
 @dataclass(frozen=True)
 class Part:
@@ -102,6 +106,11 @@ class Block:
         return self.parts[-1].stop
 
     @property
+    def is_outer(self) -> bool:
+        """Whether it is the first block, outside of plates: many particles are drawn of it."""
+        return self.number == 0 and not self.plates
+
+    @property
     def elements(self) -> int:
         """Number of elements of its plates."""
         return self.shape.numel()
@@ -142,6 +151,41 @@ def by_plates(name: str, plates: Ordinal) -> object:
 def by_site(name: str, plates: Ordinal) -> object:
     """Give each latent a block of its own."""
     return name
+
+
+def trees(structure: Structure, names: Iterable[str]) -> frozenset[str]:
+    """
+    Return the latents that form chains or trees: each is read by few densities.
+
+    These are many, and no density reads more than two of them, without a circle. A Gaussian of all
+    together would be one particle index; with an index each, all combinations of neighbours count.
+
+    :param names: of the continuous latents.
+    :return: their names; empty if there are few, or circles.
+    """
+    readers = dict.fromkeys(names, 0)
+    for site in structure.model.values():
+        for name in site.reads & readers.keys():
+            readers[name] += 1
+    linked = {name for name, number in readers.items() if number <= MOST_READERS}
+    root = {name: name for name in linked}  # of its tree so far
+
+    def root_of(name: str) -> str:
+        while root[name] != name:
+            name = root[name]
+        return name
+
+    links = {frozenset((s.reads | {s.name}) & linked) for s in structure.model.values()}
+    pairs = [tuple(link) for link in links if len(link) > 1]
+    if any(len(pair) > 2 for pair in pairs):
+        return frozenset()
+    for one, other in pairs:
+        if root_of(one) == root_of(other):
+            return frozenset()  # a circle
+        root[root_of(one)] = root_of(other)
+    joined = {name for pair in pairs for name in pair}
+    small = all(structure.model[name].event_size <= LARGEST_LINKED for name in joined)
+    return frozenset(joined) if small and len(joined) >= FEWEST_LINKED else frozenset()
 
 
 def blocks_of(

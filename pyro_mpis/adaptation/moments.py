@@ -50,7 +50,7 @@ def matched_by_moments(
     """
     Learn a Gaussian for each latent; draws random numbers.
 
-    :param start: with a block for each latent.
+    :param start: with a block for each latent, or for some together.
     :return: the guide, and a plan of runs of it.
     """
     medians, sds = start.moments(frozenset())

@@ -87,6 +87,20 @@ def scaling_of(fn: Distribution) -> Scaling | None:
     return None
 
 
+def is_gaussian(fn: Distribution) -> bool:
+    """Whether a prior is Gaussian in the unconstrained numbers of its site."""
+    while isinstance(fn, torch.distributions.Independent | dist.MaskedDistribution):
+        fn = fn.base_dist
+    return isinstance(fn, _GAUSSIAN)
+
+
+_GAUSSIAN = (
+    torch.distributions.Normal,
+    torch.distributions.LogNormal,
+    torch.distributions.MultivariateNormal,
+)
+
+
 def constrained(fn: Distribution, numbers: Tensor, *, centred: bool) -> tuple[Tensor, Tensor]:
     """
     Map a site's numbers to its value.

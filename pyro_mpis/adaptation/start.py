@@ -20,7 +20,7 @@ from pyro_mpis._typing import Program, SampleMessage
 from pyro_mpis.adaptation.gaussian import Gaussian
 from pyro_mpis.adaptation.guide import AutoPlateNormal
 from pyro_mpis.adaptation.layout import Block, Grouping, blocks_of, by_plates
-from pyro_mpis.adaptation.parametrisation import is_fixed, scaling_of
+from pyro_mpis.adaptation.parametrisation import is_fixed, is_gaussian, scaling_of
 from pyro_mpis.adaptation.prepared import is_improper
 from pyro_mpis.particles.drawing import draw_particles
 from pyro_mpis.planning import Plan
@@ -32,6 +32,8 @@ from pyro_mpis.programs.tensors import is_mapped, tensors_of
 
 PRIOR_DRAWS = 200
 UNBOUNDED = 1e4  # times the sd of draws in place of an improper prior's: no bound to a fit's sd
+STRETCHES = (0.08, 0.03)  # of the noise in plates, by their depth: many particles, or fewer
+LARGEST_STRETCHED = 3  # numbers in an element
 LARGEST_SD = 5.0  # of the prior, in unconstrained numbers; and its median's largest size
 
 
@@ -79,6 +81,11 @@ class Start:
     ) -> AutoPlateNormal:
         """Make a guide of a Gaussian of the blocks' numbers."""
         medians, sds = self.moments(non_centred)
+        stretches = {
+            block.number: STRETCHES[min(self.depth(block), len(STRETCHES)) - 1]
+            for block in self.blocks
+            if self._has_tails(block, gaussian, non_centred)
+        }
         with torch.no_grad():
             return AutoPlateNormal(
                 self.model,
@@ -89,7 +96,29 @@ class Start:
                 others=self.others,
                 tails=tails,
                 prior=(medians[0], sds[0]),
+                stretches=stretches,
             )
+
+    def depth(self, block: Block) -> int:
+        """Return how many levels of plates a block is in."""
+        return max(1, len({self.blocks[parent].shape for parent in block.parents}))
+
+    def _has_tails(self, block: Block, gaussian: Gaussian, non_centred: frozenset[str]) -> bool:
+        """
+        Whether the numbers of a block in plates may have heavier tails than a Gaussian.
+
+        If a Gaussian prior dominates them, they have not. Blocks of many numbers would lose more
+        in the middle than they win in the tails.
+        """
+        if block.is_outer or block.size > LARGEST_STRETCHED:
+            return False
+        coupled = any(number == block.number for number, _ in gaussian.couplings)
+        names = {part.name for part in block.parts}
+        return coupled or not names <= non_centred or not all(map(self._is_gaussian, names))
+
+    def _is_gaussian(self, name: str) -> bool:
+        """Whether the prior of a latent is Gaussian in its unconstrained numbers."""
+        return is_gaussian(self.sites[name]["fn"])
 
     @property
     def work(self) -> float:

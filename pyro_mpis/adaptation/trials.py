@@ -36,6 +36,7 @@ LOCALS = (10, 6, 6)  # of indices in plates, by the number of blocks around them
 FEW_ELEMENTS, FEW_NUMBERS = 10, 2  # of a plate whose many small elements have more particles each
 MORE_LOCALS = 2.0  # times as many at most
 EVEN = 0.1  # variance of the log evidence, in nats, that indices in plates may add
+LINKED = 20  # of latents that form chains or trees
 OTHERS = 30  # of latents that the guide lacks
 WORK = 9e7  # densities of all final runs together
 SMALL_RUN, LARGEST_RUN = 1e6, WORK / 8  # densities of a run
@@ -105,8 +106,10 @@ def numbers_of(guide: AutoPlateNormal, share: float = 1.0) -> dict[str, int]:
     more = {block.number: _more(block) for block in guide.blocks}
     for block, name in zip(guide.blocks, guide.noise_sites, strict=True):
         depth = len({guide.blocks[parent].shape for parent in block.parents})
-        if not block.plates:
+        if block.is_outer:
             number = GLOBALS[0] / math.prod(more.values())
+        elif not block.plates:
+            number = LINKED
         else:
             number = LOCALS[min(max(depth, 1), len(LOCALS)) - 1] * more[block.number]
         result[name] = max(4, round(number * share))
@@ -164,12 +167,27 @@ def fitting(
         factor = (limit / work) ** (1 / depth)
         numbers = {name: max(4, int(number * factor)) for name, number in numbers.items()}
         plan, _, _ = plan_of(programs, with_numbers(options, numbers))
-    elif work < SMALL_RUN * share and not guide.blocks[0].plates:
-        name = guide.noise_sites[0]
-        factor = min(SMALL_RUN * share / work, GLOBALS[1] / GLOBALS[0])
-        numbers[name] = int(numbers[name] * factor)
+    elif work < SMALL_RUN * share:
+        numbers = _of_small(guide, numbers, SMALL_RUN * share / work)
         plan, _, _ = plan_of(programs, with_numbers(options, numbers))
     return plan, numbers
+
+
+def _of_small(
+    guide: AutoPlateNormal, numbers: Mapping[str, int], factor: float
+) -> dict[str, int]:
+    """Return more particles, for a run that evaluates few densities: first of those in plates."""
+    numbers = dict(numbers)
+    inside = [n for b, n in zip(guide.blocks, guide.noise_sites, strict=True) if b.plates]
+    if inside:
+        levels = 1 + max(len(block.parents) for block in guide.blocks)
+        more = min(MORE_LOCALS, factor ** (1 / levels))
+        numbers |= {name: int(numbers[name] * more) for name in inside}
+        factor /= more ** max(1, levels - 1)
+    if guide.blocks[0].is_outer:
+        name = guide.noise_sites[0]
+        numbers[name] = int(numbers[name] * min(factor, GLOBALS[1] / GLOBALS[0]))
+    return numbers
 
 
 def enough_of(guide: AutoPlateNormal, numbers: Mapping[str, int], trial: Trial) -> dict[str, int]:
