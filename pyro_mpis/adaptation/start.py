@@ -32,7 +32,8 @@ from pyro_mpis.programs.tensors import is_mapped, tensors_of
 
 PRIOR_DRAWS = 200
 UNBOUNDED = 1e4  # times the sd of draws in place of an improper prior's: no bound to a fit's sd
-STRETCHES = (0.08, 0.03)  # of the noise in plates, by their depth: many particles, or fewer
+STRETCHES = (0.15, 0.03)  # of the noise in plates, by their depth: many particles, or fewer
+SMALLEST_RATIO = 0.5  # of variances: below, weights have none under a wider Gaussian
 LARGEST_STRETCHED = 3  # numbers in an element
 LARGEST_SD = 5.0  # of the prior, in unconstrained numbers; and its median's largest size
 
@@ -107,14 +108,15 @@ class Start:
         """
         Whether the numbers of a block in plates may have heavier tails than a Gaussian.
 
-        If a Gaussian prior dominates them, they have not. Blocks of many numbers would lose more
-        in the middle than they win in the tails.
+        If a Gaussian prior dominates them in each element, they have not. Blocks of many numbers
+        would lose more in the middle than they win in the tails.
         """
         if block.is_outer or block.size > LARGEST_STRETCHED:
             return False
-        coupled = any(number == block.number for number, _ in gaussian.couplings)
         names = {part.name for part in block.parts}
-        return coupled or not names <= non_centred or not all(map(self._is_gaussian, names))
+        if not names <= non_centred or not all(map(self._is_gaussian, names)):
+            return True
+        return float(gaussian.sds()[block.number].min()) ** 2 < SMALLEST_RATIO
 
     def _is_gaussian(self, name: str) -> bool:
         """Whether the prior of a latent is Gaussian in its unconstrained numbers."""

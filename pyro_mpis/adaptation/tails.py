@@ -9,19 +9,23 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
-SHARE = 0.25  # of the draws that have a coordinate with heavy tails
-DEGREES, WIDTH = 4.0, 1.3  # of that coordinate's Student's t
+SHARE = 0.25  # of the draws that have heavy tails, in one coordinate
+ALL_SHARE = 0.1  # of these, the share of all draws that have them in all of few coordinates
+LARGEST_ALL = 10  # coordinates
+DEGREES, WIDTH = 2.0, 2.0  # of Student's t
 WIDE_SHARE = 0.1  # of the draws from a wide Gaussian, where there is one
 
 
 class TailedNormal(TorchDistribution):
     r"""
-    Standard normal but for some draws: one coordinate with Student's t, or a wide Gaussian.
+    Standard normal but for some draws: coordinates with Student's t, or a wide Gaussian.
 
     The posterior of the log of a scale has an exponential tail, under which a Gaussian proposal's
     weights have no variance. A quarter of the draws has one coordinate from Student's t: the
-    density of these is :math:`N(x) D^{-1} \sum_d t(x_d) / N(x_d)`. In few dims a tenth comes from
-    a wide Gaussian, such as the prior, so that a mode far away is not missed for good.
+    density of these is :math:`N(x) D^{-1} \sum_d t(x_d) / N(x_d)`. Of few coordinates all are
+    from Student's t in a tenth of the draws: where a scale is large, its locations are far too.
+    In few dims another tenth comes from a wide Gaussian, such as the prior, so that a mode far
+    away is not missed for good.
 
     :param loc: zeros, for the shape: ``(*batch_shape, D)``.
     :param wide: location and lower triangular scale of the wide Gaussian: ``(D,)``, ``(D, D)``.
@@ -49,25 +53,33 @@ class TailedNormal(TorchDistribution):
     @property
     def uniform_shape(self) -> torch.Size:
         """The shape of the uniform numbers that a draw is made of."""
-        return torch.Size([self.event_shape[0] + 3])
+        return torch.Size([self.event_shape[0] + 2])
+
+    @property
+    def _shares(self) -> tuple[float, float]:
+        """The shares of draws with heavy tails in one coordinate, and in all."""
+        of_all = ALL_SHARE if 1 < self.event_shape[0] <= LARGEST_ALL else 0.0
+        return SHARE - of_all, of_all
 
     def value_at(self, uniform: Tensor) -> Tensor:
         """
         Return the draw at given uniform numbers.
 
-        :param uniform: ``(*draws, D + 3)``: of the normal numbers, of whether one of them has a
-            heavy tail, of which, and of that.
+        :param uniform: ``(*draws, D + 2)``: of the coordinates, of whether there are heavy tails,
+            and in which.
         """
         size = self.event_shape[0]
         normal = torch.special.ndtri(uniform[..., :size])
-        chosen, which, tail = uniform[..., size:].unbind(-1)
+        chosen, which = uniform[..., size:].split(1, -1)
+        of_one, of_all = self._shares
         coordinate = (which * size).long().clamp(max=size - 1)
-        at = torch.nn.functional.one_hot(coordinate, size).bool() & (chosen < SHARE).unsqueeze(-1)
-        value = torch.where(at, _student(tail).unsqueeze(-1), normal)
+        at = (torch.arange(size, device=uniform.device) == coordinate) & (chosen < of_one)
+        at = at | ((chosen >= of_one) & (chosen < of_one + of_all))
+        value = torch.where(at, _student(uniform[..., :size]), normal)
         if self.wide is not None:
             loc, scale = (part.to(value) for part in self.wide)
             far = loc + (scale @ normal.unsqueeze(-1)).squeeze(-1)
-            value = torch.where((chosen > 1 - WIDE_SHARE).unsqueeze(-1), far, value)
+            value = torch.where(chosen > 1 - WIDE_SHARE, far, value)
         return value.to(self.loc.dtype)
 
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
@@ -81,8 +93,12 @@ class TailedNormal(TorchDistribution):
         normal = -0.5 * value.square() - 0.5 * math.log(2 * math.pi)
         scaled = value / WIDTH
         student = _STUDENT - 0.5 * (DEGREES + 1) * torch.log1p(scaled.square() / DEGREES)
-        tails = (student - normal).logsumexp(-1) + math.log(SHARE / value.shape[-1])
+        of_one, of_all = self._shares
+        tails = (student - normal).logsumexp(-1) + math.log(of_one / value.shape[-1])
         normal = normal.sum(-1)
+        if of_all:
+            every = student.sum(-1) - normal + math.log(of_all)
+            tails = torch.logaddexp(tails, every)
         if self.wide is None:
             return normal + torch.logaddexp(torch.full_like(tails, math.log1p(-SHARE)), tails)
         body = torch.full_like(tails, math.log(1 - SHARE - WIDE_SHARE))
@@ -151,7 +167,5 @@ _STUDENT = (
 
 
 def _student(uniform: Tensor) -> Tensor:
-    """Return the quantile of Student's t of four degrees of freedom, which has a closed form."""
-    alpha = 4 * uniform * (1 - uniform)
-    root = (alpha.sqrt().clamp(max=1).arccos() / 3).cos() / alpha.sqrt()
-    return WIDTH * 2 * (root - 1).clamp(min=0).sqrt() * (uniform - 0.5).sign()
+    """Return the quantile of Student's t of two degrees of freedom, which has a closed form."""
+    return WIDTH * (2 * uniform - 1) / (2 * uniform * (1 - uniform)).sqrt()
