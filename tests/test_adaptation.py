@@ -4,7 +4,7 @@
 import copy
 import math
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -25,12 +25,12 @@ from pyro_mpis.adaptation import adapting
 from pyro_mpis.adaptation.adapting import started
 from pyro_mpis.adaptation.gaussian import Gaussian, eliminated
 from pyro_mpis.adaptation.guide import AutoPlateNormal
-from pyro_mpis.adaptation.layout import Block, by_site
+from pyro_mpis.adaptation.layout import Block, by_site, trees
 from pyro_mpis.adaptation.log_joint import LogJoint, Pair
 from pyro_mpis.adaptation.moments import flattened, matched_by_moments
 from pyro_mpis.adaptation.natural import Fitted, Settings, fit
 from pyro_mpis.adaptation.start import Start
-from pyro_mpis.adaptation.tails import TailedNormal
+from pyro_mpis.adaptation.tails import StretchedNormal, TailedNormal
 from pyro_mpis.adaptation.trials import Noise, Runs, Trial, enough_of, matched, tried
 from pyro_mpis.options import Options
 from pyro_mpis.programs.messages import statements
@@ -243,41 +243,74 @@ def test_eliminated_precision_is_the_inverse_of_the_dense_one() -> None:
     assert gaussian.entropy() == pytest.approx(expected)
 
 
+def long_grid() -> tuple[Tensor, Tensor]:
+    """Points of a plane, fewer far from zero, and how much of it each stands for."""
+    at = torch.linspace(-5.0, 5.0, 1201, dtype=torch.double)
+    weight = at.cosh() * (at[1] - at[0])
+    return torch.cartesian_prod(at.sinh(), at.sinh()), torch.cartesian_prod(weight, weight).prod(-1)
+
+
 def test_a_tailed_normal_integrates_to_one_and_draws_from_its_density() -> None:
     fn = TailedNormal(torch.zeros(2, dtype=torch.double))
-    grid = torch.linspace(-60, 60, 1201, dtype=torch.double)
-    density = fn.log_prob(torch.cartesian_prod(grid, grid)).exp()
-    assert float(density.sum()) * 0.1**2 == pytest.approx(1.0, abs=1e-4)
+    points, weight = long_grid()
+    assert float(fn.log_prob(points).exp() @ weight) == pytest.approx(1.0, abs=1e-4)
     pyro.set_rng_seed(0)
     draws = fn.sample((100_000,))
-    for bound in (0.5, 2.0, 4.0):  # of a coordinate: three quarters and half a quarter are normal
-        t = float(
-            (dist.StudentT(torch.tensor(4.0)).sample((2_000_000,)).abs() * 1.3 > bound)
-            .double()
-            .mean()
-        )
-        expected = 0.875 * 2 * NormalDist().cdf(-bound) + 0.125 * t
-        share = float((draws[:, 0].abs() > bound).double().mean())
-        sd = math.sqrt(expected * (1 - expected) * (1 / 100_000 + 0.125**2 / 2_000_000))
-        assert abs(share - expected) < -NormalDist().inv_cdf(FALSE_ALARM / 6) * sd
+    # Of the draws 15 % have a tail in one of the two coordinates, and 10 % in both.
+    for bound in (0.5, 2.0, 4.0, 8.0):
+        student = max(0.0, 1 - bound / math.sqrt(8 + bound**2) / (12 / math.sqrt(152)))
+        expected = 0.825 * 2 * NormalDist().cdf(-bound) + 0.175 * student
+        sd = math.sqrt(expected * (1 - expected) / 100_000)
+        limit = -NormalDist().inv_cdf(FALSE_ALARM / 20) * sd
+        assert abs(float((draws[:, 0].abs() > bound).double().mean()) - expected) < limit
+        both = float((draws.abs() > bound).all(-1).double().mean())
+        normal = 2 * NormalDist().cdf(-bound)
+        expected = 0.75 * normal**2 + 0.15 * normal * student + 0.1 * student**2
+        sd = math.sqrt(expected * (1 - expected) / 100_000)
+        assert abs(both - expected) < -NormalDist().inv_cdf(FALSE_ALARM / 20) * sd
 
 
 def test_a_tenth_of_a_tailed_normal_is_wide() -> None:
     loc = torch.tensor([3.0, -2.0], dtype=torch.double)
     scale = torch.tensor([[2.0, 0.0], [1.0, 4.0]], dtype=torch.double)
     fn = TailedNormal(torch.zeros(2, dtype=torch.double), (loc, scale))
-    grid = torch.linspace(-60, 60, 1201, dtype=torch.double)
-    density = fn.log_prob(torch.cartesian_prod(grid, grid)).exp()
-    assert float(density.sum()) * 0.1**2 == pytest.approx(1.0, abs=1e-4)
+    points, weight = long_grid()
+    assert float(fn.log_prob(points).exp() @ weight) == pytest.approx(1.0, abs=1e-4)
     pyro.set_rng_seed(0)
     draws = fn.sample((100_000,))
-    limit = NormalDist().inv_cdf(1 - FALSE_ALARM / 4)
-    z = (draws.mean(0) - 0.1 * loc) / (draws.std(0) / math.sqrt(100_000))
-    assert bool((z.abs() < limit).all())
+    # Between 6 and 7 the first coordinate is mostly wide; the second is then around its line.
+    strip = (draws[:, 0] > 6) & (draws[:, 0] < 7)
+    plain = TailedNormal(torch.zeros(2, dtype=torch.double)).sample((100_000,))
+    more = strip.double().mean() - ((plain[:, 0] > 6) & (plain[:, 0] < 7)).double().mean()
+    normal = NormalDist(3.0, 2.0)
+    expected = 0.1 * (normal.cdf(7) - normal.cdf(6))
+    assert abs(float(more) - expected) < 4.5 * math.sqrt(2 * 0.01 / 100_000)
     expanded = fn.expand((5, 3))
     assert torch.allclose(
         expanded.log_prob(draws[:15].reshape(5, 3, 2)).flatten(), fn.log_prob(draws[:15])
     )
+
+
+@pytest.mark.parametrize("stretch", [0.03, 0.15])
+def test_a_stretched_normal_integrates_to_one_and_is_the_cubic(stretch: float) -> None:
+    fn = StretchedNormal(torch.zeros(1, dtype=torch.double), stretch)
+    grid = torch.linspace(-40, 40, 80_001, dtype=torch.double)
+    assert float(fn.log_prob(grid.unsqueeze(-1)).exp().sum()) * 0.001 == pytest.approx(1, abs=1e-6)
+    z = torch.linspace(-6, 6, 101, dtype=torch.double)
+    probability = 0.5 * torch.erfc(-z / math.sqrt(2))
+    value = fn.value_at(probability.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(value, z + stretch * z**3, rtol=1e-6, atol=1e-6)
+    expected = (
+        -0.5 * z.square() - 0.5 * math.log(2 * math.pi) - (1 + 3 * stretch * z.square()).log()
+    )
+    torch.testing.assert_close(fn.log_prob(value.unsqueeze(-1)), expected, rtol=1e-6, atol=1e-6)
+    pyro.set_rng_seed(0)
+    draws = fn.sample((100_000,))
+    for bound in (0.5, 1.0, 2.0):
+        expected_share = NormalDist().cdf(-bound)
+        share = float((draws > bound + stretch * bound**3).double().mean())
+        sd = math.sqrt(expected_share * (1 - expected_share) / 100_000)
+        assert abs(share - expected_share) < -NormalDist().inv_cdf(FALSE_ALARM / 12) * sd
 
 
 def overflowing() -> None:
@@ -295,6 +328,19 @@ def test_densities_that_overflow_count_as_zero() -> None:
     guide = posterior.guide
     assert isinstance(guide, AutoPlateNormal)
     assert guide.nan_is_zero
+
+
+def test_scales_that_underflow_count_as_zero() -> None:
+    """A standardised latent whose scale is zero at some particles, and a Gamma that rounds to it."""
+
+    def model() -> None:
+        log_scale = pyro.sample("log_scale", dist.Normal(-40.0, 50.0))
+        b = pyro.sample("b", dist.Gamma(0.02, 1.0))
+        with pyro.plate("row", 3):
+            x = pyro.sample("x", dist.Normal(0.0, log_scale.exp()))
+            pyro.sample("y", dist.Normal(x + b, 1.0), obs=torch.tensor([0.1, -0.2, 0.3]))
+
+    assert math.isfinite(float(adapted(model).run().evidence()))
 
 
 def test_flattened_weights_have_the_ess_asked_for() -> None:
@@ -456,6 +502,94 @@ def test_the_evidence_of_the_frozen_proposal_is_unbiased(
         z = float((ratios.mean() - 1) / (ratios.std() / math.sqrt(400)))
         limit = NormalDist().inv_cdf(1 - FALSE_ALARM / 2)
         assert (abs(z) < limit) == (log_bias == 0.0), f"z = {z:.1f}, limit {limit:.1f}"
+
+
+COUNTS = torch.tensor([0.0, 1.0, 0.0, 3.0, 0.0, 2.0, 1.0, 0.0])
+
+
+def few_counts() -> None:
+    """The posterior of a Gamma of few counts, as a log, has a long left tail."""
+    rate = pyro.sample("rate", dist.LogNormal(0.0, 0.5))
+    with pyro.plate("row", 8):
+        x = pyro.sample("x", dist.Gamma(0.7, rate))
+        pyro.sample("y", dist.Poisson(x), obs=COUNTS)
+
+
+def test_long_tails_in_plates_do_not_lower_the_evidence() -> None:
+    """By quadrature; with Gaussian noise in the plate half of the runs are 0.2 too low."""
+    log_rate = torch.linspace(-5, 5, 4001, dtype=torch.double).unsqueeze(-1)
+    rate, y = log_rate.exp(), COUNTS.double()
+    log_p = 0.7 * log_rate - math.lgamma(0.7) + torch.lgamma(0.7 + y) - torch.lgamma(y + 1)
+    log_p = log_p - (0.7 + y) * (1 + rate).log()
+    log_prior = dist.Normal(0.0, 0.5).log_prob(log_rate.squeeze(-1))
+    expected = float((log_p.sum(-1) + log_prior).logsumexp(0)) + math.log(10 / 4000)
+    posterior = adapted(few_counts).run()
+    assert float(posterior.evidence()) == pytest.approx(expected, abs=0.03)
+    assert float((posterior._replicates() - expected).std()) < 0.1
+
+
+STEPS = torch.tensor([0.4, 0.9, 0.7, 1.6, 1.2, 1.9, 2.6, 2.3, 1.8, 2.2])
+
+
+def walk() -> None:
+    """A random walk, written as a loop."""
+    scale = pyro.sample("scale", dist.LogNormal(-1.0, 0.5))
+    x = torch.tensor(0.0)
+    for step, y in enumerate(STEPS):
+        x = pyro.sample(f"x{step}", dist.Normal(x, scale))
+        pyro.sample(f"y{step}", dist.Normal(x, 0.4), obs=y)
+
+
+def test_a_chain_has_an_index_for_each_latent() -> None:
+    """The evidence by quadrature over the scale, given which all is Gaussian."""
+    number = len(STEPS)
+    shared = torch.arange(1.0, number + 1).double()
+    shared = torch.minimum(shared, shared.unsqueeze(-1))
+    log_scale = torch.linspace(-5, 3, 2001, dtype=torch.double)
+    covariance = (2 * log_scale).exp()[:, None, None] * shared + 0.16 * torch.eye(number)
+    log_p = dist.MultivariateNormal(torch.zeros(number).double(), covariance).log_prob(STEPS)
+    log_p = log_p + dist.Normal(-1.0, 0.5).log_prob(log_scale)
+    expected = float(log_p.logsumexp(0)) + math.log(8 / 2000)
+    posterior = adapted(walk).run()
+    guide = posterior.guide
+    assert isinstance(guide, AutoPlateNormal)
+    names = [[part.name for part in block.parts] for block in guide.blocks]
+    assert names == [["scale"], *([f"x{step}"] for step in range(number))]
+    assert float(posterior.evidence()) == pytest.approx(expected, abs=0.05)
+    mean = float((log_p.softmax(0) * log_scale.exp()).sum())
+    assert float(posterior.moments()["scale"]) == pytest.approx(mean, abs=0.02)
+
+
+def linked(pairs: list[tuple[int, int]], event: tuple[int, ...] = ()) -> Callable[[], None]:
+    """Ten latents, and densities that read some pairs of them."""
+
+    def model() -> None:
+        fn = dist.Normal(torch.zeros(event), 1.0).to_event(len(event))
+        x = [pyro.sample(f"x{number}", fn) for number in range(10)]
+        for one, other in pairs:
+            loc = (x[one] - x[other]).sum()
+            pyro.sample(f"y{one}{other}", dist.Normal(loc, 1.0), obs=torch.tensor(0.1))
+
+    return model
+
+
+@pytest.mark.parametrize(
+    ("pairs", "event", "expected"),
+    [
+        ([(n, n + 1) for n in range(9)], (), range(10)),
+        ([(n, n + 1) for n in range(8)], (2,), range(9)),
+        ([(n // 2, n) for n in range(1, 10)], (), range(10)),
+        ([(n, n + 1) for n in range(6)], (), ()),  # too few
+        ([(n, n + 1) for n in range(9)], (3,), ()),  # too many numbers each
+        ([(n, (n + 1) % 10) for n in range(10)], (), ()),  # a circle
+        ([(0, n) for n in range(1, 10)], (), ()),  # all read one, which is then no part of it
+    ],
+)
+def test_chains_and_trees_are_found(
+    pairs: list[tuple[int, int]], event: tuple[int, ...], expected: Sequence[int]
+) -> None:
+    begin = start(linked(pairs, event))
+    assert trees(begin.structure, begin.priors) == {f"x{number}" for number in expected}
 
 
 def every_support() -> None:

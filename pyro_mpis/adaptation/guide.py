@@ -26,6 +26,7 @@ from pyro_mpis.programs.tensors import unwrapped
 
 QUANTILE_DRAWS = 4096
 LARGEST_WIDE = 10  # numbers outside of plates, up to which some are drawn as wide as the prior
+IMPOSSIBLE = 1e30  # log density of a proposal, with which weights are zero
 _NUMBERS = itertools.count(1)
 
 
@@ -44,8 +45,8 @@ class AutoPlateNormal(PyroModule):
     :class:`~pyro.infer.Importance`, :class:`~pyro.infer.Predictive` and :class:`~pyro.infer.SVI`;
     its state is in ``state_dict()``.
 
-    :cvar nan_is_zero: densities that are nan count as zero, because heavy tails reach places where
-        the arguments of the model's distributions overflow.
+    :cvar nan_is_zero: densities that are nan or infinite count as zero, because heavy tails reach
+        places where the arguments of the model's distributions overflow.
     :ivar latents: names of the model's sites that it has.
     :ivar non_centred: the sites that are standardised by the prior's location and scale.
     """
@@ -137,7 +138,8 @@ class AutoPlateNormal(PyroModule):
                 if number == 0:  # of the block's noise: counted at one of its sites
                     shape = block.shape[len(block.shape) - len(part.batch_shape) :]
                     log_derivative = log_derivative + (log_scale / part.own_elements).reshape(shape)
-                fn = dist.Delta(value, log_density=-log_derivative, event_dim=part.event_dim)
+                log_density = (-log_derivative).clamp(max=IMPOSSIBLE)  # where a scale underflows
+                fn = dist.Delta(value, log_density=log_density, event_dim=part.event_dim)
                 with contextlib.ExitStack() as entered:
                     for frame in part.frames:
                         entered.enter_context(plates[frame.name])

@@ -12,7 +12,8 @@ from torch.distributions import constraints
 SHARE = 0.25  # of the draws that have heavy tails, in one coordinate
 ALL_SHARE = 0.1  # of these, the share of all draws that have them in all of few coordinates
 LARGEST_ALL = 10  # coordinates
-DEGREES, WIDTH = 2.0, 2.0  # of Student's t
+WIDTH = 2.0  # of Student's t of two degrees of freedom
+FARTHEST = 12.0  # of its draws, beyond which scales would underflow
 WIDE_SHARE = 0.1  # of the draws from a wide Gaussian, where there is one
 
 
@@ -91,8 +92,7 @@ class TailedNormal(TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log density."""
         normal = -0.5 * value.square() - 0.5 * math.log(2 * math.pi)
-        scaled = value / WIDTH
-        student = _STUDENT - 0.5 * (DEGREES + 1) * torch.log1p(scaled.square() / DEGREES)
+        student = _log_student(value)
         of_one, of_all = self._shares
         tails = (student - normal).logsumexp(-1) + math.log(of_one / value.shape[-1])
         normal = normal.sum(-1)
@@ -158,14 +158,17 @@ class StretchedNormal(TorchDistribution):
         return (normal - torch.log1p((root * z).square())).sum(-1)
 
 
-_STUDENT = (
-    math.lgamma((DEGREES + 1) / 2)
-    - math.lgamma(DEGREES / 2)
-    - 0.5 * math.log(DEGREES * math.pi)
-    - math.log(WIDTH)
-)
+_OUTSIDE = 1 - FARTHEST / math.hypot(FARTHEST, math.sqrt(2) * WIDTH)  # of Student's t
 
 
 def _student(uniform: Tensor) -> Tensor:
-    """Return the quantile of Student's t of two degrees of freedom, which has a closed form."""
+    """Return the quantile of Student's t, cut off at both ends; it has a closed form."""
+    uniform = 0.5 * _OUTSIDE + (1 - _OUTSIDE) * uniform
     return WIDTH * (2 * uniform - 1) / (2 * uniform * (1 - uniform)).sqrt()
+
+
+def _log_student(value: Tensor) -> Tensor:
+    """Return the log density of Student's t, cut off at both ends."""
+    log_prob = -1.5 * torch.log1p(0.5 * (value / WIDTH).square())
+    log_prob = log_prob - math.log(2 * math.sqrt(2) * WIDTH * (1 - _OUTSIDE))
+    return torch.where(value.abs() <= FARTHEST, log_prob, -math.inf)

@@ -173,9 +173,7 @@ def fitting(
     return plan, numbers
 
 
-def _of_small(
-    guide: AutoPlateNormal, numbers: Mapping[str, int], factor: float
-) -> dict[str, int]:
+def _of_small(guide: AutoPlateNormal, numbers: Mapping[str, int], factor: float) -> dict[str, int]:
     """Return more particles, for a run that evaluates few densities: first of those in plates."""
     numbers = dict(numbers)
     inside = [n for b, n in zip(guide.blocks, guide.noise_sites, strict=True) if b.plates]

@@ -137,7 +137,7 @@ def wanted_of_model(structure: Structure, *, validate: bool, nan_is_zero: bool =
     """
     Return what the model is to say: the densities of its sites, the values of its latents.
 
-    :param nan_is_zero: whether a density that is nan counts as zero.
+    :param nan_is_zero: whether a density that is nan or infinite counts as zero.
     """
 
     def collecting(name: str) -> Collect:
@@ -154,7 +154,7 @@ def wanted_of_model(structure: Structure, *, validate: bool, nan_is_zero: bool =
                 fn, value = site["fn"], site["value"]
                 density = density_of(fn, value, validate=checked, latent=has_value)
                 if nan_is_zero:
-                    density = torch.where(density.isnan(), -torch.inf, density)
+                    density = torch.where(density < torch.inf, density, -torch.inf)
                 result["log_prob"] = summed_over(counted(site, density), dims)
                 flat = is_masked(site)
                 if is_prior and (flat or not is_identically_one(site["scale"])):

@@ -114,7 +114,7 @@ def _one_run(programs: Programs) -> Run:
         site = masks.of_model(site)
         density = counted(site, plain_density(site["fn"], site["value"], latent=is_latent(site)))
         if programs.nan_is_zero:
-            density = torch.where(density.isnan(), -torch.inf, density)
+            density = torch.where(density < torch.inf, density, -torch.inf)
         densities[name] = _sum(density, site)
         if is_latent(site) and name not in proposed and not is_delta(site["fn"]):
             densities[f"{name} (proposal)"] = -_sum(_log_proposal(site), site)
