@@ -76,8 +76,13 @@ class Programs:
 
     @property
     def nan_is_zero(self) -> bool:
-        """Whether the guide is learned: its tails reach where arguments overflow."""
-        return bool(getattr(self.guide, "nan_is_zero", False))
+        """Whether densities that are nan count as zero: a learned guide's tails reach far."""
+        return self.is_learned
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether adapt has made the guide."""
+        return bool(getattr(self.guide, "is_learned", False))
 
     def program(self, name: Name) -> Program:
         """Return the model or the guide, with masks of latents as they count."""
