@@ -327,7 +327,7 @@ def test_densities_that_overflow_count_as_zero() -> None:
     assert math.isfinite(float(posterior.evidence()))
     guide = posterior.guide
     assert isinstance(guide, AutoPlateNormal)
-    assert guide.nan_is_zero
+    assert guide.is_learned
 
 
 def test_scales_that_underflow_count_as_zero() -> None:

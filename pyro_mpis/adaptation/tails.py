@@ -142,7 +142,8 @@ class StretchedNormal(TorchDistribution):
     def value_at(self, uniform: Tensor) -> Tensor:
         """Return the draw at given uniform numbers: ``(*draws, D)``."""
         z = torch.special.ndtri(uniform)
-        return (z + self.stretch * z**3).to(self.loc.dtype)
+        result: Tensor = (z + self.stretch * z**3).to(self.loc.dtype)
+        return result
 
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         """Draw."""
