@@ -25,6 +25,7 @@ LOOKS = {
     "mpis_grouped": Look("MP IS, beta_P and beta_PC grouped", "#56B4E9", "D"),
     "mpis_summed": Look("MP IS, presence summed", "#009E73", "^"),
     "global": Look("global IS", "#D55E00", "s"),
+    "adapt": Look("MP IS after adapt", "#8B0000", "*"),
     "vi": Look("VI", "#CC79A7", "v"),
     "iwae": Look("IWAE, K = 10", "#E69F00", "P"),
     "rws": Look("RWS, K = 10", "#000000", "X"),
@@ -110,7 +111,7 @@ def against_time(rows: Sequence[_Shown], path: Path) -> bool:
 
 
 def against_iterative(rows: Sequence[_Shown], path: Path) -> bool:
-    """Figure 3: against seconds, with guides in training at the rate that ends best."""
+    """Figure 3: against seconds, beside `adapt` and guides in training at their best rate."""
 
     def panel(axes: Any, number: int, shown: Sequence[_Shown]) -> None:
         _, figure, seconds = PANELS[number]
@@ -146,7 +147,7 @@ def _line(
         color=look.colour,
         marker=look.marker,
         linestyle="none" if open_symbols else "-",
-        markersize=9 if open_symbols else 4.5,
+        markersize=9 if open_symbols or line == "adapt" else 4.5,
         markerfacecolor="none" if open_symbols else look.colour,
         linewidth=1.2,
         capsize=2,

@@ -117,6 +117,8 @@ def write(rows: Sequence[Row], folder: Path) -> None:
         of_variant([row for row in rows if row.experiment == "occupancy_summed"], "published"),
         "## Importance sampling, as intended",
         of_variant(rows, "intended"),
+        "## A learned proposal",
+        adapted(rows),
         "## Iterative methods, after their last iteration",
         iterative(rows),
     ]
@@ -151,10 +153,20 @@ def of_variant(rows: Sequence[Row], variant: str) -> str:
     """Return a table of importance sampling, without the authors."""
     lines = []
     for row in rows:
-        if row.variant == variant and row.iteration is None:
+        if row.variant == variant and row.iteration is None and row.method != "adapt":
             elbo = (row.elbo, f"{row.elbo_seconds:.2g}")
             lines.append([*_key(row), *elbo, row.p_ll, f"{row.p_ll_seconds:.2g}"])
     return table("model,method,K,seeds,ELBO,seconds,predictive LL,seconds", lines)
+
+
+def adapted(rows: Sequence[Row]) -> str:
+    """Return the table of `adapt`, which has no K of its own."""
+    lines = []
+    for row in rows:
+        if row.method == "adapt":
+            figures = (row.elbo, f"{row.elbo_seconds:.2g}", row.p_ll, f"{row.p_ll_seconds:.2g}")
+            lines.append([row.variant, row.experiment, row.seeds, *figures])
+    return table("variant,model,seeds,ELBO,seconds,predictive LL,seconds", lines)
 
 
 def iterative(rows: Sequence[Row]) -> str:
