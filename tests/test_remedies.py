@@ -85,7 +85,7 @@ def test_a_guide_narrower_than_the_posterior() -> None:
     text = _better_guide(site, marginal, 2, 2)
     assert f"a[n=1] is drawn from the guide, only {ratio:.1f} times as wide as its post" in text
     assert ratio < 0.9
-    assert "make the guide wider" in text
+    assert "Make the guide wider" in text
 
 
 def test_a_guide_with_a_single_index() -> None:

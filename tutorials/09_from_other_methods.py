@@ -54,7 +54,7 @@ pyro.set_rng_seed(0)
 posterior = MPImportance(model).adapt(sigma, y).run(sigma, y)
 print(f"MPImportance: log evidence {posterior.evidence():.3f} ({posterior.evidence_error():.3f})")
 print(f"exact:        log evidence {EXACT:.3f}")
-print("posterior mean of mu:", float(EmpiricalMarginal(posterior, "mu").mean))
+print(f"posterior mean of mu: {EmpiricalMarginal(posterior, 'mu').mean:.2f}")
 MEANS["MPImportance"] = posterior.moments()["theta"]
 
 # %% [markdown]
@@ -87,7 +87,7 @@ with warnings.catch_warnings(record=True) as notices:
     error = corrected.evidence_error()
 bound = -sum(losses[-100:]) / 100
 print(f"bound {bound:.2f}, log evidence {corrected.evidence():.2f} ({error:.2f})")
-print(*(str(notice.message)[:300] for notice in notices))
+print(*(". ".join(str(notice.message).split(". ")[:3]) for notice in notices))
 
 # %%
 plt.figure(figsize=(7, 3), layout="constrained")

@@ -283,7 +283,8 @@ def _heavy_tails(sites: tuple[SiteDiagnosis, ...]) -> list[Problem]:
     )
     remedy = (
         "Use a wider guide for these sites: one that is narrower than the posterior gives rare "
-        "particles enormous weights."
+        "particles enormous weights. If adapt learned the guide and the ESS is in the hundreds, "
+        "raise num_replicates, and see whether the answers stay."
         if worst.proposal == "guide"
         else "The prior has few particles where the posterior is: use a guide for these sites, "
         "rather too wide than too narrow."

@@ -191,8 +191,8 @@ def _better_guide(site: SiteDiagnosis, marginal: Marginal, num_indices: int, num
         )
     if narrow <= NARROW:
         return (
-            f"{name} is drawn from {source}, only {narrow:.1f} times as wide as its posterior: "
-            "make the guide wider."
+            f"{name} is drawn from {source}, only {narrow:.1f} times as wide as its posterior. "
+            + (remedy if site.proposal == "prior" else "Make the guide wider.")
         )
     if num_indices == 1 and num_sites > 1:
         return (
