@@ -161,21 +161,24 @@ def _grid(
     x_label: str,
     panel: Callable[[Any, int, Sequence[_Shown]], None],
 ) -> bool:
-    """Draw a column for each data set, a row for each figure; log axes, better is up."""
+    """Draw both figures of each data set, two data sets beside each other; better is up."""
     from matplotlib import pyplot
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     names = [name for name in TITLES if any(x.panel == name for x in shown)]
     if not names:
         return False
+    across = min(2, len(names))
+    down = -(-len(names) // across)
     picture, grid = pyplot.subplots(
-        2, len(names), figsize=(2 + 3 * len(names), 5.6), sharex="col", squeeze=False
+        2 * down, across, figsize=(1 + 4 * across, 5.4 * down), squeeze=False
     )
     handles: dict[str, Any] = {}
-    for column, name in enumerate(names):
+    for place, name in enumerate(names):
+        row, column = divmod(place, across)
         of_panel = [x for x in shown if x.panel == name]
         for number, (label, _, _) in enumerate(PANELS):
-            axes = grid[number, column]
+            axes = grid[2 * row + number, column]
             panel(axes, number, of_panel)
             axes.set_xscale("log")
             if x_label == K_LABEL and max(x.row.k for x in of_panel) <= 100:
@@ -200,7 +203,9 @@ def _grid(
                 axes.set_xlabel(x_label)
             for handle, text in zip(*axes.get_legend_handles_labels(), strict=True):
                 handles.setdefault(text, handle)
-    columns = min(4, 2 + len(names) // 2)
+    for axes in grid.flat:
+        axes.set_visible(axes.has_data())
+    columns = min(3, 1 + across)
     picture.legend(
         handles.values(),
         handles.keys(),
@@ -210,7 +215,7 @@ def _grid(
         fontsize=9,
     )
     lines = -(-len(handles) // columns)
-    picture.tight_layout(rect=(0, 0.045 * lines, 1, 1))
+    picture.tight_layout(rect=(0, 0.045 * lines / down, 1, 1))
     picture.savefig(path, dpi=110)
     pyplot.close(picture)
     return True
