@@ -21,8 +21,9 @@ class Look:
 
 
 LOOKS = {
-    "mpis": Look("MP IS", "#0072B2", "o"),
-    "mpis_grouped": Look("MP IS, beta_P and beta_PC grouped", "#56B4E9", "D"),
+    "mpis": Look("MP IS, as in the paper", "#0072B2", "o"),
+    "mpis_even": Look("MP IS, spread evenly", "#6A3D9A", "D"),
+    "mpis_grouped": Look("MP IS, beta_P and beta_PC grouped", "#56B4E9", "p"),
     "mpis_summed": Look("MP IS, presence summed", "#009E73", "^"),
     "global": Look("global IS", "#D55E00", "s"),
     "adapt": Look("MP IS after adapt", "#8B0000", "*"),
@@ -40,7 +41,7 @@ TITLES = {
 K_LABEL = "K, samples of each latent"
 TIME_LABEL = "time / s"
 LARGEST_RATIO = 100  # of the worst to the best on one axis; what is beyond is cut off
-SAMPLING = ("mpis", "mpis_grouped", "mpis_summed", "global")
+SAMPLING = ("mpis", "mpis_even", "mpis_grouped", "mpis_summed", "global")
 PANELS: Sequence[tuple[str, Callable[[Row], Estimate], Callable[[Row], float]]] = (
     ("ELBO / nats", lambda row: row.elbo, lambda row: row.elbo_seconds),
     ("predictive log-lik. / nats", lambda row: row.p_ll, lambda row: row.p_ll_seconds),

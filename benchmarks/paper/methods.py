@@ -2,9 +2,10 @@
 """
 What is measured: ELBO, predictive log-likelihood and seconds of one method at one seed.
 
-``mpis``: massively parallel importance sampling; ``mpis_grouped``: with the groups below;
-``global``: importance sampling, all latents sharing one index; ``adapt``: a proposal that the
-package learns; ``vi``, ``iwae``, ``rws``: a guide trained by Pyro's ``Trace_ELBO``, ``RenyiELBO``
+``mpis``: massively parallel importance sampling with independent draws, as in the paper;
+``mpis_even``: with particles spread evenly, as is the package's default; ``mpis_grouped``: with the
+groups below; ``global``: importance sampling, all latents sharing one index; ``adapt``: a proposal
+that the package learns; ``vi``, ``iwae``, ``rws``: a guide trained by Pyro's ``Trace_ELBO``, ``RenyiELBO``
 with ``alpha=0``, ``ReweightedWakeSleep``.
 """
 
@@ -32,7 +33,7 @@ from pyro_mpis.programs.messages import is_latent, statements
 from .experiment import Experiment, Program
 
 ITERATIVE = ("vi", "iwae", "rws")
-METHODS = ("mpis", "mpis_grouped", "global", "adapt", *ITERATIVE)
+METHODS = ("mpis", "mpis_even", "mpis_grouped", "global", "adapt", *ITERATIVE)
 CHOSEN = 0  # the K of ``adapt``, which chooses a number for each index
 POSTERIOR_SAMPLES = 100
 ENTRIES = 5 * 10**7  # samples of all observations that are evaluated together
@@ -81,7 +82,8 @@ def run(experiment: Experiment, cell: Cell, memory_limit: int) -> list[Point]:
     elif cell.method == "global":
         groups = [latents]
     parts = _parts(experiment, cell.k) if cell.method == "global" else 1
-    return [_importance(experiment, cell.k, parts, groups, memory_limit)]
+    even = cell.method == "mpis_even"
+    return [_importance(experiment, cell.k, parts, groups, memory_limit, even=even)]
 
 
 def _parts(experiment: Experiment, k: int) -> int:
@@ -101,6 +103,8 @@ def _importance(
     parts: int,
     groups: Sequence[Sequence[str]],
     memory_limit: int,
+    *,
+    even: bool,
 ) -> Point:
     clock = Clock()
     posterior = MPImportance(
@@ -111,6 +115,7 @@ def _importance(
         num_replicates=parts,
         max_plate_nesting=experiment.max_plate_nesting,
         memory_limit=memory_limit,
+        stratified=even,
         disable_progbar=True,
     ).run(**experiment.train)
     elbo = posterior.evidence().item()

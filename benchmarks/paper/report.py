@@ -112,6 +112,8 @@ def write(rows: Sequence[Row], folder: Path) -> None:
     parts = [
         "## Massively parallel importance sampling, as published",
         beside_authors([row for row in rows if row.method == "mpis"]),
+        "## With particles spread evenly, as published",
+        of_variant([row for row in rows if row.method == "mpis_even"], "published"),
         "## Global importance sampling, as published",
         beside_authors([row for row in rows if row.method == "global"]),
         "## The authors' estimate of occupancy without its bias",

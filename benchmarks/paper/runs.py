@@ -119,6 +119,8 @@ def plan(experiment: Experiment, variant: str, size: Size, methods: Sequence[str
             continue
         if method == "mpis_grouped" and name not in GROUPS:
             continue
+        if method == "mpis_even" and name != key:
+            continue
         ks = size.global_ks if method == "global" else size.ks
         for k in ks.get(f"{key}, grouped" if method == "mpis_grouped" else key, ks[""]):
             seeds = size.global_seeds if method == "global" else size.seeds
