@@ -5,8 +5,8 @@ What is measured: ELBO, predictive log-likelihood and seconds of one method at o
 ``mpis``: massively parallel importance sampling with independent draws, as in the paper;
 ``mpis_even``: with particles spread evenly, as is the package's default; ``mpis_grouped``: with the
 groups below; ``global``: importance sampling, all latents sharing one index; ``adapt``: a proposal
-that the package learns; ``vi``, ``iwae``, ``rws``: a guide trained by Pyro's ``Trace_ELBO``, ``RenyiELBO``
-with ``alpha=0``, ``ReweightedWakeSleep``.
+that the package learns; ``vi``, ``iwae``, ``rws``: a guide trained by Pyro's ``Trace_ELBO``,
+``RenyiELBO`` with ``alpha=0``, ``ReweightedWakeSleep``.
 """
 
 from __future__ import annotations
