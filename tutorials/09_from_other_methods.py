@@ -133,8 +133,8 @@ plt.show()
 #   whole, and is as hard as for ordinary importance sampling. NUTS and SVI use gradients.
 # * **An observation that reads all elements of a plate**: its elements share their particles, and a
 #   warning says so. **A long chain of states** is better served by a particle filter.
-# * **A program that branches on a latent** (`if z > 0:`) runs once for each particle of this latent.
-#   That takes longer; with `torch.where` in place of the branch it does not.
+# * **A program that branches on a latent** (`if z > 0:`) runs once for each particle of the
+#   latent. That takes longer; with `torch.where` in place of the branch it does not.
 # * **Several modes of one posterior**: a learned proposal finds one of them, and no number printed
 #   above shows that others are missing. Compare with the prior as the proposal.
 #
