@@ -43,18 +43,17 @@ MEANS = {}  # method -> posterior means of the eight schools
 # work: `EmpiricalMarginal(posterior, "mu")`, `exec_traces`, `get_ESS()`.
 
 # %%
-pyro.set_rng_seed(0)
-importance = Importance(model, num_samples=100).run(sigma, y)
-log_evidence = float(importance.get_log_normalizer())
-print(
-    f"Importance:   log evidence {log_evidence:.2f}, ESS {float(importance.get_ESS()):.1f} of 100"
-)
+for method in (Importance, MPImportance):
+    pyro.set_rng_seed(0)
+    renamed = method(model, num_samples=100).run(sigma, y)
+    value, ess = float(renamed.get_log_normalizer()), float(renamed.get_ESS())
+    print(f"{method.__name__}: log evidence {value:.2f}, ESS {ess:.1f} of 100")
+print(f"posterior mean of mu: {EmpiricalMarginal(renamed, 'mu').mean:.2f}")
 
 pyro.set_rng_seed(0)
 posterior = MPImportance(model).adapt(sigma, y).run(sigma, y)
-print(f"MPImportance: log evidence {posterior.evidence():.3f} ({posterior.evidence_error():.3f})")
-print(f"exact:        log evidence {EXACT:.3f}")
-print(f"posterior mean of mu: {EmpiricalMarginal(posterior, 'mu').mean:.2f}")
+print(f"after adapt: log evidence {posterior.evidence():.3f} ({posterior.evidence_error():.3f})")
+print(f"exact:       log evidence {EXACT:.3f}")
 MEANS["MPImportance"] = posterior.moments()["theta"]
 
 # %% [markdown]
