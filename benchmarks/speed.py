@@ -93,9 +93,9 @@ def against_tmc(setting: Setting) -> str:
     """
     Evidence against Pyro's TraceTMC_ELBO
 
-    The same model, guide and K. Below some 30 MiB, memory is what libraries take when first used;
-    below some 20 ms, time is that of the plain runs and the checks, which TMC does without
-    (section 6), and a chain's is that of its many sites in all of these.
+    The same model, guide and K. Up to some 30 MiB, memory is what libraries take when they are
+    first used. Up to some 20 ms, time is that of the plain runs and the checks, which TMC does not
+    have (section 6). A chain has many sites, so its plain runs and checks take longer.
     """
     ks = {
         "bus_breakdown": (5, 10, 15, 30),
@@ -156,8 +156,8 @@ def against_authors(setting: Setting) -> str:
     """
     Evidence, and all queries, against the authors' library
 
-    Queries are evidence and all moments and marginals; the authors' figure is that of all marginals
-    alone, from one thread of a 2.5 GHz Xeon. Memory is above the bare process.
+    Queries are the evidence and all moments and marginals. The authors' figure is for all marginals
+    alone, on one thread of a 2.5 GHz Xeon. Memory is what comes on top of the bare process.
     """
     runs, memory = standard_runs(setting)
     rows = []
@@ -178,9 +178,10 @@ def against_floor(setting: Setting) -> str:
     """
     Evidence against the floor
 
-    The floor: every log_prob of the model once, each site's particles in their dedicated dims. An
-    evaluation in pieces that fit into the cache can be below it. Above it, the contraction (bus,
-    occupancy) or the overhead of a run (eight schools, the chain) takes longer than the log_probs.
+    The floor is to evaluate every log_prob of the model once, with each site's particles in a dim
+    of their own. An evaluation in pieces that fit into the cache can be faster. Where the ratio is
+    high, the contraction (bus, occupancy) or the overhead of a run (eight schools, the chain) takes
+    longer than the log_probs.
     """
     rows = []
     for job, t in standard_runs(setting)[0].items():
@@ -195,8 +196,8 @@ def queries(setting: Setting) -> str:
     """
     All queries against evidence alone
 
-    Queries are evidence and all moments and marginals, the run included; 1,000 samples are drawn
-    after a run, which is not included.
+    Queries are the evidence and all moments and marginals, with the run. The time of 1,000 samples
+    is without the run.
     """
     rows = []
     for job, t in standard_runs(setting)[0].items():
@@ -216,9 +217,10 @@ def growth(setting: Setting) -> str:
     """
     Cost as K and the data grow
 
-    Of the evidence. The slope expected is that of the largest tensor when it is large: one in the
-    number of observations; in K its number of latents, which for bus_breakdown is not a factor's
-    but that of a message over two pairs of latents.
+    The time of the evidence. When the largest tensor is large, time should grow as this tensor
+    does: in proportion to the number of observations, and as K to the power of the number of
+    latents that it has dims for. For bus_breakdown the largest tensor is not a factor. It arises in
+    the sum, and has dims for two pairs of latents.
     """
     lines = {"hierarchy, 100,000 observations": (1, "hierarchy-100000", (5, 10, 20, 40, 80))}
     if HAS_DATA:
@@ -291,9 +293,9 @@ def overhead(setting: Setting) -> str:
     """
     Overhead of a run
 
-    Eight schools, K = 30, as a multiple of plain traces of guide and model, one each; without a
-    guide, of two traces of the model. A run executes the programs plainly, for the draws and
-    for the factors; the check of plates is evaluated together with these.
+    Eight schools, K = 30, beside one plain trace of the guide and one of the model (without a
+    guide, two of the model). A run executes the programs three times: plainly, for the draws, and
+    for the factors. The check of plates is evaluated together with the factors.
     """
     case = setting.case("eight_schools")
     args, model = tuple(case.data.values()), eight_schools_model
@@ -352,10 +354,11 @@ def many_sites(setting: Setting) -> str:
     """
     Many sites
 
-    K = 10. ``steps`` is a chain with two globals without ``pyro.markov``, ``chain`` one with it and
-    without globals, ``loop`` has independent latents, ``plated`` latents under one plate of ten.
-    Steps are the batched operations of the contraction, some kernel launches each: as many as the
-    logarithm of a chain's length, for one with two globals below K = 10 only (27 on a GPU).
+    K = 10. ``steps`` is a chain with two globals, without ``pyro.markov``. ``chain`` has
+    ``pyro.markov`` and no globals. ``loop`` has independent latents, and ``plated`` has latents
+    under one plate of ten. Steps are the batched operations of the contraction, of some kernel
+    launches each. A chain takes about the logarithm of its length. A chain with two globals does so
+    only up to K = 9 (K = 26 on a GPU), because larger tensors are not worth it.
     """
     k = 10
     names = [
@@ -396,8 +399,8 @@ def kernel(setting: Setting) -> str:
     """
     Matrix products in log space
 
-    100 products of 100 by 100 in float32, against ``exp``, ``bmm``, ``log``; errors are relative,
-    against float64, wrong is an entry off by more than 1e-3.
+    100 products of 100 by 100 in float32, beside the naive way (``exp``, ``bmm``, ``log``). Errors
+    are relative to float64. An entry that is off by more than 1e-3 counts as wrong.
     """
     batch, size = (5, 20) if setting.quick else (100, 100)
     generator = torch.Generator().manual_seed(0)
@@ -498,14 +501,14 @@ def heading(setting: Setting) -> str:
 How long to an answer of a given error is on [another page](benchmarks.md). Here the estimators have
 the same proposal, mostly the prior, and are compared by what they cost. **The errors are those of
 the prior as a proposal**: with it, the log evidence of a model of some size is hundreds of nats too
-low, whichever estimator is used. `adapt` makes them a few tenths of a nat.
+low, whichever estimator is used. After `adapt` they are a few tenths of a nat.
 
 `python benchmarks/speed.py` on {where}; torch {torch.__version__}, Pyro {pyro.__version__}.
 
 Seconds are medians of interleaved runs in one process. MiB are the peak of a process of its own,
-above the same process with everything imported and the data loaded. Errors are those of the log
-evidence, medians over runs: mostly negative, since the logarithm of an unbiased estimate is biased
-low, and smaller the larger K.
+on top of the same process with everything imported and the data loaded. Errors are those of the log
+evidence, medians over runs. They are mostly negative, because the logarithm of an unbiased estimate
+is biased low, and get smaller as K grows.
 """
 
 

@@ -6,6 +6,7 @@ The tutorials are percent scripts; they are executed, with their pictures, as th
 """
 
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -63,3 +64,13 @@ autodoc_typehints_description_target = "documented"
 autodoc_default_options = {"members": True}
 copybutton_prompt_text = r">>> |\.\.\. "
 copybutton_prompt_is_regexp = True
+
+
+def with_links(app, what, name, obj, options, lines):
+    """Make a link of each page that a docstring names."""
+    lines[:] = [re.sub(r"docs/(\w+)\.md", r":doc:`/\1`", line) for line in lines]
+
+
+def setup(app):
+    """Register what autodoc passes docstrings through."""
+    app.connect("autodoc-process-docstring", with_links)

@@ -282,7 +282,7 @@ def _groups(model: _CostModel, symbols: frozenset[str]) -> list[Advice]:
     text += (
         f" fits into {SECONDS:g} s and the memory limit. As it stands, only {alone} particles of "
         f"each latent fit. The change makes the variance of the evidence about "
-        f"{first / lowest:.1g} times lower."
+        f"{float(f'{first / lowest:.1g}'):,.0f} times lower."
     )
     number = numbers[0] if len(numbers) == 1 else None
     return [Advice(text, groups=groups, num_samples=number, particles=particles)]

@@ -81,7 +81,7 @@ class Plan:
         """Return a plan in which indices are the same for all elements of some plates."""
         structure = self.structure
         names = {structure.plates[symbol].name for symbol in plates}
-        sites = {site for symbol in symbols for site in structure.by_symbol[symbol].sites}
+        sites = structure.named(symbols)
         word = "plate" if len(names) == 1 else "plates"
         have = "has" if len(sites) == 1 else "have"
         notice = (

@@ -26,7 +26,8 @@ def weaknesses(
             f"plate '{name}': a subsample of {number} of {size}. All answers are for this one "
             f"minibatch, whose elements count as {size / number:.4g} each: another would give "
             "other answers, and none of them is the evidence of all data. Use a subsample for "
-            "learning with TraceMP_ELBO. For a posterior, run on all of the data."
+            "learning with TraceMP_ELBO. For a posterior, run on all of the data (leave "
+            "out subsample_size= and subsample=)."
         )
     points = {
         name for name in structure.carried if not structure.indices_read(structure.guide[name])

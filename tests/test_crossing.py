@@ -168,7 +168,7 @@ def test_houses_that_move_and_houses_that_stay(first: bool) -> None:
                 staying = alpha[..., [0, 1]] + noise
                 pyro.sample("z", dist.Normal(staying, 1.0), obs=OCCASIONS[:, 1:])
 
-    reason = r"by another index than another site of plate '\w+' does"
+    reason = r"by an index array that differs from that of another site in plate '\w+'"
     check_sharing(model, "alpha", "county", reason, num_samples=2)
 
 

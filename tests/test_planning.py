@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from failing import chain, fails
+from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
 from pyro_mpis import MPImportance, MPISWarning
@@ -109,3 +110,17 @@ def test_grammar_of_a_notice() -> None:
     message = r"of plates 'cols', 'rows'.*: 'a', 'b' have one particle index for all of plates 'co"
     with pytest.warns(MPISWarning, match=message):
         MPImportance(model, num_samples=3).run()
+
+
+def test_notices_name_the_models_sites() -> None:
+    """The guide draws `x_unconstrained`, of which the user knows nothing."""
+
+    def model() -> None:
+        pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 2):
+            x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(x.sum(), 1.0), obs=torch.tensor(0.0))
+
+    guide = AutoNormal(model)
+    with pytest.warns(MPISWarning, match="'x' has one particle index for all of plate 'rows'"):
+        MPImportance(model, guide, num_samples=3).run()

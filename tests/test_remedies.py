@@ -256,7 +256,7 @@ def test_sites_of_even_weights_to_group() -> None:
     text = helps(diagnosed(model, K=8, stratified=False))
     assert "factor of 'y' reads 4 particle indices" in text
     assert "With groups=[('a', 'b', 'c')]" in text
-    assert "as the power of 2" in text
+    assert "as num_samples to the power of 2" in text
     sizes = []
     for K in (8, 16):
         posterior = MPImportance(model, num_samples=K, groups=[("a", "b", "c")]).run()

@@ -69,7 +69,7 @@ axes = plot_marginals(posterior, coords={"school": schools})
 axes[0].figure.suptitle("Eight schools: 100 particles of each latent, from the prior")
 Path("output").mkdir(exist_ok=True)
 axes[0].figure.savefig("output/eight_schools.png", dpi=130)
-print("picture:", Path("output/eight_schools.png").resolve())
+print("picture: output/eight_schools.png")
 
 # %%
 plot_ess(posterior)

@@ -113,6 +113,10 @@ print(f"{inside:.0%} of the observations lie in their 90 % interval")
 
 # %% [markdown]
 # ## Leave-one-out cross-validation
+#
+# How well would the model predict each reaction time from all others? The sum of these log
+# probabilities is `elpd_loo`. A Pareto k above 0.67 marks an observation for which this is rough:
+# here some reaction times that are unlike the others of their person.
 
 # %%
 print(az.loo(data))

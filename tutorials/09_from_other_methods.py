@@ -43,18 +43,17 @@ MEANS = {}  # method -> posterior means of the eight schools
 # work: `EmpiricalMarginal(posterior, "mu")`, `exec_traces`, `get_ESS()`.
 
 # %%
-pyro.set_rng_seed(0)
-importance = Importance(model, num_samples=100).run(sigma, y)
-log_evidence = float(importance.get_log_normalizer())
-print(
-    f"Importance:   log evidence {log_evidence:.2f}, ESS {float(importance.get_ESS()):.1f} of 100"
-)
+for method in (Importance, MPImportance):
+    pyro.set_rng_seed(0)
+    renamed = method(model, num_samples=100).run(sigma, y)
+    value, ess = float(renamed.get_log_normalizer()), float(renamed.get_ESS())
+    print(f"{method.__name__}: log evidence {value:.2f}, ESS {ess:.1f} of 100")
+print(f"posterior mean of mu: {EmpiricalMarginal(renamed, 'mu').mean:.2f}")
 
 pyro.set_rng_seed(0)
 posterior = MPImportance(model).adapt(sigma, y).run(sigma, y)
-print(f"MPImportance: log evidence {posterior.evidence():.3f} ({posterior.evidence_error():.3f})")
-print(f"exact:        log evidence {EXACT:.3f}")
-print("posterior mean of mu:", float(EmpiricalMarginal(posterior, "mu").mean))
+print(f"after adapt: log evidence {posterior.evidence():.3f} ({posterior.evidence_error():.3f})")
+print(f"exact:       log evidence {EXACT:.3f}")
 MEANS["MPImportance"] = posterior.moments()["theta"]
 
 # %% [markdown]
@@ -87,7 +86,7 @@ with warnings.catch_warnings(record=True) as notices:
     error = corrected.evidence_error()
 bound = -sum(losses[-100:]) / 100
 print(f"bound {bound:.2f}, log evidence {corrected.evidence():.2f} ({error:.2f})")
-print(*(str(notice.message)[:300] for notice in notices))
+print(*(". ".join(str(notice.message).split(". ")[:3]) for notice in notices))
 
 # %%
 plt.figure(figsize=(7, 3), layout="constrained")
@@ -133,8 +132,8 @@ plt.show()
 #   whole, and is as hard as for ordinary importance sampling. NUTS and SVI use gradients.
 # * **An observation that reads all elements of a plate**: its elements share their particles, and a
 #   warning says so. **A long chain of states** is better served by a particle filter.
-# * **A program that branches on a latent** (`if z > 0:`) runs once for each particle, and is
-#   ordinary importance sampling, unless the branch becomes `torch.where`.
+# * **A program that branches on a latent** (`if z > 0:`) runs once for each particle of the
+#   latent. That takes longer; with `torch.where` in place of the branch it does not.
 # * **Several modes of one posterior**: a learned proposal finds one of them, and no number printed
 #   above shows that others are missing. Compare with the prior as the proposal.
 #

@@ -21,10 +21,12 @@ class Look:
 
 
 LOOKS = {
-    "mpis": Look("MP IS", "#0072B2", "o"),
-    "mpis_grouped": Look("MP IS, beta_P and beta_PC grouped", "#56B4E9", "D"),
+    "mpis": Look("MP IS, as in the paper", "#0072B2", "o"),
+    "mpis_even": Look("MP IS, spread evenly", "#6A3D9A", "D"),
+    "mpis_grouped": Look("MP IS, beta_P and beta_PC grouped", "#56B4E9", "p"),
     "mpis_summed": Look("MP IS, presence summed", "#009E73", "^"),
     "global": Look("global IS", "#D55E00", "s"),
+    "adapt": Look("MP IS after adapt", "#8B0000", "*"),
     "vi": Look("VI", "#CC79A7", "v"),
     "iwae": Look("IWAE, K = 10", "#E69F00", "P"),
     "rws": Look("RWS, K = 10", "#000000", "X"),
@@ -39,7 +41,7 @@ TITLES = {
 K_LABEL = "K, samples of each latent"
 TIME_LABEL = "time / s"
 LARGEST_RATIO = 100  # of the worst to the best on one axis; what is beyond is cut off
-SAMPLING = ("mpis", "mpis_grouped", "mpis_summed", "global")
+SAMPLING = ("mpis", "mpis_even", "mpis_grouped", "mpis_summed", "global")
 PANELS: Sequence[tuple[str, Callable[[Row], Estimate], Callable[[Row], float]]] = (
     ("ELBO / nats", lambda row: row.elbo, lambda row: row.elbo_seconds),
     ("predictive log-lik. / nats", lambda row: row.p_ll, lambda row: row.p_ll_seconds),
@@ -110,7 +112,7 @@ def against_time(rows: Sequence[_Shown], path: Path) -> bool:
 
 
 def against_iterative(rows: Sequence[_Shown], path: Path) -> bool:
-    """Figure 3: against seconds, with guides in training at the rate that ends best."""
+    """Figure 3: against seconds, beside `adapt` and guides in training at their best rate."""
 
     def panel(axes: Any, number: int, shown: Sequence[_Shown]) -> None:
         _, figure, seconds = PANELS[number]
@@ -146,7 +148,7 @@ def _line(
         color=look.colour,
         marker=look.marker,
         linestyle="none" if open_symbols else "-",
-        markersize=9 if open_symbols else 4.5,
+        markersize=9 if open_symbols or line == "adapt" else 4.5,
         markerfacecolor="none" if open_symbols else look.colour,
         linewidth=1.2,
         capsize=2,
@@ -160,21 +162,24 @@ def _grid(
     x_label: str,
     panel: Callable[[Any, int, Sequence[_Shown]], None],
 ) -> bool:
-    """Draw a column for each data set, a row for each figure; log axes, better is up."""
+    """Draw both figures of each data set, two data sets beside each other; better is up."""
     from matplotlib import pyplot
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     names = [name for name in TITLES if any(x.panel == name for x in shown)]
     if not names:
         return False
+    across = min(2, len(names))
+    down = -(-len(names) // across)
     picture, grid = pyplot.subplots(
-        2, len(names), figsize=(2 + 3 * len(names), 5.6), sharex="col", squeeze=False
+        2 * down, across, figsize=(1 + 4 * across, 5.4 * down), squeeze=False
     )
     handles: dict[str, Any] = {}
-    for column, name in enumerate(names):
+    for place, name in enumerate(names):
+        row, column = divmod(place, across)
         of_panel = [x for x in shown if x.panel == name]
         for number, (label, _, _) in enumerate(PANELS):
-            axes = grid[number, column]
+            axes = grid[2 * row + number, column]
             panel(axes, number, of_panel)
             axes.set_xscale("log")
             if x_label == K_LABEL and max(x.row.k for x in of_panel) <= 100:
@@ -199,7 +204,9 @@ def _grid(
                 axes.set_xlabel(x_label)
             for handle, text in zip(*axes.get_legend_handles_labels(), strict=True):
                 handles.setdefault(text, handle)
-    columns = min(4, 2 + len(names) // 2)
+    for axes in grid.flat:
+        axes.set_visible(axes.has_data())
+    columns = min(3, 1 + across)
     picture.legend(
         handles.values(),
         handles.keys(),
@@ -209,7 +216,7 @@ def _grid(
         fontsize=9,
     )
     lines = -(-len(handles) // columns)
-    picture.tight_layout(rect=(0, 0.045 * lines, 1, 1))
+    picture.tight_layout(rect=(0, 0.045 * lines / down, 1, 1))
     picture.savefig(path, dpi=110)
     pyplot.close(picture)
     return True

@@ -2,9 +2,11 @@
 """
 What is measured: ELBO, predictive log-likelihood and seconds of one method at one seed.
 
-``mpis``: massively parallel importance sampling; ``mpis_grouped``: with the groups below;
-``global``: importance sampling, all latents sharing one index; ``vi``, ``iwae``, ``rws``: a guide
-trained by Pyro's ``Trace_ELBO``, ``RenyiELBO`` with ``alpha=0``, ``ReweightedWakeSleep``.
+``mpis``: massively parallel importance sampling with independent draws, as in the paper;
+``mpis_even``: with particles spread evenly, as is the package's default; ``mpis_grouped``: with the
+groups below; ``global``: importance sampling, all latents sharing one index; ``adapt``: a proposal
+that the package learns; ``vi``, ``iwae``, ``rws``: a guide trained by Pyro's ``Trace_ELBO``,
+``RenyiELBO`` with ``alpha=0``, ``ReweightedWakeSleep``.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ from pyro_mpis.programs.messages import is_latent, statements
 from .experiment import Experiment, Program
 
 ITERATIVE = ("vi", "iwae", "rws")
-METHODS = ("mpis", "mpis_grouped", "global", *ITERATIVE)
+METHODS = ("mpis", "mpis_even", "mpis_grouped", "global", "adapt", *ITERATIVE)
+CHOSEN = 0  # the K of ``adapt``, which chooses a number for each index
 POSTERIOR_SAMPLES = 100
 ENTRIES = 5 * 10**7  # samples of all observations that are evaluated together
 
@@ -71,13 +74,16 @@ def run(experiment: Experiment, cell: Cell, memory_limit: int) -> list[Point]:
     pyro.set_rng_seed(cell.seed)  # what was drawn so far told the structure only
     if cell.method in ITERATIVE:
         return _train(experiment, guide, cell)
+    if cell.method == "adapt":
+        return [_adapted(experiment)]
     groups: Sequence[Sequence[str]] = ()
     if cell.method == "mpis_grouped":
         groups = GROUPS[cell.experiment]
     elif cell.method == "global":
         groups = [latents]
     parts = _parts(experiment, cell.k) if cell.method == "global" else 1
-    return [_importance(experiment, cell.k, parts, groups, memory_limit)]
+    even = cell.method == "mpis_even"
+    return [_importance(experiment, cell.k, parts, groups, memory_limit, even=even)]
 
 
 def _parts(experiment: Experiment, k: int) -> int:
@@ -97,6 +103,8 @@ def _importance(
     parts: int,
     groups: Sequence[Sequence[str]],
     memory_limit: int,
+    *,
+    even: bool,
 ) -> Point:
     clock = Clock()
     posterior = MPImportance(
@@ -107,8 +115,20 @@ def _importance(
         num_replicates=parts,
         max_plate_nesting=experiment.max_plate_nesting,
         memory_limit=memory_limit,
+        stratified=even,
         disable_progbar=True,
     ).run(**experiment.train)
+    elbo = posterior.evidence().item()
+    elbo_seconds = clock.seconds()
+    p_ll = _predictive(experiment, posterior.sample(POSTERIOR_SAMPLES))
+    return Point(elbo, p_ll, elbo_seconds, clock.seconds())
+
+
+def _adapted(experiment: Experiment) -> Point:
+    """Learn a proposal from the model alone; the paper's proposal is not looked at."""
+    clock = Clock()
+    posterior = MPImportance(experiment.model, disable_progbar=True)
+    posterior.adapt(**experiment.train).run(**experiment.train)
     elbo = posterior.evidence().item()
     elbo_seconds = clock.seconds()
     p_ll = _predictive(experiment, posterior.sample(POSTERIOR_SAMPLES))

@@ -25,7 +25,8 @@ class Estimate:
     def __str__(self) -> str:
         if math.isnan(self.error):
             return f"{self.mean:,.1f}"
-        return f"{self.mean:,.1f} ± {self.error:.1f}"
+        digits = 1 if self.error < 10 else 0
+        return f"{self.mean:,.{digits}f} ± {self.error:,.{digits}f}"
 
     def z(self, other: Estimate) -> str:
         """Return the difference in combined standard errors."""
@@ -109,16 +110,24 @@ def write(rows: Sequence[Row], folder: Path) -> None:
     summary = [asdict(row) for row in rows]
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     parts = [
-        "## Importance sampling, as published",
-        beside_authors(rows),
+        "## Massively parallel importance sampling, as published",
+        beside_authors([row for row in rows if row.method == "mpis"]),
+        "## With particles spread evenly, as published",
+        of_variant([row for row in rows if row.method == "mpis_even"], "published"),
+        "## Global importance sampling, as published",
+        beside_authors([row for row in rows if row.method == "global"]),
         "## The authors' estimate of occupancy without its bias",
         beside_unbiased(rows),
         "## Occupancy with presence summed out, as published",
         of_variant([row for row in rows if row.experiment == "occupancy_summed"], "published"),
         "## Importance sampling, as intended",
         of_variant(rows, "intended"),
-        "## Iterative methods, after their last iteration",
-        iterative(rows),
+        "## A learned proposal",
+        adapted(rows),
+        "## Iterative methods, after their last iteration, as published",
+        iterative(rows, "published"),
+        "## Iterative methods, after their last iteration, as intended",
+        iterative(rows, "intended"),
     ]
     (folder / "tables.md").write_text("\n\n".join(part for part in parts if part) + "\n")
 
@@ -131,8 +140,9 @@ def beside_authors(rows: Sequence[Row]) -> str:
         if row.variant == "published" and theirs is not None:
             elbo = (row.elbo, theirs[0], row.elbo.z(theirs[0]))
             p_ll = (row.p_ll, theirs[1], row.p_ll.z(theirs[1]))
-            lines.append([*_key(row), *elbo, *p_ll, f"{row.p_ll_seconds:.2g}"])
-    header = "model,method,K,seeds,ELBO,authors,z,predictive LL,authors,z,seconds"
+            figures = (*elbo, *p_ll, f"{row.p_ll_seconds:.2g}")
+            lines.append([row.experiment, f"{row.k:,}", row.seeds, *figures])
+    header = "model,K,seeds,ELBO,authors,z,predictive LL,authors,z,seconds"
     return table(header, lines)
 
 
@@ -143,34 +153,45 @@ def beside_unbiased(rows: Sequence[Row]) -> str:
         reference = unbiased(row.experiment).get(row.k)
         if (row.variant, row.method) == ("published", "mpis") and reference is not None:
             theirs = authors(row.experiment, row.method)[row.k][0]
-            lines.append([*_key(row), row.elbo, reference, row.elbo.z(reference), theirs])
-    return table("model,method,K,seeds,ELBO,authors' code unbiased,z,authors", lines)
+            figures = (row.elbo, reference, row.elbo.z(reference), theirs)
+            lines.append([row.experiment, f"{row.k:,}", row.seeds, *figures])
+    return table("model,K,seeds,ELBO,authors' code unbiased,z,authors", lines)
 
 
 def of_variant(rows: Sequence[Row], variant: str) -> str:
     """Return a table of importance sampling, without the authors."""
     lines = []
     for row in rows:
-        if row.variant == variant and row.iteration is None:
+        if row.variant == variant and row.iteration is None and row.method != "adapt":
             elbo = (row.elbo, f"{row.elbo_seconds:.2g}")
             lines.append([*_key(row), *elbo, row.p_ll, f"{row.p_ll_seconds:.2g}"])
     return table("model,method,K,seeds,ELBO,seconds,predictive LL,seconds", lines)
 
 
-def iterative(rows: Sequence[Row]) -> str:
+def adapted(rows: Sequence[Row]) -> str:
+    """Return the table of `adapt`, which has no K of its own."""
+    lines = []
+    for row in rows:
+        if row.method == "adapt":
+            figures = (row.elbo, f"{row.elbo_seconds:.2g}", row.p_ll, f"{row.p_ll_seconds:.2g}")
+            lines.append([row.variant, row.experiment, row.seeds, *figures])
+    return table("variant,model,seeds,ELBO,seconds,predictive LL,seconds", lines)
+
+
+def iterative(rows: Sequence[Row], variant: str) -> str:
     """Return a table of the iterative methods after their last iteration."""
     lines = []
     last = max((row.iteration or 0 for row in rows), default=0)
     for row in rows:
-        if row.iteration is None or row.iteration != last:
+        if row.iteration is None or row.iteration != last or row.variant != variant:
             continue
         theirs = AUTHORS.get(row.experiment, {}).get(row.method, {})
         elbo, p_ll = "-", "-"
         if row.variant == "published" and theirs.get("iterations") == last:
             elbo, p_ll = (str(Estimate(*theirs["row"][i : i + 2])) for i in (0, 2))
         seconds = f"{row.p_ll_seconds:.2g}"
-        lines.append([row.variant, *_key(row), row.lr, row.elbo, elbo, row.p_ll, p_ll, seconds])
-    header = "variant,model,method,K,seeds,rate,ELBO,authors,predictive LL,authors,seconds"
+        lines.append([*_key(row)[:2], row.seeds, row.lr, row.elbo, elbo, row.p_ll, p_ll, seconds])
+    header = "model,method,seeds,rate,ELBO,authors,predictive LL,authors,seconds"
     return table(header, lines)
 
 

@@ -16,7 +16,7 @@ from pyro_mpis import MPISWarning
 
 from . import intended, published
 from .experiment import Experiment
-from .methods import GROUPS, ITERATIVE, Cell, Point, mean_and_error, run
+from .methods import CHOSEN, GROUPS, ITERATIVE, Cell, Point, mean_and_error, run
 from .sources import Unavailable
 
 AUTHORS = json.loads(Path(__file__).with_name("authors.json").read_text())
@@ -37,13 +37,19 @@ class Size:
     global_seeds: int
     iterations: int
     iterative_seeds: int
+    adapt_seeds: int
     learning_rates: Sequence[float] | None  # None: the one that the authors chose
     costly_seeds: int  # of global importance sampling with ``COSTLY`` samples or more
 
     def with_seeds(self, seeds: int) -> Size:
         """Return the same with another number of seeds everywhere."""
         return replace(
-            self, seeds=seeds, global_seeds=seeds, iterative_seeds=seeds, costly_seeds=seeds
+            self,
+            seeds=seeds,
+            global_seeds=seeds,
+            iterative_seeds=seeds,
+            adapt_seeds=seeds,
+            costly_seeds=seeds,
         )
 
 
@@ -56,6 +62,7 @@ SIZES = {
         global_seeds=2,
         iterations=8,
         iterative_seeds=1,
+        adapt_seeds=0,
         learning_rates=None,
         costly_seeds=1,
     ),
@@ -70,6 +77,7 @@ SIZES = {
         global_seeds=10,
         iterations=100,
         iterative_seeds=5,
+        adapt_seeds=5,
         learning_rates=None,
         costly_seeds=3,
     ),
@@ -89,6 +97,7 @@ SIZES = {
         global_seeds=100,
         iterations=250,
         iterative_seeds=100,
+        adapt_seeds=10,
         learning_rates=(0.3, 0.1, 0.03, 0.01),
         costly_seeds=100,
     ),
@@ -104,7 +113,13 @@ def plan(experiment: Experiment, variant: str, size: Size, methods: Sequence[str
         if method in ITERATIVE:
             cells += _iterative(experiment, variant, size, method)
             continue
+        if method == "adapt":
+            seeds = 0 if name != key else size.adapt_seeds  # it sums presence by itself
+            cells += [Cell(variant, name, method, CHOSEN, seed) for seed in range(seeds)]
+            continue
         if method == "mpis_grouped" and name not in GROUPS:
+            continue
+        if method == "mpis_even" and name != key:
             continue
         ks = size.global_ks if method == "global" else size.ks
         for k in ks.get(f"{key}, grouped" if method == "mpis_grouped" else key, ks[""]):
@@ -198,7 +213,7 @@ def run_cells(
         todo = [cell for cell in of_label if cell not in finished]
         begin = time.perf_counter()
         for number, cell in enumerate(todo):
-            if number == 0 and cell.method not in ITERATIVE and cell.k < COSTLY:
+            if number == 0 and cell.method not in (*ITERATIVE, "adapt") and cell.k < COSTLY:
                 _attempt(experiment, cell, memory_limit)  # warms up
             finished[cell] = _attempt(experiment, cell, memory_limit)
             store.add(finished[cell])
@@ -221,7 +236,8 @@ def _attempt(experiment: Experiment, cell: Cell, memory_limit: int) -> Result:
 
 def label_of(cell: Cell) -> str:
     rate = "" if cell.lr is None else f" lr={cell.lr}"
-    return f"{cell.variant} {cell.experiment} {cell.method} K={cell.k}{rate}"
+    k = "" if cell.k == CHOSEN else f" K={cell.k}"
+    return f"{cell.variant} {cell.experiment} {cell.method}{k}{rate}"
 
 
 def _by_label(cells: Sequence[Cell]) -> dict[str, list[Cell]]:

@@ -192,8 +192,9 @@ def reads_found(
     symbols = [index.symbol for index in structure.indices]
     if len(symbols) > MAX_LEVELS:
         raise NotImplementedError(
-            f"of {len(symbols)} latent sites, what each other site reads could not be followed. "
-            "Compute with torch operations, without TorchScript and without writing in place."
+            "what the sites read could not be followed, and there are too many latent sites "
+            f"({len(symbols)}) to find it out. Compute with torch operations, without TorchScript "
+            "and without writing in place."
         )
     with pyro.validation_enabled(False):
         said_by_guide, said_by_model = evaluate(

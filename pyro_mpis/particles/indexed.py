@@ -302,8 +302,8 @@ def _ragged(
             graph,
             factor,
             [graph.index_plates[x] for x in indices_of(graph, factor)],
-            f"site '{factor.name}' reads elements of {plates_named(graph, frozenset(maps))} by "
-            f"another index than another site of {plates_named(graph, key)} does",
+            f"site '{factor.name}' reads elements of {plates_named(graph, frozenset(maps))} by an "
+            f"index array that differs from that of another site in {plates_named(graph, key)}",
         )
     return graph, factor
 

@@ -46,8 +46,8 @@ def unknown(graph: FactorGraph, factor: LogFactor) -> ReadTogether:
     return ReadTogether(
         frozenset(symbols),
         plates,
-        f"site '{factor.name}' reads latents of {plates_named(graph, plates)} from outside, and "
-        "which element could not be found out",
+        f"site '{factor.name}' reads latents of {plates_named(graph, plates)} from outside of "
+        "it, and it could not be found out which element",
     )
 
 

@@ -219,6 +219,12 @@ class Structure:
         names = site.reads | {site.name}
         return frozenset(index_of[name].symbol for name in names if name in index_of)
 
+    def named(self, symbols: Ordinal) -> set[str]:
+        """Return the model's sites whose particles have some indices, to name them in messages."""
+        drawn = {site for symbol in symbols for site in self.by_symbol[symbol].sites}
+        computed = {name for name in self.carried if self.indices_read(self.guide[name]) & symbols}
+        return {site for site in drawn if site in self.model} | computed or drawn
+
     def sharing(self, symbols: Ordinal, plates: Ordinal) -> "Structure":
         """
         Let indices be the same for all elements of some plates.

@@ -299,8 +299,8 @@ def _one_by_one(
             for name, of_site in collect.items():
                 if name not in sites:
                     raise ValueError(
-                        f"site '{name}': only in some runs of the model, so that it has no log "
-                        "likelihood for every draw. Ask for .exec_traces, which hold each run."
+                        f"site '{name}': only in some runs of the model, so it has no log "
+                        "likelihood at some draws. Ask for .exec_traces, which hold each run."
                     )
                 for key, tensor in of_site(sites[name], values).items():
                     rows[name].setdefault(key, []).append(tensor)

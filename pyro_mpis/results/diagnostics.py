@@ -211,9 +211,9 @@ def doubts_of_error(diagnosis: Diagnosis) -> list[str]:
     share = float(log_evidences.softmax(0).max())
     if share > HEAVY_REPLICATE and number > 2:
         doubts.append(
-            f"One replicate has {100 * share:.0f} % of the evidence of all {number}, so that the "
-            "spread is that of a single number. More particles, or particles nearer to the "
-            "posterior, make replicates alike."
+            f"One replicate has {100 * share:.0f} % of the evidence of all {number}, so the spread "
+            "is that of one number. More particles, or particles nearer to the posterior, make "
+            "replicates alike."
         )
     for problem in (*_too_narrow(diagnosis.sites), *_heavy_tails(diagnosis.sites)):
         doubts.append(str(problem))

@@ -111,7 +111,7 @@ def log_predictive(
     if bool(log_likelihood.isnan().any()):  # infinite in training data, which is no posterior
         raise ValueError(
             "posterior_samples: some give the training data probability zero, so they are no "
-            "samples of the posterior given these data. Check that train= is what they are from."
+            "samples of the posterior given these data. Check that they were drawn given train=."
         )
     return log_likelihood.logsumexp(0) - math.log(num_samples)
 

@@ -202,7 +202,7 @@ def _better_guide(site: SiteDiagnosis, marginal: Marginal, num_indices: int, num
     if narrow <= NARROW:
         return (
             f"{name} is drawn from {source}, only {narrow:.1f} times as wide as its posterior. "
-            f"{LEARNED if site.proposal == 'learned guide' else 'Make the guide wider.'}"
+            + ("Make the guide wider." if site.proposal == "guide" else remedy)
         )
     if num_indices == 1 and num_sites > 1 and site.proposal != "learned guide":
         return (
@@ -299,15 +299,15 @@ def _grouping(block_sum: BlockSum, sites: Sequence[SiteDiagnosis]) -> list[str]:
             if not bool(site.uneven.any()):
                 even.setdefault(indices, site.name)
     text = (
-        f"The factor of '{largest.name}' reads {len(symbols)} particle indices, so that its size "
-        f"grows as the power of {len(symbols)} of num_samples."
+        f"The factor of '{largest.name}' reads {len(symbols)} particle indices, so its size grows "
+        f"as num_samples to the power of {len(symbols)}."
     )
     if len(even) < 2:
         return [f"{text} Sites that share an index (groups=) lower that power."]
     names = quoted(even.values())
     return [
-        f"{text} With groups=[({names})], whose weights are even, it would grow as the power of "
-        f"{len(symbols) - len(even) + 1}, and leave memory for more particles."
+        f"{text} With groups=[({names})], whose weights are even, it would grow as num_samples to "
+        f"the power of {len(symbols) - len(even) + 1}, and leave memory for more particles."
     ]
 
 

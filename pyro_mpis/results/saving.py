@@ -266,8 +266,8 @@ def check_structure(path: str | os.PathLike[str], stored: Structure, structure: 
     same = {name for name in stored.origins if name not in stored.shared}
     if any(stored.origins[name] != structure.origins.get(name) for name in same):
         raise ValueError(
-            f"{where}: the same sites as in the run, {quoted(set(stored.origins))}, but not the "
-            f"same of them enumerated. {advice}"
+            f"{where}: the same sites as in the run, {quoted(set(stored.origins))}, but others of "
+            f"them are enumerated. {advice}"
         )
 
 
