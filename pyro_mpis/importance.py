@@ -6,13 +6,13 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING
 
 import torch
 
 from pyro_mpis import planning, rendering
-from pyro_mpis._text import quoted, range_of
+from pyro_mpis._text import range_of
 from pyro_mpis._typing import NumSamples, Program
 from pyro_mpis._warnings import warn
 from pyro_mpis.adaptation.adapting import adapted
@@ -24,24 +24,23 @@ from pyro_mpis.options import (
     Options,
     checked_groups,
     checked_numbers,
+    checked_program,
+    number_of_bytes,
     number_of_dims,
+    number_of_seconds,
     positive,
 )
 from pyro_mpis.particles import memory
 from pyro_mpis.planning import plan_of, programs_of
 from pyro_mpis.posterior import Posterior
-from pyro_mpis.programs.environment import Environment, seeded
 from pyro_mpis.programs.turns import in_turn
-from pyro_mpis.replicate import BlockSum, impossible_elements
+from pyro_mpis.replicate import impossible
 from pyro_mpis.results import saving
 from pyro_mpis.run_plan import RunPlan
 from pyro_mpis.weaknesses import weaknesses
 
 if TYPE_CHECKING:
     from graphviz import Digraph
-
-
-Answer = TypeVar("Answer")
 
 _logger = logging.getLogger("pyro_mpis")
 
@@ -133,32 +132,17 @@ class MPImportance(Posterior):
         executor: Executor | None = None,
         disable_progbar: bool = False,
     ) -> None:
-        if not callable(model):
-            raise ValueError(f"model: expected a callable, but found {type(model).__name__}.")
-        if guide is not None and not callable(guide):
-            raise ValueError(
-                f"guide: expected a callable or None, but found {type(guide).__name__}."
-            )
-        num_replicates = positive("num_replicates", num_replicates)
-        if memory_limit is not None and (isinstance(memory_limit, bool) or memory_limit <= 0):
-            raise ValueError(
-                f"memory_limit: expected a positive number of bytes, but found {memory_limit!r}."
-            )
-        if not time_limit > 0:
-            raise ValueError(
-                f"time_limit: expected a positive number of seconds, but found {time_limit!r}."
-            )
-        self.model = model
-        self.guide = guide
+        self.model = checked_program("model", model)
+        self.guide = None if guide is None else checked_program("guide", guide)
         self.num_samples = None if num_samples is None else checked_numbers(num_samples)
         self._is_number_given = num_samples is not None
         self.groups = tuple(groups)
         self.shared_plates = tuple(shared_plates)
         self.max_plate_nesting = number_of_dims(max_plate_nesting)
-        self.memory_limit = memory_limit
-        self.time_limit = float(time_limit)
+        self.memory_limit = number_of_bytes(memory_limit)
+        self.time_limit = number_of_seconds(time_limit)
         self.stratified = bool(stratified)
-        self.num_replicates = num_replicates
+        self.num_replicates = positive("num_replicates", num_replicates)
         self.executor = executor
         self.disable_progbar = disable_progbar
         self._sums, self._weights = [], []
@@ -203,12 +187,8 @@ class MPImportance(Posterior):
         options = replace(self._options, num_samples=None, numbers={}, time_limit=None)
         found = adapted(self.model, args, kwargs, options, show_progress=not self.disable_progbar)
         self.model, self.guide = found.model, found.guide
-        self.num_samples = dict(found.num_samples)
-        self.num_replicates = max(self.num_replicates, found.num_replicates)
-        self._is_number_given = True
-        for problem in found.problems:
-            warn(problem)
-        return self
+        self.num_samples, self._is_number_given = dict(found.num_samples), True
+        return self._adapted(found.num_replicates, found.problems)
 
     def _adapt_guide(
         self, guide: Program, args: tuple[object, ...], kwargs: Mapping[str, object]
@@ -221,8 +201,11 @@ class MPImportance(Posterior):
         found = trained(programs, options, show_progress=not self.disable_progbar)
         if not self._is_number_given:
             self.num_samples, self._is_number_given = found.num_samples, True
-        self.num_replicates = max(self.num_replicates, found.num_replicates)
-        for problem in found.problems:
+        return self._adapted(found.num_replicates, found.problems)
+
+    def _adapted(self, num_replicates: int, problems: Sequence[str]) -> "MPImportance":
+        self.num_replicates = max(self.num_replicates, num_replicates)
+        for problem in problems:
             warn(problem)
         return self
 
@@ -248,24 +231,20 @@ class MPImportance(Posterior):
         wait = memory.long_wait(plan.structure)
         if wait is not None and plan.device == "cpu":
             warn(wait)
-        is_learned = isinstance(self.guide, AutoPlateNormal)
-        sums = run_replicates(
-            plan, self.num_replicates, self._workers, keep=is_learned, known=is_learned
-        )
+        learned = self.guide if isinstance(self.guide, AutoPlateNormal) else None
+        again = learned is not None  # adapt has run the programs before
+        sums = run_replicates(plan, self.num_replicates, self._workers, keep=again, known=again)
         possible = [total for total in sums if bool(torch.isfinite(total.log_evidence))]
         if not possible:
-            raise _impossible(sums[0])
+            raise impossible(sums[0])
         self._sums, self._weights = possible, [{} for _ in possible]
         if not self._is_number_given:
             self.num_samples = possible[0].replicate.plan.num_samples
         self._told = self._told_of_error = False
         self._reset()
         notices = dict.fromkeys(n for total in sums for n in total.replicate.plan.notices)
-        structure = sums[0].replicate.structure
-        groups = self.groups
-        if isinstance(self.guide, AutoPlateNormal):  # that sites share an index is meant
-            groups = (self.guide.latents,)
-        weak = weaknesses(structure, groups, guide_trace, model_trace)
+        groups = self.groups if learned is None else (learned.latents,)  # they are to share
+        weak = weaknesses(sums[0].replicate.structure, groups, guide_trace, model_trace)
         for problem in (*notices, *([] if sums[0].traces else weak)):
             warn(problem)
         return self
@@ -333,32 +312,9 @@ class MPImportance(Posterior):
         :raises NotImplementedError: if a plate selects a subsample.
         """
         sums = self._ran()
-        if sums[0].replicate.programs.subsamples is not None:
-            raise NotImplementedError(
-                "a plate selects a subsample, which a file does not keep: run on all of the data, "
-                "or keep the numbers that moments() and marginals() give."
-            )
-        assert self.num_samples is not None  # known after a run
-        if not factors and not sums[0].traces:
-            sums = [replace(total, whole=replace(total.whole, factors=())) for total in sums]
-        settings = saving.Settings(
-            num_samples=self.num_samples,
-            groups=checked_groups(self.groups),
-            shared_plates=self.shared_plates,
-            max_plate_nesting=self.max_plate_nesting,
-            memory_limit=self.memory_limit,
-            stratified=self.stratified,
-            num_replicates=self.num_replicates,
-            disable_progbar=self.disable_progbar,
-        )
-        stored, unknown = saving.pack(settings, sums, self._weights)
-        if unknown:
-            warn(
-                f"'{os.fspath(path)}': the arguments of .run are not kept, because one of them is "
-                f"{unknown}, neither a tensor nor plain data. Give them again: .load(path, model, "
-                "guide, args=..., kwargs=...)."
-            )
-        saving.write(path, stored)
+        given = {field.name: getattr(self, field.name) for field in fields(saving.Settings)}
+        settings = saving.Settings(**{**given, "groups": checked_groups(self.groups)})
+        saving.save(path, settings, sums, self._weights, factors=factors)
 
     @classmethod
     @in_turn
@@ -391,32 +347,11 @@ class MPImportance(Posterior):
             model, guide or arguments are not those of the run, or arguments are missing.
         """
         stored = saving.read(path, saving.resolved(device))
-        if args is None and kwargs is None:
-            if stored.arguments is None:
-                raise ValueError(
-                    f"'{os.fspath(path)}': it does not hold the arguments of the run, because "
-                    "not all of them were tensors and plain data. Give them: .load(path, model, "
-                    "guide, args=..., kwargs=...)."
-                )
-            args, kwargs = stored.arguments.args, stored.arguments.kwargs
+        called_with = saving.arguments(path, stored, args, kwargs)
         posterior = cls(model, guide, **vars(stored.settings))
-        programs = programs_of(model, guide, tuple(args or ()), dict(kwargs or {}))
-        environment = replace(Environment(), dtype=stored.dtype, validate=stored.validate)
-        try:
-            with seeded(0), environment.entered():
-                programs, structure, *_ = planning.analysed(programs, posterior._options)
-        except ValueError as error:
-            raise ValueError(
-                f"'{os.fspath(path)}': model and guide do not fit the saved run. {error} If the "
-                "run had a learned proposal, give the model and the guide that adapt made: "
-                ".load(path, posterior.model, posterior.guide)."
-            ) from error
-        saving.check_structure(path, stored.structure, structure)
-        posterior._sums = [
-            kept.restored(stored, programs, environment, posterior._options) for kept in stored.sums
-        ]
+        programs = programs_of(model, guide, called_with.args, called_with.kwargs)
+        posterior._sums = saving.sums_of(path, stored, programs, posterior._options)
         posterior._weights = [dict(kept.weights) for kept in stored.sums]
-        saving.check_evaluation(path, posterior._sums[0])
         return posterior
 
     @in_turn
@@ -430,8 +365,8 @@ class MPImportance(Posterior):
         it is evaluated again: move them first, ``guide.to(device)``.
         """
         result = copy.copy(self)
-        place = saving.resolved(device)
-        result._sums, result._weights = saving.moved((self._sums, self._weights), place)
+        moved = saving.moved((self._sums, self._weights), saving.resolved(device))
+        result._sums, result._weights = moved
         result._reset()
         return result
 
@@ -446,28 +381,13 @@ class MPImportance(Posterior):
             particles = f"as many particles as fit into {self.time_limit:g} s"
         if self.num_replicates > 1:
             particles += f", {self.num_replicates} replicates"
-        if not self._sums:
-            return f"<MPImportance: {particles}, not run>"
-        return f"<MPImportance: {particles}, log evidence {self.evidence().item():.2f}>"
-
-    def __copy__(self) -> "MPImportance":
-        """Return a copy that shares the result and the executor."""
-        result = self.__class__.__new__(self.__class__)
-        vars(result).update(vars(self))
-        return result
-
-    def __getstate__(self) -> dict[str, object]:
-        """Leave out the executor, which cannot be pickled."""
-        return {**vars(self), "executor": None}
+        result = f"log evidence {self.evidence().item():.2f}" if self._sums else "not run"
+        return f"<MPImportance: {particles}, {result}>"
 
     @property
     def _options(self) -> Options:
-        numbers: Mapping[str | None, int] = {}
-        if self._is_number_given and self.num_samples is not None:
-            numbers = (
-                {None: self.num_samples} if isinstance(self.num_samples, int) else self.num_samples
-            )
-        seconds = self.time_limit / self.num_replicates
+        given = self.num_samples if self._is_number_given and self.num_samples else {}
+        numbers = {None: given} if isinstance(given, int) else given
         return Options(
             num_samples=numbers.get(None),
             numbers={name: number for name, number in numbers.items() if name is not None},
@@ -476,24 +396,5 @@ class MPImportance(Posterior):
             max_plate_nesting=self.max_plate_nesting,
             memory_limit=self.memory_limit,
             stratified=self.stratified,
-            time_limit=None if self._is_number_given else seconds,
+            time_limit=None if self._is_number_given else self.time_limit / self.num_replicates,
         )
-
-
-def _impossible(total: BlockSum) -> ValueError:
-    """Say which site makes the evidence zero."""
-    for name, impossible in impossible_elements(total).items():
-        if bool(impossible.any()):
-            return ValueError(
-                f"site '{name}': probability zero for all particles at {int(impossible.sum())} of "
-                f"{impossible.numel()} plate elements, so the evidence is zero. Check the data "
-                "against the distribution's support, or use a guide that reaches where the data "
-                "have positive probability."
-            )
-    with total.replicate.environment.entered():
-        factors = total.whole.factors or total.replicate(total.blocks[0]).factors
-    names = {factor.name for factor in factors if bool((factor.tensor == -torch.inf).any())}
-    return ValueError(
-        f"the evidence is zero: no combination of particles has positive probability at all of "
-        f"{quoted(names)} together. Draw more particles, or use a guide nearer to the posterior."
-    )

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from pyro_mpis._typing import NumSamples
+from pyro_mpis._typing import NumSamples, Program
 
 DEFAULT_NUM_SAMPLES = 10  # of sites without a number, where others have one
 
@@ -49,6 +49,31 @@ def positive(name: str, number: int) -> int:
     if isinstance(number, bool) or value < 1:
         raise ValueError(f"{name}: expected a positive integer, but found {number!r}.")
     return value
+
+
+def checked_program(name: str, program: Program) -> Program:
+    """Return a model or guide: anything that can be called."""
+    if not callable(program):
+        raise ValueError(f"{name}: expected a callable, but found {type(program).__name__}.")
+    return program
+
+
+def number_of_bytes(memory_limit: int | None) -> int | None:
+    """Return a limit of memory, or None for none of the user's."""
+    if memory_limit is not None and (isinstance(memory_limit, bool) or memory_limit <= 0):
+        raise ValueError(
+            f"memory_limit: expected a positive number of bytes, but found {memory_limit!r}."
+        )
+    return memory_limit
+
+
+def number_of_seconds(time_limit: float) -> float:
+    """Return a limit of time."""
+    if not time_limit > 0:
+        raise ValueError(
+            f"time_limit: expected a positive number of seconds, but found {time_limit!r}."
+        )
+    return float(time_limit)
 
 
 def number_of_dims(max_plate_nesting: float | None) -> int | None:

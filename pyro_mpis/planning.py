@@ -29,7 +29,7 @@ from pyro_mpis.programs.analysis import analyse, device_of, with_implicit_plates
 from pyro_mpis.programs.environment import Environment, seeded
 from pyro_mpis.programs.messages import statements
 from pyro_mpis.programs.not_mappable import Name
-from pyro_mpis.programs.numbers import index_named, with_numbers
+from pyro_mpis.programs.numbers import unnumbered, with_numbers
 from pyro_mpis.programs.runs import Programs, run_plainly, with_one_subsample
 from pyro_mpis.programs.structure import Index, Obstacle, Structure
 from pyro_mpis.programs.subsampling import subsamples_of
@@ -187,7 +187,9 @@ def plan_of(programs: Programs, options: Options) -> tuple[Plan, Trace, Trace]:
         seconds = time.perf_counter() - start
         environment = environment.with_params()  # those too that the programs have just made
         device = device_of(model_trace).type
-        not_given = [] if options.time_limit is not None else unnumbered(structure, options)
+        not_given = unnumbered(structure, options.numbers, DEFAULT_NUM_SAMPLES)
+        if options.time_limit is not None or options.num_samples is not None:
+            not_given = []
         traces = guide_trace, model_trace
         footprint = None
         sizes = structure.num_particles
@@ -384,22 +386,3 @@ def programs_of(
 
 def no_guide(*args: object, **kwargs: object) -> None:
     """Sample nothing: every latent is proposed from the prior."""
-
-
-def unnumbered(structure: Structure, options: Options) -> list[str]:
-    """Say which sites have no number of particles given, if there are any."""
-    if options.num_samples is not None:
-        return []
-    named = {index_named(structure, name) for name in options.numbers}
-    sites = {
-        site
-        for index in structure.indices
-        if not index.enumerated and index.symbol not in named
-        for site in index.sites
-    }
-    if not sites:
-        return []
-    return [
-        f"num_samples gives no number for {quoted(sites)}: {DEFAULT_NUM_SAMPLES} particles of "
-        "each are drawn, which is few. Give one to all others: num_samples={..., None: 100}."
-    ]

@@ -4,8 +4,7 @@
 import html
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar, overload
 
@@ -16,23 +15,21 @@ from torch import Tensor
 from pyro_mpis._typing import MomentFunction, Program
 from pyro_mpis._warnings import warn
 from pyro_mpis.factor_graph import moments as _moments
-from pyro_mpis.factor_graph.graph import FactorGraph
 from pyro_mpis.factor_graph.marginals import Marginal, merge
 from pyro_mpis.options import (
     positive,
 )
 from pyro_mpis.programs.runs import trace_at
 from pyro_mpis.programs.turns import in_turn
-from pyro_mpis.queries import joint_weights_of, sample_of
-from pyro_mpis.replicate import BlockSum
+from pyro_mpis.queries import sample_of
 from pyro_mpis.results import saving
 from pyro_mpis.results.arviz_export import Names, Wanted, build, model_groups, particle_arrays
 from pyro_mpis.results.at_draws import replay_draws
 from pyro_mpis.results.diagnostics import Diagnosis, diagnose, doubts_of_error, evidence_error
 from pyro_mpis.results.pointwise import summed_latents
 from pyro_mpis.results.summary import Summary, summarise
-from pyro_mpis.results.trace_posterior import Draws, ImportanceTraces, weighted_draws
-from pyro_mpis.workers import Workers
+from pyro_mpis.results.trace_posterior import Draws, weighted_draws
+from pyro_mpis.sums import Sums
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -42,7 +39,7 @@ if TYPE_CHECKING:
 Answer = TypeVar("Answer")
 
 
-class Posterior(ImportanceTraces):
+class Posterior(Sums):
     """
     The questions that can be asked after a run, of all its replicates together.
 
@@ -51,13 +48,8 @@ class Posterior(ImportanceTraces):
     """
 
     model: Program
-    num_replicates: int
-    executor: Executor | None
-    disable_progbar: bool
     time_limit: float
     _is_number_given: bool
-    _sums: list[BlockSum]  # of the replicates with a positive evidence
-    _weights: list[dict[str, Tensor]]  # of each, those that have been asked for
     _told: bool  # whether the user has been told of what is poor
     _told_of_error: bool  # and of what makes the evidence's error wrong
 
@@ -370,74 +362,6 @@ class Posterior(ImportanceTraces):
         sampled = self._sampled()
         sizes = [m.ess.min() for name, m in self.marginals().items() if name in sampled]
         return torch.stack(sizes).min() if sizes else torch.tensor(float(max(self._counts())))
-
-    @property
-    def _workers(self) -> Workers:
-        return Workers(self.executor, not self.disable_progbar)
-
-    def _ran(self) -> list[BlockSum]:
-        if not self._sums:
-            raise RuntimeError("no particles yet: call .run(*args, **kwargs) before any query.")
-        return self._sums
-
-    def _replicates(self) -> Tensor:
-        """Return each replicate's log evidence, those of zero last: (replicates,), float64."""
-        log_evidences = torch.full((self.num_replicates,), -math.inf, dtype=torch.double)
-        for number, total in enumerate(self._ran()):
-            log_evidences[number] = total.log_evidence
-        return log_evidences
-
-    def _counts(self) -> set[int]:
-        """Return the numbers of particles that the indices of the run have."""
-        structure = self._ran()[0].replicate.structure
-        counts = {index.num_samples for index in structure.indices if not index.enumerated}
-        return counts or {self._sums[0].replicate.plan.num_samples}
-
-    def _sites(self) -> list[str]:
-        return list(self._ran()[0].whole.values)
-
-    def _sampled(self) -> set[str]:
-        """Return the sites that have particles, not their whole support or a fixed value."""
-        total = self._ran()[0]
-        by_symbol = total.replicate.structure.by_symbol
-        return {
-            name
-            for name, site in total.whole.values.items()
-            if any(not by_symbol[symbol].enumerated for symbol in site.indices)
-        }
-
-    def _log_shares(self) -> Tensor:
-        """Return the log of each replicate's share of the evidence."""
-        return torch.stack([total.log_evidence for total in self._ran()]).log_softmax(0)
-
-    def _in_each(
-        self,
-        tuples: Sequence[Sequence[str]],
-        query: Callable[[FactorGraph, Mapping[str, Tensor]], Answer],
-    ) -> list[Answer]:
-        """Answer a query from each replicate's weights; those not known yet take one pass."""
-        sums = self._ran()
-        wanted = [_moments.joint_indices(sums[0].whole, sites) for sites in tuples]
-        missing = [symbols for symbols in wanted if symbols not in self._weights[0]]
-        if missing:
-            found = joint_weights_of(sums, missing, self._workers)
-            for weights, new in zip(self._weights, found, strict=True):
-                weights |= new
-        return [
-            query(total.whole, weights) for total, weights in zip(sums, self._weights, strict=True)
-        ]
-
-    def _averaged(self, values: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Average moments over replicates by their shares of the evidence."""
-        if len(values) == 1:
-            return dict(values[0])
-        shares = self._log_shares().exp()
-        counted = [(share, value) for share, value in zip(shares, values, strict=True) if share > 0]
-        averages = {}
-        for name, first in values[0].items():
-            parts = (share * value[name].double() for share, value in counted)  # not 0 * inf
-            averages[name] = sum(parts, torch.zeros_like(first, dtype=torch.double)).to(first.dtype)
-        return averages
 
 
 def _split_moment(

@@ -17,6 +17,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_mpis import _progress
+from pyro_mpis._text import quoted
 from pyro_mpis.factor_graph.evidence import reduced
 from pyro_mpis.factor_graph.graph import FactorGraph
 from pyro_mpis.particles.checks import (
@@ -249,6 +250,25 @@ def _apply(
 ) -> Result:
     with replicate.environment.entered():
         return function(replicate(ranges))
+
+
+def impossible(total: BlockSum) -> ValueError:
+    """Say why the evidence of a run is zero: which site makes it so, or which do together."""
+    for name, impossible in impossible_elements(total).items():
+        if bool(impossible.any()):
+            return ValueError(
+                f"site '{name}': probability zero for all particles at {int(impossible.sum())} of "
+                f"{impossible.numel()} plate elements, so the evidence is zero. Check the data "
+                "against the distribution's support, or use a guide that reaches where the data "
+                "have positive probability."
+            )
+    with total.replicate.environment.entered():
+        factors = total.whole.factors or total.replicate(total.blocks[0]).factors
+    names = {factor.name for factor in factors if bool((factor.tensor == -torch.inf).any())}
+    return ValueError(
+        f"the evidence is zero: no combination of particles has positive probability at all of "
+        f"{quoted(names)} together. Draw more particles, or use a guide nearer to the posterior."
+    )
 
 
 def impossible_elements(total: BlockSum) -> dict[str, Tensor]:

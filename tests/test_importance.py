@@ -22,7 +22,7 @@ def test_number_of_samples(num_samples: int) -> None:
 def test_programs_that_are_none() -> None:
     with pytest.raises(ValueError, match="model: expected a callable, but found int"):
         MPImportance(3, num_samples=2)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="guide: expected a callable or None, but found dict"):
+    with pytest.raises(ValueError, match="guide: expected a callable, but found dict"):
         MPImportance(chain, {}, num_samples=2)  # type: ignore[arg-type]
 
 

@@ -68,6 +68,24 @@ def test_a_guide_off_the_posterior() -> None:
     assert 1.5 <= sum(distances) / len(distances) <= 2.5
 
 
+def test_a_guide_that_adapt_has_made() -> None:
+    """It is not the user's to train or to widen."""
+
+    class Learned:
+        is_learned = True
+
+        def __call__(self) -> None:
+            pyro.sample("a", dist.Normal(1.5, 0.5))
+
+    pyro.set_rng_seed(0)
+    for guide, advice in ((Learned(), "Call adapt again"), (Learned().__call__, "Train the guide")):
+        diagnosis = MPImportance(wide, guide, num_samples=25).run().diagnose(show=False)
+        text = helps(diagnosis)
+        assert advice in text
+        assert ("Call adapt again" in text) != ("Train the guide" in text or "iden" in text)
+    assert diagnosis.sites[0].proposal == "guide"
+
+
 def test_a_guide_narrower_than_the_posterior() -> None:
     """The weight is on its outermost particles, of the second of two elements."""
     samples = torch.stack([torch.linspace(-1.0, 1.0, 20), torch.linspace(-2.0, 2.0, 20)])
@@ -85,7 +103,7 @@ def test_a_guide_narrower_than_the_posterior() -> None:
     text = _better_guide(site, marginal, 2, 2)
     assert f"a[n=1] is drawn from the guide, only {ratio:.1f} times as wide as its post" in text
     assert ratio < 0.9
-    assert "make the guide wider" in text
+    assert "Make the guide wider" in text
 
 
 def test_a_guide_with_a_single_index() -> None:

@@ -44,13 +44,13 @@ class AutoPlateNormal(PyroModule):
     :class:`~pyro.infer.Importance`, :class:`~pyro.infer.Predictive` and :class:`~pyro.infer.SVI`;
     its state is in ``state_dict()``.
 
-    :cvar nan_is_zero: densities that are nan count as zero, because heavy tails reach places where
-        the arguments of the model's distributions overflow.
+    :cvar is_learned: adapt makes it. Densities of the model that are nan count as zero, because its
+        heavy tails reach places where arguments overflow; and what helps it is another adapt.
     :ivar latents: names of the model's sites that it has.
     :ivar non_centred: the sites that are standardised by the prior's location and scale.
     """
 
-    nan_is_zero = True
+    is_learned = True
 
     def __init__(
         self,

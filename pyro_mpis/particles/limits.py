@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How much memory a run may take by default: what is free, and what limits of the process leave."""
 
+import functools
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,9 +23,18 @@ def _check_fraction(value: float) -> None:
 
 
 def default_limit(device: str) -> int | None:
-    """Return the memory that a run may take by default, in bytes; None where it is unknown."""
-    free = free_bytes(torch.device(device))
+    """
+    Return the memory that a run may take by default, in bytes; None where it is unknown.
+
+    It is looked up once a second: reading the system's files takes as long as a small run's sums.
+    """
+    free = _free_bytes(torch.device(device), ROOT, int(time.monotonic()))
     return None if free is None else int(free * FRACTION)
+
+
+@functools.lru_cache(maxsize=1)
+def _free_bytes(device: torch.device, root: Path, second: int) -> int | None:
+    return free_bytes(device)
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -84,21 +84,27 @@ class Environment:
         return replace(self, params=_params(), values=_values())
 
 
-def rng_state() -> dict[str, Any]:
-    """Return the state of all global generators, those of the graphics cards in use included."""
-    state: dict[str, Any] = pyro.util.get_rng_state()
+def torch_rng_state() -> dict[str, Any]:
+    """Return the state of torch's global generators, those of graphics cards in use included."""
+    state: dict[str, Any] = {"torch": torch.get_rng_state()}
     if torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state_all()
     return state
 
 
+def rng_state() -> dict[str, Any]:
+    """Return the state of all global generators, Python's and NumPy's included."""
+    return {**pyro.util.get_rng_state(), **torch_rng_state()}
+
+
 def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Put all global generators into a state that :func:`rng_state` returned."""
-    state = dict(state)
-    cuda = state.pop("cuda", None)
-    pyro.util.set_rng_state(state)
-    if cuda is not None:
-        torch.cuda.set_rng_state_all(cuda)
+    """Put generators into a state that one of the functions above returned."""
+    if "random" in state:
+        pyro.util.set_rng_state(dict(state))
+    else:
+        torch.set_rng_state(state["torch"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def same_rng_state(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

@@ -67,3 +67,24 @@ def index_named(structure: Structure, name: str) -> str:
 def _carried_by_one(structure: Structure) -> list[str]:
     """Return the carried sites that are computed from one index."""
     return [n for n in structure.carried if len(structure.indices_read(structure.guide[n])) == 1]
+
+
+def unnumbered(structure: Structure, numbers: Mapping[str, int], rest: int) -> list[str]:
+    """
+    Say which sites have no number of particles given, if there are any.
+
+    :param rest: the number that they get.
+    """
+    named = {index_named(structure, name) for name in numbers}
+    sites = {
+        site
+        for index in structure.indices
+        if not index.enumerated and index.symbol not in named
+        for site in index.sites
+    }
+    if not sites:
+        return []
+    return [
+        f"num_samples gives no number for {quoted(sites)}: {rest} particles of each are drawn, "
+        "which is few. Give one to all others: num_samples={..., None: 100}."
+    ]

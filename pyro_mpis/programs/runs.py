@@ -25,7 +25,12 @@ from torch import Tensor
 
 from pyro_mpis._typing import Program, SampleMessage
 from pyro_mpis.programs.densities import memoise, refuse_invalid, taking_anything
-from pyro_mpis.programs.environment import rng_state, same_rng_state, set_rng_state
+from pyro_mpis.programs.environment import (
+    rng_state,
+    same_rng_state,
+    set_rng_state,
+    torch_rng_state,
+)
 from pyro_mpis.programs.handlers import (
     AllMet,
     Compare,
@@ -71,8 +76,13 @@ class Programs:
 
     @property
     def nan_is_zero(self) -> bool:
-        """Whether the guide is learned: its tails reach where arguments overflow."""
-        return bool(getattr(self.guide, "nan_is_zero", False))
+        """Whether densities that are nan count as zero: a learned guide's tails reach far."""
+        return self.is_learned
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether adapt has made the guide."""
+        return bool(getattr(self.guide, "is_learned", False))
 
     def program(self, name: Name) -> Program:
         """Return the model or the guide, with masks of latents as they count."""
@@ -252,9 +262,9 @@ def evaluate(
         trace = _at(programs, "model", model_values, until, model.all_sites)
         _keep(trace, model, values, from_model)
 
-    state = rng_state()
+    state = torch_rng_state()
     run_mapped(at_single_values, levels, patched=programs.patched)
-    if not same_rng_state(state, rng_state()):
+    if not same_rng_state(state, torch_rng_state()):
         first = {**from_guide}, {**from_model}
         run_mapped(at_single_values, levels, patched=programs.patched)  # with other numbers
         set_rng_state(state)

@@ -7,7 +7,7 @@ is 0.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -96,15 +96,49 @@ def tensors_of(part: Any) -> list[Tensor]:
 
 def unwrapped(tensor: Tensor) -> Mapped:
     """Return a tensor of the innermost function with its levels as dims on the left."""
-    dims = list(range(-tensor.dim(), 0))  # levels are counted from 1, and dims negative
+    levels: list[int] = []  # counted from 1, the innermost first
+    dims: list[int] = []
     while _functorch.is_batchedtensor(tensor):
-        dims.insert(_functorch.maybe_get_bdim(tensor), _functorch.maybe_get_level(tensor))
+        levels.append(_functorch.maybe_get_level(tensor))
+        dims.append(_functorch.maybe_get_bdim(tensor))
         tensor = _functorch.get_unwrapped(tensor)
-    levels = sorted(dim for dim in dims if dim > 0)
-    order = [dims.index(dim) for dim in (*levels, *range(len(levels) - len(dims), 0))]
-    if order != sorted(order):
-        tensor = tensor.permute(order)
-    return Mapped(tensor, tuple(level - 1 for level in levels))
+    if any(dims):
+        order = list(range(len(levels), tensor.dim()))
+        for number in range(len(levels)):
+            order.insert(dims[number], len(levels) - 1 - number)
+        tensor = tensor.permute([order.index(dim) for dim in range(len(order))])
+    return Mapped(tensor, tuple(level - 1 for level in reversed(levels)))
+
+
+def elementwise(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor | None:
+    """
+    Apply a function that broadcasts to mapped tensors, without vmap: it sees all levels as dims.
+
+    It may write into what it has made itself, and takes one step where vmap takes one a level.
+
+    :return: mapped at all levels of the tensors; None if they are of another transform of
+        :mod:`torch.func` too.
+    """
+    parts = [unwrapped(tensor) for tensor in tensors]
+    if any(map(_functorch.is_functorch_wrapped_tensor, (part.tensor for part in parts))):
+        return None
+    levels = sorted({level for part in parts for level in part.levels})
+    dims = max(tensor.dim() for tensor in tensors)
+    result = function(*(_left_of(part, levels, dims) for part in parts))
+    for level in levels:
+        result = _functorch._add_batch_dim(result, 0, level + 1)
+    return result
+
+
+def _left_of(mapped: Mapped, levels: Sequence[int], dims: int) -> Tensor:
+    """Return ``(*levels, *dims)``, with size one for what the tensor does not have."""
+    tensor, own = mapped.tensor, len(mapped.levels)
+    if own == len(levels) and tensor.dim() == own + dims:
+        return tensor
+    sizes = [1] * len(levels)
+    for size, level in zip(tensor.shape, mapped.levels, strict=False):
+        sizes[levels.index(level)] = size
+    return tensor.reshape((*sizes, *(1,) * (dims + own - tensor.dim()), *tensor.shape[own:]))
 
 
 def exchange(

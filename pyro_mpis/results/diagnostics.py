@@ -26,7 +26,7 @@ from pyro_mpis.factor_graph.marginals import Marginal
 from pyro_mpis.programs.structure import Structure
 from pyro_mpis.replicate import BlockSum
 from pyro_mpis.results.narrowness import curvature_of, times_as_wide
-from pyro_mpis.results.remedies import multiple, remedies, widening
+from pyro_mpis.results.remedies import LEARNED, multiple, remedies, widening
 from pyro_mpis.results.site_diagnosis import SiteDiagnosis
 
 if TYPE_CHECKING:
@@ -161,9 +161,10 @@ def diagnose(
     :param log_evidences: of every replicate, -inf for an evidence of zero.
     """
     structure = block_sum.replicate.structure
+    guide = "learned guide" if block_sum.replicate.programs.is_learned else "guide"
     possible = int((log_evidences > -math.inf).sum())
     sites = tuple(
-        _site(structure, name, marginals[name], possible)
+        _site(structure, name, marginals[name], possible, guide)
         for name, origin in structure.origins.items()
         if name in sampled and origin != "model_delta"
     )
@@ -220,14 +221,14 @@ def doubts_of_error(diagnosis: Diagnosis) -> list[str]:
 
 
 def _site(
-    structure: Structure, name: str, marginal: Marginal, num_replicates: int
+    structure: Structure, name: str, marginal: Marginal, num_replicates: int, guide: str
 ) -> SiteDiagnosis:
     site = structure.model[name]
     dims = {plate.dim: plate.name for plate in map(structure.plates.__getitem__, site.plates)}
     batch_dims = [d for d in range(-len(site.batch_shape), 0) if d not in site.undeclared]
     return SiteDiagnosis(
         name=name,
-        proposal="prior" if structure.origins[name] == "prior" else "guide",
+        proposal="prior" if structure.origins[name] == "prior" else guide,
         num_particles=marginal.log_weights.shape[-1],
         ess=marginal.ess.double().cpu(),
         heaviest=marginal.weights.amax(-1).double().cpu(),
@@ -288,6 +289,8 @@ def _heavy_tails(sites: tuple[SiteDiagnosis, ...]) -> list[Problem]:
         else "The prior has few particles where the posterior is: use a guide for these sites, "
         "rather too wide than too narrow."
     )
+    if worst.proposal == "learned guide":
+        remedy = LEARNED
     return [Problem(finding, (remedy,))]
 
 

@@ -39,6 +39,12 @@ MOST_TIMES = 4.0
 MOST_NAMES = 4
 # A discrete site of at most this many values is better summed over than drawn.
 SMALL_SUPPORT = 100
+# Where adapt has made the guide.
+LEARNED = (
+    "The guide that adapt found does not fit here. Call adapt again from another seed "
+    "(pyro.set_rng_seed), or draw more particles. docs/adapting.md says which posteriors are hard "
+    "for a guide of this kind."
+)
 
 
 def remedies(
@@ -83,6 +89,8 @@ def widening(times: Sequence[tuple[SiteDiagnosis, float]]) -> list[str]:
             "Or leave these sites out of the guide. They are then drawn from the prior, which is "
             "rarely too narrow, but may need many particles.",
         ]
+    if any(site.proposal == "learned guide" for site, _ in times):
+        helps.append(LEARNED)
     drawn = [site.name for site, _ in times if site.proposal == "prior"]
     if drawn:
         helps.append(
@@ -172,13 +180,15 @@ def _better_guide(site: SiteDiagnosis, marginal: Marginal, num_indices: int, num
     :param num_indices: of all sites that have particles, as is ``num_sites``.
     """
     name = site.worst
-    source = "the prior" if site.proposal == "prior" else "the guide"
+    source = f"the {site.proposal}"
     remedy = (
         "A guide puts the particles where they count: MPImportance(model).adapt(...) learns one, "
         "or train one by SVI (AutoNormal, or a guide of your own)."
         if site.proposal == "prior"
         else "Train the guide further, or let the site read in it those that it depends on."
     )
+    if site.proposal == "learned guide":
+        remedy = LEARNED
     wide, narrow, off = _mismatch(marginal, int(site.ess.reshape(-1).argmin()))
     if site.lowest_ess < TELLING_ESS or math.isinf(wide):
         return f"{name} is drawn from {source}, with most of the weight on one value. {remedy}"
@@ -191,10 +201,10 @@ def _better_guide(site: SiteDiagnosis, marginal: Marginal, num_indices: int, num
         )
     if narrow <= NARROW:
         return (
-            f"{name} is drawn from {source}, only {narrow:.1f} times as wide as its posterior: "
-            "make the guide wider."
+            f"{name} is drawn from {source}, only {narrow:.1f} times as wide as its posterior. "
+            f"{LEARNED if site.proposal == 'learned guide' else 'Make the guide wider.'}"
         )
-    if num_indices == 1 and num_sites > 1:
+    if num_indices == 1 and num_sites > 1 and site.proposal != "learned guide":
         return (
             "The guide draws all sites as one, so that they share one particle index. With a "
             "distribution for each site (AutoNormal) all combinations of their particles count."
@@ -204,10 +214,12 @@ def _better_guide(site: SiteDiagnosis, marginal: Marginal, num_indices: int, num
     )
     if num_sites == 1:
         return f"{covered}: more particles are all it takes."
+    what_helps = "More particles of all sites help"
+    if site.proposal != "learned guide":
+        what_helps += ", or a guide in which it reads the sites that it depends on"
     return (
         f"{covered}. Its weights are uneven because the sites that it is combined with have few "
-        "particles. More particles of all sites help, or a guide in which it reads the sites that "
-        "it depends on."
+        f"particles. {what_helps}."
     )
 
 

@@ -10,7 +10,7 @@ against what the file says of them. How the file is written stands in
 
 import copy
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from typing import TypeVar, cast
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributions.constraints import Constraint
 
 from pyro_mpis._text import quoted
+from pyro_mpis._warnings import warn
 from pyro_mpis.factor_graph.evidence import log_evidence
 from pyro_mpis.factor_graph.graph import FactorGraph, LogFactor, RaggedPlate, SiteValue
 from pyro_mpis.options import Options
@@ -26,7 +27,7 @@ from pyro_mpis.particles.memory import Cut
 from pyro_mpis.particles.probes import ElementReads, SiteReads
 from pyro_mpis.particles.proposals import Particles
 from pyro_mpis.pieces import Ranges
-from pyro_mpis.planning import Plan
+from pyro_mpis.planning import Plan, analysed
 from pyro_mpis.programs.environment import Environment, seeded
 from pyro_mpis.programs.not_mappable import Name
 from pyro_mpis.programs.runs import Programs
@@ -123,6 +124,74 @@ FORMAT = Format(
         Structure,
     ),
 )
+
+
+def save(
+    path: str | os.PathLike[str],
+    settings: Settings,
+    sums: list[BlockSum],
+    weights: list[dict[str, Tensor]],
+    *,
+    factors: bool,
+) -> None:
+    """Write a result to a file; see :meth:`pyro_mpis.MPImportance.save`."""
+    if sums[0].replicate.programs.subsamples is not None:
+        raise NotImplementedError(
+            "a plate selects a subsample, which a file does not keep: run on all of the data, or "
+            "keep the numbers that moments() and marginals() give."
+        )
+    if not factors and not sums[0].traces:
+        sums = [replace(total, whole=replace(total.whole, factors=())) for total in sums]
+    stored, unknown = pack(settings, sums, weights)
+    if unknown:
+        warn(
+            f"'{os.fspath(path)}': the arguments of .run are not kept, because one of them is "
+            f"{unknown}, neither a tensor nor plain data. Give them again: .load(path, model, "
+            "guide, args=..., kwargs=...)."
+        )
+    write(path, stored)
+
+
+def arguments(
+    path: str | os.PathLike[str],
+    stored: "Stored",
+    args: Sequence[object] | None,
+    kwargs: Mapping[str, object] | None,
+) -> Arguments:
+    """Return the arguments that were given, or those of the file where none were."""
+    if args is not None or kwargs is not None:
+        return Arguments(tuple(args or ()), dict(kwargs or {}))
+    if stored.arguments is None:
+        raise ValueError(
+            f"'{os.fspath(path)}': it does not hold the arguments of the run, because not all of "
+            "them were tensors and plain data. Give them: .load(path, model, guide, args=..., "
+            "kwargs=...)."
+        )
+    return stored.arguments
+
+
+def sums_of(
+    path: str | os.PathLike[str], stored: "Stored", programs: Programs, options: Options
+) -> list[BlockSum]:
+    """
+    Return the sums of a file's replicates.
+
+    :raises ValueError: if the programs are not those of the run.
+    """
+    environment = replace(Environment(), dtype=stored.dtype, validate=stored.validate)
+    try:
+        with seeded(0), environment.entered():
+            programs, structure, *_ = analysed(programs, options)
+    except ValueError as error:
+        raise ValueError(
+            f"'{os.fspath(path)}': model and guide do not fit the saved run. {error} If the run "
+            "had a learned proposal, give the model and the guide that adapt made: .load(path, "
+            "posterior.model, posterior.guide)."
+        ) from error
+    check_structure(path, stored.structure, structure)
+    sums = [kept.restored(stored, programs, environment, options) for kept in stored.sums]
+    check_evaluation(path, sums[0])
+    return sums
 
 
 def pack(

@@ -19,7 +19,8 @@ class SiteDiagnosis:
     The weights of one site's particles, by plate element.
 
     :param name: the site.
-    :param proposal: what its particles were drawn from: ``"guide"`` or ``"prior"``.
+    :param proposal: what its particles were drawn from: ``"guide"``, ``"learned guide"`` or
+        ``"prior"``.
     :param num_particles: number of weights of each element.
     :param ess: effective sample size: ``batch_shape``.
     :param heaviest: share of the weight that the heaviest particle has: ``batch_shape``.
