@@ -356,3 +356,141 @@ def test_data_outside_of_a_fixed_support_beside_latents() -> None:
         pyro.sample("y", dist.Pareto(1.0, alpha), obs=torch.tensor(0.5))
 
     fails(ValueError, r"site 'y': probability zero for all particles", model)
+
+
+# Mixtures: each component has its own support.
+
+
+def steps(low: Tensor) -> Distribution:
+    """Two uniforms, from ``low`` and from one above."""
+    lows = torch.stack([low, low + 1.0])
+    return dist.Uniform(lows, lows + torch.tensor([1.0, 2.0]))
+
+
+def shifted(by: Tensor, fn: Distribution) -> Distribution:
+    return dist.TransformedDistribution(fn, [dist.transforms.AffineTransform(by, 1.0)])
+
+
+def uneven(components: Distribution) -> Distribution:
+    return dist.MixtureSameFamily(dist.Categorical(torch.tensor([0.3, 0.7])), components)
+
+
+def two_paretos(low: Tensor) -> Distribution:
+    lows = torch.stack([low, 2.0 * low]).unsqueeze(-1).expand(2, 2)
+    return dist.Pareto(lows, 2.0).to_event(1)
+
+
+def chosen(late: list[bool], zero: Distribution, one: Distribution) -> Distribution:
+    return dist.MaskedMixture(torch.tensor(late), zero, one)
+
+
+MIXTURES: dict[
+    str, tuple[Callable[[Tensor], Distribution], list[float], Callable[[float], Any]]
+] = {
+    # name: distribution given x, a value, and its density given x
+    "uniforms": (
+        lambda x: uneven(steps(x)),
+        [1.5],
+        lambda x: 0.3 * (x <= 1.5 < x + 1) + 0.7 / 2 * (x + 1 <= 1.5 < x + 3),
+    ),
+    "expanded": (
+        lambda x: uneven(steps(x)).expand([2]),
+        [1.5, 2.2],
+        lambda x: [0.3 * (x <= y < x + 1) + 0.7 / 2 * (x + 1 <= y < x + 3) for y in (1.5, 2.2)],
+    ),
+    "independent": (
+        lambda x: uneven(steps(x)).expand([2]).to_event(1),
+        [1.5, 2.2],
+        lambda x: math.prod(
+            0.3 * (x <= y < x + 1) + 0.7 / 2 * (x + 1 <= y < x + 3) for y in (1.5, 2.2)
+        ),
+    ),
+    "transformed": (
+        lambda x: shifted(x, uneven(dist.Exponential(torch.tensor([1.0, 2.0])))),
+        [1.5],
+        lambda x: 0.3 * math.exp(x - 1.5) + 0.7 * 2 * math.exp(2 * (x - 1.5)) if x < 1.5 else 0.0,
+    ),
+    "of transformed ones": (
+        lambda x: uneven(shifted(torch.stack([x, x + 1]), dist.Exponential(torch.ones(2)))),
+        [1.5],
+        lambda x: sum(
+            share * math.exp(low - 1.5) for share, low in ((0.3, x), (0.7, x + 1)) if low < 1.5
+        ),
+    ),
+    "of vectors": (
+        lambda x: uneven(two_paretos(x)),
+        [1.8, 2.5],
+        lambda x: sum(
+            share * 4 * low**4 / (1.8 * 2.5) ** 3 if low <= 1.8 else 0.0
+            for share, low in ((0.3, x), (0.7, 2 * x))
+        ),
+    ),
+    "chosen": (
+        lambda x: chosen(
+            [False, True, True],
+            dist.Exponential(x).expand([3]),
+            shifted(x, dist.Exponential(torch.ones(3))),
+        ),
+        [0.4, 0.4, 2.0],
+        lambda x: [x * math.exp(-0.4 * x), math.exp(x - 0.4) * (x < 0.4), math.exp(x - 2)],
+    ),
+    "chosen with an argument that is invalid elsewhere": (
+        lambda x: chosen([True, False], dist.Normal(0.0, x.expand(2)), dist.Normal(0.0, x - 1)),
+        [0.5, 0.5],
+        lambda x: [
+            math.exp(-0.125 / s**2) / (s * math.sqrt(2 * math.pi)) if s > 0 else math.nan
+            for s in (x - 1, x)
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_each_component_of_a_mixture_has_a_support_of_its_own(name: str) -> None:
+    make, value, density = MIXTURES[name]
+    numbers = torch.tensor([0.2, 0.7, 1.1, 1.6])
+    data = torch.tensor(value) if len(value) > 1 else torch.tensor(value[0])
+    found = densities(make, lambda _: data, numbers)
+    expected = torch.tensor([density(float(x)) for x in numbers]).log()
+    torch.testing.assert_close(found, expected.reshape(found.shape), equal_nan=True)
+
+
+@pytest.mark.usefixtures("float64")
+def test_evidence_of_mixtures_whose_components_rule_data_out() -> None:
+    """Where the bounds are fixed, and where a summed latent chooses the component."""
+    data = torch.tensor([0.5, 2.9, 2.2])
+
+    def fixed() -> None:
+        share = pyro.sample("share", dist.Beta(2.0, 2.0))
+        lows, highs = torch.tensor([0.0, 1.0]), torch.tensor([1.0, 3.0])
+        fn = dist.MixtureSameFamily(
+            dist.Categorical(torch.stack([share, 1 - share])), dist.Uniform(lows, highs)
+        )
+        with pyro.plate("data", 3):
+            pyro.sample("y", fn, obs=data)
+
+    pyro.set_rng_seed(0)
+    posterior = MPImportance(fixed, num_samples=20).run()
+    share = posterior.marginals("share").samples
+    torch.testing.assert_close(
+        posterior.evidence(), (share * (1 - share).square() / 4).mean().log()
+    )
+
+    def change(observed: Tensor) -> None:
+        start = pyro.sample(
+            "start", dist.Categorical(torch.ones(4)), infer={"enumerate": "parallel"}
+        )
+        late = torch.arange(3) >= start
+        with pyro.plate("data", 3):
+            early = dist.Exponential(torch.ones(3))
+            fn = dist.MaskedMixture(late, early, shifted(torch.tensor(2.0), early))
+            pyro.sample("y", fn, obs=observed)
+
+    total = 0.0
+    for start in range(4):
+        lows = [2.0 * (t >= start) for t in range(3)]
+        total += math.prod(
+            math.exp(low - float(y)) * (float(y) >= low) for low, y in zip(lows, data, strict=True)
+        )
+    found = MPImportance(change, num_samples=1).run(data).evidence()
+    assert float(found) == pytest.approx(math.log(total / 4))

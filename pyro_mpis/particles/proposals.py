@@ -66,8 +66,8 @@ class Particles:
         They have no log proposals: the programs can run at them, and that is all.
         """
         names = structure.by_symbol[symbol].sites
-        rows = torch.cat([self.values[n].reshape(self.sizes[symbol], -1).double() for n in names], 1)
-        _, which = rows.unique(dim=0, return_inverse=True)
+        rows = [self.values[name].reshape(self.sizes[symbol], -1).double() for name in names]
+        _, which = torch.cat(rows, 1).unique(dim=0, return_inverse=True)
         number = int(which.max()) + 1
         first = torch.empty(number, dtype=torch.long, device=which.device)
         first[which] = torch.arange(len(which), device=which.device)  # any one of them
