@@ -4,6 +4,7 @@
 import itertools
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import pyro
@@ -380,6 +381,10 @@ def two_paretos(low: Tensor) -> Distribution:
     return dist.Pareto(lows, 2.0).to_event(1)
 
 
+def two_shifted(low: Tensor) -> Distribution:
+    return shifted(torch.stack([low, low + 1]), dist.Exponential(torch.ones(2)))
+
+
 def chosen(late: list[bool], zero: Distribution, one: Distribution) -> Distribution:
     return dist.MaskedMixture(torch.tensor(late), zero, one)
 
@@ -399,10 +404,11 @@ MIXTURES: dict[
         lambda x: [0.3 * (x <= y < x + 1) + 0.7 / 2 * (x + 1 <= y < x + 3) for y in (1.5, 2.2)],
     ),
     "independent": (
-        lambda x: uneven(steps(x)).expand([2]).to_event(1),
-        [1.5, 2.2],
+        lambda x: uneven(two_shifted(x)).expand([2]).to_event(1),
+        [1.5, 1.8],
         lambda x: math.prod(
-            0.3 * (x <= y < x + 1) + 0.7 / 2 * (x + 1 <= y < x + 3) for y in (1.5, 2.2)
+            sum(share * math.exp(low - y) * (low < y) for share, low in ((0.3, x), (0.7, x + 1)))
+            for y in (1.5, 1.8)
         ),
     ),
     "transformed": (
@@ -411,7 +417,7 @@ MIXTURES: dict[
         lambda x: 0.3 * math.exp(x - 1.5) + 0.7 * 2 * math.exp(2 * (x - 1.5)) if x < 1.5 else 0.0,
     ),
     "of transformed ones": (
-        lambda x: uneven(shifted(torch.stack([x, x + 1]), dist.Exponential(torch.ones(2)))),
+        lambda x: uneven(two_shifted(x)),
         [1.5],
         lambda x: sum(
             share * math.exp(low - 1.5) for share, low in ((0.3, x), (0.7, x + 1)) if low < 1.5
@@ -443,6 +449,28 @@ MIXTURES: dict[
         ],
     ),
 }
+
+
+MIXTURES["chosen with an argument that is invalid here"] = (
+    lambda x: chosen([True, False], dist.Bernoulli(x.expand(2)), dist.Bernoulli(x - 0.5)),
+    [1.0, 1.0],
+    lambda x: [p if 0 <= p <= 1 else math.nan for p in (x - 0.5, x)],
+)
+
+
+def test_mixtures_are_as_torch_has_them_without_validation() -> None:
+    """Outside of a support too."""
+
+    def make(x: Tensor) -> Distribution:
+        return uneven(two_shifted(x))
+
+    value = torch.tensor(0.5)
+    numbers = torch.tensor([0.2, 1.1])
+    with pyro.validation_enabled(False):
+        formula = torch.stack([make(x).log_prob(value) for x in numbers])
+    assert bool(formula.isfinite().all())
+    found = densities(make, lambda _: value, numbers, validate=False)
+    torch.testing.assert_close(found, formula)
 
 
 @pytest.mark.parametrize("name", MIXTURES)
@@ -494,3 +522,27 @@ def test_evidence_of_mixtures_whose_components_rule_data_out() -> None:
         )
     found = MPImportance(change, num_samples=1).run(data).evidence()
     assert float(found) == pytest.approx(math.log(total / 4))
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("seed", range(3))
+def test_a_matrix_that_is_not_positive_definite(seed: int) -> None:
+    """It counts as zero where another factor rules it out, in the first run too."""
+    y = torch.tensor([0.5, -0.3])
+
+    def model(ruled_out: bool) -> None:
+        r = pyro.sample("r", dist.Normal(0.0, 0.7))
+        if ruled_out:
+            pyro.factor("possible", torch.where(r.abs() < 1, 0.0, -torch.inf))
+        rows = torch.stack([torch.ones_like(r), r, r, torch.ones_like(r)], -1).reshape(2, 2)
+        pyro.sample("y", dist.MultivariateNormal(torch.zeros(2), rows), obs=y)
+
+    pyro.set_rng_seed(seed)
+    posterior = MPImportance(model, num_samples=60).run(True)
+    r = posterior.marginals("r").samples
+    assert 0 < int((r.abs() > 1).sum()) < 30
+    left = 1 - r.square()
+    log_p = -0.5 * (y.square().sum() - 2 * r * y.prod()) / left - 0.5 * left.log()
+    weights = torch.where(r.abs() < 1, log_p, -torch.inf).exp() / (2 * math.pi)
+    torch.testing.assert_close(posterior.evidence(), weights.mean().log())
+    fails(ValueError, "site 'y': log_prob is nan at", partial(model, False), K=60)

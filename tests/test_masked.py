@@ -3,7 +3,7 @@
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -22,6 +22,9 @@ from torch import Tensor
 
 from pyro_mpis import MPImportance
 from pyro_mpis._warnings import MPISWarning
+from pyro_mpis.programs.generic import DifferentEntries, moved
+from pyro_mpis.programs.mapped import run_mapped
+from pyro_mpis.programs.tensors import unwrapped
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -478,3 +481,38 @@ def test_what_saturates_is_read() -> None:
 
     with pytest.warns(MPISWarning, match=f"'x': {FLAT}"):
         MPImportance(model, num_samples=2).run()
+
+
+def test_entries_of_every_kind_of_table_differ() -> None:
+    """Zeros, in a mapped run: selected by a mapped number, and not by another."""
+    table, two = torch.zeros(3), torch.tensor([2])
+    ways: list[Callable[[Tensor], Tensor]] = [
+        lambda z: table[z],
+        lambda z: table.gather(0, z),
+        lambda z: torch.gather(table, 0, z),
+        lambda z: table.index_select(0, z),
+        lambda z: torch.index_select(table, 0, z),
+        lambda z: table.take(z),
+        lambda z: torch.take(table, z),
+        lambda z: table.take_along_dim(z, 0),
+        lambda z: torch.take_along_dim(table, z, 0),
+        lambda z: torch.nn.functional.embedding(z, table[:, None]),
+        lambda z: torch.where(z == 2, 0.0, 0.0),
+        lambda z: torch.where(z == 2, table[0], table[0]),
+        lambda z: table[:1].where(z == 2, table[:1]),
+    ]
+
+    def run(values: Mapping[str, Tensor]) -> None:
+        for way in ways:
+            assert not bool(unwrapped(way(two)).tensor.any())
+            found = unwrapped(way(values["z"])).tensor.reshape(2)
+            assert found[0] != found[1]
+        assert way_of_integers(values["z"]).dtype == torch.long
+
+    def way_of_integers(z: Tensor) -> Tensor:
+        return torch.arange(3)[z]
+
+    with DifferentEntries():
+        run_mapped(run, [{"z": torch.tensor([[1], [2]])}], patched=False)
+    assert bool((moved(torch.tensor([0.0, 1.0])) != torch.tensor([0.0, 1.0])).all())
+    assert bool(((moved(torch.tensor([0.0, 1.0])) - 0.5).abs() < 0.5).all())

@@ -31,6 +31,7 @@ from torch.distributions import (
 
 from pyro_mpis.programs.mapped import log_prob_of
 from pyro_mpis.programs.masks import Parts, taken_apart
+from pyro_mpis.programs.rewritten import CholeskyOrNan
 from pyro_mpis.programs.tensors import exchange, unwrapped
 
 UNBOUNDED = (constraints.real, constraints.real_vector, constraints.dependent)
@@ -171,7 +172,7 @@ def taking_anything() -> Iterator[None]:
     A copy of a distribution keeps what the class says when it is made. It is a zero here, so that
     those that the user has made with ``validate_args=False`` can be told from it.
     """
-    with pyro.validation_enabled(False):
+    with pyro.validation_enabled(False), CholeskyOrNan():
         torch.distributions.Distribution._validate_args = NOT_NOW  # type: ignore[assignment]
         yield
 
