@@ -76,6 +76,37 @@ def test_in_parts(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
     check(loop(3, 6, 4, 10.0), NUM_DRAWS if elements > 8 else NUM_DRAWS // 8)
 
 
+@pytest.mark.parametrize("slope", [0.0, 30.0])
+@pytest.mark.parametrize("num_draws", [1, 7, 2000])
+def test_draws_that_are_given_the_same(
+    monkeypatch: pytest.MonkeyPatch, slope: float, num_draws: int
+) -> None:
+    """They share distribution functions, and are what each is by itself; lost products too."""
+    graph = loop(3, 6, 4, slope)
+    found = []
+    for number in (2**62, 0):  # none may be shared
+        monkeypatch.setattr(sampling, "LARGEST_NUMBER", number)
+        torch.manual_seed(0)
+        found.append(sample_indices(graph, num_draws)[1])
+    for symbol in "xyz":
+        assert torch.equal(found[0][symbol], found[1][symbol])
+
+
+def test_elements_that_are_given_others() -> None:
+    """An index in a plate is given one of the plate, another in each element."""
+    graph = graph_of(
+        {"xp": noise(3, 4, seed=0), "xyp": 3 * noise(3, 5, 4, seed=1)}.items(),
+        {"x": "p", "y": "p"},
+    )
+    torch.manual_seed(2)
+    _, drawn = sample_indices(graph, NUM_DRAWS)
+    tables = {factor.name: factor.tensor for factor in graph.factors}
+    joint = (tables["xp"][:, None] + tables["xyp"]).flatten(0, 1).softmax(0)
+    for element in range(4):
+        cell = drawn["x"][:, element] * 5 + drawn["y"][:, element]
+        check_frequencies(cell.bincount(minlength=15), joint[:, element])
+
+
 def test_terms_larger_than_what_is_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Then rows are exponentiated as they are looked up."""
     tables: list[sampling._Table] = []

@@ -29,6 +29,7 @@ from pyro_mpis.factor_graph.packed import aligned, dims_of
 from pyro_mpis.factor_graph.selection import Drawn, index_at, positions_in, sites_at
 
 DRAW_ELEMENTS = 2**18  # probabilities that are looked at together
+LARGEST_NUMBER = 2**62  # of combinations that an integer can number
 LOST = 1e-20  # below this a sum of products of single precision has lost terms to underflow
 
 
@@ -107,24 +108,69 @@ def _draw_given(
     order = (*range(1, chosen.dim()), 0)
     combinations = math.prod(graph.sizes[symbol] for symbol in step.summed)
     for part in cuts(chosen.shape, order, DRAW_ELEMENTS // combinations):
-        at = {s: _cut(index, part) for s, index in (indices | positions).items()}
-        chosen[part] = _draw(tables, at, chosen[part].shape)
+        at = {s: _cut(index, part) for s, index in indices.items()}
+        here = {s: _cut(index, part) for s, index in positions.items()}
+        chosen[part] = _draw(graph, tables, at, here, chosen[part].shape)
     return chosen
 
 
-def _draw(tables: Sequence["_Table"], at: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
+def _draw(
+    graph: FactorGraph, tables: Sequence["_Table"], given: Drawn, here: Drawn, shape: torch.Size
+) -> Tensor:
     """
     Draw from the product of rows of tables, by inverting its distribution function.
 
+    Where all plate elements are given the same, many draws often are too: then a distribution
+    function is found once for all of these.
+
+    :param given: the indices that the draws are given: (N, *plates), size one where they are same.
+    :param here: the numbers of the plate elements, likewise.
+    :param shape: (N, *plates).
+    """
+    known = _distinct(graph, given)
+    if known is None:
+        return _inverted(_cumulative(tables, {**given, **here}, shape))
+    distinct, numbers = known
+    rows = len(next(iter(distinct.values())))
+    cumulative = _cumulative(tables, {**distinct, **here}, torch.Size((rows, *shape[1:])))
+    return _inverted(cumulative.index_select(1, numbers))
+
+
+def _distinct(graph: FactorGraph, given: Drawn) -> tuple[dict[str, Tensor], Tensor] | None:
+    """
+    Return what differs among the draws' given indices, and the number of each draw's own.
+
+    :return: None where plate elements are given others, or where most draws differ.
+    """
+    draws = next(iter(given.values())).shape[0]
+    combinations = math.prod(graph.sizes[symbol] for symbol in given)
+    if any(index.numel() > draws for index in given.values()) or combinations > LARGEST_NUMBER:
+        return None
+    number = torch.zeros(draws, dtype=torch.long, device=graph.device)
+    for symbol, index in given.items():
+        number = number * graph.sizes[symbol] + index.reshape(-1)
+    differing, numbers = number.unique(return_inverse=True)
+    if 2 * len(differing) > draws:
+        return None
+    distinct = {}
+    for symbol, index in reversed([*given.items()]):
+        distinct[symbol] = (differing % graph.sizes[symbol]).reshape(-1, *index.shape[1:])
+        differing = differing // graph.sizes[symbol]
+    return distinct, numbers
+
+
+def _cumulative(tables: Sequence["_Table"], at: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
+    """
+    Return distribution functions of the product of rows of tables: (combinations, *shape).
+
     Where the largest entries of the rows do not meet, so that products underflow, their logarithms
-    are added up instead. Shares and uniform numbers are in float32: a probability is off by some
-    1e-7, of no account for draws that can be counted, and one of zero stays zero.
+    are added up instead. Shares are in float32: a probability is off by some 1e-7, of no account
+    for draws that can be counted, and one of zero stays zero.
     """
     shares = tables[0].shares(at)
     for table in tables[1:]:
         shares = shares * table.shares(at)
     cumulative = _of_combinations(shares, shape).cumsum(0)
-    choice = _inverted(cumulative)
     lost = ~(cumulative[-1] > LOST)
     if bool(lost.any()):
         here = {symbol: index.expand(shape)[lost] for symbol, index in at.items()}
@@ -132,8 +178,8 @@ def _draw(tables: Sequence["_Table"], at: Mapping[str, Tensor], shape: torch.Siz
         for table in tables[1:]:
             logits = logits + table.logs(here)
         logits = _of_combinations(logits, logits.shape[-1:])
-        choice[lost] = _inverted(exp_(logits - logits.amax(0)).cumsum(0))
-    return choice
+        cumulative[:, lost] = exp_(logits - logits.amax(0)).cumsum(0).to(cumulative.dtype)
+    return cumulative
 
 
 def _of_combinations(rows: Tensor, shape: torch.Size) -> Tensor:
