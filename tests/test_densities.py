@@ -368,20 +368,20 @@ def steps(low: Tensor) -> Distribution:
     return dist.Uniform(lows, lows + torch.tensor([1.0, 2.0]))
 
 
-def shifted(by: Tensor, fn: Distribution) -> Distribution:
+def shifted(by: Tensor, fn: Distribution) -> Any:
     return dist.TransformedDistribution(fn, [dist.transforms.AffineTransform(by, 1.0)])
 
 
-def uneven(components: Distribution) -> Distribution:
+def uneven(components: Distribution) -> Any:
     return dist.MixtureSameFamily(dist.Categorical(torch.tensor([0.3, 0.7])), components)
 
 
-def two_paretos(low: Tensor) -> Distribution:
+def two_paretos(low: Tensor) -> Any:
     lows = torch.stack([low, 2.0 * low]).unsqueeze(-1).expand(2, 2)
     return dist.Pareto(lows, 2.0).to_event(1)
 
 
-def two_shifted(low: Tensor) -> Distribution:
+def two_shifted(low: Tensor) -> Any:
     return shifted(torch.stack([low, low + 1]), dist.Exponential(torch.ones(2)))
 
 
@@ -461,7 +461,7 @@ MIXTURES["chosen with an argument that is invalid here"] = (
 def test_mixtures_are_as_torch_has_them_without_validation() -> None:
     """Outside of a support too."""
 
-    def make(x: Tensor) -> Distribution:
+    def make(x: Tensor) -> Any:
         return uneven(two_shifted(x))
 
     value = torch.tensor(0.5)

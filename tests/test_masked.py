@@ -409,7 +409,7 @@ def test_what_is_read_does_not_depend_on_what_it_selects(way: str) -> None:
     """Entries that are equal, and those a little apart: flat, both times."""
 
     def model(apart: float, enumerated: bool) -> None:
-        infer = ENUMERATE if enumerated else {}
+        infer: Any = ENUMERATE if enumerated else {}
         table = 0.5 + torch.tensor([0.0, apart])
         z = pyro.sample("z", dist.Categorical(torch.tensor([0.2, 0.8])).mask(False), infer=infer)
         pyro.sample("y", dist.Normal(selected(z, table, way), 1.0), obs=Y[0])

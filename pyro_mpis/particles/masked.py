@@ -282,7 +282,7 @@ def _counted(site: SampleMessage, _: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _is_whole(fn: Distribution) -> bool:
     """Whether the values of a distribution are whole numbers."""
     try:
-        return bool(fn.support.is_discrete)
+        return fn.support is not None and bool(fn.support.is_discrete)
     except (NotImplementedError, AttributeError):
         return False
 

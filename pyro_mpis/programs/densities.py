@@ -94,12 +94,13 @@ class _SameFamily(MixtureSameFamily):
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Sum over the components: ``(*batch shape)``."""
-        of_each = density_of(self.component_distribution, self._pad(x), validate=True)
+        value: Tensor = self._pad(x)  # type: ignore[no-untyped-call]
+        of_each = density_of(self.component_distribution, value, validate=True)
         shares = self.mixture_distribution.logits.log_softmax(-1)
         return (of_each + shares).logsumexp(-1)
 
 
-class _Chosen(MaskedMixture):  # type: ignore[misc]
+class _Chosen(MaskedMixture):
     """Likewise; what the other component's density would be does not matter."""
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -107,7 +108,9 @@ class _Chosen(MaskedMixture):  # type: ignore[misc]
         one, zero = (
             density_of(part, value, validate=True) for part in (self.component1, self.component0)
         )
-        return torch.where(self.mask, one, zero)
+        chosen: Any = self.mask  # a method of the base class by that name hides it from types
+        result: Tensor = torch.where(chosen, one, zero)
+        return result
 
 
 _BY_COMPONENTS: dict[type, type] = {
@@ -190,9 +193,11 @@ def inside_of(fn: Distribution, value: Tensor) -> Tensor | None:
             inside = inside_of(fn.component_distribution, fn._pad(value))
             return None if inside is None else inside.any(-1)
         if isinstance(fn, MaskedMixture):
+            chosen: Any = fn.mask
             parts = (inside_of(part, value) for part in (fn.component1, fn.component0))
-            one, zero = (fn.mask.new_ones(()) if part is None else part for part in parts)
-            return torch.where(fn.mask, one, zero)
+            one, zero = (chosen.new_ones(()) if part is None else part for part in parts)
+            result: Tensor = torch.where(chosen, one, zero)
+            return result
         support = fn.support
         if support is None or any(support is unbounded for unbounded in UNBOUNDED):
             return None
