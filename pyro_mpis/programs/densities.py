@@ -54,7 +54,7 @@ def density_of(fn: Distribution, value: Tensor, *, validate: bool, latent: bool 
     if not isinstance(fn, Distribution) or not (validate or is_index):
         return log_prob_of(fn, value)
     inside = inside_of(fn, value)
-    fn = _by_components(fn) if validate else fn
+    fn = _by_components(fn)
     if inside is not None and _is_false_somewhere(inside):
         log_prob = torch.where(inside, log_prob_of(fn, _as_an_index(fn, value)), -torch.inf)
     else:
