@@ -10,6 +10,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 from compare import compare
+from pyro.distributions import stable as pyro_stable
+from pyro.infer.reparam import stable as reparam_stable
 from torch import Tensor
 
 from pyro_mpis.programs.mapped import MAX_LOOP, log_prob_of, run_mapped
@@ -256,6 +258,27 @@ def test_log_prob_of_arguments_that_are_not_mapped(name: str) -> None:
     one = {name: value[0] for name, value in LEVELS[0].items()}
     with pyro.validation_enabled(False):
         check(lambda v: log_prob_of(make(one), v["x"]), levels, (0,), patched=True)
+
+
+@pytest.mark.parametrize("shape", [(), (2,)])
+def test_stabilities_near_one_beside_others(shape: tuple[int, ...]) -> None:
+    """Where no value is near one Pyro takes a short cut; the long way holds for all values."""
+    stability = torch.tensor([0.8, 0.996, 1.0, 1.0049, 1.3])
+    levels = [
+        {"a": stability.reshape(-1, *(1,) * len(shape)).expand(-1, *shape)},
+        {"u": torch.linspace(-1.2, 1.4, 3), "e": torch.tensor([0.1, 1.0, 3.0])},
+    ]
+
+    def moved(v: Mapping[str, Tensor]) -> Tensor:
+        noise = v["u"].expand(shape), v["e"].expand(shape)
+        skew = torch.full(shape, 0.3)
+        shift = reparam_stable._safe_shift(v["a"], skew, skew ** (1 / v["a"]), skew)
+        result: Tensor = pyro_stable._standard_stable(v["a"], skew, *noise, coords="S0") + shift
+        return result
+
+    check(moved, levels, (0, 1), patched=True)
+    with pytest.raises(RuntimeError, match="data-dependent control flow"):  # a user's short cut
+        mapped(lambda v: v["a"] if (v["a"] < 1).any() else v["a"] + 1, levels, patched=True)
 
 
 def test_distribution_that_cannot_be_made_of_mapped_arguments() -> None:

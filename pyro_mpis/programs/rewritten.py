@@ -25,6 +25,9 @@ LIBRARIES = tuple(
     for file in (torch.__file__, pyro.__file__, os.path.dirname(__file__), contextlib.__file__)
 )
 
+# Of Pyro: each asks whether any value needs special care, and its way for these is right for all.
+SHORT_CUTS = {"_standard_stable", "_safe_shift"}
+
 
 class _Deferred(TorchDistribution):
     """A distribution that cannot be made of mapped arguments: it is made for each combination."""
@@ -189,16 +192,26 @@ def _truth(tensor: Tensor) -> Any:
     is_true = unwrapped(tensor).tensor.bool()
     if bool(is_true.all()):
         return True
-    return NotImplemented if bool(is_true.any()) else False
+    if not bool(is_true.any()):
+        return False
+    frame = _looking()
+    is_short_cut = frame is not None and frame.f_code.co_name in SHORT_CUTS
+    return True if is_short_cut else NotImplemented
 
 
-def _is_check() -> bool:
-    """Whether the line of a program that looks at a value is within a library, or an assertion."""
+def _looking() -> FrameType | None:
+    """Return the frame of the program that looks at a value."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code.co_filename == __file__:
         frame = frame.f_back
     while frame is not None and frame.f_code.co_name in ("handle_torch_function", "wrapped"):
         frame = frame.f_back
+    return frame
+
+
+def _is_check() -> bool:
+    """Whether the line of a program that looks at a value is within a library, or an assertion."""
+    frame = _looking()
     if frame is None or frame.f_code.co_filename.startswith(LIBRARIES):
         return True
     line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
