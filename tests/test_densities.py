@@ -21,6 +21,7 @@ from pyro_mpis.particles.drawing import Draw, Drawn
 from pyro_mpis.particles.proposals import weigh
 from pyro_mpis.programs.densities import density_of
 from pyro_mpis.programs.mapped import run_mapped
+from pyro_mpis.programs.rewritten import CholeskyOrNan
 from pyro_mpis.programs.tensors import unwrapped
 
 
@@ -546,3 +547,11 @@ def test_a_matrix_that_is_not_positive_definite(seed: int) -> None:
     weights = torch.where(r.abs() < 1, log_p, -torch.inf).exp() / (2 * math.pi)
     torch.testing.assert_close(posterior.evidence(), weights.mean().log())
     fails(ValueError, "site 'y': log_prob is nan at", partial(model, False), K=60)
+
+
+def test_cholesky_factors_are_nan_as_a_whole() -> None:
+    matrices = torch.stack([torch.eye(3), torch.ones(3, 3) - 2 * torch.eye(3), 4 * torch.eye(3)])
+    with CholeskyOrNan():
+        found = torch.linalg.cholesky(matrices)
+    torch.testing.assert_close(found[[0, 2]], torch.stack([torch.eye(3), 2 * torch.eye(3)]))
+    assert bool(found[1].isnan().all())
