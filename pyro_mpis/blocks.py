@@ -247,13 +247,13 @@ def run_replicates(
 
 def _is_as_planned(total: BlockSum, plan: Plan) -> bool:
     """Whether a run found the programs to be as planned, at all particles alike."""
-    found = total.replicate
+    found, by_symbol = total.replicate, total.replicate.structure.by_symbol
     reads = (found.reads or {}).values()
     return (
         not total.traces
         and found.structure == plan.structure
         and not found.plan.switched
-        and not any(site.switch for site in reads)
+        and not any(site.switch and not by_symbol[site.switch].enumerated for site in reads)
     )
 
 

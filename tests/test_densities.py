@@ -4,6 +4,7 @@
 import itertools
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import pyro
@@ -20,6 +21,7 @@ from pyro_mpis.particles.drawing import Draw, Drawn
 from pyro_mpis.particles.proposals import weigh
 from pyro_mpis.programs.densities import density_of
 from pyro_mpis.programs.mapped import run_mapped
+from pyro_mpis.programs.rewritten import CholeskyOrNan
 from pyro_mpis.programs.tensors import unwrapped
 
 
@@ -356,3 +358,200 @@ def test_data_outside_of_a_fixed_support_beside_latents() -> None:
         pyro.sample("y", dist.Pareto(1.0, alpha), obs=torch.tensor(0.5))
 
     fails(ValueError, r"site 'y': probability zero for all particles", model)
+
+
+# Mixtures: each component has its own support.
+
+
+def steps(low: Tensor) -> Distribution:
+    """Two uniforms, from ``low`` and from one above."""
+    lows = torch.stack([low, low + 1.0])
+    return dist.Uniform(lows, lows + torch.tensor([1.0, 2.0]))
+
+
+def shifted(by: Tensor, fn: Distribution) -> Any:
+    return dist.TransformedDistribution(fn, [dist.transforms.AffineTransform(by, 1.0)])
+
+
+def uneven(components: Distribution) -> Any:
+    return dist.MixtureSameFamily(dist.Categorical(torch.tensor([0.3, 0.7])), components)
+
+
+def two_paretos(low: Tensor) -> Any:
+    lows = torch.stack([low, 2.0 * low]).unsqueeze(-1).expand(2, 2)
+    return dist.Pareto(lows, 2.0).to_event(1)
+
+
+def two_shifted(low: Tensor) -> Any:
+    return shifted(torch.stack([low, low + 1]), dist.Exponential(torch.ones(2)))
+
+
+def chosen(late: list[bool], zero: Distribution, one: Distribution) -> Distribution:
+    return dist.MaskedMixture(torch.tensor(late), zero, one)
+
+
+MIXTURES: dict[
+    str, tuple[Callable[[Tensor], Distribution], list[float], Callable[[float], Any]]
+] = {
+    # name: distribution given x, a value, and its density given x
+    "uniforms": (
+        lambda x: uneven(steps(x)),
+        [1.5],
+        lambda x: 0.3 * (x <= 1.5 < x + 1) + 0.7 / 2 * (x + 1 <= 1.5 < x + 3),
+    ),
+    "expanded": (
+        lambda x: uneven(steps(x)).expand([2]),
+        [1.5, 2.2],
+        lambda x: [0.3 * (x <= y < x + 1) + 0.7 / 2 * (x + 1 <= y < x + 3) for y in (1.5, 2.2)],
+    ),
+    "independent": (
+        lambda x: uneven(two_shifted(x)).expand([2]).to_event(1),
+        [1.5, 1.8],
+        lambda x: math.prod(
+            sum(share * math.exp(low - y) * (low < y) for share, low in ((0.3, x), (0.7, x + 1)))
+            for y in (1.5, 1.8)
+        ),
+    ),
+    "transformed": (
+        lambda x: shifted(x, uneven(dist.Exponential(torch.tensor([1.0, 2.0])))),
+        [1.5],
+        lambda x: 0.3 * math.exp(x - 1.5) + 0.7 * 2 * math.exp(2 * (x - 1.5)) if x < 1.5 else 0.0,
+    ),
+    "of transformed ones": (
+        lambda x: uneven(two_shifted(x)),
+        [1.5],
+        lambda x: sum(
+            share * math.exp(low - 1.5) for share, low in ((0.3, x), (0.7, x + 1)) if low < 1.5
+        ),
+    ),
+    "of vectors": (
+        lambda x: uneven(two_paretos(x)),
+        [1.8, 2.5],
+        lambda x: sum(
+            share * 4 * low**4 / (1.8 * 2.5) ** 3 if low <= 1.8 else 0.0
+            for share, low in ((0.3, x), (0.7, 2 * x))
+        ),
+    ),
+    "chosen": (
+        lambda x: chosen(
+            [False, True, True],
+            dist.Exponential(x).expand([3]),
+            shifted(x, dist.Exponential(torch.ones(3))),
+        ),
+        [0.4, 0.4, 2.0],
+        lambda x: [x * math.exp(-0.4 * x), math.exp(x - 0.4) * (x < 0.4), math.exp(x - 2)],
+    ),
+    "chosen with an argument that is invalid elsewhere": (
+        lambda x: chosen([True, False], dist.Normal(0.0, x.expand(2)), dist.Normal(0.0, x - 1)),
+        [0.5, 0.5],
+        lambda x: [
+            math.exp(-0.125 / s**2) / (s * math.sqrt(2 * math.pi)) if s > 0 else math.nan
+            for s in (x - 1, x)
+        ],
+    ),
+}
+
+
+MIXTURES["chosen with an argument that is invalid here"] = (
+    lambda x: chosen([True, False], dist.Bernoulli(x.expand(2)), dist.Bernoulli(x - 0.5)),
+    [1.0, 1.0],
+    lambda x: [p if 0 <= p <= 1 else math.nan for p in (x - 0.5, x)],
+)
+
+
+def test_mixtures_are_as_torch_has_them_without_validation() -> None:
+    """Outside of a support too."""
+
+    def make(x: Tensor) -> Any:
+        return uneven(two_shifted(x))
+
+    value = torch.tensor(0.5)
+    numbers = torch.tensor([0.2, 1.1])
+    with pyro.validation_enabled(False):
+        formula = torch.stack([make(x).log_prob(value) for x in numbers])
+    assert bool(formula.isfinite().all())
+    found = densities(make, lambda _: value, numbers, validate=False)
+    torch.testing.assert_close(found, formula)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_each_component_of_a_mixture_has_a_support_of_its_own(name: str) -> None:
+    make, value, density = MIXTURES[name]
+    numbers = torch.tensor([0.2, 0.7, 1.1, 1.6])
+    data = torch.tensor(value) if len(value) > 1 else torch.tensor(value[0])
+    found = densities(make, lambda _: data, numbers)
+    expected = torch.tensor([density(float(x)) for x in numbers]).log()
+    torch.testing.assert_close(found, expected.reshape(found.shape), equal_nan=True)
+
+
+@pytest.mark.usefixtures("float64")
+def test_evidence_of_mixtures_whose_components_rule_data_out() -> None:
+    """Where the bounds are fixed, and where a summed latent chooses the component."""
+    data = torch.tensor([0.5, 2.9, 2.2])
+
+    def fixed() -> None:
+        share = pyro.sample("share", dist.Beta(2.0, 2.0))
+        lows, highs = torch.tensor([0.0, 1.0]), torch.tensor([1.0, 3.0])
+        fn = dist.MixtureSameFamily(
+            dist.Categorical(torch.stack([share, 1 - share])), dist.Uniform(lows, highs)
+        )
+        with pyro.plate("data", 3):
+            pyro.sample("y", fn, obs=data)
+
+    pyro.set_rng_seed(0)
+    posterior = MPImportance(fixed, num_samples=20).run()
+    share = posterior.marginals("share").samples
+    torch.testing.assert_close(
+        posterior.evidence(), (share * (1 - share).square() / 4).mean().log()
+    )
+
+    def change(observed: Tensor) -> None:
+        start = pyro.sample(
+            "start", dist.Categorical(torch.ones(4)), infer={"enumerate": "parallel"}
+        )
+        late = torch.arange(3) >= start
+        with pyro.plate("data", 3):
+            early = dist.Exponential(torch.ones(3))
+            fn = dist.MaskedMixture(late, early, shifted(torch.tensor(2.0), early))
+            pyro.sample("y", fn, obs=observed)
+
+    total = 0.0
+    for start in range(4):
+        lows = [2.0 * (t >= start) for t in range(3)]
+        total += math.prod(
+            math.exp(low - float(y)) * (float(y) >= low) for low, y in zip(lows, data, strict=True)
+        )
+    found = MPImportance(change, num_samples=1).run(data).evidence()
+    assert float(found) == pytest.approx(math.log(total / 4))
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("seed", range(3))
+def test_a_matrix_that_is_not_positive_definite(seed: int) -> None:
+    """It counts as zero where another factor rules it out, in the first run too."""
+    y = torch.tensor([0.5, -0.3])
+
+    def model(ruled_out: bool) -> None:
+        r = pyro.sample("r", dist.Normal(0.0, 0.7))
+        if ruled_out:
+            pyro.factor("possible", torch.where(r.abs() < 1, 0.0, -torch.inf))
+        rows = torch.stack([torch.ones_like(r), r, r, torch.ones_like(r)], -1).reshape(2, 2)
+        pyro.sample("y", dist.MultivariateNormal(torch.zeros(2), rows), obs=y)
+
+    pyro.set_rng_seed(seed)
+    posterior = MPImportance(model, num_samples=60).run(True)
+    r = posterior.marginals("r").samples
+    assert 0 < int((r.abs() > 1).sum()) < 30
+    left = 1 - r.square()
+    log_p = -0.5 * (y.square().sum() - 2 * r * y.prod()) / left - 0.5 * left.log()
+    weights = torch.where(r.abs() < 1, log_p, -torch.inf).exp() / (2 * math.pi)
+    torch.testing.assert_close(posterior.evidence(), weights.mean().log())
+    fails(ValueError, "site 'y': log_prob is nan at", partial(model, False), K=60)
+
+
+def test_cholesky_factors_are_nan_as_a_whole() -> None:
+    matrices = torch.stack([torch.eye(3), torch.ones(3, 3) - 2 * torch.eye(3), 4 * torch.eye(3)])
+    with CholeskyOrNan():
+        found = torch.linalg.cholesky(matrices)
+    torch.testing.assert_close(found[[0, 2]], torch.stack([torch.eye(3), 2 * torch.eye(3)]))
+    assert bool(found[1].isnan().all())

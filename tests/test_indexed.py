@@ -207,3 +207,33 @@ def test_autoguide_of_a_model_read_by_index() -> None:
     error = float(ratio.std() / math.sqrt(len(ratio)))
     assert abs(float(ratio.mean()) - 1.0) < 6 * error
     assert error < 0.1
+
+
+def test_elements_read_at_each_particle_of_a_switch_that_has_few_values() -> None:
+    """Ten particles of a coin: which county a house reads is found for each of them."""
+    one, other = torch.tensor([0, 0, 1, 2]), torch.tensor([2, 1, 1, 0])
+    y = torch.tensor([0.5, -1.0, 2.0, 0.3])
+
+    def model() -> None:
+        coin = pyro.sample("coin", dist.Bernoulli(0.4))
+        with pyro.plate("county", 3):
+            alpha = pyro.sample("alpha", dist.Normal(0.0, 1.0))
+        with pyro.plate("house", 4):
+            mean = torch.where(coin > 0.5, alpha[..., other], alpha[..., one])
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+    pyro.set_rng_seed(0)
+    posterior = MPImportance(model, num_samples=10).run()
+    marginals = posterior.marginals()
+    coins = marginals["coin"].samples.flatten()
+    alphas = marginals["alpha"].samples.reshape(3, 10)
+    assert 0 < int(coins.sum()) < 10
+    total = torch.zeros(())
+    for coin in coins:
+        index = other if coin else one
+        product = torch.ones(())
+        for county in range(3):
+            own = dist.Normal(alphas[county][:, None], 1.0).log_prob(y[index == county])
+            product = product * own.sum(-1).exp().mean()
+        total = total + product / 10
+    torch.testing.assert_close(posterior.evidence(), total.log(), rtol=1e-4, atol=1e-4)

@@ -3,7 +3,7 @@
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -22,6 +22,9 @@ from torch import Tensor
 
 from pyro_mpis import MPImportance
 from pyro_mpis._warnings import MPISWarning
+from pyro_mpis.programs.generic import DifferentEntries, moved
+from pyro_mpis.programs.mapped import run_mapped
+from pyro_mpis.programs.tensors import unwrapped
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -161,9 +164,9 @@ def mixture_of_flat() -> None:
 
 
 def thresholded() -> None:
-    """A comparison swallows nan."""
+    """A density that is the same on either side of a threshold."""
     x = pyro.sample("x", dist.Normal(0.0, 1.0).mask(False))
-    pyro.sample("y", dist.Normal((x > 0.2).double(), 1.0), obs=Y[0])
+    pyro.sample("y", dist.Normal((x > 0.2).double(), 1.0), obs=Y[2])
 
 
 def ways(function: Callable[..., None], *more: Any) -> dict[str, Callable[..., None]]:
@@ -385,3 +388,131 @@ def test_counts_that_are_none_in_the_first_run() -> None:
 
     for plated, seed in itertools.product((True, False), range(4)):
         compare(partial(model, plated), None, 3, seed=seed)
+
+
+def selected(z: Tensor, table: Tensor, way: str) -> Tensor:
+    """Select an entry of a table in one of several ways."""
+    if way == "index":
+        return table[z]
+    if way == "gather":
+        return table.gather(0, z.reshape(1)).squeeze(0)
+    if way == "embedding":
+        return torch.nn.functional.embedding(z, table[:, None]).squeeze(-1)
+    if way == "branches":
+        return torch.where(z == 1, 0.5, 0.5)
+    return torch.where(z == 1, table[1], table[0])
+
+
+@pytest.mark.filterwarnings("ignore::pyro_mpis._warnings.MPISWarning")
+@pytest.mark.parametrize("way", ["index", "gather", "embedding", "where", "branches"])
+def test_what_is_read_does_not_depend_on_what_it_selects(way: str) -> None:
+    """Entries that are equal, and those a little apart: flat, both times."""
+
+    def model(apart: float, enumerated: bool) -> None:
+        infer: Any = ENUMERATE if enumerated else {}
+        table = 0.5 + torch.tensor([0.0, apart])
+        z = pyro.sample("z", dist.Categorical(torch.tensor([0.2, 0.8])).mask(False), infer=infer)
+        pyro.sample("y", dist.Normal(selected(z, table, way), 1.0), obs=Y[0])
+
+    def guide(*_: object) -> None:
+        pyro.sample("z", dist.Categorical(torch.tensor([0.6, 0.4])))
+
+    truth = dist.Normal(0.5, 1.0).log_prob(Y[0]) + math.log(2.0)
+    exact = MPImportance(partial(model, 0.0, True), num_samples=1).run().evidence()
+    torch.testing.assert_close(exact, truth)
+    found = []
+    for apart in (0.0, 1e-7):
+        pyro.set_rng_seed(0)
+        posterior = MPImportance(partial(model, apart, False), guide, num_samples=7).run()
+        found.append(posterior.evidence())
+    torch.testing.assert_close(*found, rtol=0.0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::pyro_mpis._warnings.MPISWarning")
+def test_data_between_two_values_of_a_latent_are_read() -> None:
+    """The density is the same at both values."""
+
+    def model(y: Tensor) -> None:
+        z = pyro.sample("z", dist.Bernoulli(0.3).mask(False), infer=ENUMERATE)
+        pyro.sample("y", dist.Normal(2.0 * z, 1.0), obs=y)
+
+    for y in (torch.tensor(1.0), torch.ones(()).requires_grad_()):
+        found = MPImportance(model, num_samples=1).run(y).evidence()
+        torch.testing.assert_close(found, dist.Normal(0.0, 1.0).log_prob(y).detach() + math.log(2))
+
+
+@pytest.mark.parametrize("guided", [True, False])
+@pytest.mark.parametrize("way", ["product", "matrix", "log"])
+def test_what_is_multiplied_by_zero_is_not_read(way: str, guided: bool) -> None:
+    """The padded end of a sequence, and zeros in place of a mask: the evidence without padding."""
+    there = torch.tensor([1.0, 1.0, 0.0])
+
+    def model() -> None:
+        with pyro.plate("time", 3), hidden(there.bool()):
+            x = pyro.sample("x", dist.LogNormal(0.0, 0.5))
+        if way == "product":
+            total = (x * there).sum()
+        elif way == "matrix":
+            total = torch.tril(torch.ones(3, 3))[1] @ x
+        else:
+            total = (x.log().exp() * there).sum()
+        pyro.sample("y", dist.Normal(total, 1.0), obs=Y[2])
+
+    def guide() -> None:
+        with pyro.plate("time", 3):
+            pyro.sample("x", dist.LogNormal(torch.tensor([-0.1, -0.1, 3.0]), 0.6))
+
+    pyro.set_rng_seed(0)
+    proposal = guide if guided else None
+    posterior = MPImportance(model, proposal, num_samples=4000, shared_plates=["time"]).run()
+    x = torch.linspace(-3.0, 2.5, 1501).exp()
+    prior = torch.log(x[1:] / x[:-1]).mean() * x * dist.LogNormal(0.0, 0.5).log_prob(x).exp()
+    data = dist.Normal(x + x[:, None], 1.0).log_prob(Y[2]).exp()
+    truth = (prior * prior[:, None] * data).sum().log()
+    assert abs(float(posterior.evidence() - truth)) < 0.08
+
+
+def test_what_saturates_is_read() -> None:
+    """A density that is flat at most values of the prior."""
+
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0).mask(False))
+        pyro.sample("y", dist.Normal((x - 3.0).relu(), 1.0), obs=Y[0])
+
+    with pytest.warns(MPISWarning, match=f"'x': {FLAT}"):
+        MPImportance(model, num_samples=2).run()
+
+
+def test_entries_of_every_kind_of_table_differ() -> None:
+    """Zeros, in a mapped run: selected by a mapped number, and not by another."""
+    table, two = torch.zeros(3), torch.tensor([2])
+    ways: list[Callable[[Tensor], Tensor]] = [
+        lambda z: table[z],
+        lambda z: table.gather(0, z),
+        lambda z: torch.gather(table, 0, z),
+        lambda z: table.index_select(0, z),
+        lambda z: torch.index_select(table, 0, z),
+        lambda z: table.take(z),
+        lambda z: torch.take(table, z),
+        lambda z: table.take_along_dim(z, 0),
+        lambda z: torch.take_along_dim(table, z, 0),
+        lambda z: torch.nn.functional.embedding(z, table[:, None]),
+        lambda z: torch.where(z == 2, 0.0, 0.0),
+        lambda z: torch.where(z == 2, table[0], table[0]),
+        lambda z: table[:1].where(z == 2, table[:1]),
+    ]
+
+    def run(values: Mapping[str, Tensor]) -> None:
+        for way in ways:
+            assert not bool(unwrapped(way(two)).tensor.any())
+            found = unwrapped(way(values["z"])).tensor.reshape(2)
+            assert found[0] != found[1]
+        assert way_of_integers(values["z"]).dtype == torch.long
+
+    def way_of_integers(z: Tensor) -> Tensor:
+        return torch.arange(3)[z]
+
+    with DifferentEntries():
+        run_mapped(run, [{"z": torch.tensor([[1], [2]])}], patched=False)
+    assert bool((moved(torch.tensor([0.0, 1.0])) != torch.tensor([0.0, 1.0])).all())
+    assert bool(((moved(torch.tensor([0.0, 1.0])) - 0.5).abs() < 0.5).all())

@@ -104,9 +104,11 @@ def _switched(
     for symbol in sorted(structure.indices_read(structure.model[name])):
         if structure.by_symbol[symbol].plates or particles.sizes[symbol] == 1:
             continue
-        found = run_probe(graph, structure, particles, programs, numbers, symbol)[name]
+        few, which = particles.distinct(structure, symbol)
+        found = run_probe(graph, structure, few, programs, numbers, symbol)[name]
         if not any(bool((elements == SEVERAL).any()) for elements in found.elements.values()):
-            return found
+            elements = {plates: e[which.to(e.device)] for plates, e in found.elements.items()}
+            return replace(found, elements=elements)
     return None
 
 

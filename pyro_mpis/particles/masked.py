@@ -10,11 +10,13 @@ density that counts differs, nothing reads them. First all are changed together,
 padded sequences; then those of one site after the other; then elements by the bits of their
 numbers, so that a density which reads one element tells which; then what is left, one by one. All
 this is done at several values of the latents (**rows**), and elements are changed to several
-**others**: nan, random values, each value of a finite support.
+**others**: random values, near and far, or each value of a finite support. A discrete element may
+select between entries that happen to be equal, so programs run with other ones, and data are moved
+(:mod:`~pyro_mpis.programs.generic`). What is multiplied by zero is not read.
 """
 
-import math
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import pyro
@@ -22,10 +24,12 @@ import torch
 from pyro.ops.provenance import detach_provenance
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
+from torch.distributions import biject_to
 
 from pyro_mpis._typing import Distribution, SampleMessage
 from pyro_mpis.particles.probes import PROBE_ELEMENTS, differs_from, num_bits
 from pyro_mpis.programs.densities import density_of
+from pyro_mpis.programs.generic import DifferentEntries, moved
 from pyro_mpis.programs.masks import Masks, mask_of, taken_apart, unmasked, widened
 from pyro_mpis.programs.messages import (
     batch_shape_of,
@@ -41,7 +45,8 @@ from pyro_mpis.programs.runs import Programs, Wanted, evaluate, run_at
 from pyro_mpis.programs.structure import Structure
 
 MORE_ROWS = 2  # values of the latents besides those of the plain run
-RANDOM = 3  # random values that an element is changed to
+RANDOM = 4  # random values that an element is changed to, half of them far
+SPREAD = 3.0  # how much farther, where the support is unbounded
 MAX_SUPPORT = 16  # values of a support that are all tried
 
 
@@ -190,11 +195,13 @@ def unread_elements(
     try:
         with pyro.validation_enabled(False):
             pyro.set_rng_seed(0)  # what is found is not to depend on the draws
-            for with_nan in (True, False):
+            probe = _probe_of(programs, sites, seen, mapped)
+            for handler in (DifferentEntries(), nullcontext()):
                 try:
-                    return _unread(_probe_of(programs, sites, seen, mapped, with_nan), seen)
+                    with handler:
+                        return _unread(probe, seen)
                 except (NotMappableError, ValueError, RuntimeError):
-                    continue  # nan makes some models fail
+                    continue  # other entries make some models fail
     finally:
         pyro.util.set_rng_state(state)
     return {name: torch.zeros_like(mask) for name, mask in seen.items()}  # for all we know
@@ -267,7 +274,17 @@ class _Probe:
 
 
 def _counted(site: SampleMessage, _: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {"log_prob": counted(site, density_of(site["fn"], site["value"], validate=False))}
+    """Return the density of a site, at data that do not lie right between two means."""
+    value = site["value"] if is_latent(site) or _is_whole(site["fn"]) else moved(site["value"])
+    return {"log_prob": counted(site, density_of(site["fn"], value, validate=False))}
+
+
+def _is_whole(fn: Distribution) -> bool:
+    """Whether the values of a distribution are whole numbers."""
+    try:
+        return fn.support is not None and bool(fn.support.is_discrete)
+    except (NotImplementedError, AttributeError):
+        return False
 
 
 def _probe_of(
@@ -275,7 +292,6 @@ def _probe_of(
     sites: Mapping[str, SampleMessage],
     masked: Collection[str],
     mapped: bool,
-    with_nan: bool,
 ) -> _Probe:
     latents = {n: s for n, s in sites.items() if is_latent(s) and not is_delta(s["fn"])}
     supports = {name: _support(site) for name, site in latents.items()}
@@ -294,8 +310,8 @@ def _probe_of(
         rows[name] = torch.cat([value.unsqueeze(0), drawn[: num_rows - 1]])
         if name in masked:
             others[name] = drawn[num_rows:].clone()
-            if support is None and with_nan and value.is_floating_point():
-                others[name][0] = math.nan
+            if support is None:
+                others[name][::2] = _far(site["fn"], others[name][::2])
     counting = tuple(
         name
         for name, site in sites.items()
@@ -329,6 +345,18 @@ def _redrawn(fn: Distribution, value: Tensor, number: int) -> Tensor:
     except (NotImplementedError, RuntimeError, ValueError):
         steps = torch.arange(1, number + 1).to(value.device, value.dtype)
         return value.detach() + steps.reshape((-1,) + (1,) * value.dim())
+
+
+def _far(fn: Distribution, values: Tensor) -> Tensor:
+    """Return values of the support that are far from some; the same where none are known."""
+    try:
+        with torch._C.DisableTorchFunctionSubclass():
+            transform = biject_to(unmasked(fn).support)
+            free = transform.inv(values)
+            far = transform(SPREAD * free + SPREAD * free.sign())
+    except (NotImplementedError, RuntimeError, ValueError):
+        return values
+    return torch.where(far.isfinite(), far, values)
 
 
 def _unread(probe: _Probe, seen: Mapping[str, Tensor]) -> dict[str, Tensor]:

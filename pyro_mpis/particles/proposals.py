@@ -59,6 +59,22 @@ class Particles:
         }
         return replace(self, sizes=sizes, values=values, log_proposals=log_proposals)
 
+    def distinct(self, structure: Structure, symbol: str) -> tuple["Particles", Tensor]:
+        """
+        Return particles in which no two of an index are the same, and which one each was.
+
+        They have no log proposals: the programs can run at them, and that is all.
+        """
+        names = structure.by_symbol[symbol].sites
+        rows = [self.values[name].reshape(self.sizes[symbol], -1).double() for name in names]
+        _, which = torch.cat(rows, 1).unique(dim=0, return_inverse=True)
+        number = int(which.max()) + 1
+        first = torch.empty(number, dtype=torch.long, device=which.device)
+        first[which] = torch.arange(len(which), device=which.device)  # any one of them
+        values = {**self.values, **{n: self.values[n][first] for n in names}}
+        sizes = {**self.sizes, symbol: number}
+        return replace(self, sizes=sizes, values=values, log_proposals={}), which
+
 
 def weigh(
     structure: Structure,

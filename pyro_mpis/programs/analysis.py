@@ -316,7 +316,8 @@ def _log_prob(name: str, fn: Distribution, value: Tensor) -> tuple[Tensor, froze
         log_prob = fn.log_prob(value)
         return detach_provenance(log_prob), get_provenance(log_prob)
     except Exception:  # perhaps outside of a support that depends on latents
-        if get_provenance(inside_of(fn, value)):
+        inside = inside_of(fn, value)
+        if get_provenance(inside) or (inside is not None and bool(inside.all())):
             return _log_prob(name, unchecked(fn), value)
     # some code cannot take tensors with provenance: look at the arguments instead
     try:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.distributions import MaskedDistribution, TorchDistribution
+from pyro.distributions import MaskedDistribution, MaskedMixture, TorchDistribution
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.distributions.util import scale_and_mask
 from pyro.ops.provenance import get_provenance
@@ -31,6 +31,7 @@ from torch.distributions import (
 
 from pyro_mpis.programs.mapped import log_prob_of
 from pyro_mpis.programs.masks import Parts, taken_apart
+from pyro_mpis.programs.rewritten import CholeskyOrNan
 from pyro_mpis.programs.tensors import exchange, unwrapped
 
 UNBOUNDED = (constraints.real, constraints.real_vector, constraints.dependent)
@@ -53,6 +54,7 @@ def density_of(fn: Distribution, value: Tensor, *, validate: bool, latent: bool 
     if not isinstance(fn, Distribution) or not (validate or is_index):
         return log_prob_of(fn, value)
     inside = inside_of(fn, value)
+    fn = _by_components(fn)
     if inside is not None and _is_false_somewhere(inside):
         log_prob = torch.where(inside, log_prob_of(fn, _as_an_index(fn, value)), -torch.inf)
     else:
@@ -85,6 +87,51 @@ def _as_an_index(fn: Distribution, value: Tensor) -> Tensor:
         return value
     lower, upper = (torch.as_tensor(b) for b in (support.lower_bound, support.upper_bound))
     return value.clamp(lower.to(value.device), upper.to(value.device))
+
+
+class _SameFamily(MixtureSameFamily):
+    """A mixture in which each component has a density of zero outside of its own support."""
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Sum over the components: ``(*batch shape)``."""
+        value: Tensor = self._pad(x)  # type: ignore[no-untyped-call]
+        of_each = density_of(self.component_distribution, value, validate=True)
+        shares = self.mixture_distribution.logits.log_softmax(-1)
+        return (of_each + shares).logsumexp(-1)
+
+
+class _Chosen(MaskedMixture):
+    """Likewise; what the other component's density would be does not matter."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Choose by the mask: ``(*batch shape)``."""
+        one, zero = (
+            density_of(part, value, validate=True) for part in (self.component1, self.component0)
+        )
+        chosen: Any = self.mask  # a method of the base class by that name hides it from types
+        result: Tensor = torch.where(chosen, one, zero)
+        return result
+
+
+_BY_COMPONENTS: dict[type, type] = {
+    MixtureSameFamily: _SameFamily,
+    pyro.distributions.MixtureSameFamily: _SameFamily,
+    MaskedMixture: _Chosen,
+}
+
+
+def _by_components(fn: Any) -> Any:
+    """Return a distribution whose mixtures, at any depth, look at each component's support."""
+    part = fn
+    while type(part) not in _BY_COMPONENTS:
+        if not hasattr(part, "base_dist"):
+            return fn
+        part = part.base_dist
+    copies: dict[int, Any] = {}
+    result = exchange(fn, lambda tensor: tensor, copies)
+    for copy in copies.values():
+        copy.__class__ = _BY_COMPONENTS.get(type(copy), type(copy))
+    return result
 
 
 def _masked_density(parts: Parts, value: Tensor, *, validate: bool, latent: bool) -> Tensor:
@@ -128,7 +175,7 @@ def taking_anything() -> Iterator[None]:
     A copy of a distribution keeps what the class says when it is made. It is a zero here, so that
     those that the user has made with ``validate_args=False`` can be told from it.
     """
-    with pyro.validation_enabled(False):
+    with pyro.validation_enabled(False), CholeskyOrNan():
         torch.distributions.Distribution._validate_args = NOT_NOW  # type: ignore[assignment]
         yield
 
@@ -142,6 +189,15 @@ def inside_of(fn: Distribution, value: Tensor) -> Tensor | None:
             return inside_of(fn.base_dist, value)
         if isinstance(fn, TransformedDistribution):
             return _inside_transformed(fn, value)
+        if isinstance(fn, MixtureSameFamily):
+            inside = inside_of(fn.component_distribution, fn._pad(value))
+            return None if inside is None else inside.any(-1)
+        if isinstance(fn, MaskedMixture):
+            chosen: Any = fn.mask
+            parts = (inside_of(part, value) for part in (fn.component1, fn.component0))
+            one, zero = (chosen.new_ones(()) if part is None else part for part in parts)
+            result: Tensor = torch.where(chosen, one, zero)
+            return result
         support = fn.support
         if support is None or any(support is unbounded for unbounded in UNBOUNDED):
             return None

@@ -218,6 +218,27 @@ def _is_check() -> bool:
     return line.lstrip().startswith("assert ")
 
 
+def _cholesky(matrix: Tensor, *, upper: bool = False) -> Tensor:
+    """Return nan where a matrix is not positive definite: another density may rule it out."""
+    factor, info = torch.linalg.cholesky_ex(matrix, upper=upper)
+    return torch.where((info == 0)[..., None, None], factor, torch.nan)
+
+
+class CholeskyOrNan(TorchFunctionMode):
+    """Let programs go on where a matrix is not positive definite, with nan."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Apply an operation."""
+        function = _cholesky if func is torch.linalg.cholesky else func
+        return function(*args, **(kwargs or {}))
+
+
 def _number(tensor: Tensor) -> Any:
     """Take a number out of a tensor if it is the same for all combinations."""
     if not is_mapped(tensor) or tensor.numel() != 1 or not _is_check():
@@ -247,4 +268,5 @@ _REWRITTEN: dict[Any, Callable[..., Any]] = {
     Tensor.__getitem__: _get_item,
     Tensor.squeeze: _squeeze,
     torch.squeeze: _squeeze,
+    torch.linalg.cholesky: _cholesky,
 }
