@@ -74,6 +74,8 @@ def run_plan(plan: Plan, workers: Workers, like: Replicate | None = None) -> Blo
         obstacle = plan.structure.obstacle
         if obstacle is not None:
             return _ordinary(plan, NotMappableError(obstacle.what, obstacle.remedy), workers)
+        if like is not None:
+            plan = replace(plan, switched=like.plan.switched)
         for patched in (False, True) if like is None else (like.programs.patched,):
             plan = replace(plan, programs=replace(plan.programs, patched=patched))
             try:
@@ -246,13 +248,16 @@ def run_replicates(
 
 
 def _is_as_planned(total: BlockSum, plan: Plan) -> bool:
-    """Whether a run found the programs to be as planned, at all particles alike."""
+    """
+    Whether a run found the programs to be as planned, and at all particles alike.
+
+    A latent that switches between elements has other particles in another run, if it is drawn.
+    """
     found, by_symbol = total.replicate, total.replicate.structure.by_symbol
     reads = (found.reads or {}).values()
     return (
         not total.traces
         and found.structure == plan.structure
-        and not found.plan.switched
         and not any(site.switch and not by_symbol[site.switch].enumerated for site in reads)
     )
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 
 from pyro_mpis._typing import Program
 from pyro_mpis.adaptation.guide import AutoPlateNormal
+from pyro_mpis.adaptation.labels import missing_labels
 from pyro_mpis.adaptation.layout import by_site, trees
 from pyro_mpis.adaptation.learner import learnt
 from pyro_mpis.adaptation.mirrors import missing_halves
@@ -112,8 +113,9 @@ def adapted(
             raise ValueError(f"adapt: {'; '.join(problems)}")
         best = max(candidates, key=lambda candidate: candidate.trial.log_evidence)
         mirrored = missing_halves(start, best.guide)
+        relabelled = missing_labels(start, best.guide, is_good=best.is_good)
     told = [] if best.is_good else [_poor(best, problems)]
-    told += [mirrored] if mirrored else []
+    told += ([mirrored] if mirrored else []) + relabelled
     numbers: dict[str | None, int] = {None: OTHERS}
     numbers.update(best.numbers)
     return Adapted(

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Find labels that can be exchanged, as those of a mixture's components or of hidden states.
+
+They are elements of a plate, or of vectors, of one size. Labels are exchanged in some of these at
+once, and the joint density is compared, enumerated latents summed out. A learned proposal that has
+the elements far apart is at one of many images of the same evidence.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_mpis._text import quoted
+from pyro_mpis.adaptation.guide import AutoPlateNormal
+from pyro_mpis.adaptation.mirrors import FAR
+from pyro_mpis.adaptation.start import Start
+from pyro_mpis.blocks import run_plan
+from pyro_mpis.options import Options
+from pyro_mpis.planning import plan_of
+from pyro_mpis.workers import Workers
+
+MOST_LABELS = 20  # of more, elements of a plate are data, not labels
+MOST_AXES = 4  # that are exchanged together: the joint density is evaluated for each subset
+MOST_PAIRS = 3  # of elements that are far apart, after which labels count as fixed
+TOLERANCE = 1e-4
+
+Axis = tuple[tuple[str, int], ...]  # sites and dims that are exchanged together, from the right
+
+
+def missing_labels(start: Start, guide: AutoPlateNormal, *, is_good: bool) -> list[str]:
+    """
+    Say which labels a guide has in one order of many that are as good.
+
+    :param is_good: whether trial runs agree. Then a guide whose tails reach all of the prior has
+        found all orders.
+    """
+    axes = _axes(start)
+    is_global = len(guide.blocks) == 1 and not guide.blocks[0].plates
+    reaches_all = is_global and guide.reaches_prior
+    if not axes or (reaches_all and is_good):
+        return []
+    call = start.programs
+    ends = guide.quantiles([0.16, 0.5, 0.84], *call.args, **call.kwargs)
+    told = []
+    for size, group in axes.items():
+        pairs = [
+            pair for pair in itertools.combinations(range(size), 2) if _is_far(ends, group, *pair)
+        ]
+        moved = _exchangeable(start, group, pairs[:MOST_PAIRS])
+        if not moved:
+            continue
+        labels = {label for pair in pairs for label in pair if _is_same(start, moved, *pair)}
+        names = quoted(sorted({name for axis in moved for name, _ in axis}))
+        orders = math.factorial(len(labels))
+        what = (
+            "has them mostly in one"
+            if reaches_all
+            else f"has them in one: add up to log {orders} = {math.log(orders):.4f} to the log "
+            "evidence, and take moments of these latents as those of one order"
+        )
+        told.append(
+            f"{len(labels)} elements of {names} can change places, and the posterior is the same. "
+            f"Of up to {orders} orders, the learned proposal {what}. A prior that orders them "
+            "would make the posterior one."
+        )
+    return told
+
+
+def _latents(start: Start) -> list[str]:
+    """Return the latents that are not summed over."""
+    known = start.priors.keys() | start.others.keys() - start.supports.keys()
+    return [name for name in start.sites if name in known]
+
+
+def _axes(start: Start) -> dict[int, list[Axis]]:
+    """Return the plates and the event dims of latents, by their sizes."""
+    found: dict[int, list[Axis]] = {}
+    latents = _latents(start)
+    for symbol, plate in start.structure.plates.items():
+        inside = [name for name in latents if symbol in start.structure.model[name].plates]
+        axis = tuple((name, plate.dim - start.structure.model[name].event_dim) for name in inside)
+        if any(name in start.priors for name in inside):
+            found.setdefault(plate.size, []).append(axis)
+    for name in latents:
+        site = start.structure.model[name]
+        for dim in range(-site.event_dim, 0):
+            found.setdefault(site.shape[dim], []).append(((name, dim),))
+    return {
+        size: axes
+        for size, axes in found.items()
+        if 2 <= size <= MOST_LABELS and len(axes) <= MOST_AXES
+    }
+
+
+def _is_far(ends: Mapping[str, Tensor], axes: Sequence[Axis], one: int, other: int) -> bool:
+    """Whether two elements of some latent are many sds apart."""
+    for name, dim in itertools.chain(*axes):
+        if name in ends:
+            low, median, high = ends[name]
+            if dim + median.dim() < 0:
+                continue
+            distance = (median.select(dim, one) - median.select(dim, other)).abs()
+            width = 0.5 * (high - low)
+            width = torch.maximum(width.select(dim, one), width.select(dim, other))
+            if bool((distance > FAR * width).any()):
+                return True
+    return False
+
+
+def _exchangeable(
+    start: Start, axes: Sequence[Axis], pairs: Sequence[tuple[int, int]]
+) -> tuple[Axis, ...]:
+    """Return axes in which a pair can be exchanged together; none if there are none."""
+    for pair, moved in itertools.product(pairs, _subsets(axes)):
+        if _is_same(start, moved, *pair):
+            return moved
+    return ()
+
+
+def _subsets(axes: Sequence[Axis]) -> Iterator[tuple[Axis, ...]]:
+    for number in range(1, len(axes) + 1):
+        yield from itertools.combinations(axes, number)
+
+
+def _is_same(start: Start, moved: Sequence[Axis], one: int, other: int) -> bool:
+    """Whether the joint density stays the same where two elements change places."""
+    values = {name: start.sites[name]["value"].detach() for name in _latents(start)}
+    exchanged = dict(values)
+    for name, dim in itertools.chain(*moved):
+        value = exchanged[name]
+        if dim + value.dim() < 0:
+            return False
+        order = torch.arange(value.shape[dim], device=value.device)
+        order[one], order[other] = other, one
+        exchanged[name] = value.index_select(dim, order)
+    try:
+        before, after = (_log_joint(start, at) for at in (values, exchanged))
+    except (ValueError, RuntimeError, NotImplementedError, ArithmeticError):
+        return False  # as where an order that the model asks for is lost
+    return abs(after - before) <= TOLERANCE * max(1.0, abs(before))
+
+
+def _log_joint(start: Start, values: Mapping[str, Tensor]) -> float:
+    """Return the log joint density of latents and data, summed over enumerated latents."""
+    model = poutine.condition(start.programs.model, data=dict(values))
+    plan, *_ = plan_of(replace(start.programs, model=model), Options(num_samples=2))
+    return float(run_plan(plan, Workers(show_progress=False)).log_evidence)

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Labels that can be exchanged are found, and a guide that has them in one order is told of it."""
+
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import config_enumerate
+
+from pyro_mpis import MPImportance, MPISWarning
+from pyro_mpis.adaptation.adapting import started
+from pyro_mpis.adaptation.labels import _axes, _exchangeable, _log_joint
+from pyro_mpis.options import Options
+
+DATA = torch.tensor([-2.0, -1.8, 1.9, 2.2, 2.1, -2.2, 1.8, 2.0])
+START = torch.tensor([0.5, 0.5])
+
+
+def chain(start: torch.Tensor = START) -> None:
+    """Two hidden states: their locations, and transitions from and to them."""
+    with pyro.plate("state", 2):
+        to = pyro.sample("to", dist.Dirichlet(torch.tensor([2.0, 2.0])))
+        loc = pyro.sample("loc", dist.Normal(0.0, 3.0))
+    probs = start
+    for t in pyro.markov(range(len(DATA))):
+        x = pyro.sample(f"x_{t}", dist.Categorical(probs), infer={"enumerate": "parallel"})
+        pyro.sample(f"y_{t}", dist.Normal(loc[x], 1.0), obs=DATA[t])
+        probs = to[x]
+
+
+def uneven() -> None:
+    chain(torch.tensor([0.6, 0.4]))
+
+
+def components() -> None:
+    """A mixture of vectors; a third vector of the same size has nothing to do with labels."""
+    weights = pyro.sample("weights", dist.Dirichlet(torch.full((3,), 2.0)))
+    loc = pyro.sample("loc", dist.Normal(torch.zeros(3), 5.0).to_event(1))
+    pyro.sample("other", dist.Normal(torch.arange(3.0), 1.0).to_event(1))
+    fn = dist.MixtureSameFamily(dist.Categorical(weights), dist.Normal(loc, 1.0))
+    with pyro.plate("data", len(DATA)):
+        pyro.sample("y", fn, obs=DATA)
+
+
+def regression() -> None:
+    slopes = pyro.sample("slopes", dist.Normal(torch.zeros(2), 3.0).to_event(1))
+    inputs = torch.stack([DATA, DATA.cos()], 1)
+    pyro.sample("y", dist.Normal(inputs @ slopes, 0.1).to_event(1), obs=3 * DATA - 3 * DATA.cos())
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "expected"),
+    [
+        (chain, 2, ((("to", -2), ("loc", -1)), (("to", -1),))),
+        (uneven, 2, ()),
+        (components, 3, ((("weights", -1),), (("loc", -1),))),
+        (regression, 2, ()),
+    ],
+)
+def test_what_is_exchanged_together(model: object, size: int, expected: object) -> None:
+    start = started(config_enumerate(model), (), {}, Options(num_samples=2))
+    assert _exchangeable(start, _axes(start)[size], [(0, 1)]) == expected
+
+
+def test_joint_density_is_summed_over_states() -> None:
+    """Against the forward algorithm."""
+    start = started(chain, (), {}, Options(num_samples=2))
+    to, loc = torch.tensor([[0.3, 0.7], [0.6, 0.4]]), torch.tensor([-1.0, 2.0])
+    alpha = START.log()
+    for y in DATA:
+        alpha = ((alpha + dist.Normal(loc, 1.0).log_prob(y)).unsqueeze(1) + to.log()).logsumexp(0)
+    prior = dist.Dirichlet(torch.tensor([2.0, 2.0])).log_prob(to).sum()
+    prior += dist.Normal(0.0, 3.0).log_prob(loc).sum()
+    found = _log_joint(start, {"to": to, "loc": loc})
+    assert found == pytest.approx(float(prior + alpha.logsumexp(0)), abs=1e-4)
+
+
+def test_a_guide_in_one_order_is_told_of_the_other() -> None:
+    pyro.set_rng_seed(0)
+    with pytest.warns(MPISWarning, match=r"2 elements of 'loc', 'to' can .* up to log 2 = 0\.6931"):
+        MPImportance(chain).adapt()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", MPISWarning)
+        pyro.set_rng_seed(0)
+        MPImportance(regression).adapt()  # its elements are as far apart
