@@ -14,7 +14,7 @@ from pyro_mpis.adaptation.adapting import started
 from pyro_mpis.adaptation.labels import _axes, _exchangeable, _log_joint
 from pyro_mpis.options import Options
 
-DATA = torch.tensor([-2.0, -1.8, 1.9, 2.2, 2.1, -2.2, 1.8, 2.0])
+DATA = torch.tensor([-2.0, -1.8, 1.9, 2.2, -2.2])
 START = torch.tensor([0.5, 0.5])
 
 
