@@ -61,7 +61,8 @@ def regression() -> None:
 )
 def test_what_is_exchanged_together(model: object, size: int, expected: object) -> None:
     start = started(config_enumerate(model), (), {}, Options(num_samples=2))
-    assert _exchangeable(start, _axes(start)[size], [(0, 1)]) == expected
+    point = {name: start.sites[name]["value"].detach() for name in start.priors}
+    assert _exchangeable(start, point, _axes(start)[size], [(0, 1)]) == expected
 
 
 def test_joint_density_is_summed_over_states() -> None:

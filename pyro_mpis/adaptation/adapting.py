@@ -47,6 +47,7 @@ from pyro_mpis.programs.not_mappable import NotMappableError
 from pyro_mpis.workers import Workers
 
 FEW_REPLICATES, TREE_REPLICATES = 6, 12
+SURE = 0.1  # sd of the log evidences of trial runs: all that have weight is found
 LOW_ESS = 5.0  # of a trial's particles outside of plates
 POINTS = (8, 4)  # at which derivatives are averaged; fewer where they take long
 MUCH_WORK = 5e6  # densities times rows of the Hessian, of an iteration
@@ -113,7 +114,8 @@ def adapted(
             raise ValueError(f"adapt: {'; '.join(problems)}")
         best = max(candidates, key=lambda candidate: candidate.trial.log_evidence)
         mirrored = missing_halves(start, best.guide)
-        relabelled = missing_labels(start, best.guide, is_good=best.is_good)
+        is_sure = best.is_good and float(best.trial.log_evidences.std()) < SURE
+        relabelled = missing_labels(start, best.guide, is_sure=is_sure)
     told = [] if best.is_good else [_poor(best, problems)]
     told += ([mirrored] if mirrored else []) + relabelled
     numbers: dict[str | None, int] = {None: OTHERS}

@@ -23,43 +23,48 @@ from pyro_mpis.adaptation.start import Start
 from pyro_mpis.blocks import run_plan
 from pyro_mpis.options import Options
 from pyro_mpis.planning import plan_of
+from pyro_mpis.programs.environment import seeded
+from pyro_mpis.programs.messages import statements
 from pyro_mpis.workers import Workers
 
 MOST_LABELS = 20  # of more, elements of a plate are data, not labels
 MOST_AXES = 4  # that are exchanged together: the joint density is evaluated for each subset
 MOST_PAIRS = 3  # of elements that are far apart, after which labels count as fixed
-TOLERANCE = 1e-4
+POINTS = 4  # draws of a guide, of which the joint density is compared at the best
+TOLERANCE = 1e-5
 
 Axis = tuple[tuple[str, int], ...]  # sites and dims that are exchanged together, from the right
 
 
-def missing_labels(start: Start, guide: AutoPlateNormal, *, is_good: bool) -> list[str]:
+def missing_labels(start: Start, guide: AutoPlateNormal, *, is_sure: bool) -> list[str]:
     """
     Say which labels a guide has in one order of many that are as good.
 
-    :param is_good: whether trial runs agree. Then a guide whose tails reach all of the prior has
+    :param is_sure: whether trial runs agree. Then a guide whose tails reach all of the prior has
         found all orders.
     """
     axes = _axes(start)
     is_global = len(guide.blocks) == 1 and not guide.blocks[0].plates
     reaches_all = is_global and guide.reaches_prior
-    if not axes or (reaches_all and is_good):
+    if not axes or (reaches_all and is_sure):
         return []
     call = start.programs
     ends = guide.quantiles([0.16, 0.5, 0.84], *call.args, **call.kwargs)
+    point: dict[str, Tensor] = {}
     told = []
     for size, group in axes.items():
-        pairs = [
-            pair for pair in itertools.combinations(range(size), 2) if _is_far(ends, group, *pair)
-        ]
-        moved = _exchangeable(start, group, pairs[:MOST_PAIRS])
+        every = itertools.combinations(range(size), 2)
+        pairs = [pair for pair in every if _is_far(ends, group, *pair)]
+        with seeded(0):
+            point = point or (_point(start, guide) if pairs else {})
+            moved = _exchangeable(start, point, group, pairs[:MOST_PAIRS])
         if not moved:
             continue
-        labels = {label for pair in pairs for label in pair if _is_same(start, moved, *pair)}
+        labels = {label for pair in pairs for label in pair if _is_same(start, point, moved, *pair)}
         names = quoted(sorted({name for axis in moved for name, _ in axis}))
         orders = math.factorial(len(labels))
         what = (
-            "has them mostly in one"
+            "has them mostly in one, and few of its particles find the others"
             if reaches_all
             else f"has them in one: add up to log {orders} = {math.log(orders):.4f} to the log "
             "evidence, and take moments of these latents as those of one order"
@@ -113,12 +118,32 @@ def _is_far(ends: Mapping[str, Tensor], axes: Sequence[Axis], one: int, other: i
     return False
 
 
+def _point(start: Start, guide: AutoPlateNormal) -> dict[str, Tensor]:
+    """
+    Return values of the latents in the bulk of the posterior: the best of some draws.
+
+    Far from it the joint density is so low that an exchange is lost in its rounding.
+    """
+    call, names = start.programs, _latents(start)
+    known = {name: start.sites[name]["value"].detach() for name in names}
+    points: list[dict[str, Tensor]] = []
+    with torch.no_grad():
+        for _ in range(POINTS):
+            sites = statements(poutine.trace(guide).get_trace(*call.args, **call.kwargs))
+            drawn = {name: sites[name]["value"] for name in names if name in sites}
+            points.append({**known, **drawn})
+    return max(points, key=lambda point: _log_joint(start, point))
+
+
 def _exchangeable(
-    start: Start, axes: Sequence[Axis], pairs: Sequence[tuple[int, int]]
+    start: Start,
+    point: Mapping[str, Tensor],
+    axes: Sequence[Axis],
+    pairs: Sequence[tuple[int, int]],
 ) -> tuple[Axis, ...]:
     """Return axes in which a pair can be exchanged together; none if there are none."""
     for pair, moved in itertools.product(pairs, _subsets(axes)):
-        if _is_same(start, moved, *pair):
+        if _is_same(start, point, moved, *pair):
             return moved
     return ()
 
@@ -128,10 +153,11 @@ def _subsets(axes: Sequence[Axis]) -> Iterator[tuple[Axis, ...]]:
         yield from itertools.combinations(axes, number)
 
 
-def _is_same(start: Start, moved: Sequence[Axis], one: int, other: int) -> bool:
+def _is_same(
+    start: Start, point: Mapping[str, Tensor], moved: Sequence[Axis], one: int, other: int
+) -> bool:
     """Whether the joint density stays the same where two elements change places."""
-    values = {name: start.sites[name]["value"].detach() for name in _latents(start)}
-    exchanged = dict(values)
+    exchanged = dict(point)
     for name, dim in itertools.chain(*moved):
         value = exchanged[name]
         if dim + value.dim() < 0:
@@ -139,15 +165,15 @@ def _is_same(start: Start, moved: Sequence[Axis], one: int, other: int) -> bool:
         order = torch.arange(value.shape[dim], device=value.device)
         order[one], order[other] = other, one
         exchanged[name] = value.index_select(dim, order)
-    try:
-        before, after = (_log_joint(start, at) for at in (values, exchanged))
-    except (ValueError, RuntimeError, NotImplementedError, ArithmeticError):
-        return False  # as where an order that the model asks for is lost
-    return abs(after - before) <= TOLERANCE * max(1.0, abs(before))
+    before, after = (_log_joint(start, at) for at in (point, exchanged))
+    return math.isfinite(before) and abs(after - before) <= TOLERANCE * max(1.0, abs(before))
 
 
 def _log_joint(start: Start, values: Mapping[str, Tensor]) -> float:
     """Return the log joint density of latents and data, summed over enumerated latents."""
     model = poutine.condition(start.programs.model, data=dict(values))
-    plan, *_ = plan_of(replace(start.programs, model=model), Options(num_samples=2))
-    return float(run_plan(plan, Workers(show_progress=False)).log_evidence)
+    try:
+        plan, *_ = plan_of(replace(start.programs, model=model), Options(num_samples=2))
+        return float(run_plan(plan, Workers(show_progress=False)).log_evidence)
+    except (ValueError, RuntimeError, NotImplementedError, ArithmeticError):
+        return -math.inf  # as where an order that the model asks for is lost
