@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_mpis.programs.formulas import by_formula
 from pyro_mpis.programs.mapped import log_prob_of, run_mapped
-from pyro_mpis.programs.tensors import Mapped, unwrapped
+from pyro_mpis.programs.tensors import Mapped, unwrapped, vmap_alone
 
 LOGITS = torch.tensor([-120.0, -30.0, -3.0, 0.0, 1e-8, 7.0, 45.0, 60.0], dtype=torch.double)
 
@@ -149,3 +149,19 @@ def test_within_other_transforms_torchs_formula_is_used() -> None:
     assert formulas == [None]
     z2 = (0.7 - torch.tensor([0.0, 2.0])) ** 2
     torch.testing.assert_close(derivatives[0], z2 / 1.3**3 - 1 / 1.3)
+
+
+def test_memory_is_counted_by_torchs_formula() -> None:
+    """Tensors of a formula that is not vmap's do not show what they are mapped at."""
+    found: list[Tensor | None] = []
+
+    def at_single_values(single: dict[str, Tensor]) -> None:
+        fn = dist.Normal(single["x"], 1.0)
+        with vmap_alone():
+            found.append(by_formula(fn, torch.tensor(0.7)))
+        found.append(by_formula(fn, torch.tensor(0.7)))
+
+    with pyro.validation_enabled(False):
+        run_mapped(at_single_values, [{"x": torch.zeros(2)}], patched=False)
+    assert found[0] is None
+    assert found[1] is not None

@@ -24,7 +24,7 @@ from pyro_mpis.programs.meter import Bytes, Meter
 from pyro_mpis.programs.not_mappable import NotMappableError
 from pyro_mpis.programs.runs import Collect, Programs, Wanted, evaluate
 from pyro_mpis.programs.structure import Structure, levels_of
-from pyro_mpis.programs.tensors import Said
+from pyro_mpis.programs.tensors import Said, vmap_alone
 
 OWN_LEVELS = 12  # up to this many indices have a level each: then what is read is certain
 Sizes = Mapping[str, int]
@@ -133,7 +133,7 @@ def footprint_of(
     for patched in (False, True):
         meter = Meter()
         try:
-            with pyro.validation_enabled(False), meter:
+            with pyro.validation_enabled(False), meter, vmap_alone():
                 said = evaluate(
                     replace(programs, patched=patched),
                     by_level,

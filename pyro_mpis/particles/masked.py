@@ -262,15 +262,27 @@ class _Probe:
             except NotMappableError:
                 continue
             return {name: parts["log_prob"].of_each(number) for name, parts in said.items()}
-        rows: dict[str, list[Tensor]] = {name: [] for name in self.counting}
-        for slot in range(number):
-            at = {name: value[slot] for name, value in values.items()}
-            sites = statements(run_at(self.programs, "model", at))
-            for name, row in rows.items():
-                if name not in sites:
-                    raise ValueError(f"site '{name}' is met in some runs only")
-                row.append(_counted(sites[name], {})["log_prob"])
-        return {name: torch.stack(row) for name, row in rows.items()}
+        rows = [
+            self._log_probs_at({n: value[k] for n, value in values.items()}) for k in range(number)
+        ]
+        shapes = next((row for row in rows if row), {})
+        if not shapes:
+            raise ValueError("the model fails at all values of its masked latents")
+        failed = {name: torch.full_like(log_prob, torch.nan) for name, log_prob in shapes.items()}
+        return {
+            name: torch.stack([(row or failed)[name] for row in rows]) for name in self.counting
+        }
+
+    def _log_probs_at(self, values: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        """Evaluate the densities at single values; None where the program refuses these."""
+        try:
+            sites = statements(run_at(self.programs, "model", values))
+        except Exception:  # an assertion of its own, say: it reads what it refuses
+            return None
+        for name in self.counting:
+            if name not in sites:
+                raise ValueError(f"site '{name}' is met in some runs only")
+        return {name: _counted(sites[name], {})["log_prob"] for name in self.counting}
 
 
 def _counted(site: SampleMessage, _: Mapping[str, Tensor]) -> dict[str, Tensor]:

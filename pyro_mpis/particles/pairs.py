@@ -21,7 +21,7 @@ from pyro_mpis.programs.messages import drawn_from
 from pyro_mpis.programs.meter import Meter
 from pyro_mpis.programs.runs import Programs, Wanted, evaluate
 from pyro_mpis.programs.structure import Structure
-from pyro_mpis.programs.tensors import Mapped
+from pyro_mpis.programs.tensors import Mapped, vmap_alone
 
 MIXTURE_ELEMENTS = 2**24  # densities of pairs of particles that are held at once
 HIDDEN_IN_PAIRS = 32  # what evaluating them may take besides, in tensors of their size
@@ -55,7 +55,7 @@ def rows_at_once(
     if memory_limit is None or size * bytes_of_row * HIDDEN_IN_PAIRS <= memory_limit:
         return size
     meter = Meter()
-    with meter:
+    with meter, vmap_alone():
         few = {name: replace(draw, value=draw.value[:1]) for name, draw in drawn.draws.items()}
         log_probs_of_pairs(
             structure,

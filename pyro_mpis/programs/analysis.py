@@ -317,7 +317,8 @@ def _log_prob(name: str, fn: Distribution, value: Tensor) -> tuple[Tensor, froze
         return detach_provenance(log_prob), get_provenance(log_prob)
     except Exception:  # perhaps outside of a support that depends on latents
         inside = inside_of(fn, value)
-        if get_provenance(inside) or (inside is not None and bool(inside.all())):
+        is_inside = bool(get_provenance(inside)) or (inside is not None and bool(inside.all()))
+        if is_inside and is_checked(fn):
             return _log_prob(name, unchecked(fn), value)
     # some code cannot take tensors with provenance: look at the arguments instead
     try:

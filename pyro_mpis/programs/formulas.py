@@ -46,7 +46,11 @@ def _bernoulli(fn: Distribution, value: Tensor) -> Tensor | None:
 
 
 def _normal(fn: Distribution, value: Tensor) -> Tensor | None:
-    """Return the usual formula, in one large tensor."""
+    """
+    Return the usual formula, in one large tensor.
+
+    Memory is planned by torch's, which takes more.
+    """
     loc, scale = fn.loc, fn.scale  # type: ignore[attr-defined]
     if not any(map(is_mapped, (value, loc, scale))):
         return None

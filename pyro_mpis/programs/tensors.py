@@ -7,7 +7,8 @@ is 0.
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -17,6 +18,7 @@ from torch._C import _functorch
 from torch.distributions import Distribution, Transform
 
 Values = Mapping[str, Tensor]
+_VMAP_ALONE: list[bool] = []  # not empty within vmap_alone
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,8 +119,10 @@ def elementwise(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor | N
     It may write into what it has made itself, and takes one step where vmap takes one a level.
 
     :return: mapped at all levels of the tensors; None if they are of another transform of
-        :mod:`torch.func` too.
+        :mod:`torch.func` too, or within :func:`vmap_alone`.
     """
+    if _VMAP_ALONE:
+        return None
     parts = [unwrapped(tensor) for tensor in tensors]
     if any(map(_functorch.is_functorch_wrapped_tensor, (part.tensor for part in parts))):
         return None
@@ -128,6 +132,16 @@ def elementwise(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor | N
     for level in levels:
         result = _functorch._add_batch_dim(result, 0, level + 1)
     return result
+
+
+@contextmanager
+def vmap_alone() -> Iterator[None]:
+    """Let all operations be vmap's, so that each tensor shows the levels that it is mapped at."""
+    _VMAP_ALONE.append(True)
+    try:
+        yield
+    finally:
+        _VMAP_ALONE.pop()
 
 
 def _left_of(mapped: Mapped, levels: Sequence[int], dims: int) -> Tensor:
