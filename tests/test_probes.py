@@ -94,8 +94,8 @@ def test_elements_that_cannot_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probes, "PROBE_ELEMENTS", 1)
     monkeypatch.setattr(probes, "MIN_ROWS", 1)
     reason = (
-        "site 'y' reads latents of plate 'county' from outside, and which element could not be "
-        "found out"
+        "site 'y' reads latents of plate 'county' from outside of it, and it could not be found "
+        "out which element"
     )
     check_sharing(compared, "alpha", "county", reason, num_samples=5)
 

@@ -127,7 +127,7 @@ def _point(start: Start, guide: AutoPlateNormal) -> dict[str, Tensor]:
     call, names = start.programs, _latents(start)
     known = {name: start.sites[name]["value"].detach() for name in names}
     points: list[dict[str, Tensor]] = []
-    with torch.no_grad():
+    with start.environment.entered():  # which takes the guide's parameters away again
         for _ in range(POINTS):
             sites = statements(poutine.trace(guide).get_trace(*call.args, **call.kwargs))
             drawn = {name: sites[name]["value"] for name in names if name in sites}
