@@ -187,9 +187,9 @@ def plan_of(programs: Programs, options: Options) -> tuple[Plan, Trace, Trace]:
         seconds = time.perf_counter() - start
         environment = environment.with_params()  # those too that the programs have just made
         device = device_of(model_trace).type
-        not_given = unnumbered(structure, options.numbers, DEFAULT_NUM_SAMPLES)
-        if options.time_limit is not None or options.num_samples is not None:
-            not_given = []
+        not_given: list[str] = []
+        if options.time_limit is None and options.num_samples is None:
+            not_given = unnumbered(structure, options.numbers, DEFAULT_NUM_SAMPLES)
         traces = guide_trace, model_trace
         footprint = None
         sizes = structure.num_particles

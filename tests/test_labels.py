@@ -11,7 +11,7 @@ from pyro.infer import config_enumerate
 
 from pyro_mpis import MPImportance, MPISWarning
 from pyro_mpis.adaptation.adapting import started
-from pyro_mpis.adaptation.labels import _axes, _exchangeable, _log_joint
+from pyro_mpis.adaptation.labels import _axes, _exchangeable, _log_joint, _Point
 from pyro_mpis.options import Options
 
 DATA = torch.tensor([-2.0, -1.8, 1.9, 2.2, -2.2])
@@ -61,7 +61,8 @@ def regression() -> None:
 )
 def test_what_is_exchanged_together(model: object, size: int, expected: object) -> None:
     start = started(config_enumerate(model), (), {}, Options(num_samples=2))
-    point = {name: start.sites[name]["value"].detach() for name in start.priors}
+    values = {name: start.sites[name]["value"].detach() for name in start.priors}
+    point = _Point(values, _log_joint(start, values))
     assert _exchangeable(start, point, _axes(start)[size], [(0, 1)]) == expected
 
 

@@ -225,6 +225,18 @@ class AutoPlateNormal(PyroModule):
         :param args: what the model was called with.
         :return: ``{site: (quantiles, *shape)}``.
         """
+        draws = self.draws(QUANTILE_DRAWS, args, kwargs)
+        probabilities = torch.as_tensor(quantiles)
+        return {name: value.quantile(probabilities.to(value), 0) for name, value in draws.items()}
+
+    def draws(
+        self, number: int, args: tuple[object, ...], kwargs: Mapping[str, object]
+    ) -> dict[str, Tensor]:
+        """
+        Return draws of each latent that are always the same: ``(number, *shape)``.
+
+        :param number: an even one.
+        """
         draws: dict[str, Tensor] = {}
 
         def at_single_values(numbers: dict[str, Tensor]) -> None:
@@ -234,13 +246,10 @@ class AutoPlateNormal(PyroModule):
         with torch.no_grad(), seeded(0):
             gaussian = self.gaussian()
             shapes = [(*block.shape, block.size) for block in self.blocks]
-            numbers = gaussian.at(
-                [antithetic(QUANTILE_DRAWS, s).to(gaussian.means[0]) for s in shapes]
-            )
-            level = {str(number): z for number, z in enumerate(numbers)}
+            numbers = gaussian.at([antithetic(number, s).to(gaussian.means[0]) for s in shapes])
+            level = {str(block): z for block, z in enumerate(numbers)}
             run_mapped(at_single_values, [level], patched=True)
-        probabilities = torch.as_tensor(quantiles)
-        return {name: value.quantile(probabilities.to(value), 0) for name, value in draws.items()}
+        return draws
 
 
 def _padded(noise: Tensor, block: Block) -> Tensor:

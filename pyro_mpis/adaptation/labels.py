@@ -10,7 +10,7 @@ the elements far apart is at one of many images of the same evidence.
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from pyro import poutine
@@ -30,6 +30,7 @@ from pyro_mpis.workers import Workers
 MOST_LABELS = 20  # of more, elements of a plate are data, not labels
 MOST_AXES = 4  # that are exchanged together: the joint density is evaluated for each subset
 MOST_PAIRS = 3  # of elements that are far apart, after which labels count as fixed
+DRAWS = 256  # of a guide, for the medians and sds of its latents
 POINTS = 4  # draws of a guide, of which the joint density is compared at the best
 TOLERANCE = 1e-5
 
@@ -49,18 +50,22 @@ def missing_labels(start: Start, guide: AutoPlateNormal, *, is_sure: bool) -> li
     if not axes or (reaches_all and is_sure):
         return []
     call = start.programs
-    ends = guide.quantiles([0.16, 0.5, 0.84], *call.args, **call.kwargs)
-    point: dict[str, Tensor] = {}
+    draws = guide.draws(DRAWS, call.args, call.kwargs)
+    probabilities = torch.tensor([0.16, 0.5, 0.84])
+    ends = {name: draw.quantile(probabilities.to(draw), 0) for name, draw in draws.items()}
+    point: _Point | None = None
     told = []
     for size, group in axes.items():
         every = itertools.combinations(range(size), 2)
         pairs = [pair for pair in every if _is_far(ends, group, *pair)]
+        if not pairs:
+            continue
         with seeded(0):
-            point = point or (_point(start, guide) if pairs else {})
+            point = point or _best_point(start, guide)
             moved = _exchangeable(start, point, group, pairs[:MOST_PAIRS])
         if not moved:
             continue
-        labels = {label for pair in pairs for label in pair if _is_same(start, point, moved, *pair)}
+        labels = {label for pair in pairs if _is_same(start, point, moved, *pair) for label in pair}
         names = quoted(sorted({name for axis in moved for name, _ in axis}))
         orders = math.factorial(len(labels))
         what = (
@@ -75,6 +80,14 @@ def missing_labels(start: Start, guide: AutoPlateNormal, *, is_sure: bool) -> li
             "would make the posterior one."
         )
     return told
+
+
+@dataclass(frozen=True)
+class _Point:
+    """Values of the latents, and the log joint density there."""
+
+    values: Mapping[str, Tensor]
+    log_joint: float
 
 
 def _latents(start: Start) -> list[str]:
@@ -118,7 +131,7 @@ def _is_far(ends: Mapping[str, Tensor], axes: Sequence[Axis], one: int, other: i
     return False
 
 
-def _point(start: Start, guide: AutoPlateNormal) -> dict[str, Tensor]:
+def _best_point(start: Start, guide: AutoPlateNormal) -> _Point:
     """
     Return values of the latents in the bulk of the posterior: the best of some draws.
 
@@ -126,18 +139,19 @@ def _point(start: Start, guide: AutoPlateNormal) -> dict[str, Tensor]:
     """
     call, names = start.programs, _latents(start)
     known = {name: start.sites[name]["value"].detach() for name in names}
-    points: list[dict[str, Tensor]] = []
+    points = []
     with start.environment.entered():  # which takes the guide's parameters away again
         for _ in range(POINTS):
             sites = statements(poutine.trace(guide).get_trace(*call.args, **call.kwargs))
             drawn = {name: sites[name]["value"] for name in names if name in sites}
-            points.append({**known, **drawn})
-    return max(points, key=lambda point: _log_joint(start, point))
+            values = {**known, **drawn}
+            points.append(_Point(values, _log_joint(start, values)))
+    return max(points, key=lambda point: point.log_joint)
 
 
 def _exchangeable(
     start: Start,
-    point: Mapping[str, Tensor],
+    point: _Point,
     axes: Sequence[Axis],
     pairs: Sequence[tuple[int, int]],
 ) -> tuple[Axis, ...]:
@@ -153,11 +167,9 @@ def _subsets(axes: Sequence[Axis]) -> Iterator[tuple[Axis, ...]]:
         yield from itertools.combinations(axes, number)
 
 
-def _is_same(
-    start: Start, point: Mapping[str, Tensor], moved: Sequence[Axis], one: int, other: int
-) -> bool:
+def _is_same(start: Start, point: _Point, moved: Sequence[Axis], one: int, other: int) -> bool:
     """Whether the joint density stays the same where two elements change places."""
-    exchanged = dict(point)
+    exchanged = dict(point.values)
     for name, dim in itertools.chain(*moved):
         value = exchanged[name]
         if dim + value.dim() < 0:
@@ -165,7 +177,7 @@ def _is_same(
         order = torch.arange(value.shape[dim], device=value.device)
         order[one], order[other] = other, one
         exchanged[name] = value.index_select(dim, order)
-    before, after = (_log_joint(start, at) for at in (point, exchanged))
+    before, after = point.log_joint, _log_joint(start, exchanged)
     return math.isfinite(before) and abs(after - before) <= TOLERANCE * max(1.0, abs(before))
 
 
