@@ -188,6 +188,11 @@ def trees(structure: Structure, names: Iterable[str]) -> frozenset[str]:
     return frozenset(joined) if small and len(joined) >= FEWEST_LINKED else frozenset()
 
 
+def depth_of(block: Block, blocks: Sequence[Block]) -> int:
+    """Return how many levels of plates and of what is outside are around a block."""
+    return len({blocks[parent].shape for parent in block.parents})
+
+
 def blocks_of(
     structure: Structure,
     shapes: Mapping[str, torch.Size],

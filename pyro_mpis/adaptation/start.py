@@ -19,7 +19,7 @@ from torch.distributions import biject_to
 from pyro_mpis._typing import Program, SampleMessage
 from pyro_mpis.adaptation.gaussian import Gaussian
 from pyro_mpis.adaptation.guide import AutoPlateNormal
-from pyro_mpis.adaptation.layout import Block, Grouping, blocks_of, by_plates
+from pyro_mpis.adaptation.layout import Block, Grouping, blocks_of, by_plates, depth_of
 from pyro_mpis.adaptation.parametrisation import is_fixed, is_gaussian, scaling_of
 from pyro_mpis.adaptation.prepared import is_improper
 from pyro_mpis.particles.drawing import draw_particles
@@ -83,7 +83,7 @@ class Start:
         """Make a guide of a Gaussian of the blocks' numbers."""
         medians, sds = self.moments(non_centred)
         stretches = {
-            block.number: STRETCHES[min(self.depth(block), len(STRETCHES)) - 1]
+            block.number: STRETCHES[min(max(depth_of(block, self.blocks), 1), len(STRETCHES)) - 1]
             for block in self.blocks
             if self._has_tails(block, gaussian, non_centred)
         }
@@ -99,10 +99,6 @@ class Start:
                 prior=(medians[0], sds[0]),
                 stretches=stretches,
             )
-
-    def depth(self, block: Block) -> int:
-        """Return how many levels of plates a block is in."""
-        return max(1, len({self.blocks[parent].shape for parent in block.parents}))
 
     def _has_tails(self, block: Block, gaussian: Gaussian, non_centred: frozenset[str]) -> bool:
         """

@@ -9,6 +9,8 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_mpis.programs.stratified import LARGEST, SMALLEST
+
 SHARE = 0.25  # of the draws that have heavy tails, in one coordinate
 ALL_SHARE = 0.1  # of these, the share of all draws that have them in all of few coordinates
 LARGEST_ALL = 10  # coordinates
@@ -17,7 +19,38 @@ FARTHEST = 12.0  # of its draws, beyond which scales would underflow
 WIDE_SHARE = 0.1  # of the draws from a wide Gaussian, where there is one
 
 
-class TailedNormal(TorchDistribution):
+class _Noise(TorchDistribution):
+    """
+    Vectors that are computed from uniform numbers, by ``value_at``.
+
+    :param loc: zeros, for the shape: ``(*batch_shape, D)``.
+    """
+
+    arg_constraints = {"loc": constraints.real_vector}  # noqa: RUF012
+    support = constraints.real_vector
+    has_rsample = False
+
+    def __init__(self, loc: Tensor, validate_args: bool | None = None) -> None:
+        self.loc = loc
+        super().__init__(loc.shape[:-1], loc.shape[-1:], validate_args=validate_args)
+
+    @property
+    def uniform_shape(self) -> torch.Size:
+        """The shape of the uniform numbers that a draw is made of."""
+        return self.event_shape
+
+    def value_at(self, uniform: Tensor) -> Tensor:
+        """Return the draw at given uniform numbers: ``(*draws, D)``."""
+        raise NotImplementedError
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+        """Draw."""
+        shape = (*sample_shape, *self.batch_shape, *self.uniform_shape)
+        uniform = torch.rand(shape, dtype=torch.double, device=self.loc.device)
+        return self.value_at(uniform.clamp(SMALLEST, LARGEST))
+
+
+class TailedNormal(_Noise):
     r"""
     Standard normal but for some draws: coordinates with Student's t, or a wide Gaussian.
 
@@ -32,19 +65,14 @@ class TailedNormal(TorchDistribution):
     :param wide: location and lower triangular scale of the wide Gaussian: ``(D,)``, ``(D, D)``.
     """
 
-    arg_constraints = {"loc": constraints.real_vector}  # noqa: RUF012
-    support = constraints.real_vector
-    has_rsample = False
-
     def __init__(
         self,
         loc: Tensor,
         wide: tuple[Tensor, Tensor] | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        self.loc = loc
         self.wide = wide
-        super().__init__(loc.shape[:-1], loc.shape[-1:], validate_args=validate_args)
+        super().__init__(loc, validate_args=validate_args)
 
     def expand(self, batch_shape: Any, _instance: object = None) -> "TailedNormal":
         """Return this distribution for another batch shape."""
@@ -83,12 +111,6 @@ class TailedNormal(TorchDistribution):
             value = torch.where(chosen > 1 - WIDE_SHARE, far, value)
         return value.to(self.loc.dtype)
 
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
-        """Draw."""
-        shape = (*sample_shape, *self.batch_shape, *self.uniform_shape)
-        uniform = torch.rand(shape, dtype=torch.double, device=self.loc.device)
-        return self.value_at(uniform.clamp(2.0**-54, 1 - 2.0**-53))
-
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log density."""
         normal = -0.5 * value.square() - 0.5 * math.log(2 * math.pi)
@@ -108,7 +130,7 @@ class TailedNormal(TorchDistribution):
         return torch.logaddexp(normal + torch.logaddexp(body, tails), wide)
 
 
-class StretchedNormal(TorchDistribution):
+class StretchedNormal(_Noise):
     r"""
     Standard normal numbers, stretched to :math:`x = z + a z^3`.
 
@@ -120,36 +142,20 @@ class StretchedNormal(TorchDistribution):
     :param stretch: the number a.
     """
 
-    arg_constraints = {"loc": constraints.real_vector}  # noqa: RUF012
-    support = constraints.real_vector
-    has_rsample = False
-
     def __init__(self, loc: Tensor, stretch: float, validate_args: bool | None = None) -> None:
-        self.loc = loc
         self.stretch = stretch
-        super().__init__(loc.shape[:-1], loc.shape[-1:], validate_args=validate_args)
+        super().__init__(loc, validate_args=validate_args)
 
     def expand(self, batch_shape: Any, _instance: object = None) -> "StretchedNormal":
         """Return this distribution for another batch shape."""
         loc = self.loc.expand((*batch_shape, *self.event_shape))
         return StretchedNormal(loc, self.stretch, validate_args=False)
 
-    @property
-    def uniform_shape(self) -> torch.Size:
-        """The shape of the uniform numbers that a draw is made of."""
-        return self.event_shape
-
     def value_at(self, uniform: Tensor) -> Tensor:
         """Return the draw at given uniform numbers: ``(*draws, D)``."""
         z = torch.special.ndtri(uniform)
         result: Tensor = (z + self.stretch * z**3).to(self.loc.dtype)
         return result
-
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
-        """Draw."""
-        shape = (*sample_shape, *self.batch_shape, *self.event_shape)
-        uniform = torch.rand(shape, dtype=torch.double, device=self.loc.device)
-        return self.value_at(uniform.clamp(2.0**-54, 1 - 2.0**-53))
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log density; the cubic equation has one root, by hyperbolic functions."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_mpis.adaptation.guide import AutoPlateNormal
-from pyro_mpis.adaptation.layout import Block
+from pyro_mpis.adaptation.layout import Block, depth_of
 from pyro_mpis.blocks import run_plan
 from pyro_mpis.factor_graph.graph import FactorGraph
 from pyro_mpis.factor_graph.source_terms import joint_weights
@@ -105,7 +105,7 @@ def numbers_of(guide: AutoPlateNormal, share: float = 1.0) -> dict[str, int]:
     result = {}
     more = {block.number: _more(block) for block in guide.blocks}
     for block, name in zip(guide.blocks, guide.noise_sites, strict=True):
-        depth = len({guide.blocks[parent].shape for parent in block.parents})
+        depth = depth_of(block, guide.blocks)
         if block.is_outer:
             number = GLOBALS[0] / math.prod(more.values())
         elif not block.plates:

@@ -153,7 +153,7 @@ def said_at(
             programs,
             [*levels, mixed] if mixed else levels,
             guide=wanted_of_guide(structure, validate=False),
-            model=wanted_of_model(structure, validate=False, nan_is_zero=programs.nan_is_zero),
+            model=wanted_of_model(structure, validate=False, nan_is_zero=programs.is_learned),
             shapes=structure.latent_shapes,
         )
 

@@ -15,7 +15,7 @@ from pyro.distributions.util import is_identically_one
 from torch import Tensor
 
 from pyro_mpis._typing import Ordinal, SampleMessage
-from pyro_mpis.programs.densities import density_of
+from pyro_mpis.programs.densities import density_of, zero_unless_finite
 from pyro_mpis.programs.masks import is_masked, unmasked
 from pyro_mpis.programs.messages import counted, drawn_from
 from pyro_mpis.programs.runs import Collect, Programs, Wanted, evaluate
@@ -89,7 +89,7 @@ def evaluate_programs(
             programs,
             by_level,
             guide=None if carried else wanted_of_guide(structure, validate=validate),
-            model=wanted_of_model(structure, validate=validate, nan_is_zero=programs.nan_is_zero),
+            model=wanted_of_model(structure, validate=validate, nan_is_zero=programs.is_learned),
             shapes=structure.latent_shapes,
         )
     return Evaluated(known or said_by_guide, said_by_model, levels)
@@ -154,7 +154,7 @@ def wanted_of_model(structure: Structure, *, validate: bool, nan_is_zero: bool =
                 fn, value = site["fn"], site["value"]
                 density = density_of(fn, value, validate=checked, latent=has_value)
                 if nan_is_zero:
-                    density = torch.where(density < torch.inf, density, -torch.inf)
+                    density = zero_unless_finite(density)
                 result["log_prob"] = summed_over(counted(site, density), dims)
                 flat = is_masked(site)
                 if is_prior and (flat or not is_identically_one(site["scale"])):

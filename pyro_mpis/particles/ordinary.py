@@ -23,7 +23,7 @@ from pyro_mpis.factor_graph.graph import FactorGraph, LogFactor
 from pyro_mpis.particles.factors import site_value, without_ruled_out
 from pyro_mpis.particles.masked import masks_at
 from pyro_mpis.particles.proposals import Particles
-from pyro_mpis.programs.densities import memoise, plain_density, taking_anything
+from pyro_mpis.programs.densities import memoise, plain_density, taking_anything, zero_unless_finite
 from pyro_mpis.programs.handlers import Replay
 from pyro_mpis.programs.masks import unmasked
 from pyro_mpis.programs.messages import counted, drawn_from, is_delta, is_latent, statements
@@ -113,8 +113,8 @@ def _one_run(programs: Programs) -> Run:
     for name, site in statements(trace).items():
         site = masks.of_model(site)
         density = counted(site, plain_density(site["fn"], site["value"], latent=is_latent(site)))
-        if programs.nan_is_zero:
-            density = torch.where(density < torch.inf, density, -torch.inf)
+        if programs.is_learned:
+            density = zero_unless_finite(density)
         densities[name] = _sum(density, site)
         if is_latent(site) and name not in proposed and not is_delta(site["fn"]):
             densities[f"{name} (proposal)"] = -_sum(_log_proposal(site), site)

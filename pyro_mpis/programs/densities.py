@@ -68,6 +68,11 @@ def density_of(fn: Distribution, value: Tensor, *, validate: bool, latent: bool 
     return log_prob
 
 
+def zero_unless_finite(log_prob: Tensor) -> Tensor:
+    """Count a density that is nan or infinite as zero."""
+    return torch.where(log_prob < torch.inf, log_prob, -torch.inf)
+
+
 def _is_false_somewhere(condition: Tensor) -> bool:
     """
     Whether a condition is false for any of the values.

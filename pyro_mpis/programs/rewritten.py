@@ -79,7 +79,7 @@ def rewritten() -> Iterator[None]:
     """Let programs run whose operations or distributions torch cannot map as they stand."""
     COERCIONS.append(_made_or_deferred)
     try:
-        with _Rewritten():
+        with _Rewritten(_REWRITTEN):
             yield
     finally:
         COERCIONS.remove(_made_or_deferred)
@@ -132,8 +132,16 @@ def levels_at_error(error: BaseException | None) -> frozenset[int]:
     return frozenset()
 
 
-class _Rewritten(TorchFunctionMode):
-    """Operations that torch cannot map, in terms of others that it can."""
+class _Replaced(TorchFunctionMode):
+    """
+    Other functions in the place of some operations.
+
+    :param table: operation -> function, which may return ``NotImplemented``.
+    """
+
+    def __init__(self, table: Mapping[Any, Callable[..., Any]]) -> None:
+        super().__init__()
+        self.table = table
 
     def __torch_function__(
         self,
@@ -142,13 +150,29 @@ class _Rewritten(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        rewritten = _REWRITTEN.get(func)
-        if rewritten is not None:
-            result = rewritten(*args, **(kwargs or {}))
+        replacement = self.table.get(func)
+        if replacement is not None:
+            result = replacement(*args, **(kwargs or {}))
             if result is not NotImplemented:
                 return result
+        return self.apply(func, args, kwargs or {})
+
+    def apply(
+        self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """Apply an operation that is not replaced."""
+        return func(*args, **kwargs)
+
+
+class _Rewritten(_Replaced):
+    """Operations that torch cannot map, in terms of others that it can."""
+
+    def apply(
+        self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """Apply an operation; an error notes which levels it failed on."""
         try:
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
         except Exception as error:
             vars(error).setdefault(READ, _levels_of((args, kwargs)))
             raise
@@ -224,19 +248,11 @@ def _cholesky(matrix: Tensor, *, upper: bool = False) -> Tensor:
     return torch.where((info == 0)[..., None, None], factor, torch.nan)
 
 
-class CholeskyOrNan(TorchFunctionMode):
+class CholeskyOrNan(_Replaced):
     """Let programs go on where a matrix is not positive definite, with nan."""
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Apply an operation."""
-        function = _cholesky if func is torch.linalg.cholesky else func
-        return function(*args, **(kwargs or {}))
+    def __init__(self) -> None:
+        super().__init__({torch.linalg.cholesky: _cholesky})
 
 
 def _number(tensor: Tensor) -> Any:

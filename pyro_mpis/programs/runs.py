@@ -75,13 +75,8 @@ class Programs:
     one_by_one: frozenset[str] = frozenset()  # sites whose values cannot be mapped
 
     @property
-    def nan_is_zero(self) -> bool:
-        """Whether densities that are nan count as zero: a learned guide's tails reach far."""
-        return self.is_learned
-
-    @property
     def is_learned(self) -> bool:
-        """Whether adapt has made the guide."""
+        """Whether adapt has made the guide: its tails reach where densities are no numbers."""
         return bool(getattr(self.guide, "is_learned", False))
 
     def program(self, name: Name) -> Program:

@@ -45,6 +45,13 @@ LEARNED = (
     "(pyro.set_rng_seed), or draw more particles. docs/adapting.md says which posteriors are hard "
     "for a guide of this kind."
 )
+# By what particles are drawn from.
+BETTER = {
+    "prior": "A guide puts the particles where they count: MPImportance(model).adapt(...) learns "
+    "one, or train one by SVI (AutoNormal, or a guide of your own).",
+    "guide": "Train the guide further, or let the site read in it those that it depends on.",
+    "learned guide": LEARNED,
+}
 
 
 def remedies(
@@ -181,14 +188,7 @@ def _better_guide(site: SiteDiagnosis, marginal: Marginal, num_indices: int, num
     """
     name = site.worst
     source = f"the {site.proposal}"
-    remedy = (
-        "A guide puts the particles where they count: MPImportance(model).adapt(...) learns one, "
-        "or train one by SVI (AutoNormal, or a guide of your own)."
-        if site.proposal == "prior"
-        else "Train the guide further, or let the site read in it those that it depends on."
-    )
-    if site.proposal == "learned guide":
-        remedy = LEARNED
+    remedy = BETTER[site.proposal]
     wide, narrow, off = _mismatch(marginal, int(site.ess.reshape(-1).argmin()))
     if site.lowest_ess < TELLING_ESS or math.isinf(wide):
         return f"{name} is drawn from {source}, with most of the weight on one value. {remedy}"
