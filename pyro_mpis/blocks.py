@@ -27,6 +27,7 @@ from pyro_mpis._text import quoted
 from pyro_mpis.costs import number_of_runs
 from pyro_mpis.factor_graph.evidence import log_evidence
 from pyro_mpis.factor_graph.graph import FactorGraph, SiteValue
+from pyro_mpis.factor_graph.sampling import forward_pass
 from pyro_mpis.particles.drawing import Drawn, draw_particles
 from pyro_mpis.particles.evaluation import (
     MAX_LEVELS,
@@ -57,6 +58,7 @@ from pyro_mpis.replicate import BlockSum, Replicate
 from pyro_mpis.workers import Workers
 
 KEPT_BYTES = 2**28  # of all replicates' factors: else queries evaluate them again
+KEPT_MESSAGES = 2**25  # bytes: more of them are found again where samples are drawn
 
 
 def run_plan(plan: Plan, workers: Workers, like: Replicate | None = None) -> BlockSum:
@@ -266,7 +268,7 @@ def _replicate(plan: Plan, seed: int, kept: int, like: Replicate | None = None) 
     """Run a replicate; ``kept`` is how many bytes of factors to keep."""
     with seeded(seed):
         total = run_plan(plan, Workers(show_progress=False), like)
-    total = _with_programs(total, None)
+    total = replace(_with_programs(total, None), forward=None)
     if total.traces:
         return replace(total, traces=())
     if 0 < sum(factor.tensor.nbytes for factor in total.whole.factors) <= kept:
@@ -302,7 +304,10 @@ def evaluate(
     sent = workers.sends(len(blocks)) and len(replicate.cut(blocks[0])[1]) > 1
     replicate, graph = replicate.evaluate_first(blocks[0], drawn, piece=sent)
     if len(blocks) == 1:
-        return BlockSum(replicate, tuple(blocks), graph, log_evidence(graph).double().unsqueeze(0))
+        log_p, forward = forward_pass(graph, KEPT_MESSAGES)
+        return BlockSum(
+            replicate, tuple(blocks), graph, log_p.double().unsqueeze(0), forward=forward
+        )
     results = [] if sent else [_first_pass(graph)]
     whole = replace(
         graph, factors=(), sizes={**graph.sizes, **replicate.particles.sizes}, values={}

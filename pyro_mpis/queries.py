@@ -71,7 +71,7 @@ def sample_of(sums: Sequence[BlockSum], num_draws: int, workers: Workers) -> dic
         for block in range(len(total.blocks))
     ]
     if len(units) == 1:
-        job = sums[0].job(0, partial(sample_sites, num_draws=num_draws))
+        job = sums[0].job(0, partial(sample_sites, num_draws=num_draws, forward=sums[0].forward))
         with _threads.several(sums[0].replicate.plan.is_large):
             ((log_p, sample),) = workers.run([job], "samples")
         _check_unchanged(log_p, sums[0].log_evidences[0])

@@ -20,6 +20,7 @@ from pyro_mpis import _progress
 from pyro_mpis._text import quoted
 from pyro_mpis.factor_graph.evidence import reduced
 from pyro_mpis.factor_graph.graph import FactorGraph
+from pyro_mpis.factor_graph.sampling import ForwardPass
 from pyro_mpis.particles.checks import (
     Mixture,
     mixture_of,
@@ -227,6 +228,11 @@ class BlockSum:
     whole: FactorGraph  # sizes and values of all particles; factors only of a single block
     log_evidences: Tensor  # (blocks,), float64
     traces: tuple[Trace, ...] = ()  # of the model, where it ran once for each particle
+    forward: ForwardPass | None = None  # of a single block, where it is kept
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave out the forward pass, whose terms are the factors once more."""
+        return {**vars(self), "forward": None}
 
     @property
     def log_evidence(self) -> Tensor:

@@ -100,18 +100,46 @@ class Elimination:
     summed: str  # the dims
 
 
+class Record:
+    """
+    The eliminations of a contraction, in order; all are let go where they hold too much memory.
+
+    :param factors: what is in memory anyhow.
+    :param most: how many bytes of messages to hold.
+    """
+
+    def __init__(self, factors: Iterable[LogFactor], most: float) -> None:
+        self.steps: list[Elimination] | None = []
+        self._most = most
+        self._bytes = 0
+        self._known = {factor.tensor.untyped_storage().data_ptr() for factor in factors}
+
+    def add(self, terms: Sequence[Tensor], summed: str) -> None:
+        """Note a step."""
+        if self.steps is None:
+            return
+        for term in terms:
+            storage = term.untyped_storage()
+            if storage.data_ptr() not in self._known:
+                self._known.add(storage.data_ptr())
+                self._bytes += storage.nbytes()
+        self.steps.append(Elimination(tuple(terms), summed))
+        if self._bytes > self._most:
+            self.steps = None
+
+
 class LogSpaceRing(Ring):
     """
     Sums and products of packed tensors in log space.
 
     :param graph: for the sizes of the dims and the ragged plates.
-    :param record: where to note each elimination, in order, for sampling.
+    :param record: where to note each elimination, for sampling.
     """
 
     def __init__(
         self,
         graph: FactorGraph,
-        record: list[Elimination] | None = None,
+        record: Record | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._graph = graph
@@ -183,11 +211,11 @@ class LogSpaceRing(Ring):
         for term in terms:
             own = "".join(symbol for symbol in dims_of(term) if symbol in alone)
             if own:
-                self._record.append(Elimination((term,), own))
+                self._record.add([term], own)
             left.append(_sum_alone(term, own))
         shared = "".join(symbol for symbol in dims if uses[symbol] > 1)
         if shared:
-            self._record.append(Elimination(tuple(left), shared))
+            self._record.add(left, shared)
         return left
 
     def _sum_product(self, terms: Sequence[Tensor], dims: str) -> Tensor:

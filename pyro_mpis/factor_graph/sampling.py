@@ -18,11 +18,13 @@ the contraction has summed, and nothing is differentiated.
 
 import math
 from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from pyro_mpis.factor_graph.evidence import Elimination, LogSpaceRing, contract
+from pyro_mpis.factor_graph.evidence import Elimination, LogSpaceRing, Record, contract
 from pyro_mpis.factor_graph.graph import FactorGraph
 from pyro_mpis.factor_graph.logspace import cuts, exp_, finite
 from pyro_mpis.factor_graph.packed import aligned, dims_of
@@ -30,37 +32,65 @@ from pyro_mpis.factor_graph.selection import Drawn, index_at, positions_in, site
 
 DRAW_ELEMENTS = 2**18  # probabilities that are looked at together
 LARGEST_NUMBER = 2**62  # of combinations that an integer can number
+Distinct: TypeAlias = tuple[dict[str, Tensor], Tensor]
 LOST = 1e-20  # below this a sum of products of single precision has lost terms to underflow
 
 
-def sample_indices(graph: FactorGraph, num_draws: int) -> tuple[Tensor, dict[str, Tensor]]:
+@dataclass(frozen=True)
+class ForwardPass:
+    """A contraction that has been done, with the steps that draws walk back."""
+
+    log_evidence: Tensor
+    steps: tuple[Elimination, ...]
+
+
+def forward_pass(graph: FactorGraph, most: float = math.inf) -> tuple[Tensor, ForwardPass | None]:
+    """
+    Contract a factor graph.
+
+    :param most: how many bytes of messages to keep for draws, beside the factors.
+    :return: the log evidence; the pass, None if its messages take more.
+    """
+    record = Record(graph.factors, most)
+    with torch.no_grad():
+        log_p = contract(graph, graph.factors, LogSpaceRing(graph, record=record))
+    return log_p, None if record.steps is None else ForwardPass(log_p, tuple(record.steps))
+
+
+def sample_indices(
+    graph: FactorGraph, num_draws: int, forward: ForwardPass | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
     """
     Draw joint samples of all indices from :math:`P_z(k)`; draws random numbers.
 
+    :param forward: the graph's, if it has been kept.
     :return: the log evidence; for each index a long tensor ``(num_draws, *plates)``, with the
         plates of its ordinal as :meth:`FactorGraph.tensor_plates` lists them.
     """
-    steps: list[Elimination] = []
+    if forward is None:
+        _, forward = forward_pass(graph)
+        assert forward is not None, "whatever it takes"
     drawn: dict[str, Tensor] = {}
     with torch.no_grad():
-        log_p = contract(graph, graph.factors, LogSpaceRing(graph, record=steps))
-        for step in reversed(steps):
+        for step in reversed(forward.steps):
             drawn |= _draw_step(graph, step, drawn, num_draws)
     for symbol, plates in graph.index_plates.items():
         if symbol not in drawn:  # one particle, or an index that no factor distinguishes
             shape = [graph.sizes[s] for s in graph.tensor_plates(graph.with_enclosing(plates))]
             size = graph.sizes[symbol]
             drawn[symbol] = torch.randint(size, (num_draws, *shape), device=graph.device)
-    return log_p, drawn
+    return forward.log_evidence, drawn
 
 
-def sample_sites(graph: FactorGraph, num_draws: int) -> tuple[Tensor, dict[str, Tensor]]:
+def sample_sites(
+    graph: FactorGraph, num_draws: int, forward: ForwardPass | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
     """
     Draw joint posterior samples of the model's latent sites; draws random numbers.
 
     :return: the log evidence; for each site ``(num_draws, *shape)``, the shape of an ordinary run.
     """
-    log_p, drawn = sample_indices(graph, num_draws)
+    log_p, drawn = sample_indices(graph, num_draws, forward)
     return log_p, sites_at(graph, drawn, num_draws)
 
 
@@ -84,10 +114,10 @@ def _draw_step(
         log_product = _log_product(step.terms, plates + summed)
         chosen = _same_for_all(log_product.flatten(len(plates)), num_draws)
     result = {}
-    for symbol in reversed(summed):
+    for symbol in reversed(summed[1:]):
         result[symbol] = chosen % graph.sizes[symbol]
         chosen = chosen // graph.sizes[symbol]
-    return result
+    return {**result, summed[0]: chosen}
 
 
 def _draw_given(
@@ -107,15 +137,23 @@ def _draw_given(
     # Cut along plates first: the draws of one element look up few rows, which stay in the cache.
     order = (*range(1, chosen.dim()), 0)
     combinations = math.prod(graph.sizes[symbol] for symbol in step.summed)
+    differing = [
+        dim for dim in range(chosen.dim()) if any(i.shape[dim] > 1 for i in indices.values())
+    ]
+    known: Distinct | None = None
+    place: list[slice] = []
     for part in cuts(chosen.shape, order, DRAW_ELEMENTS // combinations):
         at = {s: _cut(index, part) for s, index in indices.items()}
         here = {s: _cut(index, part) for s, index in positions.items()}
-        chosen[part] = _draw(graph, tables, at, here, chosen[part].shape)
+        if place != [part[dim] for dim in differing]:  # parts in a row are often given the same
+            place = [part[dim] for dim in differing]
+            known = _distinct(graph, at)
+        chosen[part] = _draw(tables, at, here, known, chosen[part].shape)
     return chosen
 
 
 def _draw(
-    graph: FactorGraph, tables: Sequence["_Table"], given: Drawn, here: Drawn, shape: torch.Size
+    tables: Sequence["_Table"], given: Drawn, here: Drawn, known: Distinct | None, shape: torch.Size
 ) -> Tensor:
     """
     Draw from the product of rows of tables, by inverting its distribution function.
@@ -125,9 +163,9 @@ def _draw(
 
     :param given: the indices that the draws are given: (N, *plates), size one where they are same.
     :param here: the numbers of the plate elements, likewise.
+    :param known: what differs among the given, and the number of each draw's own.
     :param shape: (N, *plates).
     """
-    known = _distinct(graph, given)
     if known is None:
         return _inverted(_cumulative(tables, {**given, **here}, shape))
     distinct, numbers = known
@@ -136,7 +174,7 @@ def _draw(
     return _inverted(cumulative.index_select(1, numbers))
 
 
-def _distinct(graph: FactorGraph, given: Drawn) -> tuple[dict[str, Tensor], Tensor] | None:
+def _distinct(graph: FactorGraph, given: Drawn) -> Distinct | None:
     """
     Return what differs among the draws' given indices, and the number of each draw's own.
 
