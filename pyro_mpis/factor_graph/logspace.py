@@ -189,17 +189,24 @@ def _multiplied(a: Tensor, b: Tensor, dtype: torch.dtype) -> _Multiplied:
     """Multiply shifted exponentials; in double precision if single loses more than a few."""
     a_max, b_max, ea, eb = _shifted(a, b, dtype)
     product = _matmul(ea, eb)
-    small = product < _SAFE[dtype]
-    if not bool(small.any()):
+    if product.numel() == 0 or float(product.amin()) >= _SAFE[dtype]:
         return _Multiplied(dtype, a_max, b_max, ea, eb, product, None, None)
-    lowest = torch.finfo(dtype).min  # see finite: of rows and columns that are all zero
-    lost = small & (a_max > lowest) & (b_max > lowest)
-    if bool(lost.any()) and (bool((a == -math.inf).any()) or bool((b == -math.inf).any())):
-        lost &= _is_possible(a, b)
+    lost = small = product < _SAFE[dtype]
+    for highest in (a_max, b_max):
+        is_zero = highest == torch.finfo(dtype).min  # see finite: of a row or column of zeros
+        if int(is_zero.count_nonzero()):
+            lost = lost & ~is_zero
     num_lost = int(lost.count_nonzero())
+    if num_lost and (_has_zero(a) or _has_zero(b)):
+        lost = lost & _is_possible(a, b)
+        num_lost = int(lost.count_nonzero())
     if num_lost > _FEW * lost.numel() and dtype != torch.float64:
         return _multiplied(a, b, torch.float64)
     return _Multiplied(dtype, a_max, b_max, ea, eb, product, small, lost if num_lost else None)
+
+
+def _has_zero(x: Tensor) -> bool:
+    return float(x.amin()) == -math.inf
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
