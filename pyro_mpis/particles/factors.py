@@ -45,24 +45,39 @@ def build_graph(
     factors = _factors(structure, particles, evaluated, packer)
     if not for_sum:
         factors = without_ruled_out(factors, structure)
-    anything = factors[0].tensor if factors else torch.zeros(())
+    values = {
+        name: packer.value(structure.model[name], evaluated.model[name]["value"])
+        for name in structure.origins
+        if not for_sum and _has_value(structure, name)
+    }
+    graph = graph_of(structure, factors, particles.sizes, values)
+    scales = {s: plate.scale for s, plate in structure.plates.items() if plate.scale != 1}
+    return replace(graph, plate_scales=scales)
+
+
+def graph_of(
+    structure: Structure,
+    factors: Sequence[LogFactor],
+    sizes: Mapping[str, int],
+    values: Mapping[str, SiteValue],
+) -> FactorGraph:
+    """
+    Put factors together with what the structure says of indices and plates.
+
+    :param sizes: of the indices.
+    """
+    plates = structure.plates
     return FactorGraph(
         factors=tuple(factors),
-        sizes={**particles.sizes}
-        | {symbol: plate.size for symbol, plate in structure.plates.items()},
+        sizes={**sizes, **{symbol: plate.size for symbol, plate in plates.items()}},
         index_plates={index.symbol: index.plates for index in structure.indices},
-        plate_dims={symbol: plate.dim for symbol, plate in structure.plates.items()},
+        plate_dims={symbol: plate.dim for symbol, plate in plates.items()},
         max_plate_nesting=structure.max_plate_nesting,
-        values={
-            name: packer.value(structure.model[name], evaluated.model[name]["value"])
-            for name in structure.origins
-            if not for_sum and _has_value(structure, name)
-        },
-        plate_names={symbol: plate.name for symbol, plate in structure.plates.items()},
+        values=values,
+        plate_names={symbol: plate.name for symbol, plate in plates.items()},
         index_sites={index.symbol: index.sites for index in structure.indices},
         dtype=_result_type(factors),
-        device=anything.device,
-        plate_scales={s: plate.scale for s, plate in structure.plates.items() if plate.scale != 1},
+        device=factors[0].tensor.device if factors else torch.zeros(()).device,
     )
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from pyro_mpis import _progress
 from pyro_mpis._typing import SampleMessage
 from pyro_mpis.factor_graph.graph import FactorGraph, LogFactor
-from pyro_mpis.particles.factors import site_value, without_ruled_out
+from pyro_mpis.particles.factors import graph_of, site_value, without_ruled_out
 from pyro_mpis.particles.masked import masks_at
 from pyro_mpis.particles.proposals import Particles
 from pyro_mpis.programs.densities import memoise, plain_density, taking_anything, zero_unless_finite
@@ -81,22 +81,12 @@ def weighed_together(
         ],
         structure,
     )
-    plates = structure.plates
-    graph = FactorGraph(
-        factors=tuple(factors),
-        sizes={symbol: num_samples} | {s: plate.size for s, plate in plates.items()},
-        index_plates={symbol: frozenset()},
-        plate_dims={s: plate.dim for s, plate in plates.items()},
-        max_plate_nesting=structure.max_plate_nesting,
-        values={
-            name: site_value(structure, structure.model[name], value, symbol)
-            for name, value in by_name.items()
-        },
-        plate_names={s: plate.name for s, plate in plates.items()},
-        index_sites={symbol: structure.indices[0].sites},
-        dtype=torch.get_default_dtype(),
-        device=log_k.device,
-    )
+    site_values = {
+        name: site_value(structure, structure.model[name], value, symbol)
+        for name, value in by_name.items()
+    }
+    graph = graph_of(structure, factors, {symbol: num_samples}, site_values)
+    graph = replace(graph, dtype=torch.get_default_dtype())  # densities are added up in float64
     particles = Particles({symbol: num_samples}, {symbol: num_samples}, by_name, {})
     return structure, particles, graph, tuple(traces)
 

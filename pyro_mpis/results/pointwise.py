@@ -40,7 +40,7 @@ from pyro_mpis.factor_graph.evidence import log_evidence, reduced
 from pyro_mpis.factor_graph.graph import FactorGraph, LogFactor
 from pyro_mpis.factor_graph.sizes import Shape, Shapes, contraction_of
 from pyro_mpis.particles.evaluation import Evaluated
-from pyro_mpis.particles.factors import Packer
+from pyro_mpis.particles.factors import Packer, graph_of
 from pyro_mpis.programs.densities import density_of
 from pyro_mpis.programs.runs import Programs, Wanted, evaluate
 from pyro_mpis.programs.structure import Index, Structure, levels_of
@@ -181,17 +181,11 @@ def _graph(summed: Summed, evaluated: Evaluated, sizes: Mapping[str, int]) -> Fa
         if of_draw and draw not in dims:
             tensor, dims = tensor.expand((number, *tensor.shape)), draw + dims
         packed.append(LogFactor(factor.name, tensor, dims, factor.plates | of_draw))
-    return FactorGraph(
-        factors=tuple(packed),
-        sizes={**sizes, **{symbol: plate.size for symbol, plate in structure.plates.items()}},
+    graph = graph_of(structure, packed, sizes, {})
+    return replace(
+        graph,
         index_plates={symbol: index.plates | of_draw for symbol, index in enumerated.items()},
-        plate_dims={symbol: plate.dim for symbol, plate in structure.plates.items()},
-        max_plate_nesting=structure.max_plate_nesting,
-        values={},
-        plate_names={symbol: plate.name for symbol, plate in structure.plates.items()},
         index_sites={symbol: index.sites for symbol, index in enumerated.items()},
-        dtype=torch.double,
-        device=device,
     )
 
 
