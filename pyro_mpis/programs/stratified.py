@@ -65,9 +65,10 @@ def latin_hypercube(number: int, shape: torch.Size, device: torch.device) -> Ten
     # A row for each scalar, as sorting along the last dim is fastest. In float64, of which no two
     # numbers are equal: equal ones would be sorted by particle.
     rows = torch.rand((math.prod(shape), number), dtype=torch.double, device=device).argsort(1)
-    places = torch.rand(rows.shape, dtype=torch.double, device=device)
-    uniforms = ((rows + places) / number).clamp(SMALLEST, LARGEST)
-    return uniforms.T.reshape((number, *shape))
+    uniforms = torch.rand(rows.shape, dtype=torch.double, device=device)
+    uniforms.add_(rows).div_(number).clamp_(SMALLEST, LARGEST)
+    # Contiguous: whatever is computed from the particles lies in memory as they do.
+    return uniforms.T.contiguous().reshape((number, *shape))
 
 
 def _normal(uniform: Tensor) -> Tensor:
