@@ -2,6 +2,7 @@
 """Functions of single values at many values at once, against plain loops over all of them."""
 
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from compare import compare
 from pyro.distributions import stable as pyro_stable
 from pyro.infer.reparam import stable as reparam_stable
 from torch import Tensor
+from torch.distributions import constraints
 
 from pyro_mpis.programs.mapped import MAX_LOOP, log_prob_of, run_mapped
 from pyro_mpis.programs.tensors import Mapped, unwrapped
@@ -327,3 +329,52 @@ def test_programs_with_distributions_that_torch_cannot_map() -> None:
 
     for model in (counts, ordered, states, own):
         compare(model, num_samples=4)
+
+
+class Shifted(dist.TorchDistribution):
+    """An exponential distribution from 1 on, written as users do: zeros are put in afterwards."""
+
+    arg_constraints = {"rate": constraints.positive}  # noqa: RUF012
+    support = constraints.real
+
+    def __init__(self, rate: Tensor, *, spread: bool = False) -> None:
+        self.rate, self.spread = rate, spread
+        super().__init__(rate.shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        log_prob = self.rate.log() - self.rate * (value - 1)
+        outside = (value < 1) & (self.rate > 0)
+        if outside.any():
+            log_prob[outside] = -math.inf
+        if self.spread:  # not of one value alone
+            log_prob = log_prob - (1.0 + log_prob.exp().sum()).log()
+        return log_prob
+
+
+MANY = 40  # two levels of so many values have more combinations than are looped over
+
+
+def test_levels_as_batch_dims() -> None:
+    """A log_prob that torch cannot map is evaluated at more combinations than a loop is worth."""
+    levels = [{"a": torch.linspace(0.1, 2.0, MANY)}, {"x": torch.linspace(-1.0, 3.0, MANY)}]
+    assert MANY**2 > MAX_LOOP
+
+    def density(v: Mapping[str, Tensor]) -> Tensor:
+        rate = v["a"] + torch.tensor([0.0, 1.0, 2.0])
+        return log_prob_of(Shifted(rate), v["x"])
+
+    check(density, levels, (0, 1), patched=True)
+    check(density, levels, (0, 1), patched=True)  # known not to be mapped by now
+
+
+def test_a_log_prob_that_mixes_batch_dims_is_not_given_levels_as_such() -> None:
+    """It is looped over, or refused where that is not worth it."""
+    levels = [{"a": torch.linspace(0.1, 2.0, 5)}, {"x": torch.linspace(-1.0, 3.0, 4)}]
+
+    def density(v: Mapping[str, Tensor]) -> Tensor:
+        return log_prob_of(Shifted(v["a"] + torch.arange(2.0), spread=True), v["x"])
+
+    check(density, levels, (0, 1), patched=True)
+    levels = [{"a": torch.linspace(0.1, 2.0, MANY)}, {"x": torch.linspace(-1.0, 3.0, MANY)}]
+    with pytest.raises(RuntimeError):
+        mapped(density, levels, patched=True)

@@ -13,8 +13,10 @@ what a function returns over all levels, read or not.
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,9 +25,19 @@ from torch.distributions import Distribution
 
 from pyro_mpis.programs.formulas import by_formula
 from pyro_mpis.programs.rewritten import by_forward, rewritten
-from pyro_mpis.programs.tensors import Values, exchange, is_mapped, tensors_of, unwrapped
+from pyro_mpis.programs.tensors import (
+    Mapped,
+    Values,
+    elementwise,
+    exchange,
+    is_mapped,
+    tensors_of,
+    unwrapped,
+)
 
 MAX_LOOP = 1_000  # combinations that are worth a call of a distribution's log_prob each
+LOOKED_AT = 4  # combinations at which batch dims are held against calls for one
+_NOT_MAPPED = weakref.WeakSet[type]()  # classes whose log_prob torch could not map before
 
 
 def run_mapped(
@@ -119,24 +131,70 @@ def log_prob_of(fn: Distribution, value: Tensor) -> Tensor:
     """
     Return a site's ``log_prob``, also of a distribution that torch cannot map.
 
-    Such a distribution is evaluated in a loop over the combinations that it reads.
+    Such a distribution is evaluated with the levels as batch dims, or, where that will not do, in a
+    loop over the combinations that it reads.
     """
     log_prob = by_formula(fn, value)
     if log_prob is not None:
         return log_prob
+    if type(fn) in _NOT_MAPPED:
+        in_batch = _in_batch_dims(fn, value)
+        if in_batch is not None:
+            return in_batch
     try:
         return fn.log_prob(value)
     except (RuntimeError, NotImplementedError, ValueError) as error:
+        in_batch = _in_batch_dims(fn, value)
+        if in_batch is not None:
+            _NOT_MAPPED.add(type(fn))
+            return in_batch
         tensors = tensors_of(fn)
         if not 0 < _combinations((value, *tensors)) <= MAX_LOOP:
             raise
-
-        def alone(value: Tensor, *tensors: Tensor) -> Tensor:
-            parts = iter(tensors)
-            return exchange(fn, lambda _: next(parts)).log_prob(value)  # type: ignore[no-any-return]
-
         try:
-            result = _looped(alone, value, *tensors)
+            return _looped(partial(_evaluated, fn), value, *tensors)
         except Exception:
             raise error from None
-        return result
+
+
+def _evaluated(fn: Distribution, value: Tensor, *tensors: Tensor) -> Tensor:
+    """Return the ``log_prob`` of a distribution with other tensors in the place of its own."""
+    parts = iter(tensors)
+    result = exchange(fn, lambda _: next(parts))
+    vars(result)["_validate_args"] = False  # by the shape that it was made with
+    return result.log_prob(value)  # type: ignore[no-any-return]
+
+
+def _in_batch_dims(fn: Distribution, value: Tensor) -> Tensor | None:
+    """
+    Evaluate a distribution of scalars with the levels as batch dims.
+
+    :return: None if it does not keep batch dims apart, as is looked at for a few combinations.
+    """
+    if getattr(fn, "event_shape", None) != ():
+        return None
+    tensors = (value, *tensors_of(fn))
+    try:
+        result = elementwise(partial(_evaluated, fn), *tensors)
+    except (RuntimeError, NotImplementedError, ValueError, IndexError):
+        return None
+    if result is None:
+        return None
+    parts, found = [unwrapped(tensor) for tensor in tensors], unwrapped(result)
+    for number in range(LOOKED_AT):  # the first combination, the last, and others between
+        place = {
+            level: number * (size - 1) // (LOOKED_AT - 1)
+            for level, size in zip(found.levels, found.tensor.shape, strict=False)
+        }
+        alone = _evaluated(fn, *(_at(part, place) for part in parts))
+        of_batch = _at(found, place)
+        if alone.shape != of_batch.shape or not torch.allclose(
+            alone, of_batch, 1e-4, 1e-4, equal_nan=True
+        ):
+            return None
+    return result
+
+
+def _at(mapped: Mapped, place: Mapping[int, int]) -> Tensor:
+    """Return the tensor of one combination."""
+    return mapped.tensor[tuple(place[level] for level in mapped.levels)]
