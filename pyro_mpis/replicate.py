@@ -117,7 +117,7 @@ class Replicate:
         graph = regroup_indexed(graph, of_first)
         check_crossing(graph)
         replicate = replace(self, reads=reads)
-        others = replicate.evaluated(block, ranges, parts[1:], check=validate)
+        others = replicate.evaluated(block, ranges, parts[1:], check=validate, checked=parts[0])
         graphs = itertools.chain([graph], others)
         return replicate, put_together(map(reduced, graphs), parts, block.sizes)
 
@@ -178,9 +178,15 @@ class Replicate:
             self._check(reads, graph, particles, together=True)
 
     def _check(
-        self, reads: SiteReads, graph: FactorGraph, particles: Particles, *, together: bool
+        self,
+        reads: SiteReads,
+        graph: FactorGraph,
+        particles: Particles,
+        *,
+        together: bool,
+        again: bool = False,
     ) -> None:
-        mixture = mixture_of(self.structure, particles, together=together)
+        mixture = mixture_of(self.structure, particles, together=together, again=again)
         said = said_at(self.structure, particles, self.programs, mixture)
         check_graph(graph, reads, mixture, said)
 
@@ -196,22 +202,32 @@ class Replicate:
         parts: Collection[Ranges],
         *,
         check: bool = False,
+        checked: Ranges | None = None,
     ) -> Iterator[FactorGraph]:
         """
         Evaluate pieces of a block one after the other.
 
         :param ranges: the particles of the block, of all of them.
         :param parts: those of each piece, of the block's.
+        :param checked: a piece that has been looked at before.
         """
         assert self.reads is not None
         of_block = _reads_at(self.reads, ranges)
+        seen = [] if checked is None else [self._outside(checked)]
         for part in _progress.bar(parts, "densities"):
             particles = block.block(self.structure, part)
             graph = build_graph(self.structure, particles, self._evaluate(particles))
             reads = _reads_at(of_block, part)
             if check and reads:
-                self._check(reads, graph, particles, together=False)
+                outside = self._outside(part)
+                self._check(reads, graph, particles, together=False, again=outside in seen)
+                seen.append(outside)
             yield regroup_indexed(graph, reads)
+
+    def _outside(self, part: Ranges) -> Ranges:
+        """Return the particles of the indices outside of plates."""
+        by_symbol = self.structure.by_symbol
+        return {symbol: cut for symbol, cut in part.items() if not by_symbol[symbol].plates}
 
 
 def _reads_at(reads: SiteReads, ranges: Ranges) -> SiteReads:

@@ -14,7 +14,7 @@ from counties import Y, check_sharing
 from torch import Tensor
 
 from pyro_mpis import MPImportance, MPISWarning
-from pyro_mpis.particles import checks, probes
+from pyro_mpis.particles import checks, memory, probes
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -123,17 +123,22 @@ def switched() -> None:
         pyro.sample("y", dist.Normal(alpha[index], 1.0), obs=Y[:4])
 
 
-def test_index_array_that_is_another_at_rare_particles(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("piece", [2**24, 2**10], ids=["whole", "pieces"])
+def test_index_array_that_is_another_at_rare_particles(
+    piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """
     Which the probe's few rows miss: its factor is held against the programs at all particles.
 
     Given the particle of ``s`` each house reads one county, so counties keep an index each.
     """
     monkeypatch.setattr(probes, "PROBE_ELEMENTS", 1)
+    monkeypatch.setattr(memory, "PIECE_BYTES", piece)
     found = []
     for seed in range(6):
         pyro.set_rng_seed(seed)
         posterior = MPImportance(switched, num_samples=40).run()
+        assert len(posterior._sums[0].replicate.plan.cut.pieces) == (2 if piece == 2**10 else 0)
         s = posterior.marginals("s").samples
         alpha = posterior.marginals("alpha").samples.movedim(-1, 0)  # (K, 3)
         log_evidences = []

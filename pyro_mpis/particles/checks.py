@@ -112,11 +112,15 @@ def without_rows(
     return replace(evaluated, guide=first, model=second), (of_guide, of_model)
 
 
-def mixture_of(structure: Structure, particles: Particles, *, together: bool) -> Mixture:
+def mixture_of(
+    structure: Structure, particles: Particles, *, together: bool, again: bool = False
+) -> Mixture:
     """
     Choose particles at random; draws from a generator of its own.
 
     :param together: whether indices outside of plates take random particles too.
+    :param again: whether it is a further look, for which one row is enough: the first has looked
+        at the same particles of the indices outside of plates.
     """
     size_of = particles.sizes
     outside = {index.symbol for index in structure.indices if not index.plates}
@@ -129,7 +133,7 @@ def mixture_of(structure: Structure, particles: Particles, *, together: bool) ->
         read = math.prod(size_of[s] for s in structure.indices_read(site) & apart)
         largest, combined = max(largest, elements), max(combined, elements * read)
     rows = min(_rows_wanted(structure, particles), max(2, ELEMENTS // largest))
-    rows = max(rows, min(MANY_ROWS, CHEAP // combined))
+    rows = 1 if again else max(rows, min(MANY_ROWS, CHEAP // combined))
     chosen = _chosen(structure, size_of, structure.by_symbol.keys() - apart, rows)
     return Mixture([level for level in levels if level], chosen, rows)
 
@@ -393,6 +397,8 @@ def _same(actual: Tensor, expected: Tensor) -> bool:
     The check has not looked at supports and arguments: an entry that they rule out agrees with
     any density.
     """
-    tolerance = torch.finfo(actual.dtype).eps ** TOLERANCE * (1.0 + expected.abs())
-    close = (actual == expected) | ((actual - expected).abs() <= tolerance)
-    return bool((close | (expected == -torch.inf)).all())
+    tolerance = expected.abs().add_(1.0).mul_(torch.finfo(actual.dtype).eps ** TOLERANCE)
+    close = (actual - expected).abs_() <= tolerance
+    if bool(close.all()):
+        return True
+    return bool((close | (actual == expected) | (expected == -torch.inf)).all())
