@@ -378,3 +378,41 @@ def test_a_log_prob_that_mixes_batch_dims_is_not_given_levels_as_such() -> None:
     levels = [{"a": torch.linspace(0.1, 2.0, MANY)}, {"x": torch.linspace(-1.0, 3.0, MANY)}]
     with pytest.raises(RuntimeError):
         mapped(density, levels, patched=True)
+
+
+EVENTS: dict[str, Function] = {
+    "OrderedLogistic": lambda v: log_prob_of(
+        dist.OrderedLogistic(v["x"] * torch.arange(4.0) / 3, v["a"] * torch.linspace(-1.0, 1.0, 4)),
+        torch.tensor([0.0, 4.0, 2.0, 1.0]),
+    ),
+    "cut points of all": lambda v: log_prob_of(
+        dist.OrderedLogistic(
+            v["x"] * torch.linspace(0.0, 1.0, 3), torch.stack([-v["a"], 0.1 * v["a"], v["a"]])
+        ),
+        torch.tensor([0.0, 3.0, 2.0]),
+    ),
+    "Multinomial": lambda v: log_prob_of(
+        dist.Multinomial(4, logits=torch.stack([v["a"], v["x"], 0 * v["x"]])),
+        torch.tensor([1.0, 3.0, 0.0]),
+    ),
+    "Multinomial in a batch": lambda v: log_prob_of(
+        dist.Multinomial(4, logits=torch.stack([v["a"] * torch.arange(2.0), v["x"].expand(2)], -1)),
+        torch.tensor([[1.0, 3.0], [4.0, 0.0]]),
+    ),
+    "expanded": lambda v: log_prob_of(
+        dist.OrderedLogistic(v["x"] * torch.arange(3.0), v["a"] * torch.linspace(-1.0, 1.0, 3))
+        .expand((2, 3))
+        .to_event(1),
+        torch.tensor([[0.0, 3.0, 2.0], [1.0, 1.0, 2.0]]),
+    ),
+    "expanded, one value": lambda v: log_prob_of(
+        Shifted(v["a"] + v["x"] ** 2).expand((3,)), v["x"]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EVENTS)
+def test_levels_as_batch_dims_beside_event_dims(name: str) -> None:
+    """Arguments with dims of the event, as vectors and cut points have, or without."""
+    levels = [{"a": torch.linspace(0.1, 2.0, MANY)}, {"x": torch.linspace(-1.0, 3.0, MANY)}]
+    check(EVENTS[name], levels, (0, 1), patched=True)

@@ -29,7 +29,7 @@ from torch.distributions import (
     constraints,
 )
 
-from pyro_mpis.programs.mapped import log_prob_of
+from pyro_mpis.programs.mapped import innermost, log_prob_of
 from pyro_mpis.programs.masks import Parts, taken_apart
 from pyro_mpis.programs.rewritten import CholeskyOrNan
 from pyro_mpis.programs.tensors import exchange, unwrapped
@@ -50,7 +50,7 @@ def density_of(fn: Distribution, value: Tensor, *, validate: bool, latent: bool 
     parts = taken_apart(fn)
     if parts.mask is not None:
         return _masked_density(parts, value, validate=validate, latent=latent)
-    is_index = isinstance(_innermost(fn), Categorical)
+    is_index = isinstance(innermost(fn), Categorical)
     if not isinstance(fn, Distribution) or not (validate or is_index):
         return log_prob_of(fn, value)
     inside = inside_of(fn, value)
@@ -162,14 +162,7 @@ def _fits(shape: torch.Size, batch_shape: torch.Size) -> bool:
 
 def is_checked(fn: object) -> bool:
     """Whether a distribution checks values, as it does unless made with ``validate_args=False``."""
-    return getattr(_innermost(fn), "_validate_args", False) is not False
-
-
-def _innermost(fn: object) -> object:
-    """Take a distribution out of masks and shapes. That of a transform is another distribution."""
-    while isinstance(fn, Independent | MaskedDistribution | ExpandedDistribution):
-        fn = fn.base_dist
-    return fn
+    return getattr(innermost(fn), "_validate_args", False) is not False
 
 
 @contextmanager
@@ -305,7 +298,7 @@ def refuse_invalid(trace: Trace, program: str) -> None:
             if not get_provenance(valid) and not bool(valid.all()):
                 raise ValueError(
                     f"site '{name}' of the {program}: '{argument}' of its "
-                    f"{type(_innermost(site['fn'])).__name__} is to be {wanted}, and is not. Check "
+                    f"{type(innermost(site['fn'])).__name__} is to be {wanted}, and is not. Check "
                     "the data and parameters that it is computed from."
                 )
 

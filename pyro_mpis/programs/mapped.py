@@ -11,6 +11,7 @@ Results are taken out from within the innermost function (:func:`unwrapped`), si
 what a function returns over all levels, read or not.
 """
 
+import copy
 import math
 import warnings
 import weakref
@@ -20,11 +21,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from pyro.distributions import MaskedDistribution
+from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Independent
 
 from pyro_mpis.programs.formulas import by_formula
-from pyro_mpis.programs.rewritten import by_forward, rewritten
+from pyro_mpis.programs.rewritten import Deferred, by_forward, rewritten
 from pyro_mpis.programs.tensors import (
     Mapped,
     Values,
@@ -167,18 +170,21 @@ def _evaluated(fn: Distribution, value: Tensor, *tensors: Tensor) -> Tensor:
 
 def _in_batch_dims(fn: Distribution, value: Tensor) -> Tensor | None:
     """
-    Evaluate a distribution of scalars with the levels as batch dims.
+    Evaluate a distribution with the levels as batch dims.
 
     :return: None if it does not keep batch dims apart, as is looked at for a few combinations.
     """
-    if getattr(fn, "event_shape", None) != ():
+    if not isinstance(fn, Distribution):
         return None
-    tensors = (value, *tensors_of(fn))
+    plain = _unexpanded(fn)
+    tensors = (value, *tensors_of(plain))
+    events = _event_dims(plain, tensors)
     try:
-        result = elementwise(partial(_evaluated, fn), *tensors)
+        result = elementwise(partial(_evaluated, plain), *tensors, event_dims=events)
+        if result is None:
+            return None
+        result = result.expand(torch.broadcast_shapes(result.shape, fn.batch_shape))
     except (RuntimeError, NotImplementedError, ValueError, IndexError):
-        return None
-    if result is None:
         return None
     parts, found = [unwrapped(tensor) for tensor in tensors], unwrapped(result)
     for number in range(LOOKED_AT):  # the first combination, the last, and others between
@@ -193,6 +199,33 @@ def _in_batch_dims(fn: Distribution, value: Tensor) -> Tensor | None:
         ):
             return None
     return result
+
+
+def _event_dims(fn: Distribution, tensors: Sequence[Tensor]) -> list[int]:
+    """Return how many event dims a value has, and each of a distribution's tensors."""
+    fn = innermost(fn)
+    known = fn.event_dims() if isinstance(fn, Deferred) else {}
+    batch = len(fn.batch_shape)
+    of_value, *others = tensors
+    dims = [min(of_value.dim(), len(fn.event_shape))]
+    return dims + [known.get(id(tensor), max(0, tensor.dim() - batch)) for tensor in others]
+
+
+def _unexpanded(fn: Any) -> Any:
+    """Return a distribution with the batch dims that its tensors have, not those of its plates."""
+    while isinstance(fn, ExpandedDistribution):
+        fn = fn.base_dist
+    if isinstance(fn, Independent | MaskedDistribution):
+        fn = copy.copy(fn)
+        fn.base_dist = _unexpanded(fn.base_dist)
+    return fn
+
+
+def innermost(fn: Any) -> Any:
+    """Take a distribution out of masks and shapes. That of a transform is another distribution."""
+    while isinstance(fn, Independent | MaskedDistribution | ExpandedDistribution):
+        fn = fn.base_dist
+    return fn
 
 
 def _at(mapped: Mapped, place: Mapping[int, int]) -> Tensor:

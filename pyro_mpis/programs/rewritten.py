@@ -2,6 +2,7 @@
 """Let programs run mapped whose operations or distributions torch cannot map as they stand."""
 
 import contextlib
+import inspect
 import linecache
 import os
 import sys
@@ -15,6 +16,7 @@ import torch
 from pyro.distributions.distribution import COERCIONS
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
+from torch.distributions import constraints
 from torch.overrides import TorchFunctionMode
 
 from pyro_mpis.programs.tensors import exchange, is_mapped, tensors_of, unwrapped
@@ -29,7 +31,7 @@ LIBRARIES = tuple(
 SHORT_CUTS = {"_standard_stable", "_safe_shift"}
 
 
-class _Deferred(TorchDistribution):
+class Deferred(TorchDistribution):
     """A distribution that cannot be made of mapped arguments: it is made for each combination."""
 
     arg_constraints = {}  # noqa: RUF012
@@ -53,6 +55,16 @@ class _Deferred(TorchDistribution):
         """Evaluate for one combination only: raises where arguments are mapped."""
         return self._made().log_prob(value)  # type: ignore[no-any-return]
 
+    def event_dims(self) -> dict[int, int]:
+        """Return how many event dims the arguments have: tensor's id -> number, where known."""
+        cls, args, kwargs = self._made_by
+        named = inspect.signature(cls).bind(*args, **kwargs).arguments
+        return {
+            id(named[name]): constraint.event_dim
+            for name, constraint in cls.arg_constraints.items()  # type: ignore[attr-defined]
+            if isinstance(named.get(name), Tensor) and not constraints.is_dependent(constraint)
+        }
+
     def _made(self) -> Any:
         cls, args, kwargs = self._made_by
         return type.__call__(cls, *args, **kwargs)
@@ -66,12 +78,12 @@ def _first(tensor: Tensor) -> Tensor:
 
 def _made_or_deferred(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Make a distribution, in one piece or combination by combination; Pyro calls this."""
-    if issubclass(cls, _Deferred):
+    if issubclass(cls, Deferred):
         return None
     try:
         return type.__call__(cls, *args, **kwargs)
     except (RuntimeError, NotImplementedError):
-        return _Deferred(cls, args, kwargs)
+        return Deferred(cls, args, kwargs)
 
 
 @contextmanager

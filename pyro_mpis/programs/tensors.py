@@ -112,12 +112,15 @@ def unwrapped(tensor: Tensor) -> Mapped:
     return Mapped(tensor, tuple(level - 1 for level in reversed(levels)))
 
 
-def elementwise(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor | None:
+def elementwise(
+    function: Callable[..., Tensor], *tensors: Tensor, event_dims: Sequence[int] = ()
+) -> Tensor | None:
     """
     Apply a function that broadcasts to mapped tensors, without vmap: it sees all levels as dims.
 
     It may write into what it has made itself, and takes one step where vmap takes one a level.
 
+    :param event_dims: how many of the rightmost dims of each tensor are not broadcast.
     :return: mapped at all levels of the tensors; None if they are of another transform of
         :mod:`torch.func` too, or within :func:`vmap_alone`.
     """
@@ -127,8 +130,11 @@ def elementwise(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor | N
     if any(map(_functorch.is_functorch_wrapped_tensor, (part.tensor for part in parts))):
         return None
     levels = sorted({level for part in parts for level in part.levels})
-    dims = max(tensor.dim() for tensor in tensors)
-    result = function(*(_left_of(part, levels, dims) for part in parts))
+    events = event_dims or [0] * len(tensors)
+    dims = max(tensor.dim() - event for tensor, event in zip(tensors, events, strict=True))
+    result = function(
+        *(_left_of(part, levels, dims + event) for part, event in zip(parts, events, strict=True))
+    )
     for level in levels:
         result = _functorch._add_batch_dim(result, 0, level + 1)
     return result
