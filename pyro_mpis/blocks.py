@@ -58,7 +58,8 @@ from pyro_mpis.replicate import BlockSum, Replicate
 from pyro_mpis.workers import Workers
 
 KEPT_BYTES = 2**28  # of all replicates' factors: else queries evaluate them again
-KEPT_MESSAGES = 2**25  # bytes: more of them are found again where samples are drawn
+# Bytes of messages, and their share of the memory limit: more are found again for samples.
+KEPT_MESSAGES, SHARE_OF_MESSAGES = 2**27, 8
 
 
 def run_plan(plan: Plan, workers: Workers, like: Replicate | None = None) -> BlockSum:
@@ -304,7 +305,9 @@ def evaluate(
     sent = workers.sends(len(blocks)) and len(replicate.cut(blocks[0])[1]) > 1
     replicate, graph = replicate.evaluate_first(blocks[0], drawn, piece=sent)
     if len(blocks) == 1:
-        log_p, forward = forward_pass(graph, KEPT_MESSAGES)
+        limit = replicate.plan.memory_limit or KEPT_MESSAGES * SHARE_OF_MESSAGES
+        most = min(KEPT_MESSAGES, limit // SHARE_OF_MESSAGES)
+        log_p, forward = forward_pass(graph, most)
         return BlockSum(
             replicate, tuple(blocks), graph, log_p.double().unsqueeze(0), forward=forward
         )

@@ -62,3 +62,16 @@ def test_results_pickle_without_their_programs(posterior: MPImportance) -> None:
     marginal = posterior.marginals("x")
     again = pickle.loads(pickle.dumps(marginal))
     torch.testing.assert_close(again.mean, marginal.mean)
+
+
+def test_a_pickled_posterior_draws_as_before(posterior: MPImportance) -> None:
+    """Without the messages that its run has kept, which hold the factors once more."""
+    assert posterior._sums[0].forward is not None
+    again = pickle.loads(pickle.dumps(posterior))
+    assert again._sums[0].forward is None
+    draws = []
+    for one in (posterior, again):
+        torch.manual_seed(0)
+        draws.append(one.sample(7))
+    for name, draw in draws[0].items():
+        assert torch.equal(draw, draws[1][name])

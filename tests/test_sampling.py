@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_mpis.factor_graph import sampling
 from pyro_mpis.factor_graph.graph import FactorGraph
-from pyro_mpis.factor_graph.sampling import sample_indices
+from pyro_mpis.factor_graph.sampling import forward_pass, sample_indices
 
 NUM_DRAWS = 20_000
 
@@ -168,3 +168,29 @@ def test_indices_that_one_step_sums_are_drawn_together() -> None:
     for element in range(p):
         cell = (drawn["x"][:, element] * y + drawn["y"][:, element]) * z + drawn["z"]
         check_frequencies(cell.bincount(minlength=x * y * z), of_plate[..., element].flatten())
+
+
+def test_draws_take_up_a_forward_pass_that_was_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are those of a pass of their own, and do not contract again."""
+    graph = loop(3, 6, 4, 2.0)
+    log_p, forward = forward_pass(graph)
+    torch.manual_seed(0)
+    expected_p, expected = sample_indices(graph, 50)
+    torch.testing.assert_close(log_p, expected_p)
+    monkeypatch.delattr(sampling, "contract")
+    torch.manual_seed(0)
+    _, drawn = sample_indices(graph, 50, forward)
+    for symbol in "xyz":
+        assert torch.equal(drawn[symbol], expected[symbol])
+
+
+def test_a_forward_pass_of_large_messages_is_not_kept() -> None:
+    """The first index to be summed leaves a message of the other two; factors do not count."""
+    graph = loop(30, 20, 20, 0.0)
+    message = 20 * 20 * torch.double.itemsize
+    assert sum(factor.tensor.nbytes for factor in graph.factors) > 2 * message
+    log_p, forward = forward_pass(graph, 2 * message)
+    assert forward is not None
+    same, none = forward_pass(graph, message // 2)
+    assert none is None
+    assert torch.equal(log_p, same)
