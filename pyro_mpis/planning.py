@@ -26,6 +26,7 @@ from pyro_mpis.particles.footprint import Footprint, measured
 from pyro_mpis.particles.masked import find_masks
 from pyro_mpis.programs.agreement import check_same_site
 from pyro_mpis.programs.analysis import analyse, device_of, with_implicit_plates
+from pyro_mpis.programs.by_site import by_site
 from pyro_mpis.programs.environment import Environment, seeded
 from pyro_mpis.programs.messages import statements
 from pyro_mpis.programs.not_mappable import Name
@@ -381,7 +382,7 @@ def programs_of(
     kwargs: Mapping[str, object],
 ) -> Programs:
     """Put a model, its guide and their arguments together."""
-    return Programs(model, guide if guide is not None else no_guide, args, kwargs)
+    return Programs(model, no_guide if guide is None else by_site(guide), args, kwargs)
 
 
 def no_guide(*args: object, **kwargs: object) -> None:
