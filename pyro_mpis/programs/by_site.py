@@ -17,6 +17,7 @@ import pyro.distributions as dist
 from pyro.infer.autoguide import AutoDiagonalNormal
 from torch import Tensor
 from torch.distributions import biject_to
+from torch.nn import Module
 
 from pyro_mpis._typing import Program
 
@@ -25,6 +26,12 @@ def by_site(guide: Program) -> Program:
     """Return the same distribution drawn site by site, where a guide draws a vector that can be."""
     # The very class: others of its kind have covariances.
     return BySite(guide) if type(guide) is AutoDiagonalNormal else guide
+
+
+def is_ready(guide: Program) -> bool:
+    """Whether a guide has its parameters: autoguides make them from the first values they see."""
+    guide = guide.guide if isinstance(guide, BySite) else guide
+    return not isinstance(guide, Module) or getattr(guide, "prototype_trace", None) is not None
 
 
 @dataclass(frozen=True)

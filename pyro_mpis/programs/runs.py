@@ -24,6 +24,7 @@ from pyro.poutine.util import is_validation_enabled
 from torch import Tensor
 
 from pyro_mpis._typing import Program, SampleMessage
+from pyro_mpis.programs.by_site import is_ready
 from pyro_mpis.programs.densities import memoise, refuse_invalid, taking_anything
 from pyro_mpis.programs.environment import (
     rng_state,
@@ -110,8 +111,8 @@ def run_plainly(
         raises if they do not fit.
     :return: the traces of guide and model, the model's with masks as it has them.
     """
-    if isinstance(programs.guide, torch.nn.Module):
-        with poutine.block():  # autoguides make their params from the first values that they see
+    if not is_ready(programs.guide):
+        with poutine.block():
             programs.call("guide")
     state = rng_state()
     try:
