@@ -140,7 +140,8 @@ def log_prob_of(fn: Distribution, value: Tensor) -> Tensor:
     log_prob = by_formula(fn, value)
     if log_prob is not None:
         return log_prob
-    if type(fn) in _NOT_MAPPED:
+    kind = type(innermost(fn))
+    if kind in _NOT_MAPPED:
         in_batch = _in_batch_dims(fn, value)
         if in_batch is not None:
             return in_batch
@@ -149,7 +150,7 @@ def log_prob_of(fn: Distribution, value: Tensor) -> Tensor:
     except (RuntimeError, NotImplementedError, ValueError) as error:
         in_batch = _in_batch_dims(fn, value)
         if in_batch is not None:
-            _NOT_MAPPED.add(type(fn))
+            _NOT_MAPPED.add(kind)
             return in_batch
         tensors = tensors_of(fn)
         if not 0 < _combinations((value, *tensors)) <= MAX_LOOP:
