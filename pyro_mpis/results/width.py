@@ -148,7 +148,7 @@ def _of_directions(
     for direction in directions:
         narrow = direction.is_narrow(NARROW_DIRECTION, probability)
         if bool(narrow.any()):
-            curvature = direction.value.where(narrow, 0.0)
+            curvature = direction.of_all.value.where(narrow, 0.0)
             times[direction.sites] = (float(times_as_wide(curvature).max()), direction)
     if not times:
         return []
