@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyro_mpis import MPImportance
 from pyro_mpis.results.directions import MOST_SCALARS, Direction, widest_direction
-from pyro_mpis.results.narrowness import noise_quantile, scores_of
+from pyro_mpis.results.narrowness import ENOUGH, noise_quantile, scores_of
 from pyro_mpis.results.width import FALSE_ALARM, NARROW_DIRECTION
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -90,13 +90,25 @@ def test_what_other_directions_do_is_taken_off() -> None:
     assert float(found.of_heavy.value.mean()) == pytest.approx(0.3, abs=0.06)
 
 
+def of_weighty(along: Tensor, target: Tensor, heights: Tensor) -> tuple[Tensor, Tensor]:
+    """A parabola fitted to particles that have weight, and its error, by torch's solver."""
+    share = (ENOUGH * len(heights) * heights.softmax(-1)).clamp(max=1.0)
+    design = torch.stack([torch.ones_like(along), along, along.square()], -1)
+    root = share.sqrt().unsqueeze(-1)
+    solution = torch.linalg.lstsq(root * design, root * target.unsqueeze(-1)).solution
+    residual = (root * (target.unsqueeze(-1) - design @ solution)).square().sum()
+    inverse = torch.linalg.inv((root * design).mT @ (root * design))
+    return solution[2, 0], (residual / (share.sum() - 3) * inverse[2, 2]).sqrt()
+
+
 def test_least_squares() -> None:
     """Value and error are those of torch's solver, in each of several rows."""
-    scalars = torch.randn(3, 40, 3, generator=seeded(5))
-    heights = torch.randn(3, 40, generator=seeded(6))
+    scalars = torch.randn(8, 40, 3, generator=seeded(5))
+    heights = torch.randn(8, 40, generator=seeded(6))
     found = of(scalars, heights)
     score = scores_of(scalars.mT).mT
-    for row in range(3):
+    lower = {0.0: 0, 1.0: 0}
+    for row in range(8):
         centred = score[row] - score[row].mean(0)
         whitened = torch.linalg.solve(
             torch.linalg.cholesky(centred.mT @ centred / 40), centred.mT
@@ -111,14 +123,24 @@ def test_least_squares() -> None:
             matrix[i, j] += factor / 2
             matrix[j, i] += factor / 2
         values, vectors = torch.linalg.eigh(matrix)
-        variance = (heights[row] - design @ solution).square().sum() / (40 - 10)
+        residual = heights[row] - design @ solution
+        variance = residual.square().sum() / (40 - 10)
         contrast = torch.tensor(
             [0.0] * 4 + [float(vectors[i, -1] * vectors[j, -1]) for i, j in pairs]
         )
         error = (variance * contrast @ torch.linalg.inv(design.mT @ design) @ contrast).sqrt()
         torch.testing.assert_close(found.of_all.value[row], values[-1])
         torch.testing.assert_close(found.of_all.error[row], error)
+        along = whitened @ vectors[:, -1]
+        bent = (solution[1:4] @ vectors[:, -1]) * along + values[-1] * along.square()
+        alone, alone_error = of_weighty(along, heights[row], heights[row])
+        rest, rest_error = of_weighty(along, residual + bent, heights[row])
+        lower[float(alone < rest)] += 1
+        torch.testing.assert_close(found.of_heavy.value[row], torch.minimum(alone, rest))
+        torch.testing.assert_close(found.of_heavy.error[row], rest_error)
+        assert abs(float(rest_error - alone_error)) > 1e-3
         assert float(found.of_all.degrees[row]) == 30
+    assert min(lower.values()) > 0  # each of the two is the lower one somewhere
 
 
 def test_replicates_have_constants_of_their_own() -> None:

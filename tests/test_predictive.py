@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import pyro
 import pyro.distributions as dist
@@ -509,7 +509,7 @@ def test_log_prob_that_is_nan() -> None:
 # --- kinds of models, and of samples, that a run takes too
 
 MU = torch.tensor([0.1, 0.4, -0.3]).double()
-SEEN = torch.tensor([True, False])
+SEEN: Any = torch.tensor([True, False])
 
 
 def hidden_by_handler(y: Tensor) -> None:
@@ -585,12 +585,12 @@ def test_draws_of_runs_of_every_kind(options: dict[str, object]) -> None:
         mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
         sd = pyro.sample("sd", dist.Gamma(2.0, 2.0))
         if not options:
-            assert float(mu) < 100 and float(sd) > 0  # values that are looked at
+            assert float(mu) < 100 * float(sd)  # values that are looked at
         with pyro.plate("i", len(y)):
             pyro.sample("y", dist.Normal(mu, sd), obs=y)
 
     pyro.set_rng_seed(0)
-    settings = cast(dict[str, int], {"num_samples": 10} | options)
+    settings: dict[str, Any] = {"num_samples": 10} | options
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         draws = MPImportance(model, **settings).run(TRAIN).sample(40)
