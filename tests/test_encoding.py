@@ -379,3 +379,26 @@ def test_plain_data_come_back_as_they_were(data: Any, tmp_path: Path) -> None:
     else:
         assert found == data
         assert type(found) is type(data)
+
+
+def test_a_tensor_and_a_view_of_its_beginning(tmp_path: Path) -> None:
+    def anything(*data: Tensor) -> None:
+        pyro.sample("a", dist.Normal(0.0, 1.0))
+
+    whole = torch.arange(6)
+    MPImportance(anything, num_samples=2).run(whole, whole[:2]).save(tmp_path / "file")
+    found = MPImportance.load(tmp_path / "file", anything)._sums[0].replicate.programs.args
+    assert_same(found[0], whole)
+    assert_same(found[1], whole[:2])
+
+
+def test_want_of_memory_is_not_taken_for_damage(
+    leaf: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    (tmp_path / "file").write_bytes(leaf)
+    monkeypatch.setattr(encoding, "_read_header", full)
+    with pytest.raises(MemoryError):
+        MPImportance.load(tmp_path / "file", model, guide)

@@ -18,14 +18,14 @@ from pyro.optim import ClippedAdam
 from torch import Tensor
 
 from pyro_mpis import MPImportance, MPISWarning
-from pyro_mpis.results.diagnostics import FALSE_ALARM, NARROW_CURVATURE
 from pyro_mpis.results.narrowness import (
     ENOUGH,
     Curvature,
     curvature_of,
-    student_quantile,
+    noise_quantile,
     times_as_wide,
 )
+from pyro_mpis.results.width import FALSE_ALARM, NARROW_CURVATURE
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -51,7 +51,7 @@ def called_narrow(low: Tensor) -> float:
     [(0.05, 1, 6.314), (0.01, 2, 6.965), (0.01, 5, 3.365), (0.001, 10, 4.144), (0.025, 60, 2.000)],
 )
 def test_student(probability: float, degrees: int, expected: float) -> None:
-    assert student_quantile(probability, degrees) == pytest.approx(expected, rel=0.01)
+    assert noise_quantile(probability, degrees) == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize("c", [-0.7, 0.0, 0.375])

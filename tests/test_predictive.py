@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import pyro
 import pyro.distributions as dist
@@ -503,3 +504,96 @@ def test_log_prob_that_is_nan() -> None:
     samples = {"mu": torch.tensor([1.0, -1.0])}
     with pytest.raises(ValueError, match="site 'y': log_prob is nan at some posterior samples"):
         log_predictive(model, samples, (torch.tensor(1.0),))
+
+
+# --- kinds of models, and of samples, that a run takes too
+
+MU = torch.tensor([0.1, 0.4, -0.3]).double()
+SEEN: Any = torch.tensor([True, False])
+
+
+def hidden_by_handler(y: Tensor) -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("i", len(y)), poutine.mask(mask=SEEN):
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+
+def hidden_by_method(y: Tensor) -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("i", len(y)):
+        pyro.sample("y", dist.Normal(mu, 1.0).mask(SEEN), obs=y)
+
+
+def scaled(y: Tensor) -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("i", len(y)), poutine.scale(scale=0.5):
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+
+def without_a_plate(y: Tensor) -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(mu, 1.0).expand([2]), obs=y)
+
+
+def looked_at(y: Tensor) -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    loc = torch.tensor(float(mu))
+    with pyro.plate("i", len(y)):
+        pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+
+
+def by_name(*, y: Tensor) -> None:
+    common_mean(y)
+
+
+@pytest.mark.parametrize(
+    ("model", "counts"),
+    [
+        (hidden_by_handler, [1.0, 0.0]),
+        (hidden_by_method, [1.0, 0.0]),
+        (scaled, [0.5, 0.5]),
+        (without_a_plate, [1.0, 1.0]),
+        (looked_at, [1.0, 1.0]),
+        (by_name, [1.0, 1.0]),
+    ],
+)
+def test_each_datum_counts_as_in_a_run(model: Callable[..., None], counts: list[float]) -> None:
+    each = dist.Normal(MU.unsqueeze(-1), 1.0).log_prob(TEST) * torch.tensor(counts)
+    expected = each.sum(-1).logsumexp(0) - math.log(len(MU))
+    torch.testing.assert_close(log_predictive(model, {"mu": MU}, {"y": TEST}), expected)
+
+
+def test_data_outside_of_a_support_that_depends_on_a_latent() -> None:
+    def model(y: Tensor) -> None:
+        bound = pyro.sample("bound", dist.Gamma(2.0, 1.0))
+        with pyro.plate("i", len(y)):
+            pyro.sample("y", dist.Uniform(0.0, bound), obs=y)
+
+    bound = torch.tensor([0.5, 1.0, 2.0])
+    found = log_predictive(model, {"bound": bound}, (torch.tensor([0.7, 0.1]),))
+    assert float(found) == pytest.approx(math.log((0.0 + 1.0 + 0.25) / 3))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"groups": [("mu", "sd")]}, {"num_samples": {"mu": 20, None: 10}}, {"num_replicates": 3}, {}],
+)
+def test_draws_of_runs_of_every_kind(options: dict[str, object]) -> None:
+    """Of grouped latents, of numbers of particles for each, of ordinary importance sampling."""
+
+    def model(y: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        sd = pyro.sample("sd", dist.Gamma(2.0, 2.0))
+        if not options:
+            assert float(mu) < 100 * float(sd)  # values that are looked at
+        with pyro.plate("i", len(y)):
+            pyro.sample("y", dist.Normal(mu, sd), obs=y)
+
+    pyro.set_rng_seed(0)
+    settings: dict[str, Any] = {"num_samples": 10} | options
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        draws = MPImportance(model, **settings).run(TRAIN).sample(40)
+        found = log_predictive(model, draws, (TEST,))
+    each = dist.Normal(draws["mu"].unsqueeze(-1), draws["sd"].unsqueeze(-1)).log_prob(TEST)
+    torch.testing.assert_close(found, each.sum(-1).logsumexp(0) - math.log(40))

@@ -2,6 +2,7 @@
 """Threads take turns, and the global state of a process is left as it was."""
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pyro
@@ -12,8 +13,9 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 
 from pyro_mpis import MPImportance
+from pyro_mpis.programs import turns
 from pyro_mpis.programs.environment import rng_state, same_rng_state, seeded, set_rng_state
-from pyro_mpis.programs.turns import turn
+from pyro_mpis.programs.turns import job, lent, turn
 
 
 def coin(y: Tensor) -> None:
@@ -55,6 +57,90 @@ def test_a_thread_waits_for_its_turn() -> None:
         assert not done.is_set()
     other.join()
     assert done.is_set()
+
+
+def test_jobs_compute_one_at_a_time_on_one_thread() -> None:
+    """While their asker waits and lends; nothing of it stays."""
+    inside, most, threads = 0, 0, set()
+
+    def compute() -> None:
+        nonlocal inside, most
+        torch.set_num_threads(2)  # of this thread
+        with job():
+            inside += 1
+            most = max(most, inside)
+            threads.add(torch.get_num_threads())
+            time.sleep(0.01)
+            inside -= 1
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with turn(), lent(), ThreadPoolExecutor(4) as pool:
+            for future in [pool.submit(compute) for _ in range(8)]:
+                future.result()
+        assert most == 1
+        assert threads == {1}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_jobs_wait_unless_their_asker_lends() -> None:
+    computed = threading.Event()
+
+    def compute() -> None:
+        with job():
+            computed.set()
+
+    with turn():
+        with lent():
+            pass  # what was lent is taken back
+        thread = threading.Thread(target=compute)
+        thread.start()
+        assert not computed.wait(0.2)
+        with lent():
+            assert computed.wait(10.0)
+    thread.join(10.0)
+    with lent():  # without an asker, there is nothing to lend
+        pass
+
+
+def test_a_turn_computes_on_one_thread() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with turn():
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_forked_process_forgets_the_turns_of_other_threads() -> None:
+    """Of which it has none; but a turn that the forking thread has is its own."""
+    held, ended, had = threading.Event(), threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with turn():
+            held.set()
+            ended.wait(10.0)
+
+    def ask() -> None:
+        with turns._LOCKS.asking, turns._LOCKS.working:
+            had.set()
+
+    holder, asker = threading.Thread(target=hold), threading.Thread(target=ask)
+    holder.start()
+    assert held.wait(10.0)
+    turns._renew()  # as after a fork
+    asker.start()
+    assert had.wait(10.0)
+    assert turns._LOCKS.depth == 1
+    ended.set()
+    holder.join(10.0)
+    asker.join(10.0)
+    assert turns._LOCKS.depth == 0
 
 
 def test_an_error_ends_the_turn() -> None:

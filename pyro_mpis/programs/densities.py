@@ -4,7 +4,7 @@ The density of a site at single values: zero outside of the support, nan at inva
 
 Torch's formulas give numbers there too: with validation on, such values are refused before the
 formula is applied. Among all combinations of particles some are bound to be outside of a support,
-and they count as impossible.
+and they count as impossible. So do values that a distribution gives a probability of zero.
 """
 
 from collections.abc import Iterator
@@ -33,6 +33,7 @@ from pyro_mpis.programs.mapped import innermost, log_prob_of
 from pyro_mpis.programs.masks import Parts, taken_apart
 from pyro_mpis.programs.rewritten import CholeskyOrNan
 from pyro_mpis.programs.tensors import exchange, unwrapped
+from pyro_mpis.programs.zeros import given_probs, possible_values
 
 UNBOUNDED = (constraints.real, constraints.real_vector, constraints.dependent)
 NOT_NOW = 0  # a distribution that does not check values, but for no wish of the user's
@@ -59,6 +60,9 @@ def density_of(fn: Distribution, value: Tensor, *, validate: bool, latent: bool 
         log_prob = torch.where(inside, log_prob_of(fn, _as_an_index(fn, value)), -torch.inf)
     else:
         log_prob = log_prob_of(fn, value)
+    possible = possible_values(fn, _as_an_index(fn, value)) if validate else None
+    if possible is not None and _is_false_somewhere(possible):
+        log_prob = torch.where(possible, log_prob, -torch.inf)
     for _, _, valid in _valid_arguments(fn) if validate else ():
         if not _is_false_somewhere(valid):
             continue
@@ -102,6 +106,9 @@ class _SameFamily(MixtureSameFamily):
         value: Tensor = self._pad(x)  # type: ignore[no-untyped-call]
         of_each = density_of(self.component_distribution, value, validate=True)
         shares = self.mixture_distribution.logits.log_softmax(-1)
+        probs = given_probs(self.mixture_distribution)
+        if probs is not None:
+            shares = torch.where(probs > 0, shares, -torch.inf)
         return (of_each + shares).logsumexp(-1)
 
 

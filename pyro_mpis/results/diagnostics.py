@@ -25,9 +25,11 @@ from pyro_mpis._text import data_frame, html_table, table
 from pyro_mpis.factor_graph.marginals import Marginal
 from pyro_mpis.programs.structure import Structure
 from pyro_mpis.replicate import BlockSum
-from pyro_mpis.results.narrowness import curvature_of, times_as_wide
-from pyro_mpis.results.remedies import LEARNED, multiple, remedies, widening
+from pyro_mpis.results.directions import Direction
+from pyro_mpis.results.narrowness import curvature_of
+from pyro_mpis.results.remedies import LEARNED, remedies
 from pyro_mpis.results.site_diagnosis import SiteDiagnosis
+from pyro_mpis.results.width import directions_of, too_narrow, unknown_directions
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -44,11 +46,6 @@ LARGE_ERROR = 0.5
 FEW_REPLICATES = 8
 # With a replicate that has this share of the evidence, the spread is that of a single number.
 HEAVY_REPLICATE = 0.5
-# A posterior 1.15 times as wide as its particles bends their log weights by this.
-NARROW_CURVATURE = 0.125
-# Probability that a run is called narrow where no posterior is that wide, if log weights differ
-# from a parabola by normal noise.
-FALSE_ALARM = 0.01
 # Sites of the printed table: a chain of a thousand has its bottleneck in a few.
 MOST_ROWS = 30
 COLUMNS = ("site", "from", "particles", "ESS, lowest", "of", "median", "heaviest", "k-hat")
@@ -87,6 +84,8 @@ class Diagnosis:
     :param log_evidences: the log evidence of each replicate, ``(replicates,)``; -inf for zero.
     :param log_evidence: the log evidence of all replicates together.
     :param evidence_error: its standard error; None if there is a single replicate.
+    :param directions: across the scalars that each particle index draws, whether the posterior is
+        wider than the particles.
     """
 
     sites: tuple[SiteDiagnosis, ...]
@@ -94,6 +93,7 @@ class Diagnosis:
     log_evidences: Tensor
     log_evidence: float
     evidence_error: float | None
+    directions: tuple[Direction, ...] = ()
 
     @property
     def bottleneck(self) -> SiteDiagnosis | None:
@@ -168,11 +168,12 @@ def diagnose(
         for name, origin in structure.origins.items()
         if name in sampled and origin != "model_delta"
     )
+    directions = directions_of(structure, block_sum.whole.values, marginals, sites, possible)
     problems = [
         *_no_observation(structure),
         *_low_ess(block_sum, marginals, sites),
         *_heavy_tails(sites),
-        *_too_narrow(sites),
+        *_too_narrow(sites, directions),
         *_unsure_evidence(log_evidences),
     ]
     number = len(log_evidences)
@@ -182,6 +183,7 @@ def diagnose(
         log_evidences=log_evidences,
         log_evidence=float(log_evidences.logsumexp(0)) - math.log(number),
         evidence_error=evidence_error(log_evidences) if number > 1 else None,
+        directions=directions,
     )
 
 
@@ -215,7 +217,10 @@ def doubts_of_error(diagnosis: Diagnosis) -> list[str]:
             "is that of one number. More particles, or particles nearer to the posterior, make "
             "replicates alike."
         )
-    for problem in (*_too_narrow(diagnosis.sites), *_heavy_tails(diagnosis.sites)):
+    for problem in (
+        *_too_narrow(diagnosis.sites, diagnosis.directions),
+        *_heavy_tails(diagnosis.sites),
+    ):
         doubts.append(str(problem))
     return doubts
 
@@ -294,29 +299,10 @@ def _heavy_tails(sites: tuple[SiteDiagnosis, ...]) -> list[Problem]:
     return [Problem(finding, (remedy,))]
 
 
-def _too_narrow(sites: tuple[SiteDiagnosis, ...]) -> list[Problem]:
-    tests = sum(site.curvature.number for site in sites)
-    number, times = 0, {}
-    for site in sites:
-        narrow = site.curvature.at_least(FALSE_ALARM / max(1, tests)) > NARROW_CURVATURE
-        if bool(narrow.any()):
-            number += int(narrow.any(-1).sum())
-            times[site.name] = times_as_wide(site.curvature.value.where(narrow, 0.0)).amax(-1)
-    if not times:
-        return []
-    by_name = {site.name: site for site in sites}
-    most = {name: float(found.max()) for name, found in times.items()}
-    worst = max(most, key=lambda name: most[name])
-    element = by_name[worst].element(int(times[worst].reshape(-1).argmax()))
-    finding = (
-        f"{number} of {sum(site.ess.numel() for site in sites)} marginals have weights that rise "
-        "towards their outermost particles: the particles are narrower than the posterior (most: "
-        f"{element}, whose posterior is {multiple(most[worst])} as wide as its particles). The log "
-        "evidence is too low, by an unknown amount. Its standard error and all intervals are too "
-        "small. A high effective sample size does not show this."
-    )
-    helps = widening([(by_name[name], times) for name, times in most.items()])
-    return [Problem(finding, tuple(helps))]
+def _too_narrow(
+    sites: tuple[SiteDiagnosis, ...], directions: tuple[Direction, ...]
+) -> list[Problem]:
+    return [Problem(*found) for found in too_narrow(sites, directions)]
 
 
 def _unsure_evidence(log_evidences: Tensor) -> list[Problem]:
@@ -396,6 +382,7 @@ def _good(diagnosis: Diagnosis) -> str:
         f"Nothing is poor. The lowest ESS is that of {worst.worst}: {worst.lowest_ess:.1f} of "
         f"{worst.num_particles} particles. None of these numbers shows a mode of the posterior "
         "that no particle is in. If there may be one, compare with a wider proposal."
+        f"{unknown_directions(diagnosis.sites, diagnosis.directions)}"
     )
 
 

@@ -21,6 +21,9 @@ weights, and each is noise to the others: they are also looked at together, by :
 A step is no parabola, though a parabola that is fitted to it may bend upwards: the posterior may be
 in one tail of a prior, or end where its support ends. So two fits must agree, one to all particles
 and one to those that have weight.
+
+Scalars that one index draws may each be as wide as the posterior while a direction across them is
+not: ``directions`` looks at these.
 """
 
 import math
@@ -34,9 +37,9 @@ from torch import Tensor
 NO_WEIGHT = 50.0
 # Of the particles that have weight, those of one part in so many of the mean weight count in full.
 ENOUGH = 2.0
-# Student's t is integrated over values up to this power of e, and this many. Of more degrees of
-# freedom than the last, it is hardly another.
-LOG_LARGEST, GRID, MOST_DEGREES = 30.0, 40_001, 60
+# Quantiles are found on a grid of numbers between these powers of e, of this size. An error of more
+# degrees of freedom than the last hardly has others.
+LOG_SMALLEST, LOG_LARGEST, GRID, MOST_DEGREES = -10.0, 30.0, 40_001, 60
 
 
 @dataclass(frozen=True)
@@ -48,18 +51,21 @@ class Fit:
         ``batch_shape + (number,)``.
     :param error: its standard error, likewise.
     :param degrees: number of degrees of freedom that the error has, likewise.
+    :param dimension: the highest curvature of all directions across so many scalars; 1 if the
+        direction was not chosen.
     """
 
     value: Tensor
     error: Tensor
     degrees: Tensor
+    dimension: int = 1
 
     def at_least(self, probability: float) -> Tensor:
         """Return what each curvature exceeds, unless its error is of a kind that rare."""
         degrees = self.degrees.floor().clamp(1, MOST_DEGREES)
         quantiles = torch.zeros_like(degrees)
         for number in degrees.unique().tolist():
-            quantiles[degrees == number] = student_quantile(probability, number)
+            quantiles[degrees == number] = noise_quantile(probability, number, self.dimension)
         return self.value - quantiles * self.error
 
 
@@ -103,20 +109,29 @@ def curvature_of(samples: Tensor, log_weights: Tensor, num_replicates: int) -> C
     """
     batch, number = log_weights.shape[:-1], log_weights.shape[-1]
     scalars = samples.detach().double().reshape((*batch, number, -1)).movedim(-1, -2)
-    heights = log_weights.detach().double().unsqueeze(-2)
-    heights = heights.clamp(min=heights.amax(-1, keepdim=True) - NO_WEIGHT)
-    linear, square, heights = (
-        values.unflatten(-1, (num_replicates, -1)) for values in (*_regressors(scalars), heights)
-    )
-    relative = heights.softmax(-1) * (number // num_replicates)  # of mean one
-    heavy = (ENOUGH * relative).clamp(max=1.0)
+    linear, square = (x.unflatten(-1, (num_replicates, -1)) for x in _regressors(scalars))
+    heights, heavy = heights_of(log_weights.unsqueeze(-2), num_replicates)
     return Curvature(
-        of_all=_fit(linear, square, heights, torch.ones_like(relative)),
-        of_heavy=_fit(linear, square, heights, heavy),
+        of_all=fitted(linear, square, heights, torch.ones_like(heavy)),
+        of_heavy=fitted(linear, square, heights, heavy),
     )
 
 
-def _fit(linear: Tensor, square: Tensor, heights: Tensor, share: Tensor) -> Fit:
+def heights_of(log_weights: Tensor, num_replicates: int) -> tuple[Tensor, Tensor]:
+    """
+    Return what is fitted, and how much each particle counts in the fit to those with weight.
+
+    :param log_weights: ``(*batch, K)``, of all replicates.
+    :return: ``(*batch, replicates, K)`` each.
+    """
+    heights = log_weights.detach().double()
+    heights = heights.clamp(min=heights.amax(-1, keepdim=True) - NO_WEIGHT)
+    heights = heights.unflatten(-1, (num_replicates, -1))
+    relative = heights.softmax(-1) * heights.shape[-1]  # of mean one
+    return heights, (ENOUGH * relative).clamp(max=1.0)
+
+
+def fitted(linear: Tensor, square: Tensor, heights: Tensor, share: Tensor) -> Fit:
     """
     Fit ``heights`` to a constant of each replicate and a multiple of each of the others.
 
@@ -145,10 +160,7 @@ def _regressors(scalars: Tensor) -> tuple[Tensor, Tensor]:
     :param scalars: ``(*batch, scalars, K)``.
     :return: ``(*batch, number, K)`` each; nan where particles are integers, or all the same.
     """
-    score = _normal_scores(scalars)
-    integers = (scalars == scalars.round()).all(-1, keepdim=True)
-    same = (scalars == scalars[..., :1]).all(-1, keepdim=True)
-    score = score.masked_fill(integers | same, math.nan)
+    score = scores_of(scalars)
     if scalars.shape[-2] == 1:
         return score, score.square()
     together = [x.nansum(-2, keepdim=True) for x in (score, score.square())]
@@ -156,20 +168,58 @@ def _regressors(scalars: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([score, together[0]], -2), torch.cat([score.square(), together[1]], -2)
 
 
-def _normal_scores(scalars: Tensor) -> Tensor:
-    """Return standard normal quantiles of the ranks, after Blom: the shape of the particles."""
+def scores_of(scalars: Tensor) -> Tensor:
+    """
+    Return standard normal quantiles of the ranks, after Blom: the shape of the particles.
+
+    :param scalars: ``(*batch, scalars, K)``.
+    :return: of the same shape; nan where particles are integers, or all the same.
+    """
     number = scalars.shape[-1]
     ranks = torch.arange(number, dtype=scalars.dtype, device=scalars.device)
     quantiles = torch.special.ndtri((ranks + 0.625) / (number + 0.25))
     scores: Tensor = quantiles[scalars.argsort(-1).argsort(-1)]
-    return scores
+    integers = (scalars == scalars.round()).all(-1, keepdim=True)
+    same = (scalars == scalars[..., :1]).all(-1, keepdim=True)
+    return scores.masked_fill(integers | same, math.nan)
 
 
 @cache
-def student_quantile(probability: float, degrees: float) -> float:
-    """Return what Student's t exceeds with a probability below a half, to two digits or more."""
-    log_t = torch.linspace(-LOG_LARGEST, LOG_LARGEST, GRID, dtype=torch.double)
-    density = (log_t - (degrees + 1) / 2 * (2 * log_t - math.log(degrees)).exp().log1p()).exp()
-    tails = density.flip(0).cumsum(0)  # from the largest t on
-    position = int(torch.searchsorted(tails, 2 * probability * tails[-1]))
-    return float(log_t.flip(0)[position].exp())
+def noise_quantile(probability: float, degrees: float, dimension: int = 1) -> float:
+    r"""
+    Return what noise alone exceeds this rarely: above zero, in estimated standard errors.
+
+    Of one number it is Student's t. The highest curvature of all directions is the largest
+    eigenvalue of a symmetric matrix of noise: variances 1 on its diagonal, 1/2 off it, so that 1 in
+    each direction. A threshold t is exceeded by an odd number of eigenvalues with probability
+
+    .. math:: \int_t^\infty c_d 2^{1-d} H_{d-1}(x) e^{-x^2/2} dx, \quad
+              c_d = d \, \Gamma(3/2) / (\sqrt{2 \pi} \, \Gamma(1 + d/2)),
+
+    since the mean of :math:`\det(x - A)` is a Hermite polynomial. That is the probability of the
+    largest one but for that of two or more, which is far smaller where the first is small. Each
+    power of x becomes one of Student's kind if the standard error is an estimate.
+    """
+    log_x = torch.linspace(LOG_LARGEST, LOG_SMALLEST, GRID, dtype=torch.double)
+    density = torch.zeros_like(log_x)
+    for power, factor in enumerate(_hermite(dimension - 1)):
+        count = power + 1
+        log_mean = math.lgamma((degrees + count) / 2) - math.lgamma(degrees / 2)
+        log_mean += count / 2 * math.log(2 / degrees)
+        spread = (2 * log_x - math.log(degrees)).exp().log1p() * (degrees + count) / 2
+        density += factor * (log_mean + count * log_x - spread).exp()
+    log_front = math.log(dimension) + math.lgamma(1.5) - math.lgamma(1 + dimension / 2)
+    front = math.exp(log_front) / math.sqrt(2 * math.pi) * 2.0 ** (1 - dimension)
+    tails = front * density.cumsum(0) * (LOG_LARGEST - LOG_SMALLEST) / (GRID - 1)
+    rarer = tails > probability
+    return float(log_x[int(rarer.int().argmax())].exp()) if bool(rarer.any()) else 0.0
+
+
+def _hermite(degree: int) -> list[float]:
+    """Return the coefficients of a Hermite polynomial (the physicists'), of rising powers."""
+    before, last = [0.0], [1.0]
+    for number in range(degree):
+        raised = [0.0, *(2 * factor for factor in last)]
+        lowered = [2 * number * factor for factor in before] + [0.0] * len(raised)
+        before, last = last, [a - b for a, b in zip(raised, lowered, strict=False)]
+    return last

@@ -100,11 +100,39 @@ def widening(times: Sequence[tuple[SiteDiagnosis, float]]) -> list[str]:
         helps.append(LEARNED)
     drawn = [site.name for site, _ in times if site.proposal == "prior"]
     if drawn:
-        helps.append(
-            f"{quoted(drawn[:MOST_NAMES])}: drawn from the prior, but the posterior lies in the "
-            "prior's tails. Use a guide that has more particles there."
-        )
+        helps.append(_in_tails(drawn))
     return helps
+
+
+def dependence(sites: Sequence[SiteDiagnosis], times: float) -> list[str]:
+    """
+    Say what helps sites whose particles are too narrow in a direction across several scalars.
+
+    :param times: how many times as wide as its particles the posterior is at most.
+    """
+    helps = []
+    if any(site.proposal == "guide" for site in sites):
+        helps = [
+            "Let these scalars depend on each other in the guide: draw a vector from a "
+            "MultivariateNormal whose scale_tril is a parameter, let a site read another, or use "
+            "AutoMultivariateNormal. An AutoNormal, and any other guide in which they are "
+            "independent, stays narrower than the posterior however long it is trained.",
+            f"Or multiply the scales of the guide by up to {multiple(times)}, and run again with "
+            "more particles. If the log evidence rises by more than its error, it was too narrow.",
+        ]
+    if any(site.proposal == "learned guide" for site in sites):
+        helps.append(LEARNED)
+    drawn = [site.name for site in sites if site.proposal == "prior"]
+    if drawn:
+        helps.append(_in_tails(drawn))
+    return helps
+
+
+def _in_tails(names: Sequence[str]) -> str:
+    return (
+        f"{quoted(names[:MOST_NAMES])}: drawn from the prior, but the posterior lies in the "
+        "prior's tails. Use a guide that has more particles there."
+    )
 
 
 def multiple(times: float) -> str:
