@@ -286,7 +286,7 @@ def _draw_row(
         label = None if row else "posterior"
         ax.stairs(tops, edges, baseline=row, fill=True, color=POSTERIOR, alpha=0.35, label=label)
     values, place = np.unique(samples, return_inverse=True)
-    shares = np.bincount(place, weights)
+    shares = np.bincount(place, weights).astype(np.double)
     shown, which = _shown_particles(shares)
     if bool(shown.any()):
         label = f"{which}, area by weight"

@@ -61,6 +61,8 @@ def spreads(model, args, arrangements):
             result[name][number] = float(values.std())
         plt.loglog([k**power for k in numbers], list(result[name].values()), "o-", label=name)
     plt.gca().set(xlabel="combinations for each observation", ylabel="sd of log evidence (nats)")
+    plt.minorticks_off()
+    plt.yticks([0.3, 1, 3, 10], [0.3, 1, 3, 10])
     plt.legend(fontsize="small", frameon=False)
     plt.show()
     return result
@@ -135,11 +137,9 @@ plt.legend(fontsize="small")
 plt.show()
 
 # %% [markdown]
-# ## Threads and graphics cards
-#
-# There is nothing to set: a run computes on one thread where its tensors are small, and tries more
-# where they are large. On a graphics card, put the data there (`data.to("cuda")`) and make the
-# model's tensors there too.
+# **Threads and graphics cards.** There is nothing to set: a run computes on one thread where its
+# tensors are small, and tries more where they are large. To use a graphics card, put the data there
+# (`data.to("cuda")`), and make the model's tensors there too.
 
 # %%
 assert groups == (("shape", "rate"),)

@@ -102,7 +102,8 @@ for name, (value, error) in evidences.items():
     if name != "one change":
         e = (error**2 + best_error**2) ** 0.5
         print(f"  log Bayes factor of one change over it: {best - value:.2f}, error {e:.3f}")
-plt.xlabel("log evidence (nats); bars: two standard errors; ticks: exact")
+plt.margins(y=0.3)
+plt.xlabel("log evidence (nats; higher is better); bars: two standard errors; ticks: exact")
 plt.show()
 
 # %% [markdown]
