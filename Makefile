@@ -59,8 +59,9 @@ lint: $(VENV)/.stamp-dev
 types: $(VENV)/.stamp-dev
 	$(BIN)/mypy
 
+# A file stays in one process: what its tests share is computed once.
 tests: $(VENV)/.stamp-dev
-	$(ONE_THREAD) $(BIN)/python -m pytest -q -n $(JOBS)
+	$(ONE_THREAD) $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
 test-slow: $(VENV)/.stamp-dev
 	$(ONE_THREAD) $(BIN)/python -m pytest -q -n $(JOBS) -m slow

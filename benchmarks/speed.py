@@ -506,9 +506,10 @@ low, whichever estimator is used. After `adapt` they are a few tenths of a nat.
 `python benchmarks/speed.py` on {where}; torch {torch.__version__}, Pyro {pyro.__version__}.
 
 Seconds are medians of interleaved runs in one process. MiB are the peak of a process of its own,
-on top of the same process with everything imported and the data loaded. Errors are those of the log
-evidence, medians over runs. They are mostly negative, because the logarithm of an unbiased estimate
-is biased low, and get smaller as K grows.
+on top of the same process with everything imported and the data loaded. A *ratio* is this package's
+number over the other's: below 1 it takes less. *Error* is that of the log evidence, in nats, the
+median over runs; nearer to 0 is better. Errors are mostly negative, because the logarithm of an
+unbiased estimate is biased low, and get smaller as K grows. A dash: not measured.
 """
 
 

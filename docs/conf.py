@@ -5,6 +5,7 @@ How Sphinx makes the site: `make docs` writes it to output/site, which opens wit
 The tutorials are percent scripts; they are executed, with their pictures, as the site is made.
 """
 
+import logging
 import os
 import re
 import shutil
@@ -28,6 +29,13 @@ for script in sorted((here.parent / "tutorials").glob("[0-9]*.py")):
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
     notebook.metadata["language_info"] = {"name": "python"}
     jupytext.write(notebook, notebooks / f"{script.stem}.ipynb")
+
+# What kernels and notebook clients tell of themselves is not about the pages.
+profile = notebooks / ".ipython" / "profile_default"
+profile.mkdir(parents=True)
+(profile / "ipython_kernel_config.py").write_text("c.IPKernelApp.log_level = 40\n")
+os.environ["IPYTHONDIR"] = str(profile.parent)
+logging.getLogger("traitlets").setLevel(logging.WARNING)
 
 project = "pyro_mpis"
 author = "the pyro_mpis contributors"
@@ -71,6 +79,14 @@ def with_links(app, what, name, obj, options, lines):
     lines[:] = [re.sub(r"docs/(\w+)\.md", r":doc:`/\1`", line) for line in lines]
 
 
+def changes(app, docname, source):
+    """Make a link of each page that the changelog names."""
+    if docname == "changelog":
+        text = (here.parent / "CHANGELOG.md").read_text()
+        source[0] = re.sub(r"docs/(\w+)\.md", r"[\1](\1.md)", text)
+
+
 def setup(app):
-    """Register what autodoc passes docstrings through."""
+    """Register what docstrings and pages pass through."""
     app.connect("autodoc-process-docstring", with_links)
+    app.connect("source-read", changes)

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 40  # elements of a site that a panel has lines for
 MAX_BARS = 30  # values of a discrete site
+MAX_PARTICLES = (
+    60  # particles of a scalar that can be told apart; of more, only heavy ones are drawn
+)
+HEAVY = 0.01  # share of the weight from which a particle is drawn whatever their number
 COLUMNS = 3  # panels in a row
 PARTICLES, POSTERIOR, POOR, PROPOSAL = "C3", "C0", "C1", "0.45"  # colours
 
@@ -44,6 +48,9 @@ def plot_marginals(
     scalar, it has a row for each (at most 40). A dot is a particle, and its area is the weight. The
     bar goes from the 5 % to the 95 % quantile, and has a mark at the median. The axis shows the
     range of the posterior. A proposal may reach far beyond it.
+
+    Of more than 60 particles, only those that have 1 % of the weight or more are drawn: if there
+    are none, no single particle matters. Rows then have a histogram too.
 
     :param sites: names of sites; all of them by default.
     :param coords: plate -> names of its elements, as :meth:`MPImportance.to_arviz` takes them.
@@ -202,26 +209,25 @@ def _draw_scalar(ax: "Axes", marginal: Marginal, proposal: str) -> None:
         ax.bar(values, shares, width=0.6, color=POSTERIOR, alpha=0.5, label="posterior")
         ax.set(xticks=values, ylabel="probability")
         return
-    low, high = _limits(marginal)
-    ess = float(1 / np.square(weights).sum())
-    bins = min(30, max(5, math.ceil(2 * math.sqrt(ess))))
-    within = max(low, float(samples.min())), min(high, float(samples.max()))  # in the support
-    edges = np.histogram_bin_edges(samples, bins, within if within[0] < within[1] else (low, high))
-    widths = np.diff(edges)
-    heights = np.histogram(samples, edges, weights=weights)[0] / widths
-    drawn_from = np.histogram(samples, edges)[0] / widths / len(samples)
+    limits = _limits(marginal)
+    edges, heights = _histogram(samples, weights, limits)
+    _, drawn_from = _histogram(samples, np.full(weights.shape, 1 / len(weights)), limits, edges)
     top = float(heights.max())
     ax.stairs(heights, edges, fill=True, color=POSTERIOR, alpha=0.35, label="posterior")
     if proposal:
         ax.stairs(drawn_from, edges, color=PROPOSAL, lw=1.2, label=f"proposal: {proposal}")
-    inside = (samples >= low) & (samples <= high)
-    stems = 0.3 * top * weights[inside] / weights.max()
-    ax.vlines(samples[inside], 0, stems, color=PARTICLES, lw=0.9, label="particles, by weight")
-    mean = float(weights @ samples)
-    ax.axvline(mean, color=POSTERIOR, lw=1.2, label="mean")
-    ax.set(xlim=(low, high), ylim=(0, 1.4 * max(top, float(drawn_from.max()))), yticks=[])
+    shown, which = _shown_particles(weights)
+    shown &= (samples >= limits[0]) & (samples <= limits[1])
+    if bool(shown.any()):
+        stems = 0.3 * top * weights[shown] / weights.max()
+        label = f"{which}, by weight"
+        ax.vlines(samples[shown], 0, stems, color=PARTICLES, lw=0.9, label=label)
+    mean, ess = float(weights @ samples), float(1 / np.square(weights).sum())
+    ax.plot([mean, mean], [0, top], color=POSTERIOR, lw=1.2, label="mean")
+    room = 1.6  # for the legend
+    ax.set(xlim=limits, ylim=(0, room * max(top, float(drawn_from.max()))), yticks=[])
     ax.locator_params(axis="x", nbins=5)
-    ax.set_xlabel(f"mean {mean:.3g}, ESS {ess:.1f}")
+    ax.set_xlabel(f"mean {mean:.3g}, ESS {ess:.{int(ess < 100)}f} of {len(weights)}")
 
 
 def _draw_elements(
@@ -234,15 +240,11 @@ def _draw_elements(
     shape = marginal.batch_shape + marginal.event_shape
     samples, weights = _scalars(marginal)
     quantiles = marginal.quantile([0.05, 0.5, 0.95]).double().flatten(1).cpu()
-    low, high = _limits(marginal)
-    shown = _num_rows(marginal)
+    limits = _limits(marginal)
+    rows = _num_rows(marginal)
     largest = max(0.1, float(weights.max()))  # many particles of even weight: small dots
-    for row in range(shown):
-        values, place = np.unique(samples[row], return_inverse=True)
-        heights = np.full(values.shape, float(row))
-        areas = 120 * np.bincount(place, weights[row]) / largest
-        label = None if row else "particles, area by weight"
-        ax.scatter(values, heights, s=areas, color=PARTICLES, alpha=0.35, lw=0, label=label)
+    for row in range(rows):
+        _draw_row(ax, row, samples[row], weights[row], limits, largest)
         left, middle, right = quantiles[:, row].tolist()
         ax.plot(
             [left, right],
@@ -253,16 +255,76 @@ def _draw_elements(
             label=None if row else "5 % to 95 %, median",
         )
         ax.plot(middle, row + 0.28, marker="|", color=POSTERIOR, ms=7, mew=1.6)
-    labels = _labels(shape, plates, coords)[:shown]
-    top = -0.7 - 0.14 * (shown + 4)  # room for the legend
-    ax.set(xlim=(low, high), ylim=(shown - 0.3, top), yticks=range(shown), yticklabels=labels)
+    labels = _labels(shape, plates, coords)[:rows]
+    top = -0.9 - 0.14 * (rows + 4)  # room for the legend
+    ax.set(xlim=limits, ylim=(rows - 0.3, top), yticks=range(rows), yticklabels=labels)
     ax.locator_params(axis="x", nbins=5)
-    if shown > 12:
+    if rows > 12:
         ax.tick_params(axis="y", labelsize=7)
     parts = [plate for plate in plates if plate]
-    if shown < shape.numel():
-        parts.append(f"{shown} of {shape.numel()}")
+    if rows < shape.numel():
+        parts.append(f"{rows} of {shape.numel()}")
     ax.set_ylabel(", ".join(parts))
+
+
+def _draw_row(
+    ax: "Axes",
+    row: int,
+    samples: "NDArray[np.double]",
+    weights: "NDArray[np.double]",
+    limits: tuple[float, float],
+    largest: float,
+) -> None:
+    """
+    Draw the particles of one scalar, and its histogram if they are many.
+
+    :param largest: the weight of the largest dot.
+    """
+    if len(samples) > MAX_PARTICLES:
+        edges, density = _histogram(samples, weights, limits)
+        tops = row - 0.6 * density / density.max()  # the axis points down
+        label = None if row else "posterior"
+        ax.stairs(tops, edges, baseline=row, fill=True, color=POSTERIOR, alpha=0.35, label=label)
+    values, place = np.unique(samples, return_inverse=True)
+    shares = np.bincount(place, weights).astype(np.double)
+    shown, which = _shown_particles(shares)
+    if bool(shown.any()):
+        label = f"{which}, area by weight"
+        ax.scatter(
+            values[shown],
+            np.full(int(shown.sum()), float(row)),
+            s=120 * shares[shown] / largest,
+            color=PARTICLES,
+            alpha=0.35,
+            lw=0,
+            label=None if label in ax.get_legend_handles_labels()[1] else label,
+        )
+
+
+def _shown_particles(weights: "NDArray[np.double]") -> "tuple[NDArray[np.bool_], str]":
+    """Return which particles of a scalar are drawn, and what the legend calls them."""
+    if len(weights) <= MAX_PARTICLES:
+        return np.full(weights.shape, True), "particles"
+    return weights >= HEAVY, f"particles above {HEAVY:.0%}"
+
+
+def _histogram(
+    samples: "NDArray[np.double]",
+    weights: "NDArray[np.double]",
+    limits: tuple[float, float],
+    edges: "NDArray[np.double] | None" = None,
+) -> "tuple[NDArray[np.double], NDArray[np.double]]":
+    """
+    Return the edges of bins within the particles and the limits, and the density in each.
+
+    The density is that of all particles: those beyond the limits have their part of it.
+    """
+    if edges is None:
+        bins = min(30, max(5, math.ceil(2 / math.sqrt(np.square(weights).sum()))))
+        within = max(limits[0], float(samples.min())), min(limits[1], float(samples.max()))
+        within = within if within[0] < within[1] else limits
+        edges = np.histogram_bin_edges(samples, bins, within)
+    return edges, np.histogram(samples, edges, weights=weights)[0] / np.diff(edges)
 
 
 def _scalars(marginal: Marginal) -> "tuple[NDArray[np.double], NDArray[np.double]]":

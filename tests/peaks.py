@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Models whose peak memory is measured, each in a process of its own: ``python peaks.py MODEL``.
+Models whose peak memory is measured: ``python peaks.py LIMIT MODEL...``.
 
 Prints by how many bytes a run and its queries exceed what the process takes with two particles.
+Each model has a process of its own, forked after the imports.
 """
 
 import math
+import os
 import resource
 import sys
 import warnings
@@ -188,8 +190,14 @@ def main(name: str, limit: int) -> None:
         posterior.moments()
         posterior.marginals()
         posterior.sample(100)
-    print(peak() - before)
+    print(name, peak() - before, flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    for name in sys.argv[2:]:
+        child = os.fork()
+        if child == 0:
+            main(name, int(sys.argv[1]))
+            os._exit(0)
+        if os.waitpid(child, 0)[1] != 0:
+            sys.exit(f"{name} failed")

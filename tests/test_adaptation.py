@@ -447,11 +447,14 @@ def test_the_result_and_the_guide_go_into_files(tmp_path: Path) -> None:
 
 def test_the_table_counts_the_weights_of_each_marginal() -> None:
     """A particle inside of a plate has as many values as there are particles around it."""
-    posterior = learned(normals).run()
+    posterior = copy.copy(learned(normals))
+    posterior.num_replicates = 2
+    posterior.run()
     numbers = {posterior.marginals(site).log_weights.shape[-1] for site in ("m", "x")}
     assert len(numbers) == 2
-    assert f"{min(numbers)} to {max(numbers)} particles a site" in str(posterior.summary())
-    assert all(row.ess <= max(numbers) for row in posterior.summary().rows)
+    summary = posterior.summary()
+    assert f"{min(numbers)} to {max(numbers)} particles a site" in str(summary)
+    assert all(row.ess <= max(numbers) for row in summary.rows)
 
 
 def test_a_conjugate_model_is_found() -> None:

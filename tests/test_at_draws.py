@@ -163,9 +163,9 @@ def test_predictions_have_the_models_distribution(monkeypatch: pytest.MonkeyPatc
 
     Given its draw, a posterior prediction is the model's: rejected is one that keeps the data.
     """
-    monkeypatch.setattr(at_draws, "CHUNK_ELEMENTS", 4000)  # several chunks
+    monkeypatch.setattr(at_draws, "CHUNK_ELEMENTS", 2000)  # several chunks
     posterior = fitted(20)
-    data = posterior.to_arviz(4000, prior=True, posterior_predictive=True)
+    data = posterior.to_arviz(2000, prior=True, posterior_predictive=True)
     theta = values(data, "posterior")["theta"]
     residual = (values(data, "posterior_predictive")["y"] - theta) / SIGMA
     for group in range(4):

@@ -111,7 +111,7 @@ def test_trained_autoguide(name: str) -> None:
     loss = Trace_ELBO(num_particles=400, vectorize_particles=True, max_plate_nesting=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pyro's own, of the training
-        svi = SVI(model, guide, ClippedAdam({"lr": 0.03}), Trace_ELBO(num_particles=2))
+        svi = SVI(model, guide, ClippedAdam({"lr": 0.03}), Trace_ELBO())
         for _ in range(250):
             svi.step()
         if isinstance(guide, AutoLaplaceApproximation):

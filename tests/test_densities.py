@@ -338,7 +338,7 @@ def test_arguments_that_are_invalid_whatever_the_latents_are(fixed: str) -> None
         "guide": "'x' of the guide: 'scale'",
     }
     fails(
-        ValueError, f"site {found[fixed]}.* is to be .*Check the data and parameters", model, guide
+        ValueError, f"site {found[fixed]}.* must be .*Check the data and parameters", model, guide
     )
 
 

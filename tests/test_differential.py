@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 FALSE_ALARM = 1e-9  # of one program, where its means are normal: they are a little skewed
 ERROR = 0.05  # a program is compared if both relative errors are below
 WRONG = math.log(1.8)
-EVERY_DAY, SLOW = 2, 61
+EVERY_DAY, NUMBER = (2,), 63  # seeds; how many are tried in all
 
 
 def suitable() -> list[int]:
@@ -39,7 +39,7 @@ def suitable() -> list[int]:
         hidden = any(word in program.source for word in ("mask(", "scale("))
         return not hidden and not program.branches
 
-    return list(islice(filter(is_suitable, count()), EVERY_DAY + SLOW))
+    return list(islice(filter(is_suitable, count()), NUMBER))
 
 
 def mean_of(log_weights: Tensor) -> tuple[float, float]:
@@ -71,9 +71,9 @@ def agree(one: tuple[float, float], other: tuple[float, float], wrong: float = 0
     "seed",
     [
         seed
-        if number < EVERY_DAY
+        if seed in EVERY_DAY
         else pytest.param(seed, marks=(pytest.mark.slow, pytest.mark.timeout(1_800)))
-        for number, seed in enumerate(suitable())
+        for seed in suitable()
     ],
 )
 def test_evidence_is_that_of_importance(seed: int) -> None:

@@ -61,4 +61,6 @@ def test_counting_what_lies_outside_is_rejected(monkeypatch: pytest.MonkeyPatch)
             check_posterior(posterior, exact(problem))
         except (AssertionError, ValueError, RuntimeError):  # nan, or a table read outside
             wrong += 1
-    assert wrong >= 3
+        if wrong == 3:
+            return
+    pytest.fail(f"{wrong} programs differ")

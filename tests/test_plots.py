@@ -117,6 +117,72 @@ def test_histograms_stay_in_the_support() -> None:
     np.testing.assert_allclose(data.values * np.diff(data.edges), shares, atol=0.011)
 
 
+def _share(values: torch.Tensor, weights: torch.Tensor, left: float, right: float) -> float:
+    return float(weights[(values >= left) & (values < right)].double().sum())
+
+
+def _uneven() -> MPImportance:
+    """A scalar and a plate whose data are far in the tail of one element's prior."""
+
+    def uneven() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("seen", dist.Normal(z, 0.1), obs=torch.tensor(1.5))
+        with pyro.plate("two", 2):
+            x = pyro.sample("x", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(x, torch.tensor([0.03, 5.0])), obs=torch.ones(2))
+
+    pyro.set_rng_seed(0)
+    return MPImportance(uneven, num_samples=500).run()
+
+
+def test_of_many_particles_those_that_matter_are_drawn() -> None:
+    posterior = _uneven()
+    z, x = posterior["z"], posterior["x"]
+    heavy, all_heavy = z.weights >= 0.01, x.weights >= 0.01
+    assert 0 < heavy.sum() <= 100 < len(heavy)  # the test is one of both kinds
+    assert all_heavy[0].any()
+    assert not all_heavy[1].any()
+
+    axes: list[Any] = [*plot_marginals(posterior)]
+    scalar, rows = axes
+    (stems,) = scalar.collections
+    drawn = np.sort([segment[1][0] for segment in stems.get_segments()])
+    np.testing.assert_allclose(drawn, z.samples[heavy].sort().values, rtol=1e-6)
+    legend = [text.get_text() for text in scalar.get_legend().get_texts()]
+    assert "particles above 1%, by weight" in legend
+
+    (dots,) = rows.collections  # of the first row; no particle of the other is heavy
+    places = dots.get_offsets()
+    np.testing.assert_allclose(places[:, 0], x.samples[0, all_heavy[0]].sort().values, rtol=1e-6)
+    assert set(places[:, 1]) == {0.0}
+    for row, stairs in enumerate(rows.patches):  # up from the row's line, on an axis turned down
+        data = stairs.get_data()
+        heights = row - data.values
+        shares = [
+            _share(x.samples[row], x.weights[row], left, right)
+            for left, right in zip(data.edges, data.edges[1:], strict=False)
+        ]
+        assert heights.max() == pytest.approx(0.6)
+        np.testing.assert_allclose(
+            heights / heights.sum(), np.divide(shares, sum(shares)), atol=0.01
+        )
+        assert data.edges[0] >= x.samples[row].min()
+
+
+def test_even_weights_of_many_particles() -> None:
+    """No single particle matters, so there is none to draw, and no legend of them."""
+
+    def even() -> None:
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    pyro.set_rng_seed(0)
+    ax: Any = plot_marginals(MPImportance(even, num_samples=400).run())[0]
+    assert not ax.collections
+    legend = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert legend == ["posterior", "proposal: prior", "mean"]
+    assert "ESS 400 of 400" in ax.get_xlabel()
+
+
 def test_coords(posterior: MPImportance) -> None:
     names = [f"element {number}" for number in range(50)]
     (ax,) = plot_marginals(posterior, "x", coords={"many": names})

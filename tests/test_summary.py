@@ -109,6 +109,27 @@ def test_summary_of_sites_without_particles() -> None:
     assert rows["c"].mean == pytest.approx(0.2)
 
 
+def test_a_long_table_is_printed_in_part() -> None:
+    """Ten elements of each site, so that no site hides the others; all rows are kept."""
+
+    def many() -> None:
+        with pyro.plate("n", 150):
+            x = pyro.sample("x", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(x, 1.0), obs=torch.zeros(150))
+        pyro.sample("last", dist.Normal(0.0, 1.0))
+
+    summary = MPImportance(many, num_samples=20).run().summary()
+    lines = str(summary).splitlines()
+    names = [line.split()[0] for line in lines[1:12]]
+    assert names == [*(f"x[{number}]" for number in range(10)), "last"]
+    assert lines[12] == "and 140 more rows: see .to_dataframe()"
+    assert lines[13].startswith("log evidence")
+    assert len(lines) == 14
+    assert len(summary.rows) == 151
+    assert summary._repr_html_().count("<tr>") == 12
+    assert "140 more rows" in summary._repr_html_()
+
+
 def test_summary_has_a_probability() -> None:
     pyro.set_rng_seed(0)
     posterior = MPImportance(single, num_samples=500).run()

@@ -276,14 +276,14 @@ def test_pickle(float64: None) -> None:
     assert len(EmpiricalMarginal(before, "a").enumerate_support()) == 5
 
 
-def test_ten_thousand_samples_of_one_site() -> None:
+def test_many_samples_of_one_site() -> None:
     pyro.set_rng_seed(0)
-    posterior: Any = MPImportance(single, num_samples=10_000).run(torch.tensor(0.3))
+    posterior: Any = MPImportance(single, num_samples=2_500).run(torch.tensor(0.3))
     exact = dist.Normal(0.0, 1.25**0.5).log_prob(torch.tensor(0.3))
     ess = float(posterior.get_ESS())
-    assert ess > 3000
+    assert ess > 750
     assert abs(float(posterior.get_log_normalizer() - exact)) < 5 / ess**0.5
-    assert posterior.get_normalized_weights().shape == (10_000,)
-    assert len(posterior.log_weights) == 10_000
-    mean = float(EmpiricalMarginal(posterior, "a").mean)  # makes 10,000 traces
+    assert posterior.get_normalized_weights().shape == (2_500,)
+    assert len(posterior.log_weights) == 2_500
+    mean = float(EmpiricalMarginal(posterior, "a").mean)  # makes 2,500 traces
     assert abs(mean - 0.3 / 1.25) < 5 * (0.2 / ess) ** 0.5

@@ -61,8 +61,9 @@ posterior.diagnose()
 # %% [markdown]
 # ## Pictures
 #
-# Each line of `theta` is a school. A dot is a particle, and its area is the particle's weight. The
-# bar goes from the 5 % to the 95 % quantile.
+# Each line of `theta` is a school, with the histogram of its posterior. The bar goes from the 5 %
+# to the 95 % quantile. Particles that have at least 1 % of the weight are drawn in red: a dot's
+# area, or a line's height, is the weight.
 
 # %%
 axes = plot_marginals(posterior, coords={"school": schools})

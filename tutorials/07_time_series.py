@@ -69,10 +69,12 @@ plt.show()
 # %% [markdown]
 # ## What `adapt` does
 #
-# It learns where the posterior is: a Gaussian of all states and parameters with their correlations.
-# A series drawn from it is near *every* poll. The rest is importance sampling as before, of whole
-# series, but now many of them count. To see this, look at what `Importance` does with the learned
-# guide. ESS, the effective sample size, is how many equally good draws would carry as much.
+# It learns a Gaussian for each state, near the polls around it, and one for `stay` and `step`. A
+# series drawn from these Gaussians is near *every* poll, but jagged: each state is drawn without a
+# look at the one before. So few whole series count even now, as `Importance` with the learned guide
+# shows. ESS, the effective sample size, is how many equally good draws would carry as much. `run`
+# draws 20 particles of each state and weighs all their *combinations*. Very many of these are
+# series that are smooth and near every poll.
 
 # %%
 pyro.set_rng_seed(0)
@@ -143,8 +145,8 @@ plt.legend()
 plt.show()
 
 # %%
-assert float(plain.get_log_normalizer()) < exact - 10
-assert float(learned.get_ESS()) > samples / 10
+assert float(plain.get_log_normalizer()) < float(learned.get_log_normalizer()) - 10
+assert float(learned.get_ESS()) < samples / 2
 assert abs(value - exact) < 4 * error + 0.03
 assert float(((levels.mean(0) - exact_mean) / exact_sd).abs().max()) < 0.15
 assert float((levels.std(0) / exact_sd - 1).abs().max()) < 0.15

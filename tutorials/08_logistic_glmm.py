@@ -68,6 +68,8 @@ group = [("intercept", "change", "spread")]
 numbers = {"effect": 30, None: 300 if "CI" in os.environ else 3000}
 from_prior = MPImportance(model, num_samples=numbers, groups=group).run(*data)
 from_prior.diagnose()
+
+# %%
 plot_ess(from_prior).set_title("from the prior")
 plt.show()
 

@@ -51,7 +51,10 @@ for method in (Importance, MPImportance):
 print(f"posterior mean of mu: {EmpiricalMarginal(renamed, 'mu').mean:.2f}")
 
 pyro.set_rng_seed(0)
-posterior = MPImportance(model).adapt(sigma, y).run(sigma, y)
+posterior = MPImportance(model).adapt(sigma, y)
+if quick:
+    posterior.num_replicates = 8
+posterior.run(sigma, y)
 print(f"after adapt: log evidence {posterior.evidence():.3f} ({posterior.evidence_error():.3f})")
 print(f"exact:       log evidence {EXACT:.3f}")
 MEANS["MPImportance"] = posterior.moments()["theta"]
@@ -105,7 +108,9 @@ plt.show()
 #     draws = mcmc.get_samples()       # before
 #     draws = posterior.sample(1000)   # now
 #
-# What a very long run of NUTS would give is known here, by integration over `mu` and `tau`:
+# What a very long run of NUTS would give is known here, by integration over `mu` and `tau`. The
+# means of SVI are near 0, where its training began: while `tau` is small, `mu` and the effects hold
+# each other there.
 
 # %%
 mu = torch.linspace(-25, 30, 300).double()[:, None, None]
@@ -122,7 +127,7 @@ for shift, (name, means) in enumerate(MEANS.items()):
     plt.plot(torch.arange(8) + 0.15 * (shift - 1.5), means, "o", label=name)
 plt.xticks(range(8), list("ABCDEFGH"))
 plt.gca().set(xlabel="school", ylabel="posterior mean of the effect")
-plt.legend(fontsize="small", ncols=2)
+plt.legend(fontsize="small", ncols=2, loc="center")
 plt.show()
 
 # %% [markdown]

@@ -45,9 +45,8 @@ class AutoPlateNormal(PyroModule):
     :class:`~pyro.infer.Importance`, :class:`~pyro.infer.Predictive` and :class:`~pyro.infer.SVI`;
     its state is in ``state_dict()``.
 
-    :cvar is_learned: adapt makes it. Densities of the model that are nan or infinite count as zero,
-        because its heavy tails reach places where arguments overflow; what helps it is another
-        adapt.
+    :cvar is_learned: always true: ``adapt`` makes it. Its heavy tails reach places where arguments
+        of the model overflow, so densities there that are nan or infinite count as zero.
     :ivar latents: names of the model's sites that it has.
     :ivar non_centred: the sites that are standardised by the prior's location and scale.
     """

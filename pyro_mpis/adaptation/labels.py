@@ -76,8 +76,8 @@ def missing_labels(start: Start, guide: AutoPlateNormal, *, is_sure: bool) -> li
         )
         told.append(
             f"{len(labels)} elements of {names} can change places, and the posterior is the same. "
-            f"Of up to {orders} orders, the learned proposal {what}. A prior that orders them "
-            "would make the posterior one."
+            f"Of up to {orders} orders, the learned proposal {what}. A prior that puts "
+            "them in order would leave one mode of the posterior."
         )
     return told
 

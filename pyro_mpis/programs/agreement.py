@@ -53,7 +53,7 @@ def check_guide_matches_model(
         if name not in latents:
             raise ValueError(
                 f"site '{name}': observed in the model, but sampled in the guide. Remove it from "
-                "the guide (an autoguide is to be made from the conditioned model)."
+                "the guide (make an autoguide from the conditioned model)."
             )
 
 

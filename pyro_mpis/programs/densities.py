@@ -305,7 +305,7 @@ def refuse_invalid(trace: Trace, program: str) -> None:
             if not get_provenance(valid) and not bool(valid.all()):
                 raise ValueError(
                     f"site '{name}' of the {program}: '{argument}' of its "
-                    f"{type(innermost(site['fn'])).__name__} is to be {wanted}, and is not. Check "
+                    f"{type(innermost(site['fn'])).__name__} must be {wanted}, and is not. Check "
                     "the data and parameters that it is computed from."
                 )
 

@@ -26,9 +26,8 @@ from pyro_mpis.factor_graph.marginals import Marginal
 from pyro_mpis.programs.structure import Structure
 from pyro_mpis.replicate import BlockSum
 from pyro_mpis.results.directions import Direction
-from pyro_mpis.results.narrowness import curvature_of
 from pyro_mpis.results.remedies import LEARNED, remedies
-from pyro_mpis.results.site_diagnosis import SiteDiagnosis
+from pyro_mpis.results.site_diagnosis import SiteDiagnosis, diagnose_site
 from pyro_mpis.results.width import directions_of, too_narrow, unknown_directions
 
 if TYPE_CHECKING:
@@ -164,7 +163,7 @@ def diagnose(
     guide = "learned guide" if block_sum.replicate.programs.is_learned else "guide"
     possible = int((log_evidences > -math.inf).sum())
     sites = tuple(
-        _site(structure, name, marginals[name], possible, guide)
+        diagnose_site(structure, name, marginals[name], possible, guide)
         for name, origin in structure.origins.items()
         if name in sampled and origin != "model_delta"
     )
@@ -223,24 +222,6 @@ def doubts_of_error(diagnosis: Diagnosis) -> list[str]:
     ):
         doubts.append(str(problem))
     return doubts
-
-
-def _site(
-    structure: Structure, name: str, marginal: Marginal, num_replicates: int, guide: str
-) -> SiteDiagnosis:
-    site = structure.model[name]
-    dims = {plate.dim: plate.name for plate in map(structure.plates.__getitem__, site.plates)}
-    batch_dims = [d for d in range(-len(site.batch_shape), 0) if d not in site.undeclared]
-    return SiteDiagnosis(
-        name=name,
-        proposal="prior" if structure.origins[name] == "prior" else guide,
-        num_particles=marginal.log_weights.shape[-1],
-        ess=marginal.ess.double().cpu(),
-        heaviest=marginal.weights.amax(-1).double().cpu(),
-        pareto_k=marginal.pareto_k.double().cpu(),
-        plates=tuple(dims.get(dim, "") for dim in batch_dims),
-        curvature=curvature_of(marginal.samples, marginal.log_weights, num_replicates),
-    )
 
 
 def _no_observation(structure: Structure) -> list[Problem]:

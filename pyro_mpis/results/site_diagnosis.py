@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pyro_mpis.results.narrowness import Curvature
+from pyro_mpis.factor_graph.marginals import Marginal
+from pyro_mpis.programs.structure import Structure
+from pyro_mpis.results.narrowness import Curvature, curvature_of
 
 # Where weights are nearly even, the tail that k-hat is fitted to is noise. So k-hat counts only
 # where the effective sample size is below this share of the particles.
@@ -67,3 +69,28 @@ class SiteDiagnosis:
             if plate or size > 1:
                 parts.append(f"{plate}={number}" if plate else str(number))
         return f"{self.name}[{', '.join(reversed(parts))}]" if parts else self.name
+
+
+def diagnose_site(
+    structure: Structure, name: str, marginal: Marginal, num_replicates: int, guide: str
+) -> SiteDiagnosis:
+    """
+    Measure how even the weights of a site are.
+
+    :param marginal: of the site, over all replicates.
+    :param num_replicates: of those whose evidence is not zero.
+    :param guide: what to call a guide: ``"guide"`` or ``"learned guide"``.
+    """
+    site = structure.model[name]
+    dims = {plate.dim: plate.name for plate in map(structure.plates.__getitem__, site.plates)}
+    batch_dims = [d for d in range(-len(site.batch_shape), 0) if d not in site.undeclared]
+    return SiteDiagnosis(
+        name=name,
+        proposal="prior" if structure.origins[name] == "prior" else guide,
+        num_particles=marginal.log_weights.shape[-1],
+        ess=marginal.ess.double().cpu(),
+        heaviest=marginal.weights.amax(-1).double().cpu(),
+        pareto_k=marginal.pareto_k.double().cpu(),
+        plates=tuple(dims.get(dim, "") for dim in batch_dims),
+        curvature=curvature_of(marginal.samples, marginal.log_weights, num_replicates),
+    )

@@ -2,7 +2,8 @@
 """A table of the posterior, one row a scalar."""
 
 import math
-from collections.abc import Mapping, Set
+from collections import Counter
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,10 @@ from pyro_mpis.results.site_diagnosis import UNEVEN_ESS
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+
+# A longer table is printed in part: so many rows, and so many elements of each site.
+MOST_ROWS = 100
+MOST_ELEMENTS = 10
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,8 @@ class Summary:
     """
     The table that :meth:`~pyro_mpis.MPImportance.summary` makes.
 
-    ``print`` it in a terminal; in a notebook it shows itself.
+    ``print`` it in a terminal; in a notebook it shows itself. Of more than 100 rows it shows the
+    first ten of each site; ``rows`` and :meth:`to_dataframe` have all of them.
     """
 
     rows: tuple[Row, ...]
@@ -52,7 +58,7 @@ class Summary:
 
     def _repr_html_(self) -> str:
         """Return the table as a notebook shows it."""
-        return html_table(self._lines(), self._title())
+        return html_table(self._lines(), self._title().replace("\n", "; "))
 
     def to_dataframe(self) -> "DataFrame":
         """
@@ -67,13 +73,24 @@ class Summary:
     def _lines(self) -> list[tuple[str, ...]]:
         lower, upper = (f"{50 * (1 + sign * self.prob):.3g}%" for sign in (-1, 1))
         lines: list[tuple[str, ...]] = [("", "mean", "sd", lower, "50%", upper, "ESS", "k-hat")]
-        for row in self.rows:
+        for row in self._shown():
             numbers = [getattr(row, field.name) for field in fields(row)[1:6]]
             cells = [f"{x:.3g}" if abs(x) >= 1e4 else f"{x:.2f}" for x in numbers]
             ess = "-" if math.isnan(row.ess) else f"{row.ess:.1f}"
             k_hat = "-" if math.isnan(row.k_hat) else f"{row.k_hat:.2f}"
             lines.append((row.name, *cells, ess, k_hat))
         return lines
+
+    def _shown(self) -> Sequence[Row]:
+        if len(self.rows) <= MOST_ROWS:
+            return self.rows
+        shown, elements = [], Counter[str]()
+        for row in self.rows:
+            site = row.name.partition("[")[0]
+            elements[site] += 1
+            if elements[site] <= MOST_ELEMENTS:
+                shown.append(row)
+        return shown[:MOST_ROWS]
 
     def _title(self) -> str:
         error = (
@@ -84,7 +101,8 @@ class Summary:
             title += f", {range_of(self.num_samples)} particles a site"
             if self.time_limit is not None:
                 title += f" (chosen to fit into {self.time_limit:g} s and memory)"
-        return title
+        left_out = len(self.rows) - len(self._shown())
+        return f"and {left_out} more rows: see .to_dataframe()\n{title}" if left_out else title
 
     __repr__ = __str__
 
