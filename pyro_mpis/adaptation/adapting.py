@@ -168,8 +168,9 @@ def started(
             "without adapt: it sums or samples the discrete latents."
         )
     with plan.environment.entered():
-        structure = run_plan(plan, Workers(None, show_progress=False)).replicate.structure
-        return start_of(plan, structure, trace)
+        found = run_plan(plan, Workers(None, show_progress=False)).replicate
+        programs = replace(plan.programs, patched=found.programs.patched)
+        return start_of(replace(plan, programs=programs), found.structure, trace)
 
 
 def _by_gradients(
