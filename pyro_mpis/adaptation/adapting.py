@@ -21,7 +21,13 @@ from pyro_mpis.adaptation.layout import by_site, trees
 from pyro_mpis.adaptation.learner import learnt
 from pyro_mpis.adaptation.moments import matched_by_moments
 from pyro_mpis.adaptation.natural import Settings
-from pyro_mpis.adaptation.prepared import Drawable, is_improper, prepared, summable
+from pyro_mpis.adaptation.prepared import (
+    Drawable,
+    is_improper,
+    left_to_prior,
+    prepared,
+    summable,
+)
 from pyro_mpis.adaptation.progress import Progress
 from pyro_mpis.adaptation.start import Start, is_discrete, start_of
 from pyro_mpis.adaptation.symmetries import Symmetries
@@ -48,6 +54,7 @@ from pyro_mpis.programs.not_mappable import NotMappableError
 from pyro_mpis.workers import Workers
 
 FEW_REPLICATES, TREE_REPLICATES = 6, 12
+FEWER_REPLICATES = 4  # where each has several images
 SURE = 0.1  # sd of the log evidences of trial runs: all that have weight is found
 LOW_ESS = 5.0  # of a trial's particles outside of plates
 POINTS = (8, 4)  # at which derivatives are averaged; fewer where they take long
@@ -118,7 +125,8 @@ def adapted(
         is_sure = best.is_good and float(best.trial.log_evidences.std()) < SURE
         missed = symmetries.told(best.guide, is_sure=is_sure)
     told = [] if best.is_good else [_poor(best, problems)]
-    told += missed
+    discrete = {name: site for name, site in start.sites.items() if is_discrete(site)}
+    told += missed + left_to_prior(discrete, start.supports)
     numbers: dict[str | None, int] = {None: OTHERS}
     numbers.update(best.numbers)
     return Adapted(
@@ -252,6 +260,6 @@ def _by_moments(
         numbers |= of_images(guide, is_final=True)
         plan, _, _ = plan_of(programs, with_numbers(options, numbers))
     # sums over many indices take longer than their densities; images are as good as replicates
-    most = FEW_REPLICATES if guide.images is None else FEW_REPLICATES // 2
+    most = FEW_REPLICATES if guide.images is None else FEWER_REPLICATES
     replicates = min(most, replicates_for(plan, numbers, trial))
     return _Candidate(guide, trial, True, numbers, replicates)
