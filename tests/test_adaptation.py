@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from statistics import NormalDist
+from typing import cast
 
 import pyro
 import pyro.distributions as dist
@@ -817,3 +818,18 @@ def test_discrete_latents_that_are_left_to_their_prior_are_told() -> None:
 @pytest.mark.parametrize("mark", [{"enumerate": "parallel"}, {"num_samples": 9}])
 def test_nothing_is_told_of_marked_sites(mark: dict[str, object]) -> None:
     assert not [text for text in said_by_adapt(mark) if "'z'" in text]
+
+
+def test_of_learners_with_the_same_evidence_the_one_of_less_spread_is_taken() -> None:
+    def candidate(log_evidences: list[float]) -> adapting._Candidate:
+        trial = Trial(torch.tensor(log_evidences, dtype=torch.double), {}, torch.ones(3))
+        return adapting._Candidate(cast(AutoPlateNormal, None), trial, True, {}, 1)
+
+    even = candidate([-7.05, -7.04, -7.05])
+    noisy = candidate([-6.9, -7.2, -7.0])
+    better = candidate([-6.0, -6.1, -5.9])
+    impossible = candidate([-math.inf] * 3)
+    assert adapting._best([even, noisy]) is even
+    assert adapting._best([noisy, even, better]) is better
+    assert adapting._best([impossible, noisy]) is noisy
+    assert adapting._best([impossible]) is impossible

@@ -12,6 +12,7 @@ From a model and its data to a proposal: the stages of :meth:`MPImportance.adapt
 Particles of trial runs are never used again.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -121,7 +122,7 @@ def adapted(
                 break
         if not candidates:
             raise ValueError(f"adapt: {'; '.join(problems)}")
-        best = max(candidates, key=lambda candidate: candidate.trial.log_evidence)
+        best = _best(candidates)
         is_sure = best.is_good and float(best.trial.log_evidences.std()) < SURE
         missed = symmetries.told(best.guide, is_sure=is_sure)
     told = [] if best.is_good else [_poor(best, problems)]
@@ -138,6 +139,24 @@ def adapted(
         float(best.trial.ess.median()),
         told,
     )
+
+
+def _best(candidates: Sequence[_Candidate]) -> _Candidate:
+    """Return the candidate of the highest evidence; of those that may be it, the least spread."""
+
+    def variance(trial: Trial) -> float:
+        return trial.spread**2 / len(trial.log_evidences)
+
+    top = max((candidate.trial for candidate in candidates), key=lambda trial: trial.log_evidence)
+    near = [
+        candidate
+        for candidate in candidates
+        if top.log_evidence - candidate.trial.log_evidence
+        <= 2 * math.sqrt(variance(top) + variance(candidate.trial))
+    ]
+    if not near:  # where a spread is nan
+        return next(candidate for candidate in candidates if candidate.trial is top)
+    return min(near, key=lambda candidate: candidate.trial.spread)
 
 
 def _poor(best: _Candidate, reasons: Sequence[str]) -> str:
