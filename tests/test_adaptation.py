@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from statistics import NormalDist
-from typing import cast
+from typing import Any, cast
 
 import pyro
 import pyro.distributions as dist
@@ -795,7 +795,7 @@ def test_groups_are_refused_by_name() -> None:
 def many_values(mark: dict[str, object] | None = None) -> None:
     x = pyro.sample("x", dist.Normal(0.0, 1.0))
     logits = -torch.arange(80.0).sub(40.0).square() / 50
-    z = pyro.sample("z", dist.Categorical(logits=logits), infer=mark or {})
+    z = pyro.sample("z", dist.Categorical(logits=logits), infer=cast(Any, mark or {}))
     n = pyro.sample("n", dist.Poisson(3.0))
     y = torch.tensor(0.5)
     pyro.sample("y", dist.Normal(x + 0.1 * (z - 40) + 0.0 * n, 1.0), obs=y)

@@ -307,7 +307,8 @@ def test_ordered_logistic_is_made_of_mapped_arguments() -> None:
         cuts = torch.stack([v["a"] - 1.0, v["a"]])
         fn = dist.OrderedLogistic(v["b"][0], cuts)
         found.append(type(fn))
-        return fn.log_prob(torch.tensor(1.0))
+        log_prob: Tensor = fn.log_prob(torch.tensor(1.0))
+        return log_prob
 
     a, b = torch.linspace(0.2, 1.0, 3, requires_grad=True), torch.randn(3, 2)
     results: list[Tensor] = []
