@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 
 from pyro_mpis._typing import Program
 from pyro_mpis.adaptation.guide import AutoPlateNormal
+from pyro_mpis.adaptation.images import particles_of
 from pyro_mpis.adaptation.layout import by_site, trees
 from pyro_mpis.adaptation.learner import learnt
 from pyro_mpis.adaptation.moments import matched_by_moments
@@ -40,7 +41,6 @@ from pyro_mpis.adaptation.trials import (
     enough_of,
     fitting,
     matched,
-    of_images,
     replicates_for,
     tried,
     with_numbers,
@@ -272,11 +272,11 @@ def _by_moments(
     guide = symmetries.spread(guide)
     programs = replace(start.programs, guide=guide)
     if guide.images is not None:
-        images = of_images(guide, is_final=False)
+        images = particles_of(guide.images, is_final=False)
         plan, _, _ = plan_of(programs, with_numbers(options, numbers | images))
     trial = tried(Runs(plan), guide, TRIALS)
     if guide.images is not None:
-        numbers |= of_images(guide, is_final=True)
+        numbers |= particles_of(guide.images, is_final=True)
         plan, _, _ = plan_of(programs, with_numbers(options, numbers))
     # sums over many indices take longer than their densities; images are as good as replicates
     most = FEW_REPLICATES if guide.images is None else FEWER_REPLICATES

@@ -53,6 +53,18 @@ class Images:
         return changed.issuperset(names)
 
 
+def particles_of(images: Images | None, *, is_final: bool) -> dict[str, int]:
+    """
+    Return the number of particles of a guide's images.
+
+    Final runs have one of each, as they are spread evenly. The evidence of any is the same, so one
+    is enough for trials.
+    """
+    if images is None:
+        return {}
+    return {IMAGE_SITE: images.number if is_final else 1}
+
+
 def which_image(uniform: Tensor, number: int) -> Tensor:
     """Return the number of an image, from a uniform number between 0 and 1."""
     return (uniform * number).long().clamp(max=number - 1)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_mpis.adaptation.guide import AutoPlateNormal
-from pyro_mpis.adaptation.images import IMAGE_SITE
+from pyro_mpis.adaptation.images import particles_of
 from pyro_mpis.adaptation.layout import Block, depth_of
 from pyro_mpis.blocks import run_plan
 from pyro_mpis.factor_graph.graph import FactorGraph
@@ -160,7 +160,7 @@ def fitting(
     """
     programs = replace(programs, guide=guide)
     numbers = {**numbers_of(guide, share), **(enough or {})}
-    images = of_images(guide, is_final=share == 1)
+    images = particles_of(guide.images, is_final=share == 1)
     plan, _, _ = plan_of(programs, with_numbers(options, numbers | images))
     work = work_of(plan.structure, numbers | images)
     limit = LARGEST_RUN * share
@@ -173,18 +173,6 @@ def fitting(
         numbers = _of_small(guide, numbers, SMALL_RUN * share / work)
         plan, _, _ = plan_of(programs, with_numbers(options, numbers | images))
     return plan, numbers | images
-
-
-def of_images(guide: AutoPlateNormal, *, is_final: bool) -> dict[str, int]:
-    """
-    Return the number of particles of a guide's images.
-
-    Final runs have one of each, as they are spread evenly. The evidence of any is the same, so one
-    is enough for trials.
-    """
-    if guide.images is None:
-        return {}
-    return {IMAGE_SITE: guide.images.number if is_final else 1}
 
 
 def _of_small(guide: AutoPlateNormal, numbers: Mapping[str, int], factor: float) -> dict[str, int]:
