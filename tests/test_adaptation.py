@@ -4,11 +4,13 @@
 import copy
 import math
 import pickle
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from statistics import NormalDist
+from typing import Any, cast
 
 import pyro
 import pyro.distributions as dist
@@ -791,3 +793,46 @@ def test_an_improper_prior_is_started_from_somewhere() -> None:
 def test_groups_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="groups: the guide that adapt learns"):
         MPImportance(normals, groups=[("m", "x")]).adapt()
+
+
+def many_values(mark: dict[str, object] | None = None) -> None:
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    logits = -torch.arange(80.0).sub(40.0).square() / 50
+    z = pyro.sample("z", dist.Categorical(logits=logits), infer=cast(Any, mark or {}))
+    n = pyro.sample("n", dist.Poisson(3.0))
+    y = torch.tensor(0.5)
+    pyro.sample("y", dist.Normal(x + 0.1 * (z - 40) + 0.0 * n, 1.0), obs=y)
+
+
+def said_by_adapt(mark: dict[str, object] | None) -> list[str]:
+    pyro.set_rng_seed(0)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", MPISWarning)
+        MPImportance(many_values).adapt(mark)
+    return [str(w.message) for w in told if issubclass(w.category, MPISWarning)]
+
+
+def test_discrete_latents_that_are_left_to_their_prior_are_told() -> None:
+    of_z, of_n = said_by_adapt(None)
+    assert of_z.startswith("'z' (80 values): adapt sums discrete latents of up to 64 values")
+    assert of_n.startswith("'n': discrete latents that cannot be summed")
+
+
+@pytest.mark.parametrize("mark", [{"enumerate": "parallel"}, {"num_samples": 9}])
+def test_nothing_is_told_of_marked_sites(mark: dict[str, object]) -> None:
+    assert not [text for text in said_by_adapt(mark) if "'z'" in text]
+
+
+def test_of_learners_with_the_same_evidence_the_one_of_less_spread_is_taken() -> None:
+    def candidate(log_evidences: list[float]) -> adapting._Candidate:
+        trial = Trial(torch.tensor(log_evidences, dtype=torch.double), {}, torch.ones(3))
+        return adapting._Candidate(cast(AutoPlateNormal, None), trial, True, {}, 1)
+
+    even = candidate([-7.05, -7.04, -7.05])
+    noisy = candidate([-6.9, -7.2, -7.0])
+    better = candidate([-6.0, -6.1, -5.9])
+    impossible = candidate([-math.inf] * 3)
+    assert adapting._best([even, noisy]) is even
+    assert adapting._best([noisy, even, better]) is better
+    assert adapting._best([impossible, noisy]) is noisy
+    assert adapting._best([impossible]) is impossible

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pyro_mpis import MPImportance, MPISWarning
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(7_200)]
 
 FALSE_ALARM = 1e-4
 SIMULATIONS, DRAWS, BINS = 200, 19, 5  # 20 ranks, four to a bin

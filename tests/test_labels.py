@@ -60,6 +60,7 @@ def regression() -> None:
     ],
 )
 def test_what_is_exchanged_together(model: object, size: int, expected: object) -> None:
+    pyro.set_rng_seed(0)
     start = started(config_enumerate(model), (), {}, Options(num_samples=2))
     values = {name: start.sites[name]["value"].detach() for name in start.priors}
     point = _Point(values, _log_joint(start, values))

@@ -283,9 +283,51 @@ def test_stabilities_near_one_beside_others(shape: tuple[int, ...]) -> None:
         mapped(lambda v: v["a"] if (v["a"] < 1).any() else v["a"] + 1, levels, patched=True)
 
 
-def test_distribution_that_cannot_be_made_of_mapped_arguments() -> None:
-    """It is made for each combination: its cut points are checked when it is made."""
+class Steps(dist.Categorical):
+    """A distribution that writes its arguments into a tensor when it is made."""
 
+    def __init__(self, first: Tensor, validate_args: bool | None = None) -> None:
+        probs = torch.ones(3)
+        probs[0] = first
+        super().__init__(probs, validate_args=validate_args)
+
+
+def test_distribution_that_cannot_be_made_of_mapped_arguments() -> None:
+    """It is made for each combination."""
+
+    def steps(v: Mapping[str, Tensor]) -> Tensor:
+        return log_prob_of(Steps(v["a"] + v["b"][0] ** 2), torch.tensor(0.0))
+
+    check(steps, LEVELS, (0, 1), patched=True)
+
+
+def test_ordered_logistic_is_made_of_mapped_arguments() -> None:
+    """Pyro's own writes into a tensor. It keeps its class and has a gradient."""
+    found: list[type] = []
+
+    def ordered(v: Mapping[str, Tensor]) -> Tensor:
+        cuts = torch.stack([v["a"] - 1.0, v["a"]])
+        fn = dist.OrderedLogistic(v["b"][0], cuts)
+        found.append(type(fn))
+        log_prob: Tensor = fn.log_prob(torch.tensor(1.0))
+        return log_prob
+
+    a, b = torch.linspace(0.2, 1.0, 3, requires_grad=True), torch.randn(3, 2)
+    results: list[Tensor] = []
+
+    def at_single_values(v: dict[str, Tensor]) -> None:
+        results.append(unwrapped(ordered(v)).tensor)
+
+    run_mapped(at_single_values, [{"a": a, "b": b}], patched=True)
+    (gradient,) = torch.autograd.grad(results[0].sum(), a)
+    other = a.detach().clone().requires_grad_()
+    expected = torch.stack([ordered({"a": x, "b": y}) for x, y in zip(other, b, strict=True)])
+    torch.testing.assert_close(results[0], expected)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), other)[0])
+    assert set(found) == {dist.OrderedLogistic}
+
+
+def test_cut_points_that_are_mapped() -> None:
     def ordered(v: Mapping[str, Tensor]) -> Tensor:
         cuts = torch.stack([v["a"] - 1.0, v["a"], v["a"] + 1.0])
         return log_prob_of(dist.OrderedLogistic(v["b"][0], cuts), torch.tensor(1.0))

@@ -12,20 +12,27 @@ From a model and its data to a proposal: the stages of :meth:`MPImportance.adapt
 Particles of trial runs are never used again.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from pyro_mpis._typing import Program
 from pyro_mpis.adaptation.guide import AutoPlateNormal
-from pyro_mpis.adaptation.labels import missing_labels
+from pyro_mpis.adaptation.images import particles_of
 from pyro_mpis.adaptation.layout import by_site, trees
 from pyro_mpis.adaptation.learner import learnt
-from pyro_mpis.adaptation.mirrors import missing_halves
 from pyro_mpis.adaptation.moments import matched_by_moments
 from pyro_mpis.adaptation.natural import Settings
-from pyro_mpis.adaptation.prepared import Drawable, is_improper, prepared, summable
+from pyro_mpis.adaptation.prepared import (
+    Drawable,
+    is_improper,
+    left_to_prior,
+    prepared,
+    summable,
+)
 from pyro_mpis.adaptation.progress import Progress
 from pyro_mpis.adaptation.start import Start, is_discrete, start_of
+from pyro_mpis.adaptation.symmetries import Symmetries
 from pyro_mpis.adaptation.trials import (
     OTHERS,
     TRIALS,
@@ -36,6 +43,7 @@ from pyro_mpis.adaptation.trials import (
     matched,
     replicates_for,
     tried,
+    with_numbers,
 )
 from pyro_mpis.blocks import run_plan
 from pyro_mpis.options import Options
@@ -47,6 +55,7 @@ from pyro_mpis.programs.not_mappable import NotMappableError
 from pyro_mpis.workers import Workers
 
 FEW_REPLICATES, TREE_REPLICATES = 6, 12
+FEWER_REPLICATES = 4  # where each has several images
 SURE = 0.1  # sd of the log evidences of trial runs: all that have weight is found
 LOW_ESS = 5.0  # of a trial's particles outside of plates
 POINTS = (8, 4)  # at which derivatives are averaged; fewer where they take long
@@ -102,22 +111,23 @@ def adapted(
             learners.insert(0, _by_trees)
         if start.supports and POINTS[0] * start.work > MUCH_WORK:
             learners = [_by_moments]  # gradients of large sums are dear, and often lead nowhere
+        symmetries = Symmetries(start)
         candidates: list[_Candidate] = []
         for learner in learners:
             try:
-                candidates.append(learner(start, options, progress))
+                candidates.append(learner(start, symmetries, options, progress))
             except (NotMappableError, NotImplementedError, ValueError) as error:
                 problems.append(str(error))
             if candidates and candidates[-1].is_good:
                 break
         if not candidates:
             raise ValueError(f"adapt: {'; '.join(problems)}")
-        best = max(candidates, key=lambda candidate: candidate.trial.log_evidence)
-        mirrored = missing_halves(start, best.guide)
+        best = _best(candidates)
         is_sure = best.is_good and float(best.trial.log_evidences.std()) < SURE
-        relabelled = missing_labels(start, best.guide, is_sure=is_sure)
+        missed = symmetries.told(best.guide, is_sure=is_sure)
     told = [] if best.is_good else [_poor(best, problems)]
-    told += ([mirrored] if mirrored else []) + relabelled
+    discrete = {name: site for name, site in start.sites.items() if is_discrete(site)}
+    told += missed + left_to_prior(discrete, start.supports)
     numbers: dict[str | None, int] = {None: OTHERS}
     numbers.update(best.numbers)
     return Adapted(
@@ -129,6 +139,24 @@ def adapted(
         float(best.trial.ess.median()),
         told,
     )
+
+
+def _best(candidates: Sequence[_Candidate]) -> _Candidate:
+    """Return the candidate of the highest evidence; of those that may be it, the least spread."""
+
+    def variance(trial: Trial) -> float:
+        return trial.spread**2 / len(trial.log_evidences)
+
+    top = max((candidate.trial for candidate in candidates), key=lambda trial: trial.log_evidence)
+    near = [
+        candidate
+        for candidate in candidates
+        if top.log_evidence - candidate.trial.log_evidence
+        <= 2 * math.sqrt(variance(top) + variance(candidate.trial))
+    ]
+    if not near:  # where a spread is nan
+        return next(candidate for candidate in candidates if candidate.trial is top)
+    return min(near, key=lambda candidate: candidate.trial.spread)
 
 
 def _poor(best: _Candidate, reasons: Sequence[str]) -> str:
@@ -167,11 +195,14 @@ def started(
             "without adapt: it sums or samples the discrete latents."
         )
     with plan.environment.entered():
-        structure = run_plan(plan, Workers(None, show_progress=False)).replicate.structure
-        return start_of(plan, structure, trace)
+        found = run_plan(plan, Workers(None, show_progress=False)).replicate
+        programs = replace(plan.programs, patched=found.programs.patched)
+        return start_of(replace(plan, programs=programs), found.structure, trace)
 
 
-def _by_gradients(start: Start, options: Options, progress: Progress) -> _Candidate:
+def _by_gradients(
+    start: Start, symmetries: Symmetries, options: Options, progress: Progress
+) -> _Candidate:
     """Fit by natural gradients, then match to trial runs."""
     rows = sum(block.size for block in start.blocks)
     if rows > MANY_NUMBERS:
@@ -180,10 +211,13 @@ def _by_gradients(start: Start, options: Options, progress: Progress) -> _Candid
     with start.environment.entered():
         fitted, non_centred = learnt(start, Settings(points=points), progress.fitting)
         guide = start.guide(fitted.gaussian, non_centred, tails=True)
+    guide = symmetries.spread(guide)
     return _corrected(start, guide, options, progress, settled=fitted.settled)
 
 
-def _by_trees(start: Start, options: Options, progress: Progress) -> _Candidate:
+def _by_trees(
+    start: Start, symmetries: Symmetries, options: Options, progress: Progress
+) -> _Candidate:
     """Match to trial runs, with an index for each latent of chains and trees."""
     linked = trees(start.structure, start.priors)
     names = sorted(start.priors, key=lambda name: name in linked)  # those around them first
@@ -194,6 +228,7 @@ def _by_trees(start: Start, options: Options, progress: Progress) -> _Candidate:
     guide, _ = matched_by_moments(start, options, lambda trial: _tell(progress, trial))
     with start.environment.entered():
         guide = start.guide(guide.gaussian(), frozenset(), tails=True)
+    guide = symmetries.spread(guide)
     found = _corrected(start, guide, options, progress, settled=True)
     # sums over many indices take longer than their densities
     return replace(found, replicates=min(TREE_REPLICATES, found.replicates))
@@ -224,15 +259,26 @@ def _corrected(
     return _Candidate(guide, trial, settled, numbers, replicates_for(plan, numbers, trial))
 
 
-def _by_moments(start: Start, options: Options, progress: Progress) -> _Candidate:
+def _by_moments(
+    start: Start, symmetries: Symmetries, options: Options, progress: Progress
+) -> _Candidate:
     """Match the moments of trial runs."""
     guide, plan = matched_by_moments(
         replace(start, blocks=start.blocks_by(by_site)),
         options,
         lambda trial: _tell(progress, trial),
     )
-    trial = tried(Runs(plan), guide, TRIALS)
     numbers = dict(plan.options.numbers)
-    # sums over many indices take longer than their densities
-    replicates = min(FEW_REPLICATES, replicates_for(plan, numbers, trial))
+    guide = symmetries.spread(guide)
+    programs = replace(start.programs, guide=guide)
+    if guide.images is not None:
+        images = particles_of(guide.images, is_final=False)
+        plan, _, _ = plan_of(programs, with_numbers(options, numbers | images))
+    trial = tried(Runs(plan), guide, TRIALS)
+    if guide.images is not None:
+        numbers |= particles_of(guide.images, is_final=True)
+        plan, _, _ = plan_of(programs, with_numbers(options, numbers))
+    # sums over many indices take longer than their densities; images are as good as replicates
+    most = FEW_REPLICATES if guide.images is None else FEWER_REPLICATES
+    replicates = min(most, replicates_for(plan, numbers, trial))
     return _Candidate(guide, trial, True, numbers, replicates)

@@ -10,10 +10,11 @@ import pyro.distributions as dist
 import torch
 from pyro.nn.module import PyroModule, PyroParam
 from torch import Tensor
-from torch.distributions import constraints
+from torch.distributions import biject_to, constraints
 
-from pyro_mpis._typing import Program
+from pyro_mpis._typing import Distribution, Program
 from pyro_mpis.adaptation.gaussian import Gaussian
+from pyro_mpis.adaptation.images import IMAGE_SITE, Images, spread_correction, which_image
 from pyro_mpis.adaptation.layout import Block, Part
 from pyro_mpis.adaptation.log_joint import Pair
 from pyro_mpis.adaptation.natural import antithetic
@@ -41,6 +42,10 @@ class AutoPlateNormal(PyroModule):
     particle index for each set of plates, and every particle of the latents around a plate has
     particles of its own inside the plate.
 
+    A posterior may have exact images: signs that turn together, or labels that change places. A
+    site ``_mpis_image`` then chooses one of them for all latents. Their density is that of the
+    mixture, as far as one block tells images apart.
+
     :meth:`MPImportance.adapt <pyro_mpis.MPImportance.adapt>` makes and fits it. It works in
     :class:`~pyro.infer.Importance`, :class:`~pyro.infer.Predictive` and :class:`~pyro.infer.SVI`;
     its state is in ``state_dict()``.
@@ -65,6 +70,7 @@ class AutoPlateNormal(PyroModule):
         tails: bool = True,
         prior: tuple[Tensor, Tensor] | None = None,
         stretches: Mapping[int, float] | None = None,
+        images: Images | None = None,
         name: str = "",
     ) -> None:
         name = name or f"AutoPlateNormal_{next(_NUMBERS)}"  # so that no two share parameters
@@ -76,6 +82,7 @@ class AutoPlateNormal(PyroModule):
         self._tails = tails
         self._prior = prior  # location and sd of the first block's numbers
         self._stretches = dict(stretches or {})  # of the noise of blocks in plates
+        self.images = images
         self._pairs: tuple[Pair, ...] = tuple(gaussian.couplings)
         self.non_centred = non_centred
         self.latents = tuple(part.name for block in blocks for part in block.parts)
@@ -94,6 +101,13 @@ class AutoPlateNormal(PyroModule):
 
     def with_gaussian(self, gaussian: Gaussian) -> "AutoPlateNormal":
         """Return a guide that differs in its Gaussian alone."""
+        return self._with(gaussian, self.images)
+
+    def with_images(self, images: Images) -> "AutoPlateNormal":
+        """Return a guide that is spread evenly over the images of a posterior."""
+        return self._with(self.gaussian(), images)
+
+    def _with(self, gaussian: Gaussian, images: Images | None) -> "AutoPlateNormal":
         return AutoPlateNormal(
             self.model,
             self.blocks,
@@ -104,8 +118,15 @@ class AutoPlateNormal(PyroModule):
             tails=self._tails,
             prior=self._prior,
             stretches=self._stretches,
+            images=images,
             name=self._pyro_name,
         )
+
+    def tells_images_apart(self, block: Block) -> bool:
+        """Whether the density of a block depends on no other latent, so that images can use it."""
+        names = {part.name for part in block.parts}
+        alone = all(number != block.number for number, _ in self._pairs)
+        return alone and names <= self._supports.keys() and not names & self.non_centred
 
     @property
     def reaches_prior(self) -> bool:
@@ -131,8 +152,11 @@ class AutoPlateNormal(PyroModule):
         plates = self._plates()
         noise = [_padded(self._noise(block, plates), block) for block in self.blocks]
         values = self._values(gaussian.at(noise), args, kwargs)
+        corrections = self._corrections(gaussian, values)
+        values = self._at_image(values)
         for block, scale in zip(self.blocks, gaussian.scales, strict=True):
             log_scale = scale.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+            log_scale = log_scale - corrections.get(block.number, 0.0)
             for number, part in enumerate(block.parts):
                 value, log_derivative = values[part.name]
                 if number == 0:  # of the block's noise: counted at one of its sites
@@ -146,19 +170,61 @@ class AutoPlateNormal(PyroModule):
                     pyro.sample(part.name, fn)
         return {name: value for name, (value, _) in values.items()}
 
+    def _corrections(
+        self, gaussian: Gaussian, values: Mapping[str, tuple[Tensor, Tensor]]
+    ) -> dict[int, Tensor]:
+        """Return how much higher a block's log density is as a mixture over images."""
+        if self.images is None:
+            return {}
+        block = self.blocks[self.images.block]
+        mean, scale = gaussian.means[block.number], gaussian.scales[block.number]
+        fn = self._noise_fn(block)
+
+        def log_density(at: Mapping[str, Tensor]) -> Tensor:
+            supports = {part.name: self._supports[part.name] for part in block.parts}
+            free = {name: biject_to(support).inv(at[name]) for name, support in supports.items()}
+            shift = (block.joined(free).to(mean) - mean).unsqueeze(-1)
+            epsilon = torch.linalg.solve_triangular(scale, shift, upper=False).squeeze(-1)
+            result: Tensor = fn.log_prob(epsilon)
+            for part in block.parts:
+                log_derivative = from_free(supports[part.name], free[part.name], part.event_dim)[1]
+                result = result - part.of_elements(log_derivative)
+            return result
+
+        at = {part.name: values[part.name][0] for part in block.parts}
+        return {block.number: spread_correction(self.images, log_density, at)}
+
+    def _at_image(
+        self, values: Mapping[str, tuple[Tensor, Tensor]]
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Choose an image, and bring the values there."""
+        if self.images is None:
+            return dict(values)
+        one = self.loc_0.detach().new_ones(())
+        uniform = dist.Uniform(0 * one, one)
+        chosen = pyro.sample(IMAGE_SITE, uniform, infer={"is_auxiliary": True})
+        which = which_image(chosen, self.images.number)
+        moved = self.images.of({name: value for name, (value, _) in values.items()}, which)
+        return {name: (moved[name], values[name][1]) for name in values}
+
     def _plates(self) -> dict[str, pyro.plate]:
         """Make the plates of all sites, each once."""
         frames = {f.name: f for b in self.blocks for part in b.parts for f in part.frames}
         return {f.name: pyro.plate(f.name, f.size, dim=f.dim) for f in frames.values()}
 
+    def _noise_fn(self, block: Block) -> Distribution:
+        """Return the distribution of the standard noise of a block."""
+        zeros = getattr(self, f"loc_{block.number}").detach().new_zeros(block.size)
+        if self._tails and block.is_outer:
+            return TailedNormal(zeros, self._wide(block))
+        if self._tails and block.number in self._stretches:
+            return StretchedNormal(zeros, self._stretches[block.number])
+        fn: Distribution = dist.Normal(zeros, 1.0).to_event(1)
+        return fn
+
     def _noise(self, block: Block, plates: Mapping[str, pyro.plate]) -> Tensor:
         """Sample the standard noise of a block."""
-        zeros = getattr(self, f"loc_{block.number}").detach().new_zeros(block.size)
-        fn = dist.Normal(zeros, 1.0).to_event(1)
-        if self._tails and block.is_outer:
-            fn = TailedNormal(zeros, self._wide(block))
-        elif self._tails and block.number in self._stretches:
-            fn = StretchedNormal(zeros, self._stretches[block.number])
+        fn = self._noise_fn(block)
         with contextlib.ExitStack() as entered:
             for plate in block.plates:
                 entered.enter_context(plates[plate.name])
@@ -239,7 +305,12 @@ class AutoPlateNormal(PyroModule):
         draws: dict[str, Tensor] = {}
 
         def at_single_values(numbers: dict[str, Tensor]) -> None:
-            for name, (value, _) in self._values(list(numbers.values()), args, kwargs).items():
+            which = numbers.pop(IMAGE_SITE, None)
+            found = self._values(list(numbers.values()), args, kwargs)
+            values = {name: value for name, (value, _) in found.items()}
+            if which is not None and self.images is not None:
+                values = self.images.of(values, which)
+            for name, value in values.items():
                 draws[name] = unwrapped(value).tensor.detach()
 
         with torch.no_grad(), seeded(0):
@@ -247,6 +318,8 @@ class AutoPlateNormal(PyroModule):
             shapes = [(*block.shape, block.size) for block in self.blocks]
             numbers = gaussian.at([antithetic(number, s).to(gaussian.means[0]) for s in shapes])
             level = {str(block): z for block, z in enumerate(numbers)}
+            if self.images is not None:
+                level[IMAGE_SITE] = torch.arange(number) % self.images.number
             run_mapped(at_single_values, [level], patched=True)
         return draws
 

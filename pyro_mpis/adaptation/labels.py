@@ -2,9 +2,10 @@
 """
 Find labels that can be exchanged, as those of a mixture's components or of hidden states.
 
-They are elements of a plate, or of vectors, of one size. Labels are exchanged in some of these at
-once, and the joint density is compared, enumerated latents summed out. A learned proposal that has
-the elements far apart is at one of many images of the same evidence.
+They are elements of a plate, or of vectors, of one size. A probability p may stand for the shares
+p and 1 - p of two. Labels are exchanged in some of these at once, and the joint density is
+compared, enumerated latents summed out. A learned proposal that has the elements far apart is at
+one of many images of the same evidence.
 """
 
 import itertools
@@ -15,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from pyro import poutine
 from torch import Tensor
+from torch.distributions import constraints
 
 from pyro_mpis._text import quoted
 from pyro_mpis.adaptation.guide import AutoPlateNormal
@@ -34,52 +36,77 @@ DRAWS = 256  # of a guide, for the medians and sds of its latents
 POINTS = 4  # draws of a guide, of which the joint density is compared at the best
 TOLERANCE = 1e-5
 
-Axis = tuple[tuple[str, int], ...]  # sites and dims that are exchanged together, from the right
+# sites and dims that are exchanged together, from the right; no dim: p becomes 1 - p
+Axis = tuple[tuple[str, int | None], ...]
 
 
-def missing_labels(start: Start, guide: AutoPlateNormal, *, is_sure: bool) -> list[str]:
+@dataclass(frozen=True)
+class Labels:
+    """Elements that can be exchanged, and that a guide has far apart."""
+
+    elements: tuple[int, ...]
+    size: int  # number of all elements
+    axes: tuple[Axis, ...]
+
+    @property
+    def orders(self) -> int:
+        """In how many orders the elements can be."""
+        return math.factorial(len(self.elements))
+
+    @property
+    def names(self) -> set[str]:
+        """The names of the latents in which they are exchanged."""
+        return {name for axis in self.axes for name, _ in axis}
+
+
+def far_labels(start: Start, guide: AutoPlateNormal, far: float = FAR) -> list[Labels]:
     """
-    Say which labels a guide has in one order of many that are as good.
+    Find labels that a guide has in one order of many that are as good.
 
-    :param is_sure: whether trial runs agree. Then a guide whose tails reach all of the prior has
-        found all orders.
+    :param far: sds between medians of two elements.
     """
     axes = _axes(start)
-    is_global = len(guide.blocks) == 1 and not guide.blocks[0].plates
-    reaches_all = is_global and guide.reaches_prior
-    if not axes or (reaches_all and is_sure):
+    if not axes:
         return []
     call = start.programs
     draws = guide.draws(DRAWS, call.args, call.kwargs)
     probabilities = torch.tensor([0.16, 0.5, 0.84])
     ends = {name: draw.quantile(probabilities.to(draw), 0) for name, draw in draws.items()}
     point: _Point | None = None
-    told = []
+    found = []
     for size, group in axes.items():
         every = itertools.combinations(range(size), 2)
-        pairs = [pair for pair in every if _is_far(ends, group, *pair)]
+        pairs = [pair for pair in every if _is_far(ends, group, pair, far)]
         if not pairs:
             continue
         with seeded(0):
             point = point or _best_point(start, guide)
             moved = _exchangeable(start, point, group, pairs[:MOST_PAIRS])
-        if not moved:
-            continue
-        labels = {label for pair in pairs if _is_same(start, point, moved, *pair) for label in pair}
-        names = quoted(sorted({name for axis in moved for name, _ in axis}))
-        orders = math.factorial(len(labels))
-        what = (
-            "has them mostly in one, and few of its particles find the others"
-            if reaches_all
-            else f"has them in one: add up to log {orders} = {math.log(orders):.4f} to the log "
-            "evidence, and take moments of these latents as those of one order"
-        )
-        told.append(
-            f"{len(labels)} elements of {names} can change places, and the posterior is the same. "
-            f"Of up to {orders} orders, the learned proposal {what}. A prior that puts "
-            "them in order would leave one mode of the posterior."
-        )
-    return told
+        if moved:
+            same = [pair for pair in pairs if _is_same(start, point, moved, *pair)]
+            elements = sorted({label for pair in same for label in pair})
+            found.append(Labels(tuple(elements), size, moved))
+    return found
+
+
+def told_of_labels(found: Labels, *, reaches_all: bool) -> str:
+    """
+    Say that a guide has labels in one order.
+
+    :param reaches_all: whether the guide's tails reach all of the prior.
+    """
+    orders = found.orders
+    what = (
+        "has them mostly in one, and few of its particles find the others"
+        if reaches_all
+        else f"has them in one: add up to log {orders} = {math.log(orders):.4f} to the log "
+        "evidence, and take moments of these latents as those of one order"
+    )
+    return (
+        f"{len(found.elements)} elements of {quoted(sorted(found.names))} can change places, and "
+        f"the posterior is the same. Of up to {orders} orders, the learned proposal {what}. A "
+        "prior that puts them in order would leave one mode of the posterior."
+    )
 
 
 @dataclass(frozen=True)
@@ -109,6 +136,8 @@ def _axes(start: Start) -> dict[int, list[Axis]]:
         site = start.structure.model[name]
         for dim in range(-site.event_dim, 0):
             found.setdefault(site.shape[dim], []).append(((name, dim),))
+    if 2 in found:
+        found[2] += [((name, None),) for name in latents if _is_share(start, name)]
     return {
         size: axes
         for size, axes in found.items()
@@ -116,17 +145,29 @@ def _axes(start: Start) -> dict[int, list[Axis]]:
     }
 
 
-def _is_far(ends: Mapping[str, Tensor], axes: Sequence[Axis], one: int, other: int) -> bool:
+def _is_share(start: Start, name: str) -> bool:
+    """Whether a latent is one probability."""
+    support = getattr(start.sites[name]["fn"], "support", None)
+    is_unit = isinstance(support, constraints.interval) and (
+        (support.lower_bound, support.upper_bound) == (0, 1)
+    )
+    return is_unit and math.prod(start.structure.model[name].shape) == 1
+
+
+def _is_far(
+    ends: Mapping[str, Tensor], axes: Sequence[Axis], pair: tuple[int, int], far: float
+) -> bool:
     """Whether two elements of some latent are many sds apart."""
+    one, other = pair
     for name, dim in itertools.chain(*axes):
-        if name in ends:
+        if name in ends and dim is not None:
             low, median, high = ends[name]
             if dim + median.dim() < 0:
                 continue
             distance = (median.select(dim, one) - median.select(dim, other)).abs()
             width = 0.5 * (high - low)
             width = torch.maximum(width.select(dim, one), width.select(dim, other))
-            if bool((distance > FAR * width).any()):
+            if bool((distance > far * width).any()):
                 return True
     return False
 
@@ -172,6 +213,9 @@ def _is_same(start: Start, point: _Point, moved: Sequence[Axis], one: int, other
     exchanged = dict(point.values)
     for name, dim in itertools.chain(*moved):
         value = exchanged[name]
+        if dim is None:
+            exchanged[name] = 1 - value
+            continue
         if dim + value.dim() < 0:
             return False
         order = torch.arange(value.shape[dim], device=value.device)

@@ -128,23 +128,28 @@ def _solutions(equations: list[Signs], bits: list[Signs]) -> list[Signs]:
     return [bit + sum(lead for lead, row in rows.items() if row & bit) for bit in free]
 
 
-def missing_halves(start: Start, guide: AutoPlateNormal) -> str | None:
-    """Say which mirror images a guide does not reach, if it is in one of them."""
-    if not guide.blocks[0].plates and guide.reaches_prior and len(guide.blocks) == 1:
-        return None
-    images = mirrors(start)
+def halves(
+    images: Sequence[frozenset[str]], start: Start, guide: AutoPlateNormal, far: float = FAR
+) -> list[frozenset[str]]:
+    """
+    Return the sets of latents that turn together, for which a guide is in one half.
+
+    :param far: sds between zero and a median.
+    """
     if not images:  # mostly, and quantiles of many latents take long
-        return None
+        return []
     call = start.programs
     ends = guide.quantiles([0.16, 0.5, 0.84], *call.args, **call.kwargs)
-    far = {
+    one_sided = {
         name
         for name, (low, median, high) in ends.items()
-        if bool((median.abs() > FAR * 0.5 * (high - low)).any())
+        if bool((median.abs() > far * 0.5 * (high - low)).any())
     }
-    found = [names for names in images if names & far]
-    if not found:
-        return None
+    return [names for names in images if names & one_sided]
+
+
+def told_of_halves(found: Sequence[frozenset[str]]) -> str:
+    """Say which mirror images a guide does not reach."""
     sets = "; ".join(quoted(sorted(names)) for names in found)
     number = len(found)
     return (

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make a model ready to be learned: sum what can be summed, lift masks, draw where none can."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import pyro.distributions as dist
@@ -10,6 +10,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to
 
+from pyro_mpis._text import quoted
 from pyro_mpis._typing import Program, SampleMessage
 from pyro_mpis.programs.masks import unmasked
 from pyro_mpis.programs.messages import is_delta, is_enumerated, is_latent
@@ -76,13 +77,51 @@ def summable(sites: Mapping[str, SampleMessage]) -> frozenset[str]:
         fn = site["fn"]
         if not is_latent(site) or is_delta(fn) or is_enumerated(site):
             continue
-        if site["infer"].get("num_samples") is not None:
+        if _is_to_be_drawn(site):
             continue
-        if not getattr(fn, "has_enumerate_support", False) or fn.event_shape:
-            continue
-        if _in_plates(site) and _support_size(fn) <= LARGEST_SUPPORT:
+        size = _values_to_sum(site)
+        if size is not None and size <= LARGEST_SUPPORT:
             result.add(name)
     return frozenset(result)
+
+
+def left_to_prior(sites: Mapping[str, SampleMessage], learned: Collection[str]) -> list[str]:
+    """
+    Say which discrete latents are drawn from their prior, though nobody asked for it.
+
+    :param sites: the latents, of a plain run of the model.
+    :param learned: those that are summed, or that a guide has.
+    """
+    large, others = {}, []
+    for name, site in sites.items():
+        if name in learned or is_delta(site["fn"]) or _is_to_be_drawn(site):
+            continue
+        size = _values_to_sum(site)
+        if size is None:
+            others.append(name)
+        else:
+            large[name] = size
+    more = "Give a guide of your own that has them, or draw more particles of them: "
+    more += "posterior.num_samples = {**posterior.num_samples, 'site': 500}."
+    told = []
+    if large:
+        sizes = ", ".join(f"'{name}' ({size} values)" for name, size in large.items())
+        told.append(
+            f"{sizes}: adapt sums discrete latents of up to {LARGEST_SUPPORT} values, and leaves "
+            "these to their prior, which is poor if data say much of them. Mark the sites with "
+            f'infer={{"enumerate": "parallel"}} to have them summed all the same. {more}'
+        )
+    if others:
+        told.append(
+            f"{quoted(others)}: discrete latents that cannot be summed. adapt leaves them to their "
+            f"prior, which is poor if data say much of them. {more}"
+        )
+    return told
+
+
+def _is_to_be_drawn(site: SampleMessage) -> bool:
+    """Whether the user has asked for draws in place of a sum."""
+    return site["infer"].get("num_samples") is not None
 
 
 def _in_plates(site: SampleMessage) -> bool:
@@ -92,11 +131,15 @@ def _in_plates(site: SampleMessage) -> bool:
     return all(size == 1 or dim in declared for dim, size in enumerate(shape, -len(shape)))
 
 
-def _support_size(fn: object) -> int:
+def _values_to_sum(site: SampleMessage) -> int | None:
+    """Return the number of values of a discrete latent; none if they cannot be summed."""
+    fn = site["fn"]
+    if not getattr(fn, "has_enumerate_support", False) or fn.event_shape or not _in_plates(site):
+        return None
     try:
-        support: Tensor = fn.enumerate_support(expand=False)  # type: ignore[attr-defined]
+        support: Tensor = fn.enumerate_support(expand=False)
     except (NotImplementedError, RuntimeError, ValueError):  # as of a Binomial of several totals
-        return LARGEST_SUPPORT + 1
+        return None
     return len(support)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_mpis.adaptation.guide import AutoPlateNormal
+from pyro_mpis.adaptation.images import particles_of
 from pyro_mpis.adaptation.layout import Block, depth_of
 from pyro_mpis.blocks import run_plan
 from pyro_mpis.factor_graph.graph import FactorGraph
@@ -159,18 +160,19 @@ def fitting(
     """
     programs = replace(programs, guide=guide)
     numbers = {**numbers_of(guide, share), **(enough or {})}
-    plan, _, _ = plan_of(programs, with_numbers(options, numbers))
-    work = work_of(plan.structure, numbers)
+    images = particles_of(guide.images, is_final=share == 1)
+    plan, _, _ = plan_of(programs, with_numbers(options, numbers | images))
+    work = work_of(plan.structure, numbers | images)
     limit = LARGEST_RUN * share
     if work > limit:
         depth = 1 + max(len(block.parents) for block in guide.blocks)
         factor = (limit / work) ** (1 / depth)
         numbers = {name: max(4, int(number * factor)) for name, number in numbers.items()}
-        plan, _, _ = plan_of(programs, with_numbers(options, numbers))
+        plan, _, _ = plan_of(programs, with_numbers(options, numbers | images))
     elif work < SMALL_RUN * share:
         numbers = _of_small(guide, numbers, SMALL_RUN * share / work)
-        plan, _, _ = plan_of(programs, with_numbers(options, numbers))
-    return plan, numbers
+        plan, _, _ = plan_of(programs, with_numbers(options, numbers | images))
+    return plan, numbers | images
 
 
 def _of_small(guide: AutoPlateNormal, numbers: Mapping[str, int], factor: float) -> dict[str, int]:

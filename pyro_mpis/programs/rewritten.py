@@ -13,6 +13,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.distributions import Categorical, OrderedLogistic
 from pyro.distributions.distribution import COERCIONS
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
@@ -80,10 +81,26 @@ def _made_or_deferred(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     """Make a distribution, in one piece or combination by combination; Pyro calls this."""
     if issubclass(cls, Deferred):
         return None
+    if cls is OrderedLogistic:
+        return _ordered_logistic(*args, **kwargs)
     try:
         return type.__call__(cls, *args, **kwargs)
     except (RuntimeError, NotImplementedError):
         return Deferred(cls, args, kwargs)
+
+
+def _ordered_logistic(
+    predictor: Tensor, cutpoints: Tensor, validate_args: bool | None = None
+) -> OrderedLogistic:
+    """Make the distribution without writing into a tensor, which torch cannot map."""
+    below = torch.sigmoid(cutpoints - predictor.unsqueeze(-1))
+    between = below[..., 1:] - below[..., :-1]
+    probs = torch.cat([below[..., :1], between, 1 - below[..., -1:]], -1)
+    fn = OrderedLogistic.__new__(OrderedLogistic)
+    fn.predictor = predictor.expand(below.shape[:-1])
+    fn.cutpoints = cutpoints.expand(below.shape)
+    Categorical.__init__(fn, probs, validate_args=validate_args)
+    return fn
 
 
 @contextmanager

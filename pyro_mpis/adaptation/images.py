@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+A group of maps of latents under which a posterior stays the same: turned signs, exchanged labels.
+
+A guide that is at one of these images can be spread evenly over all of them (docs/design.md).
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+MOST_IMAGES = 8  # of one posterior: three signs, or three labels; each costs as much as one
+IMAGE_SITE = "_mpis_image"  # of a guide: which image
+Order = Sequence[int]
+
+
+@dataclass(frozen=True)
+class Images:
+    """
+    Maps of the values of latents, of which the first changes nothing.
+
+    They are a group: one after the other they are one of these maps.
+    """
+
+    number: int
+    block: int  # by whose density images are told apart
+    element: Tensor  # whether it is that element of the block's plates: ``(*batch dims)``
+    signs: Mapping[str, Tensor] = field(default_factory=dict)  # 1 or -1: ``(number,)``
+    orders: Mapping[tuple[str, int], Tensor] = field(default_factory=dict)  # ``(number, size)``
+    shares: Mapping[str, Tensor] = field(default_factory=dict)  # whether p becomes 1 - p
+
+    def of(self, values: Mapping[str, Tensor], which: Tensor | int) -> dict[str, Tensor]:
+        """Return the values at one image."""
+        result = dict(values)
+        for name in values.keys() & self.signs.keys():
+            value = values[name]
+            result[name] = value * _row(self.signs[name], which).to(value)
+        for name in values.keys() & self.shares.keys():
+            value = values[name]
+            result[name] = torch.where(_row(self.shares[name], which), 1 - value, value)
+        for (name, dim), orders in self.orders.items():
+            if name in values:
+                result[name] = result[name].index_select(dim, _row(orders, which))
+        return result
+
+    def reaches(self, names: Iterable[str]) -> bool:
+        """Whether it changes all of these latents."""
+        changed = {*self.signs, *self.shares, *(name for name, _ in self.orders)}
+        return changed.issuperset(names)
+
+
+def particles_of(images: Images | None, *, is_final: bool) -> dict[str, int]:
+    """
+    Return the number of particles of a guide's images.
+
+    Final runs have one of each, as they are spread evenly. The evidence of any is the same, so one
+    is enough for trials.
+    """
+    if images is None:
+        return {}
+    return {IMAGE_SITE: images.number if is_final else 1}
+
+
+def which_image(uniform: Tensor, number: int) -> Tensor:
+    """Return the number of an image, from a uniform number between 0 and 1."""
+    return (uniform * number).long().clamp(max=number - 1)
+
+
+def _row(table: Tensor, which: Tensor | int) -> Tensor:
+    """Return a row of a table; its number may be mapped, so nothing looks at it."""
+    index = torch.as_tensor(which, device=table.device).reshape(1)
+    return table.index_select(0, index).squeeze(0)
+
+
+def signs_of(generators: Sequence[frozenset[str]]) -> dict[str, Tensor]:
+    """Return the signs of latents in each image, where sets of them turn together."""
+    every = itertools.product((False, True), repeat=len(generators))
+    chosen = [list(zip(takes, generators, strict=True)) for takes in every]
+    names = sorted(frozenset().union(*generators))
+    return {
+        name: torch.tensor(
+            [
+                math.prod(-1 if take and name in turned else 1 for take, turned in row)
+                for row in chosen
+            ]
+        )
+        for name in names
+    }
+
+
+def orders_of(size: int, labels: Sequence[int]) -> Tensor:
+    """Return all orders of some of the elements: ``(orders, size)``, the first as they are."""
+    rows = []
+    for moved in itertools.permutations(labels):
+        row = list(range(size))
+        for label, other in zip(labels, moved, strict=True):
+            row[label] = other
+        rows.append(row)
+    return torch.tensor(rows)
+
+
+def spread_correction(
+    images: Images, log_density: Callable[[Mapping[str, Tensor]], Tensor], at: Mapping[str, Tensor]
+) -> Tensor:
+    """
+    Return how much higher the log density of the mixture over all images is than that of one.
+
+    It is zero but for one element of the plates, whose density is enough to tell images apart.
+
+    :param log_density: of values of a block, at one image: ``(*batch dims)``.
+    :param at: the values.
+    """
+    own = log_density(at)
+    others = [log_density(images.of(at, which)) - own for which in range(1, images.number)]
+    none = -math.inf  # where a value is beyond what its inverse can tell
+    terms = [torch.zeros_like(own), *(t.nan_to_num(none, none, none) for t in others)]
+    result = torch.stack(terms).logsumexp(0) - math.log(images.number)
+    return torch.where(images.element, result, 0.0)
