@@ -21,7 +21,12 @@ from pyro_mpis._text import quoted
 from pyro_mpis.factor_graph.evidence import reduced
 from pyro_mpis.factor_graph.graph import FactorGraph
 from pyro_mpis.factor_graph.sampling import ForwardPass
-from pyro_mpis.particles.checks import (
+from pyro_mpis.particles.crossing import check_crossing
+from pyro_mpis.particles.drawing import Drawn
+from pyro_mpis.particles.evaluation import Evaluated, evaluate_programs
+from pyro_mpis.particles.factors import build_graph
+from pyro_mpis.particles.indexed import check_graph, find_reads, regroup_indexed
+from pyro_mpis.particles.mixtures import (
     Mixture,
     mixture_of,
     rows_beside,
@@ -29,11 +34,6 @@ from pyro_mpis.particles.checks import (
     with_rows,
     without_rows,
 )
-from pyro_mpis.particles.crossing import check_crossing
-from pyro_mpis.particles.drawing import Drawn
-from pyro_mpis.particles.evaluation import Evaluated, evaluate_programs
-from pyro_mpis.particles.factors import build_graph
-from pyro_mpis.particles.indexed import check_graph, find_reads, regroup_indexed
 from pyro_mpis.particles.probes import SiteReads
 from pyro_mpis.particles.proposals import Particles, at_supports, weigh_from_factors
 from pyro_mpis.pieces import Ranges, put_together, split

@@ -14,7 +14,7 @@ from counties import Y, check_sharing
 from torch import Tensor
 
 from pyro_mpis import MPImportance, MPISWarning
-from pyro_mpis.particles import checks, memory, probes
+from pyro_mpis.particles import memory, mixtures, probes
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -93,7 +93,7 @@ def test_mixed_elements_of_a_large_plate(
     function: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where few rows are looked at."""
-    monkeypatch.setattr(checks, "ELEMENTS", 2**10)
+    monkeypatch.setattr(mixtures, "ELEMENTS", 2**10)
     size = 2**12
 
     def large() -> None:

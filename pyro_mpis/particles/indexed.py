@@ -29,7 +29,8 @@ from pyro_mpis.factor_graph.evidence import over_plates
 from pyro_mpis.factor_graph.graph import FactorGraph, LogFactor, RaggedPlate
 from pyro_mpis.factor_graph.packed import packed
 from pyro_mpis.factor_graph.ragged import regroup
-from pyro_mpis.particles.checks import Mixture, differing
+from pyro_mpis.particles.checks import differing
+from pyro_mpis.particles.mixtures import Mixture
 from pyro_mpis.particles.probes import (
     NONE,
     SEVERAL,

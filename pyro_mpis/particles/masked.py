@@ -24,13 +24,13 @@ import torch
 from pyro.ops.provenance import detach_provenance
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
-from torch.distributions import biject_to
 
 from pyro_mpis._typing import Distribution, SampleMessage
+from pyro_mpis.particles.other_values import differing, far_from, redrawn, small_support
 from pyro_mpis.particles.probes import PROBE_ELEMENTS, differs_from, num_bits
 from pyro_mpis.programs.densities import density_of
 from pyro_mpis.programs.generic import DifferentEntries, moved
-from pyro_mpis.programs.masks import Masks, mask_of, taken_apart, unmasked, widened
+from pyro_mpis.programs.masks import Masks, mask_of, taken_apart, widened
 from pyro_mpis.programs.messages import (
     batch_shape_of,
     counted,
@@ -46,8 +46,6 @@ from pyro_mpis.programs.structure import Structure
 
 MORE_ROWS = 2  # values of the latents besides those of the plain run
 RANDOM = 4  # random values that an element is changed to, half of them far
-SPREAD = 3.0  # how much farther, where the support is unbounded
-MAX_SUPPORT = 16  # values of a support that are all tried
 
 
 def find_masks(
@@ -306,7 +304,7 @@ def _probe_of(
     mapped: bool,
 ) -> _Probe:
     latents = {n: s for n, s in sites.items() if is_latent(s) and not is_delta(s["fn"])}
-    supports = {name: _support(site) for name, site in latents.items()}
+    supports = {name: small_support(site) for name, site in latents.items()}
     most = max([0, *(len(support) for support in supports.values() if support is not None)])
     others = {}
     num_others = RANDOM + max(1, most)
@@ -315,15 +313,15 @@ def _probe_of(
     for name, site in latents.items():
         value, support = detach_provenance(site["value"]), supports[name]
         if support is None:
-            drawn = _redrawn(site["fn"], value, num_others + num_rows)
+            drawn = redrawn(site["fn"], value, num_others + num_rows)
         else:
             drawn = support[torch.arange(num_others + num_rows) % len(support)]
-        drawn = _differing(drawn)
+        drawn = differing(drawn)
         rows[name] = torch.cat([value.unsqueeze(0), drawn[: num_rows - 1]])
         if name in masked:
             others[name] = drawn[num_rows:].clone()
             if support is None:
-                others[name][::2] = _far(site["fn"], others[name][::2])
+                others[name][::2] = far_from(site["fn"], others[name][::2])
     counting = tuple(
         name
         for name, site in sites.items()
@@ -332,43 +330,6 @@ def _probe_of(
     largest = max(batch_shape_of(sites[name]["fn"]).numel() for name in counting)
     largest = max([largest, *(value[0].numel() for value in rows.values())])
     return _Probe(programs, rows, others, counting, largest, mapped)
-
-
-def _support(site: SampleMessage) -> Tensor | None:
-    """Return the values of a small finite support, of the shape of the site's value."""
-    fn, value = unmasked(site["fn"]), detach_provenance(site["value"])
-    if not getattr(fn, "has_enumerate_support", False):
-        return None
-    try:
-        with torch._C.DisableTorchFunctionSubclass():
-            support = fn.enumerate_support(expand=False)
-    except (NotImplementedError, RuntimeError):
-        return None
-    support = support.reshape((len(support), *(1,) * (value.dim() - fn.event_dim), *fn.event_shape))
-    return support.expand((-1, *value.shape)) if len(support) <= MAX_SUPPORT else None
-
-
-def _redrawn(fn: Distribution, value: Tensor, number: int) -> Tensor:
-    """Return other values of a latent: random ones, or steps where none can be drawn."""
-    try:
-        with torch._C.DisableTorchFunctionSubclass():
-            drawn = [detach_provenance(unmasked(fn)()) for _ in range(number)]
-        return torch.stack([one.expand(value.shape) for one in drawn]).detach()
-    except (NotImplementedError, RuntimeError, ValueError):
-        steps = torch.arange(1, number + 1).to(value.device, value.dtype)
-        return value.detach() + steps.reshape((-1,) + (1,) * value.dim())
-
-
-def _far(fn: Distribution, values: Tensor) -> Tensor:
-    """Return values of the support that are far from some; the same where none are known."""
-    try:
-        with torch._C.DisableTorchFunctionSubclass():
-            transform = biject_to(unmasked(fn).support)
-            free = transform.inv(values)
-            far = transform(SPREAD * free + SPREAD * free.sign())
-    except (NotImplementedError, RuntimeError, ValueError):
-        return values
-    return torch.where(far.isfinite(), far, values)
 
 
 def _unread(probe: _Probe, seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -415,13 +376,6 @@ def _read_elements(probe: _Probe, name: str, masked: Tensor) -> Tensor:
     result = torch.zeros_like(masked).flatten()
     result[elements[read]] = True
     return result.reshape(masked.shape)
-
-
-def _differing(values: Tensor) -> Tensor:
-    """Change every second value by one where all are the same: a count of none, of no trials."""
-    steps = torch.arange(len(values), device=values.device).to(values.dtype) % 2
-    steps = steps.reshape((-1,) + (1,) * (values.dim() - 1))
-    return torch.where((values == values[:1]).all(0), values + steps, values)
 
 
 def _pattern(masked: Tensor, elements: Tensor, code: Tensor) -> Tensor:

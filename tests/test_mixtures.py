@@ -9,7 +9,7 @@ import pytest
 import torch
 from compared import compare
 
-from pyro_mpis.particles.checks import _telling_apart
+from pyro_mpis.particles.mixtures import _telling_apart
 
 pytestmark = pytest.mark.usefixtures("float64")
 
