@@ -92,7 +92,7 @@ GUIDES: dict[str, Callable[[], Callable[..., object]]] = {
 }
 
 
-EVERY_DAY = ("AutoNormal", "AutoMultivariateNormal", "AutoStructured", "AutoNormalMessenger")
+EVERY_DAY = ("AutoNormal", "AutoMultivariateNormal", "AutoNormalMessenger")
 
 
 @pytest.mark.parametrize(

@@ -288,7 +288,7 @@ def number_narrow(model: Any, guide: Any, number: int, runs: int, **options: Any
         (3, 0.7, {"num_samples": 30}),
         (5, 0.9, {"num_samples": 30}),
         (10, 0.5, {"num_samples": 100}),
-        (10, 0.9, {"num_samples": 10, "num_replicates": 10}),
+        pytest.param(10, 0.9, {"num_samples": 10, "num_replicates": 10}, marks=pytest.mark.slow),
     ],
 )
 def test_a_mean_field_guide_of_a_correlated_vector(

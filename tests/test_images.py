@@ -156,7 +156,11 @@ TURNED = signs_of([frozenset({"m", "w"})])
 @pytest.mark.parametrize(
     ("alone", "images"),
     [
-        (False, Images(2, 0, torch.ones(1, dtype=torch.bool), signs=TURNED)),
+        pytest.param(
+            False,
+            Images(2, 0, torch.ones(1, dtype=torch.bool), signs=TURNED),
+            marks=pytest.mark.slow,
+        ),
         (True, Images(2, 1, torch.tensor([False, True]), signs=TURNED)),
     ],
 )

@@ -74,7 +74,10 @@ def check_counts(counts: tuple[list[int], list[int]], tasks: int, back: int) -> 
     assert all(number < back for number in returned), returned
 
 
-@pytest.mark.parametrize("number", [1, 4, 16])
+SIXTEEN = pytest.param(16, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("number", [1, 4, SIXTEEN])
 def test_data_travel_once_to_a_worker(number: int) -> None:
     """Not with each of the 64 blocks: in the run, and in each query."""
     executor, back = Pickling(number), SMALL + 64 // number * 2_000
@@ -93,7 +96,7 @@ def test_data_travel_once_to_a_worker(number: int) -> None:
     check_counts(executor.taken(), number, 4 * SMALL)
 
 
-@pytest.mark.parametrize("number", [4, 16])
+@pytest.mark.parametrize("number", [4, SIXTEEN])
 def test_data_travel_once_for_many_replicates(number: int) -> None:
     """And the results that come back have neither programs nor data in them."""
     executor = Pickling(number)
