@@ -15,7 +15,6 @@ from torch import Tensor
 
 MOST_IMAGES = 8  # of one posterior: three signs, or three labels; each costs as much as one
 IMAGE_SITE = "_mpis_image"  # of a guide: which image
-Order = Sequence[int]
 
 
 @dataclass(frozen=True)

@@ -68,10 +68,7 @@ def far_labels(start: Start, guide: AutoPlateNormal, far: float = FAR) -> list[L
     axes = _axes(start)
     if not axes:
         return []
-    call = start.programs
-    draws = guide.draws(DRAWS, call.args, call.kwargs)
-    probabilities = torch.tensor([0.16, 0.5, 0.84])
-    ends = {name: draw.quantile(probabilities.to(draw), 0) for name, draw in draws.items()}
+    ends = ends_of(start, guide)
     point: _Point | None = None
     found = []
     for size, group in axes.items():
@@ -87,6 +84,14 @@ def far_labels(start: Start, guide: AutoPlateNormal, far: float = FAR) -> list[L
             elements = sorted({label for pair in same for label in pair})
             found.append(Labels(tuple(elements), size, moved))
     return found
+
+
+def ends_of(start: Start, guide: AutoPlateNormal) -> dict[str, Tensor]:
+    """Return where an interval of one sd starts, its median and its end, of some draws: (3, *)."""
+    call = start.programs
+    draws = guide.draws(DRAWS, call.args, call.kwargs)
+    probabilities = torch.tensor([0.16, 0.5, 0.84])
+    return {name: draw.quantile(probabilities.to(draw), 0) for name, draw in draws.items()}
 
 
 def told_of_labels(found: Labels, *, reaches_all: bool) -> str:

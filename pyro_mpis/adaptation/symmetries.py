@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Spread a guide over exact images of the posterior; say which it does not reach."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_mpis.adaptation.guide import AutoPlateNormal
 from pyro_mpis.adaptation.images import MOST_IMAGES, Images, orders_of, signs_of
-from pyro_mpis.adaptation.labels import DRAWS, Labels, far_labels, told_of_labels
+from pyro_mpis.adaptation.labels import Labels, ends_of, far_labels, told_of_labels
 from pyro_mpis.adaptation.layout import Block, Part
 from pyro_mpis.adaptation.mirrors import halves, mirrors, told_of_halves
 from pyro_mpis.adaptation.start import Start
@@ -34,8 +34,10 @@ class Symmetries:
         if guide.images is not None:
             return guide
         with seeded(0):
+            ends: dict[str, Tensor] = {}
             for images in self._candidates(guide):
-                found = _told_apart(self._start, guide, images)
+                ends = ends or ends_of(self._start, guide)
+                found = _told_apart(guide, images, ends)
                 if found is not None:
                     return guide.with_images(found)
         return guide
@@ -102,14 +104,14 @@ class Symmetries:
         return told
 
 
-def _told_apart(start: Start, guide: AutoPlateNormal, images: Images) -> Images | None:
-    """Return images with the block, and its element, that tells them apart best; None if none."""
-    call = start.programs
-    draws = guide.draws(DRAWS, call.args, call.kwargs)
-    ends = {
-        name: draw.quantile(torch.tensor([0.16, 0.5, 0.84]).to(draw), 0)
-        for name, draw in draws.items()
-    }
+def _told_apart(
+    guide: AutoPlateNormal, images: Images, ends: Mapping[str, Tensor]
+) -> Images | None:
+    """
+    Return images with the block, and its element, that tells them apart best; None if none.
+
+    :param ends: of the guide's intervals of one sd, see :func:`ends_of`.
+    """
     best, result = APART, None
     for block in guide.blocks:
         if not guide.tells_images_apart(block):
@@ -124,7 +126,7 @@ def _told_apart(start: Start, guide: AutoPlateNormal, images: Images) -> Images 
     return result
 
 
-def _distance(block: Block, images: Images, which: int, ends: dict[str, Tensor]) -> Tensor:
+def _distance(block: Block, images: Images, which: int, ends: Mapping[str, Tensor]) -> Tensor:
     """Return how many sds an image is away, in each element of a block: ``(*batch dims)``."""
     result = torch.zeros(block.shape)
     for part in block.parts:

@@ -60,7 +60,7 @@ def density_of(fn: Distribution, value: Tensor, *, validate: bool, latent: bool 
         log_prob = torch.where(inside, log_prob_of(fn, _as_an_index(fn, value)), -torch.inf)
     else:
         log_prob = log_prob_of(fn, value)
-    possible = possible_values(fn, _as_an_index(fn, value)) if validate else None
+    possible = possible_values(fn, value) if validate else None
     if possible is not None and _is_false_somewhere(possible):
         log_prob = torch.where(possible, log_prob, -torch.inf)
     for _, _, valid in _valid_arguments(fn) if validate else ():

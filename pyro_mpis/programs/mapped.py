@@ -141,14 +141,14 @@ def log_prob_of(fn: Distribution, value: Tensor) -> Tensor:
     if log_prob is not None:
         return log_prob
     kind = type(innermost(fn))
-    if kind in _NOT_MAPPED:
-        in_batch = _in_batch_dims(fn, value)
-        if in_batch is not None:
-            return in_batch
+    is_known = kind in _NOT_MAPPED
+    in_batch = _in_batch_dims(fn, value) if is_known else None
+    if in_batch is not None:
+        return in_batch
     try:
         return fn.log_prob(value)
     except (RuntimeError, NotImplementedError, ValueError) as error:
-        in_batch = _in_batch_dims(fn, value)
+        in_batch = None if is_known else _in_batch_dims(fn, value)
         if in_batch is not None:
             _NOT_MAPPED.add(kind)
             return in_batch

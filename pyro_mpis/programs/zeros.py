@@ -31,7 +31,7 @@ def possible_values(fn: Distribution, value: Tensor) -> Tensor | None:
     """
     Return where values have a probability that is not given as zero: ``(*batch shape)``.
 
-    :param value: inside of the support.
+    :param value: may be outside of the support, where nothing is said of it.
     :return: None if all have; of a distribution with logits for arguments, all have.
     """
     if isinstance(fn, Independent):
@@ -47,7 +47,8 @@ def possible_values(fn: Distribution, value: Tensor) -> Tensor | None:
     if bool(unwrapped(positive).tensor.all()):
         return None
     if isinstance(fn, Categorical):
-        value, positive = torch.broadcast_tensors(value.long().unsqueeze(-1), positive)
+        value = value.long().clamp(0, positive.shape[-1] - 1).unsqueeze(-1)  # places in a table
+        value, positive = torch.broadcast_tensors(value, positive)
         found: Tensor = positive.gather(-1, value[..., :1]).squeeze(-1)
         return found
     allowed: Tensor = positive | (value == 0)

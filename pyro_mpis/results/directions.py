@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pyro_mpis.results.narrowness import Fit, fitted, heights_of, scores_of
+from pyro_mpis.results.narrowness import Fit, Fits, fitted, heights_of, scores_of
 
 # The products of more scalars are more numbers than there are particles, as a rule.
 MOST_SCALARS = 20
@@ -35,39 +35,27 @@ MOST_BYTES = 2**26
 
 
 @dataclass(frozen=True)
-class Direction:
+class Direction(Fits):
     """
     The direction across the scalars of an index in which the log weights bend upwards most.
 
-    :param sites: the sites that the scalars belong to.
-    :param num_scalars: how many there are.
-    :param num_replicates: number of sets of particles.
     :param of_all: curvature along it, fitted to all particles: ``batch_shape``; nan where there are
         too few particles, or fewer than two scalars that are not integers.
     :param of_heavy: the same, of particles that have weight: the lower one with and without what
         bends in other directions.
+    :param sites: the sites that the scalars belong to.
+    :param num_scalars: how many there are.
+    :param num_replicates: number of sets of particles.
     """
 
     sites: tuple[str, ...]
     num_scalars: int
     num_replicates: int
-    of_all: Fit
-    of_heavy: Fit
 
     @property
     def num_particles(self) -> int:
         """The number of particles of all replicates that say anything of so many scalars."""
         return self.num_replicates + self.num_scalars + _num_products(self.num_scalars) + 1
-
-    @property
-    def value(self) -> Tensor:
-        """The lower curvature: ``batch_shape``."""
-        return torch.minimum(self.of_all.value, self.of_heavy.value)
-
-    @property
-    def number(self) -> int:
-        """How many say something."""
-        return int((~self.value.isnan()).sum())
 
     def is_narrow(self, curvature: float, probability: float) -> Tensor:
         """
@@ -94,7 +82,7 @@ def widest_direction(
     batch, (number, num_scalars) = scalars.shape[:-2], scalars.shape[-2:]
     nan = torch.full(batch, math.nan, dtype=torch.double)
     silent = Fit(nan, nan, torch.zeros_like(nan))
-    direction = Direction(sites, num_scalars, num_replicates, silent, silent)
+    direction = Direction(silent, silent, sites, num_scalars, num_replicates)
     if number < direction.num_particles or not 1 < num_scalars <= MOST_SCALARS:
         return direction
     rows = max(1, MOST_BYTES // (8 * number * (_num_products(num_scalars) + num_scalars)))

@@ -70,25 +70,30 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Curvature:
-    """
-    How the log weights of a site bend over its particles.
-
-    Nothing is said, by nan, of integers, of one value, of too few particles.
-    """
+class Fits:
+    """The same parabolas, fitted to all particles and to those that have weight."""
 
     of_all: Fit
-    of_heavy: Fit  # of particles that have weight
+    of_heavy: Fit
 
     @property
     def value(self) -> Tensor:
-        """The lower one of each scalar, and of several together: ``batch_shape + (number,)``."""
+        """The lower curvature of each."""
         return torch.minimum(self.of_all.value, self.of_heavy.value)
 
     @property
     def number(self) -> int:
         """How many say something."""
         return int((~self.value.isnan()).sum())
+
+
+class Curvature(Fits):
+    """
+    How the log weights of a site bend over its particles: ``batch_shape + (number,)``.
+
+    Each scalar has a parabola, and several have one together. Nothing is said, by nan, of integers,
+    of one value, of too few particles.
+    """
 
     def at_least(self, probability: float) -> Tensor:
         """Return what each exceeds, unless the errors are of a kind that rare."""
