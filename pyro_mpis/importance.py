@@ -145,7 +145,7 @@ class MPImportance(Posterior):
         self.num_replicates = positive("num_replicates", num_replicates)
         self.executor = executor
         self.disable_progbar = disable_progbar
-        self._sums, self._weights = [], []
+        self._hold([], [], 0)
         self._told = self._told_of_error = False
         super().__init__()  # type: ignore[no-untyped-call]
 
@@ -237,7 +237,7 @@ class MPImportance(Posterior):
         possible = [total for total in sums if bool(torch.isfinite(total.log_evidence))]
         if not possible:
             raise impossible(sums[0])
-        self._sums, self._weights = possible, [{} for _ in possible]
+        self._hold(possible, [{} for _ in possible], len(sums))
         if not self._is_number_given:
             self.num_samples = possible[0].replicate.plan.num_samples
         self._told = self._told_of_error = False
@@ -271,7 +271,8 @@ class MPImportance(Posterior):
         :raises ValueError: if model, guide or data do not fit; the message names the site.
         """
         programs = programs_of(self.model, self.guide, args, kwargs)
-        return planning.run_plan(programs, self._options)
+        found = planning.run_plan(programs, self._options)
+        return replace(found, num_replicates=self.num_replicates)
 
     @in_turn
     def render(self, *args: object, **kwargs: object) -> "Digraph":
@@ -313,7 +314,8 @@ class MPImportance(Posterior):
         """
         sums = self._ran()
         given = {field.name: getattr(self, field.name) for field in fields(saving.Settings)}
-        settings = saving.Settings(**{**given, "groups": checked_groups(self.groups)})
+        given |= {"groups": checked_groups(self.groups), "num_replicates": self._number}
+        settings = saving.Settings(**given)
         saving.save(path, settings, sums, self._weights, factors=factors)
 
     @classmethod
@@ -350,8 +352,9 @@ class MPImportance(Posterior):
         called_with = saving.arguments(path, stored, args, kwargs)
         posterior = cls(model, guide, **vars(stored.settings))
         programs = programs_of(model, guide, called_with.args, called_with.kwargs)
-        posterior._sums = saving.sums_of(path, stored, programs, posterior._options)
-        posterior._weights = [dict(kept.weights) for kept in stored.sums]
+        sums = saving.sums_of(path, stored, programs, posterior._options)
+        weights = [dict(kept.weights) for kept in stored.sums]
+        posterior._hold(sums, weights, posterior.num_replicates)
         return posterior
 
     @in_turn
@@ -366,7 +369,7 @@ class MPImportance(Posterior):
         """
         result = copy.copy(self)
         moved = saving.moved((self._sums, self._weights), saving.resolved(device))
-        result._sums, result._weights = moved
+        result._hold(*moved, self._number)
         result._reset()
         return result
 
@@ -379,8 +382,8 @@ class MPImportance(Posterior):
             particles = f"{range_of(counts)} particles a site"
         else:
             particles = f"as many particles as fit into {self.time_limit:g} s"
-        if self.num_replicates > 1:
-            particles += f", {self.num_replicates} replicates"
+        if (number := self._number or self.num_replicates) > 1:
+            particles += f", {number} replicates"
         result = f"log evidence {self.evidence().item():.2f}" if self._sums else "not run"
         return f"<MPImportance: {particles}, {result}>"
 
