@@ -136,15 +136,13 @@ class MPImportance(Posterior):
         self.guide = None if guide is None else checked_program("guide", guide)
         self.num_samples = None if num_samples is None else checked_numbers(num_samples)
         self._is_number_given = num_samples is not None
-        self.groups = tuple(groups)
-        self.shared_plates = tuple(shared_plates)
+        self.groups, self.shared_plates = tuple(groups), tuple(shared_plates)
         self.max_plate_nesting = number_of_dims(max_plate_nesting)
         self.memory_limit = number_of_bytes(memory_limit)
         self.time_limit = number_of_seconds(time_limit)
         self.stratified = bool(stratified)
         self.num_replicates = positive("num_replicates", num_replicates)
-        self.executor = executor
-        self.disable_progbar = disable_progbar
+        self.executor, self.disable_progbar = executor, disable_progbar
         self._hold([], [], 0)
         self._told = self._told_of_error = False
         super().__init__()  # type: ignore[no-untyped-call]
@@ -271,8 +269,8 @@ class MPImportance(Posterior):
         :raises ValueError: if model, guide or data do not fit; the message names the site.
         """
         programs = programs_of(self.model, self.guide, args, kwargs)
-        found = planning.run_plan(programs, self._options)
-        return replace(found, num_replicates=self.num_replicates)
+        of_one = planning.run_plan(programs, self._options)
+        return replace(of_one, num_replicates=self.num_replicates)
 
     @in_turn
     def render(self, *args: object, **kwargs: object) -> "Digraph":
@@ -312,11 +310,10 @@ class MPImportance(Posterior):
             into memory. Without them each query of the loaded result evaluates the model again.
         :raises NotImplementedError: if a plate selects a subsample.
         """
-        sums = self._ran()
         given = {field.name: getattr(self, field.name) for field in fields(saving.Settings)}
         given |= {"groups": checked_groups(self.groups), "num_replicates": self._number}
         settings = saving.Settings(**given)
-        saving.save(path, settings, sums, self._weights, factors=factors)
+        saving.save(path, settings, self._ran(), self._weights, factors=factors)
 
     @classmethod
     @in_turn
