@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.overrides import TorchFunctionMode
 
-from pyro_mpis.programs.tensors import exchange, is_mapped, tensors_of, unwrapped
+from pyro_mpis.programs.tensors import device_of, exchange, is_mapped, tensors_of, unwrapped
 
 # Where code lies that is not the user's.
 LIBRARIES = tuple(
@@ -203,8 +203,27 @@ class _Rewritten(_Replaced):
         try:
             return func(*args, **kwargs)
         except Exception as error:
+            moved = _beside_others((args, kwargs)) if "same device" in str(error) else None
+            if moved is not None:
+                return func(*moved[0], **moved[1])
             vars(error).setdefault(READ, _levels_of((args, kwargs)))
             raise
+
+
+def _beside_others(part: Any) -> Any:
+    """
+    Move mapped numbers to the device that the other tensors are on; None if there are none to move.
+
+    Torch combines a number with tensors of any device, and takes a mapped one for a vector.
+    """
+    tensors = tensors_of(part)
+    devices = {tensor.device for tensor in tensors if tensor.dim() or not is_mapped(tensor)}
+    moving = {id(t) for t in tensors if not t.dim() and is_mapped(t) and t.device not in devices}
+    devices = devices or {device_of(tensors)}
+    if len(devices) != 1 or not moving:
+        return None
+    (device,) = devices
+    return exchange(part, lambda t: t.to(device) if t.dim() == 0 and is_mapped(t) else t)
 
 
 def _set_item(tensor: Tensor, index: Any, value: Any) -> Any:

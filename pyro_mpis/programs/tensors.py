@@ -7,7 +7,7 @@ is 0.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -94,6 +94,13 @@ def tensors_of(part: Any) -> list[Tensor]:
             known.add(id(part))
             pending += reversed(vars(part).values())
     return tensors
+
+
+def device_of(tensors: Iterable[Tensor]) -> torch.device:
+    """Return where tensors are combined: on a GPU if one is there, since numbers may be elsewhere."""
+    devices = [tensor.device for tensor in tensors]
+    others = (device for device in devices if device.type != "cpu")
+    return next(others, devices[0] if devices else torch.get_default_device())
 
 
 def unwrapped(tensor: Tensor) -> Mapped:
