@@ -133,7 +133,8 @@ def elementwise(
     """
     if _VMAP_ALONE:
         return None
-    parts = [unwrapped(tensor) for tensor in tensors]
+    device = device_of(tensors)  # torch takes numbers from any device
+    parts = [unwrapped(tensor if tensor.dim() else tensor.to(device)) for tensor in tensors]
     if any(map(_functorch.is_functorch_wrapped_tensor, (part.tensor for part in parts))):
         return None
     levels = sorted({level for part in parts for level in part.levels})
