@@ -11,7 +11,7 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import pyro.distributions as dist
@@ -486,7 +486,7 @@ def partly_observed() -> None:
     with pyro.plate("data", 3):
         known = torch.tensor([True, False, True])
         data = torch.tensor([0.2, 0.5, 1.0])
-        b = pyro.sample("b", dist.Normal(a, 1.0), obs=data, obs_mask=known)
+        b = pyro.sample("b", dist.Normal(a, 1.0), obs=data, obs_mask=cast(torch.BoolTensor, known))
         pyro.sample("x", dist.Normal(b, 1.0), obs=torch.tensor([0.5, 1.0, -1.0]))
 
 

@@ -97,7 +97,7 @@ def tensors_of(part: Any) -> list[Tensor]:
 
 
 def device_of(tensors: Iterable[Tensor]) -> torch.device:
-    """Return where tensors are combined: on a GPU if one is there, since numbers may be elsewhere."""
+    """Return where tensors are combined: on a GPU if one is there; numbers may be elsewhere."""
     devices = [tensor.device for tensor in tensors]
     others = (device for device in devices if device.type != "cpu")
     return next(others, devices[0] if devices else torch.get_default_device())
