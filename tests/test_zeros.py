@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.distributions import TorchDistribution
+from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.poutine.runtime import InferDict
 from torch import Tensor, tensor
 
@@ -70,11 +71,25 @@ def test_each_element_is_looked_at() -> None:
     torch.testing.assert_close(found, tensor([-math.inf, 0.0]))
 
 
+def test_distributions_that_are_expanded_from_without() -> None:
+    fn = ExpandedDistribution(dist.Bernoulli(tensor(0.0)), [2])
+    torch.testing.assert_close(
+        density_of(fn, tensor([1.0, 0.0]), validate=True), tensor([-math.inf, 0.0])
+    )
+    event = ExpandedDistribution(dist.Bernoulli(tensor(0.0)), [2, 3]).to_event(2)
+    assert [float(density_of(event, tensor(k), validate=True)) for k in (0.0, 1.0)] == [
+        0.0,
+        -math.inf,
+    ]
+
+
 def test_values_that_are_no_places_in_a_table() -> None:
     fn = dist.Categorical(tensor([[0.0, 1.0], [0.5, 0.5]]))
     found = density_of(fn, tensor([-1, 2]), validate=True)
     assert found.tolist() == [-math.inf, -math.inf]
-    assert possible_values(fn, tensor([-1, 2])).tolist() == [False, True]  # of the nearest places
+    possible = possible_values(fn, tensor([-1, 2]))
+    assert possible is not None
+    assert possible.tolist() == [False, True]  # of the nearest places
 
 
 def test_what_is_certain_is_written_by_its_complement() -> None:
