@@ -15,12 +15,12 @@ from checks import check_mean
 from failing import fails
 from torch import Tensor
 from torch.distributions import Distribution, constraints
-from torch.distributions.transforms import ExpTransform, SigmoidTransform
+from torch.distributions.transforms import CorrCholeskyTransform, ExpTransform, SigmoidTransform
 
 from pyro_mpis import MPImportance
 from pyro_mpis.particles.drawing import Draw, Drawn
 from pyro_mpis.particles.proposals import weigh
-from pyro_mpis.programs.densities import density_of
+from pyro_mpis.programs.densities import density_of, plain_density
 from pyro_mpis.programs.mapped import run_mapped
 from pyro_mpis.programs.rewritten import CholeskyOrNan
 from pyro_mpis.programs.tensors import unwrapped
@@ -139,6 +139,22 @@ def test_a_value_has_to_be_in_the_range_of_each_transform(base: Any, parts: list
         found = density_of(fn, torch.tensor([0.3, 0.7, 1.5]), validate=True)
     assert (found > -math.inf).tolist() == [False, True, False]
     torch.testing.assert_close(found[1], fn.log_prob(torch.tensor(0.7)))
+
+
+def test_a_base_of_fewer_event_dims_than_its_transform() -> None:
+    """Each matrix is inside or outside by itself."""
+    with pyro.validation_enabled(False):
+        base = dist.Uniform(-1.0, 1.0).expand([2, 3]).to_event(1)
+        fn = dist.TransformedDistribution(base, [CorrCholeskyTransform()])
+        value = CorrCholeskyTransform()(torch.tensor([[0.5, 0.5, 0.5], [0.5, 1.5, 0.5]]))
+        found = density_of(fn, value, validate=True)
+    assert (found > -math.inf).tolist() == [True, False]
+
+
+def test_a_distribution_that_its_user_made_unchecked() -> None:
+    for validate_args, expected in ((False, 1.0), (True, -math.inf)):
+        fn = dist.Exponential(1.0, validate_args=validate_args)
+        assert float(plain_density(fn, torch.tensor(-1.0))) == expected
 
 
 def test_an_invalid_component_concerns_its_own_element() -> None:

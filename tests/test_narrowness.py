@@ -113,6 +113,15 @@ def test_nothing_is_said_of_some() -> None:
     assert not bool((of(vector[:, 1:], u).at_least(0.01) > -math.inf).any())
 
 
+def test_particles_that_are_impossible() -> None:
+    """Count as far below the others: one of them does not silence a fit."""
+    u = scores(20)
+    heights = (0.375 * u.square()).index_fill(0, torch.tensor([9]), -math.inf)
+    found = of(u, heights)
+    assert found.number == 1
+    assert float(found.of_heavy.value) == pytest.approx(0.375, abs=0.01)
+
+
 def test_scalars_of_a_vector_are_seen_together() -> None:
     """Each is noise to the others: of six, none is narrow for sure, and all together are."""
     samples = torch.randn(100, 30, 6, generator=torch.Generator().manual_seed(3))
