@@ -188,7 +188,7 @@ def test_density_at_an_invalid_argument_is_nan(name: str) -> None:
     torch.testing.assert_close(density[0], INVALID[name](torch.tensor(0.5)).log_prob(value))
 
 
-class ByRates(dist.TorchDistribution):  # type: ignore[misc]
+class ByRates(dist.TorchDistribution):
     """One whose argument has a dim of the event, and whose constraint does not say so."""
 
     arg_constraints = {"rates": constraints.positive}  # noqa: RUF012
