@@ -47,7 +47,8 @@ def differing(
     }
     factors = [factor for factor in graph.factors if factor.name in found]
     expected = [_at_mixture(graph, factor, reads, mixture) for factor in factors]
-    actual = [_aligned(graph, factor, found[factor.name], mixture) for factor in factors]
+    aligned = (_aligned(graph, factor, found[factor.name], mixture) for factor in factors)
+    actual = [tensor.to(graph.device) for tensor in aligned]
     return _different(factors, actual, expected)
 
 

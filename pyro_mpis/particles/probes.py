@@ -122,7 +122,7 @@ def run_probe(
 
 def _rows(structure: Structure, particles: Particles, num_rows: int) -> dict[str, Tensor]:
     """Return the particle of each index in each row: random ones, the same in every run."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     order = {}
     for index in structure.indices:
         size = particles.sizes[index.symbol]
