@@ -221,7 +221,8 @@ def test_an_error_above_half_a_nat_is_poor(error: float, poor: bool) -> None:
 
 def normal_logs(number: int, scale: float, seed: int) -> torch.Tensor:
     """Log evidences of replicates whose mean is one: the logs are normal."""
-    noise = torch.randn(number, generator=torch.Generator().manual_seed(seed)).double()
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
+    noise = torch.randn(number, generator=generator).double()
     return scale * noise - scale**2 / 2
 
 

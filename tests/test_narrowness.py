@@ -78,6 +78,7 @@ def test_replicates_have_constants_of_their_own() -> None:
     assert float(found.of_all.value) == pytest.approx(0.2)
     assert float(found.of_heavy.value) == pytest.approx(0.2)
     assert float(found.of_all.error) == pytest.approx(0.0, abs=1e-10)
+    assert float(found.of_all.degrees) == 30 - 3 - 2
     assert float(of(u, heights).of_all.error) > 0.3  # one constant for all
 
 
