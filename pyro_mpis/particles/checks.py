@@ -138,7 +138,7 @@ def _read_by_index(
     order = [inner.index(symbol) for symbol in plates]
     at: tuple[slice | Tensor, ...]
     if site.switch and site.switch in mixture.chosen:  # each row has a particle of its own
-        rows = torch.arange(mixture.rows).reshape((-1,) + (1,) * len(inner))
+        rows = torch.arange(mixture.rows, device="cpu").reshape((-1,) + (1,) * len(inner))
         switch = mixture.chosen[site.switch].reshape(-1)
         at = (rows, *(position[s][switch] for s in ordinal_dims))
         return of_elements[at].permute((0, *(1 + dim for dim in order)))

@@ -304,6 +304,37 @@ class CholeskyOrNan(_Replaced):
         super().__init__({torch.linalg.cholesky: _cholesky})
 
 
+NAN_IS_FOUND = {"cpu"}  # devices where an index out of bounds is an error like others
+
+
+def _converted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Refuse nan as an integer, where it may become an index."""
+    dtypes = [part for part in (*args, *kwargs.values()) if isinstance(part, torch.dtype)]
+    if any(dtype.is_floating_point for dtype in dtypes) or tensor.device.type in NAN_IS_FOUND:
+        return NotImplemented
+    if tensor.is_floating_point() and bool(unwrapped(tensor).tensor.isnan().any()):
+        raise IndexError("nan is no index")
+    return NotImplemented
+
+
+def _to(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+    is_dtype = any(isinstance(part, torch.dtype) for part in (*args, *kwargs.values()))
+    return _converted(tensor, *args, **kwargs) if is_dtype else NotImplemented
+
+
+class NoNanAsIndex(_Replaced):
+    """
+    Raise an error where nan becomes an integer, on a GPU.
+
+    There an index out of bounds ends all work of the process on the device.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            {Tensor.long: _converted, Tensor.int: _converted, Tensor.to: _to, Tensor.type: _to}
+        )
+
+
 def _number(tensor: Tensor) -> Any:
     """Take a number out of a tensor if it is the same for all combinations."""
     if not is_mapped(tensor) or tensor.numel() != 1 or not _is_check():
