@@ -30,6 +30,7 @@ import torch
 from _cases import HAS_DATA, TRUTHS, Case, eight_schools_model, load
 from _competitors import floor, functions, one_block, samples
 from _measure import GIB, Peak, Timing, interleaved, peaks, processor, report_peak, table
+from _workers import sent, timed
 from pyro import poutine
 from pyro.infer.autoguide import AutoNormal
 
@@ -446,6 +447,26 @@ def blocks(setting: Setting) -> str:
     return table("K,blocks,s,MiB,error", rows)
 
 
+def workers(setting: Setting) -> str:
+    """
+    Blocks in many processes
+
+    The chimpanzees at K = 18 in 8 blocks, on a machine of two cores. A first run includes what
+    processes need to start: in Dask less, as its workers import the package before. Below, at
+    K = 10 in more blocks: what is sent to more workers, counted by its pickle. A task holds the
+    programs, the data and the particles once, and a worker's share of the blocks.
+    """
+    if setting.quick or setting.device != "cpu" or not HAS_DATA:
+        return "Not run: needs the chimpanzees data, processors and a minute.\n"
+    case = setting.case("chimpanzees")
+    rows = timed(case)
+    (_, *alone), *_ = rows
+    times = [(*row, *(one / two for one, two in zip(alone, row[1:], strict=True))) for row in rows]
+    header = "in,first run s,second s,moments s,times one process: first,second,moments"
+    counts = [(number, *row) for number in (1, 4, 16) for row in sent(case, number)]
+    return table(header, times) + "\n" + table("workers,what,tasks,KB sent to each,KB back", counts)
+
+
 SECTIONS: dict[str, Callable[[Setting], str]] = {
     "tmc": against_tmc,
     "authors": against_authors,
@@ -456,6 +477,7 @@ SECTIONS: dict[str, Callable[[Setting], str]] = {
     "sites": many_sites,
     "kernel": kernel,
     "blocks": blocks,
+    "workers": workers,
 }
 
 

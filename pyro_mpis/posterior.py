@@ -26,8 +26,9 @@ from pyro_mpis.replicate import BlockSum
 from pyro_mpis.results import diagnostics, saving
 from pyro_mpis.results.arviz_export import Names, Wanted, build, model_groups, particle_arrays
 from pyro_mpis.results.at_draws import replay_draws
-from pyro_mpis.results.diagnostics import Diagnosis, diagnose, doubts_of_error, evidence_error
+from pyro_mpis.results.diagnostics import Diagnosis, diagnose, doubts_of_error
 from pyro_mpis.results.pointwise import summed_latents
+from pyro_mpis.results.spread import evidence_error
 from pyro_mpis.results.summary import Summary, summarise
 from pyro_mpis.results.trace_posterior import Draws, weighted_draws
 from pyro_mpis.sums import Sums

@@ -14,12 +14,13 @@ import torch
 from checks import check_mean
 from failing import fails
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, constraints
+from torch.distributions.transforms import CorrCholeskyTransform, ExpTransform, SigmoidTransform
 
 from pyro_mpis import MPImportance
 from pyro_mpis.particles.drawing import Draw, Drawn
 from pyro_mpis.particles.proposals import weigh
-from pyro_mpis.programs.densities import density_of
+from pyro_mpis.programs.densities import density_of, plain_density
 from pyro_mpis.programs.mapped import run_mapped
 from pyro_mpis.programs.rewritten import CholeskyOrNan
 from pyro_mpis.programs.tensors import unwrapped
@@ -116,6 +117,54 @@ def test_each_element_lies_inside_or_outside_by_itself() -> None:
     torch.testing.assert_close(density, expected)
 
 
+@pytest.mark.parametrize("validate", [True, False])
+def test_values_of_a_categorical_are_places_in_a_table(validate: bool) -> None:
+    """Torch would look for one where there is none: so they are looked at in any case."""
+    fn = dist.Categorical(torch.tensor([0.2, 0.8]))
+    found = density_of(fn, torch.tensor([-1, 1, 2]), validate=validate)
+    torch.testing.assert_close(found, torch.tensor([-math.inf, math.log(0.8), -math.inf]))
+
+
+@pytest.mark.parametrize(
+    ("base", "parts"),
+    [
+        (dist.Normal(0.0, 1.0), [ExpTransform(), SigmoidTransform()]),
+        (dist.Exponential(1.0), [SigmoidTransform()]),
+    ],
+)
+def test_a_value_has_to_be_in_the_range_of_each_transform(base: Any, parts: list[Any]) -> None:
+    """Of positive numbers, a sigmoid is above a half; its inverse takes all numbers in torch."""
+    fn = dist.TransformedDistribution(base, parts)
+    with pyro.validation_enabled(False):
+        found = density_of(fn, torch.tensor([0.3, 0.7, 1.5]), validate=True)
+    assert (found > -math.inf).tolist() == [False, True, False]
+    torch.testing.assert_close(found[1], fn.log_prob(torch.tensor(0.7)))
+
+
+def test_a_base_of_fewer_event_dims_than_its_transform() -> None:
+    """Each matrix is inside or outside by itself."""
+    with pyro.validation_enabled(False):
+        base = dist.Uniform(-1.0, 1.0).expand([2, 3]).to_event(1)
+        fn = dist.TransformedDistribution(base, [CorrCholeskyTransform()])
+        value = CorrCholeskyTransform()(torch.tensor([[0.5, 0.5, 0.5], [0.5, 1.5, 0.5]]))
+        found = density_of(fn, value, validate=True)
+    assert (found > -math.inf).tolist() == [True, False]
+
+
+def test_a_distribution_that_its_user_made_unchecked() -> None:
+    for validate_args, expected in ((False, 1.0), (True, -math.inf)):
+        fn = dist.Exponential(1.0, validate_args=validate_args)
+        assert float(plain_density(fn, torch.tensor(-1.0))) == expected
+
+
+def test_an_invalid_component_concerns_its_own_element() -> None:
+    with pyro.validation_enabled(False):
+        components = dist.Normal(0.0, torch.tensor([[1.0, 2.0], [1.0, -2.0]]))
+        fn = dist.MixtureSameFamily(dist.Categorical(torch.ones(2, 2)), components)
+        found = density_of(fn, torch.tensor([0.5, 0.5]), validate=True)
+    assert found.isnan().tolist() == [False, True]
+
+
 INVALID: dict[str, Callable[[Tensor], Distribution]] = {
     "scale": lambda x: dist.Normal(0.0, x),
     "concentration": lambda x: dist.Gamma(x, 1.0),
@@ -137,6 +186,28 @@ def test_density_at_an_invalid_argument_is_nan(name: str) -> None:
     assert bool(density[0].isfinite().all())
     assert bool(density[1].isnan().all())
     torch.testing.assert_close(density[0], INVALID[name](torch.tensor(0.5)).log_prob(value))
+
+
+class ByRates(dist.TorchDistribution):
+    """One whose argument has a dim of the event, and whose constraint does not say so."""
+
+    arg_constraints = {"rates": constraints.positive}  # noqa: RUF012
+    support = constraints.real_vector
+
+    def __init__(self, rates: Tensor) -> None:
+        self.rates = rates
+        super().__init__(rates.shape[:-1], rates.shape[-1:])
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return -(self.rates * value).sum(-1)
+
+
+def test_an_argument_of_which_a_part_is_invalid() -> None:
+    value = torch.ones(2)
+    for rates, expected in (([1.0, 2.0], -3.0), ([1.0, -2.0], math.nan), ([-1.0, -2.0], math.nan)):
+        with pyro.validation_enabled(False):
+            found = density_of(ByRates(torch.tensor(rates)), value, validate=True)
+        assert float(found) == pytest.approx(expected, nan_ok=True)
 
 
 def test_arguments_invalid_at_some_particles() -> None:

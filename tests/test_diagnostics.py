@@ -21,8 +21,8 @@ from pyro_mpis.results.diagnostics import (
     _heavy_tails,
     _unsure_evidence,
     diagnose,
-    evidence_error,
 )
+from pyro_mpis.results.spread import evidence_error, lacking, of_one, spread_above
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -253,19 +253,66 @@ def test_an_error_above_half_a_nat_is_poor(error: float, poor: bool) -> None:
     assert bool(_unsure_evidence(log_evidences)) == poor
 
 
+def normal_logs(number: int, scale: float, seed: int) -> torch.Tensor:
+    """Log evidences of replicates whose mean is one: the logs are normal."""
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
+    noise = torch.randn(number, generator=generator).double()
+    return scale * noise - scale**2 / 2
+
+
+@pytest.mark.parametrize(("scale", "least", "most"), [(0.3, 0.0, 0.0), (15.0, 0.95, 1.0)])
+def test_what_lacks_where_log_evidences_are_normal(scale: float, least: float, most: float) -> None:
+    """Of twenty replicates: to a fifth on average; told where it is many nats."""
+    logs = [normal_logs(20, scale, seed) for seed in range(200)]
+    truth = sum(math.log(20) - float(log.logsumexp(0)) for log in logs) / 200
+    found = sum(lacking(log) for log in logs) / 200
+    assert abs(found - truth) < 0.2 * abs(truth) + 0.02
+    assert least <= sum("too low" in of_one(log) for log in logs) / 200 <= most
+
+
+def test_the_spread_is_that_of_the_replicates_above_the_median() -> None:
+    logs = torch.tensor([-1.0, -2.0, 0.0, 2.0, 1.0, -900.0, 3.0, -5.0]).double()
+    above = [0.5, 2.5, 1.5, 3.5]  # the median of -0.5
+    assert spread_above(logs) == pytest.approx(math.sqrt(sum(x**2 for x in above) / 4))
+    expected = -0.5 + sum(x**2 for x in above) / 8 - float(logs.logsumexp(0)) + math.log(8)
+    assert lacking(logs) == pytest.approx(expected)
+
+
+def test_replicates_of_which_one_has_all() -> None:
+    """No error is above 1; what is told in its place, and from how many replicates on."""
+    logs = normal_logs(8, 15.0, seed=0)
+    assert evidence_error(logs) <= 1.0
+    (problem,) = _unsure_evidence(logs)
+    assert re.match(r"One replicate has \d+ % of the evidence of all 8", problem.found)
+    assert f"a standard deviation of {spread_above(logs):.1f} nats" in problem.found
+    assert f"some {lacking(logs):.2g} nats too low" in problem.found
+    assert not any("times the replicates" in text for text in problem.helps)
+    for fewer in (logs[:7], torch.cat([logs[:7], torch.tensor([-math.inf])])):
+        assert "One replicate has" in of_one(fewer)
+        assert "too low" not in of_one(fewer)
+    even, low = torch.zeros(8), torch.tensor([2.3, *[0.0] * 6, -50.0]).double()
+    assert of_one(even) == ""
+    assert "One replicate" in of_one(low)
+    assert "too low" not in of_one(low)  # one that missed something says nothing of the others
+    assert of_one(torch.tensor([0.0, -9.0])) == ""
+
+
 def test_an_unsure_evidence() -> None:
+    log_evidences = torch.tensor([0.0, 0.0, -9.0, -9.0])  # two have all of it
+    (problem,) = _unsure_evidence(log_evidences)
+    error = evidence_error(log_evidences)
+    assert f"standard error of {error:.1f} nats over 4 replicates" in problem.found
+    assert "num_replicates=16" in problem.helps[0]
+    assert not any("log evidence" in p.found for p in diagnosed(wide, K=300, R=4).problems)
+
+
+def test_an_evidence_of_one_replicate() -> None:
     def vague() -> None:
         a = pyro.sample("a", dist.Normal(0.0, 10.0))
         pyro.sample("y", dist.Normal(a, 0.05), obs=torch.tensor(0.3))
 
-    diagnosis = diagnosed(vague, K=10, R=4)
-    (problem,) = (p for p in diagnosis.problems if "log evidence" in p.found)
-    assert diagnosis.evidence_error is not None
-    assert (
-        f"standard error of {diagnosis.evidence_error:.1f} nats over 4 replicates" in problem.found
-    )
-    assert "num_replicates=16" in problem.helps[0]
-    assert not any("log evidence" in p.found for p in diagnosed(wide, K=300, R=4).problems)
+    problems = diagnosed(vague, K=10, R=4).problems
+    assert any(p.found.startswith("One replicate has") for p in problems)
 
 
 def test_replicates_without_evidence() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyro_mpis import MPImportance
 from pyro_mpis.results.directions import MOST_SCALARS, Direction, widest_direction
-from pyro_mpis.results.narrowness import ENOUGH, noise_quantile, scores_of
+from pyro_mpis.results.narrowness import ENOUGH, Fit, noise_quantile, scores_of
 from pyro_mpis.results.width import FALSE_ALARM, NARROW_DIRECTION
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -79,6 +79,15 @@ def test_the_highest_curvature_is_found(dimension: int) -> None:
         assert float(found.of_all.error) == pytest.approx(0.0, abs=1e-8)
         assert found.of_all.dimension == dimension
         assert found.number == 1
+
+
+@pytest.mark.parametrize(("of_all", "of_heavy"), [(0.4, 0.4), (0.4, -0.1), (-0.1, 0.4)])
+def test_both_fits_have_to_bend(of_all: float, of_heavy: float) -> None:
+    def fit(value: float) -> Fit:
+        return Fit(torch.tensor([value]), torch.tensor([0.01]), torch.tensor([50.0]))
+
+    direction = Direction(fit(of_all), fit(of_heavy), ("a",), 2, 1)
+    assert bool(direction.is_narrow(0.2, 0.01)) == (min(of_all, of_heavy) > 0)
 
 
 def test_what_other_directions_do_is_taken_off() -> None:

@@ -392,6 +392,21 @@ def test_a_tensor_and_a_view_of_its_beginning(tmp_path: Path) -> None:
     assert_same(found[1], whole[:2])
 
 
+def test_a_tensor_and_its_bits_as_integers(tmp_path: Path) -> None:
+    """Are the same bytes, and two tensors."""
+
+    def anything(*data: Tensor) -> None:
+        pyro.sample("a", dist.Normal(0.0, 1.0))
+
+    number = torch.tensor([1.0, 2.0])
+    MPImportance(anything, num_samples=2).run(number, number.view(torch.int32)).save(tmp_path / "f")
+    one, other = MPImportance.load(tmp_path / "f", anything)._sums[0].replicate.programs.args
+    assert isinstance(one, Tensor)
+    assert isinstance(other, Tensor)
+    assert (one.dtype, other.dtype) == (torch.float32, torch.int32)
+    assert torch.equal(one.view(torch.int32), other)
+
+
 def test_want_of_memory_is_not_taken_for_damage(
     leaf: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

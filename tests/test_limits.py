@@ -6,7 +6,9 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
+import pyro
 import pytest
 import torch
 
@@ -40,6 +42,8 @@ SYSTEMS: dict[str, tuple[dict[str, str], int]] = {
             f"{GROUP}/memory.max": f"{2 * GB}\n",
             f"{GROUP}/memory.current": f"{GB}\n",
             f"{GROUP}/memory.stat": "anon 5\ninactive_file 1000\n",
+            "sys/fs/memory.max": "1\n",  # not of a group
+            "sys/fs/memory.current": "0\n",
         },
         GB + 1000,
     ),
@@ -66,10 +70,12 @@ SYSTEMS: dict[str, tuple[dict[str, str], int]] = {
     "version 1": (
         {
             "proc/meminfo": FREE,
-            "proc/self/cgroup": "5:cpu,cpuacct:/x\n4:memory:/batch\n",
+            "proc/self/cgroup": "5:cpu,cpuacct:/x\n4:memory:/batch\n1:name=memory:/mine\n",
             f"{OLD}/memory.limit_in_bytes": f"{3 * GB}\n",
             f"{OLD}/memory.usage_in_bytes": f"{GB}\n",
             f"{OLD}/memory.stat": "total_inactive_file 5\n",
+            "sys/fs/cgroup/memory/mine/memory.limit_in_bytes": "1\n",
+            "sys/fs/cgroup/memory/mine/memory.usage_in_bytes": "0\n",
         },
         2 * GB + 5,
     ),
@@ -92,7 +98,7 @@ def test_what_is_free(system: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_platform_without_these_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Then the number of pages says it, or half of all pages, or nothing is known."""
-    pages = {"SC_AVPHYS_PAGES": 100, "SC_PHYS_PAGES": 300, "SC_PAGE_SIZE": 4096}
+    pages = {"SC_AVPHYS_PAGES": 200, "SC_PHYS_PAGES": 300, "SC_PAGE_SIZE": 4096}
 
     def sysconf(name: str) -> int:
         if name not in pages:
@@ -100,12 +106,46 @@ def test_a_platform_without_these_files(tmp_path: Path, monkeypatch: pytest.Monk
         return pages[name]
 
     monkeypatch.setattr(os, "sysconf", sysconf)
-    assert free_with({}, tmp_path, monkeypatch) == 100 * 4096
+    assert free_with({}, tmp_path, monkeypatch) == 200 * 4096
     del pages["SC_AVPHYS_PAGES"]
     assert limits.free_bytes(CPU) == 150 * 4096
     del pages["SC_PHYS_PAGES"]
     assert limits.free_bytes(CPU) is None
     assert limits.default_limit("cpu") is None
+
+
+def test_a_run_takes_half_of_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As was looked up in this second."""
+    now = 100.2
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    for later, size, expected in ((0.0, 4000, 2000), (0.7, 8000, 2000), (0.9, 8000, 4000)):
+        now = 100.2 + later
+        free_with({"proc/meminfo": f"MemAvailable: {size} kB\n"}, tmp_path, monkeypatch)
+        assert limits.default_limit("cpu") == expected * 1024
+    with pyro.settings.context(mpis_memory_fraction=1.0):
+        assert limits.default_limit("cpu") == 8000 * 1024
+    for wrong in (0.0, 1.5):
+        with pytest.raises(
+            ValueError, match=r"mpis_memory_fraction: expected a number in \(0, 1\]"
+        ):
+            pyro.settings.set(mpis_memory_fraction=wrong)
+
+
+@pytest.mark.parametrize("limited", ["RLIMIT_AS", "RLIMIT_DATA"])
+def test_what_a_limit_leaves(limited: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of address space and of data, by what the system says is taken, or by what is resident."""
+    resource = pytest.importorskip("resource")
+    without = resource.RLIM_INFINITY
+    at = {getattr(resource, limited): 2**20}
+    monkeypatch.setattr(resource, "getrlimit", lambda limit: (at.get(limit, without), without))
+    monkeypatch.setattr(resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=7))
+    monkeypatch.setattr(limits, "ROOT", tmp_path)
+    assert list(limits._of_process()) == [2**20 - 7 * 1024]
+    (tmp_path / "proc/self").mkdir(parents=True)
+    status = "Name:\tpython\nVmSize:\t100 kB\nVmData:\t50 kB\n"
+    (tmp_path / "proc/self/status").write_text(status)
+    taken = {"RLIMIT_AS": 100, "RLIMIT_DATA": 50}[limited]
+    assert list(limits._of_process()) == [2**20 - taken * 1024]
 
 
 def test_limits_of_the_process() -> None:

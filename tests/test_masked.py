@@ -24,6 +24,7 @@ from pyro_mpis import MPImportance
 from pyro_mpis._warnings import MPISWarning
 from pyro_mpis.programs.generic import DifferentEntries, moved
 from pyro_mpis.programs.mapped import run_mapped
+from pyro_mpis.programs.masks import taken_apart, unmasked
 from pyro_mpis.programs.tensors import unwrapped
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -203,6 +204,20 @@ for word in ("handler", "own"):
         f"running sums, {word}": (partial(running_sums, by_handler), None, 3),
         f"scaled, {word}": (partial(scaled, by_handler), None, 3),
     }
+
+
+def test_masks_at_every_depth_are_one() -> None:
+    """That of the elements, that of the events around them, and that of the message."""
+    each = torch.tensor([[True, False, True], [True, True, False]])
+    event, message = torch.tensor([True, True]), torch.tensor([True, False])
+    fn = dist.Normal(torch.zeros(2, 3), 1.0).mask(each).to_event(1).mask(event)
+    parts = taken_apart(fn, message)
+    assert parts.event_dims == 1
+    assert isinstance(parts.mask, Tensor)
+    assert parts.mask.tolist() == [[True, False, True], [False, False, False]]
+    without: Any = unmasked(fn)
+    plain = dist.Normal(torch.zeros(2, 3), 1.0).to_event(1)
+    torch.testing.assert_close(without.log_prob(torch.ones(2, 3)), plain.log_prob(torch.ones(2, 3)))
 
 
 @pytest.mark.parametrize("seen", list(itertools.product([0.0, 1.0], repeat=3)))

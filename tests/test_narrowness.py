@@ -78,6 +78,7 @@ def test_replicates_have_constants_of_their_own() -> None:
     assert float(found.of_all.value) == pytest.approx(0.2)
     assert float(found.of_heavy.value) == pytest.approx(0.2)
     assert float(found.of_all.error) == pytest.approx(0.0, abs=1e-10)
+    assert float(found.of_all.degrees) == 30 - 3 - 2
     assert float(of(u, heights).of_all.error) > 0.3  # one constant for all
 
 
@@ -111,6 +112,15 @@ def test_nothing_is_said_of_some() -> None:
     vector = torch.stack([u, u.round(), torch.ones(20)], -1)
     assert of(vector, u).value.isnan().tolist() == [False, True, True, False]
     assert not bool((of(vector[:, 1:], u).at_least(0.01) > -math.inf).any())
+
+
+def test_particles_that_are_impossible() -> None:
+    """Count as far below the others: one of them does not silence a fit."""
+    u = scores(20)
+    heights = (0.375 * u.square()).index_fill(0, torch.tensor([9]), -math.inf)
+    found = of(u, heights)
+    assert found.number == 1
+    assert float(found.of_heavy.value) == pytest.approx(0.375, abs=0.01)
 
 
 def test_scalars_of_a_vector_are_seen_together() -> None:

@@ -3,6 +3,7 @@
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable
 
 import pyro
@@ -16,9 +17,9 @@ from pyro.ops.indexing import Vindex
 from pyro.poutine.runtime import InferDict
 from torch import Tensor
 
-from pyro_mpis import MPImportance
+from pyro_mpis import MPImportance, MPISWarning
 from pyro_mpis.results.at_draws import replay_draws
-from pyro_mpis.results.pointwise import summed_latents
+from pyro_mpis.results.pointwise import Summed, summed_latents
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -39,7 +40,14 @@ def log_likelihoods(
 def log_likelihoods_of(
     posterior: MPImportance, number: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    draws, replicate = posterior.sample(number), posterior._sums[0].replicate
+    draws = posterior.sample(number)
+    return draws, log_likelihoods_at(posterior, draws, number)
+
+
+def log_likelihoods_at(
+    posterior: MPImportance, draws: dict[str, Tensor], number: int
+) -> dict[str, Tensor]:
+    replicate = posterior._sums[0].replicate
     with replicate.environment.entered():
         replayed = replay_draws(
             replicate.structure,
@@ -49,7 +57,7 @@ def log_likelihoods_of(
             likelihood=True,
             summed=summed_latents(replicate),
         )
-    return draws, dict(replayed.log_likelihoods)
+    return dict(replayed.log_likelihoods)
 
 
 def two_steps() -> None:
@@ -197,6 +205,122 @@ def test_a_mask_of_a_latent_that_is_summed() -> None:
     on = draws["on"].unsqueeze(-1)
     assert 0 < int(on.sum()) < 20
     torch.testing.assert_close(found["y"], on * dist.Normal(1.0, 0.4).log_prob(y))
+
+
+def summed_of(model: Callable[[], None]) -> Summed | None:
+    pyro.set_rng_seed(0)
+    return summed_latents(MPImportance(model, num_samples=3).run()._sums[0].replicate)
+
+
+def test_what_is_not_summed() -> None:
+    """Latents that are read by an index array, and data in dims that no plate declares."""
+
+    def by_index() -> None:
+        with pyro.plate("group", 2):
+            z = pyro.sample("z", dist.Bernoulli(0.3), infer=SUMMED)
+        with pyro.plate("i", 3):
+            pyro.sample("y", dist.Normal(z[torch.tensor([0, 1, 1])], 1.0), obs=Y)
+
+    def undeclared() -> None:
+        z = pyro.sample("z", dist.Bernoulli(0.3), infer=SUMMED)
+        pyro.sample("y", dist.Normal(z, torch.ones(3)), obs=Y)
+
+    def nothing() -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=torch.tensor(0.3))
+
+    assert summed_of(nothing) is None
+    assert summed_of(by_index) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MPISWarning)
+        assert summed_of(undeclared) is None
+
+
+def test_memory_of_a_draw() -> None:
+    """Twice the log densities, in float64, and what the sum takes; no multiple of that."""
+    summed = summed_of(two_steps)
+    assert summed is not None
+    numbers = 1 + 1 + 3 * 2 + 3 * 2 * 3 + 3 * 2 * 3  # of mu, rate, a, b and y
+    assert 2 * 8 * numbers < summed.bytes < 10 * 2 * 8 * numbers
+
+
+def test_a_value_that_is_computed_from_what_is_summed() -> None:
+    """A Delta follows the latent through the sum, whatever value it was drawn with."""
+
+    def model() -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("i", 3):
+            z = pyro.sample("z", dist.Bernoulli(0.3), infer=SUMMED)
+            d = pyro.sample("d", dist.Delta(2.0 * z))
+            pyro.sample("y", dist.Normal(mu + d, 1.0), obs=Y)
+
+    draws, found = log_likelihoods(model, 4)
+    mu = draws["mu"].unsqueeze(-1)
+    parts = [
+        math.log(p) + dist.Normal(mu + 2 * k, 1.0).log_prob(Y) for k, p in ((0, 0.7), (1, 0.3))
+    ]
+    torch.testing.assert_close(found["y"], torch.stack(parts).logsumexp(0))
+
+
+def test_arguments_that_are_invalid_where_a_latent_is_impossible() -> None:
+    y = torch.tensor(0.4)
+
+    def model() -> None:
+        pyro.sample("mu", dist.Normal(0.0, 1.0))
+        shares = torch.tensor([0.0, 0.5, 0.5])
+        state = pyro.sample("state", dist.Categorical(shares), infer=SUMMED)
+        pyro.sample("y", dist.Normal(0.0, (state - 0.5).sqrt(), validate_args=False), obs=y)
+
+    _, found = log_likelihoods(model, 2)
+    parts = [dist.Normal(0.0, (k - 0.5) ** 0.5).log_prob(y) for k in (1, 2)]
+    expected = torch.stack(parts).logsumexp(0) - math.log(2)
+    torch.testing.assert_close(found["y"], expected.expand(found["y"].shape))
+
+
+def test_a_mask_of_a_latent_that_is_drawn() -> None:
+    """Where it hides nothing, the latent is summed; where it hides, the log likelihood is zero."""
+
+    def model() -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        seen = poutine.mask(mask=mu > -1)  # type: ignore[call-overload]
+        with pyro.plate("i", 3):
+            z = pyro.sample("z", dist.Bernoulli(0.3), infer=SUMMED)
+            with seen:
+                pyro.sample("y", dist.Normal(mu + z, 1.0), obs=Y)
+
+    pyro.set_rng_seed(0)
+    posterior = MPImportance(model, num_samples=6).run()
+    mu = torch.tensor([-2.0, -0.5, 0.5])
+    found = log_likelihoods_at(posterior, {**posterior.sample(3), "mu": mu}, 3)
+    mu = mu.unsqueeze(-1)
+    parts = [math.log(p) + dist.Normal(mu + k, 1.0).log_prob(Y) for k, p in ((0, 0.7), (1, 0.3))]
+    torch.testing.assert_close(found["y"], (mu > -1) * torch.stack(parts).logsumexp(0))
+
+
+def test_two_observations_that_disagree_by_a_hundred_nats() -> None:
+    def model() -> None:
+        pyro.sample("mu", dist.Normal(0.0, 1.0))
+        z = pyro.sample("z", dist.Bernoulli(0.5), infer=SUMMED)
+        pyro.sample("near", dist.Normal(14.0 * z, 1.0), obs=torch.tensor(0.0))
+        pyro.sample("far", dist.Normal(12.0 * z, 1.0), obs=torch.tensor(12.0))
+
+    check_by_loops(model, {"near", "far"}, {"z"})
+
+
+def test_a_draw_at_which_an_observation_is_impossible() -> None:
+    """Its log likelihood is -inf, and those of other draws are as they were."""
+    y = torch.tensor(0.5)
+
+    def model() -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        z = pyro.sample("z", dist.Bernoulli(0.3), infer=SUMMED)
+        pyro.sample("y", dist.Uniform(mu, mu + z + 1, validate_args=False), obs=y)
+
+    pyro.set_rng_seed(0)
+    posterior = MPImportance(model, num_samples=20).run()
+    mu = torch.tensor([-2.0, -1.0, 0.0, 3.0])
+    found = log_likelihoods_at(posterior, {**posterior.sample(4), "mu": mu}, 4)["y"]
+    torch.testing.assert_close(found, torch.tensor([0.0, 0.15, 0.85, 0.0]).log())
 
 
 def test_impossible_values_of_a_latent() -> None:

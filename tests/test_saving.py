@@ -3,11 +3,14 @@
 
 import copy
 import dataclasses
+import math
 import pickle
 import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pyro
@@ -20,6 +23,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_mpis import Marginal, MPImportance, MPISWarning
+from pyro_mpis.results.saving import check_evaluation
 
 
 def answers(posterior: MPImportance) -> dict[str, object]:
@@ -120,6 +124,78 @@ def test_model_without_anything_to_sum(tmp_path: Path) -> None:
     loaded = MPImportance.load(str(tmp_path / "file"), small)
     assert_same(loaded.evidence(), posterior.evidence())
     assert_same(loaded.moments(), posterior.moments())
+
+
+def test_how_programs_ran_is_kept(tmp_path: Path) -> None:
+    """Rewritten, at some particles one by one, without validation, and with latents that share."""
+
+    def looks() -> None:
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        with pyro.plate("n", 2):
+            b = pyro.sample("b", dist.Normal(0.0, 1.0))
+            scale = 1.0 if float(a) > 0 else 2.0
+            pyro.sample("y", dist.Normal(b, scale), obs=torch.tensor([0.5, 1.0]))
+
+    def writes() -> None:
+        z = torch.zeros(2)
+        z[0] = pyro.sample("a", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z.sum(), 1.0), obs=torch.tensor(0.5))
+
+    def together() -> None:
+        with pyro.plate("n", 3):
+            z = pyro.sample("z", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+        pyro.sample("y", dist.Normal(z.sum() ** 2, 1.0), obs=torch.tensor(0.5))
+
+    for program in (looks, writes, together):
+        with warnings.catch_warnings(), pyro.validation_enabled(False):
+            warnings.simplefilter("ignore", MPISWarning)
+            pyro.set_rng_seed(0)
+            posterior = MPImportance(program, num_samples=4).run()
+        posterior.save(tmp_path / "file", factors=False)
+        loaded = MPImportance.load(tmp_path / "file", program)
+        old, new = posterior._sums[0].replicate, loaded._sums[0].replicate
+        assert (new.programs.patched, new.programs.one_by_one, new.environment.validate) == (
+            old.programs.patched,
+            old.programs.one_by_one,
+            False,
+        )
+        assert bool(new.programs.one_by_one) == (program is looks)
+        assert new.programs.patched or program is together
+        assert_same(loaded.moments(), posterior.moments())
+
+
+def test_a_program_that_reads_less_in_a_plain_run_is_evaluated(tmp_path: Path) -> None:
+    """A value that is looked at has lost its origin: factors in the file do not hide a change."""
+
+    def looks(scale: float) -> None:
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        with pyro.plate("n", 2):
+            b = pyro.sample("b", dist.Normal(0.0, 1.0))
+            y = torch.tensor([0.5, 1.0])
+            pyro.sample("y", dist.Normal(b, 1.0 if float(a) > 0 else scale), obs=y)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MPISWarning)
+        pyro.set_rng_seed(0)
+        posterior = MPImportance(looks, num_samples=4).run(2.0)
+    posterior.save(tmp_path / "file")
+    assert_same(MPImportance.load(tmp_path / "file", looks).moments(), posterior.moments())
+    with pytest.raises(ValueError, match=r"file': particles that were weighed at log evidence"):
+        MPImportance.load(tmp_path / "file", looks, args=(3.0,))
+
+
+@pytest.mark.parametrize(("now", "accepted"), [(1.0, True), (1.5, False)])
+def test_the_block_with_the_highest_evidence_is_evaluated(now: float, accepted: bool) -> None:
+    """Others may have no evidence, and say nothing."""
+    kept, found = torch.tensor([-math.inf, 1.0, -8.0]), torch.tensor([-math.inf, now, -8.0])
+    for factors in ((), (1,)):
+        block_sum: Any = SimpleNamespace(
+            whole=SimpleNamespace(factors=factors),
+            log_evidences=kept.double(),
+            job=lambda block, _: lambda: found[block],
+        )
+        with nullcontext() if accepted or factors else pytest.raises(ValueError, match=r"1\.5000"):
+            check_evaluation("file", block_sum)
 
 
 def test_another_model_guide_or_data(tmp_path: Path) -> None:

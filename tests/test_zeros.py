@@ -10,11 +10,13 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.distributions import TorchDistribution
+from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.poutine.runtime import InferDict
 from torch import Tensor, tensor
 
 from pyro_mpis import MPImportance
 from pyro_mpis.programs.densities import density_of
+from pyro_mpis.programs.zeros import possible_values
 
 NEVER = [
     (dist.Bernoulli(tensor(0.0)), tensor(1.0)),
@@ -40,6 +42,7 @@ AS_TORCH_HAS_THEM = [
     (dist.Categorical(logits=tensor([-300.0, 0.0])), tensor(0)),
     (dist.OneHotCategorical(tensor([0.0, 1.0])), tensor([0.0, 1.0])),
     (dist.Multinomial(3, tensor([0.0, 1.0])), tensor([0.0, 3.0])),
+    (dist.Geometric(tensor(1.0)), tensor(0.0)),
     (dist.Geometric(tensor(1.0)), tensor(3.0)),
     (dist.Poisson(tensor(0.0)), tensor(3.0)),
 ]
@@ -66,6 +69,40 @@ def test_each_element_is_looked_at() -> None:
     expanded = dist.Bernoulli(tensor(0.0)).expand([2])
     found = density_of(expanded, tensor([1.0, 0.0]), validate=True)
     torch.testing.assert_close(found, tensor([-math.inf, 0.0]))
+
+
+def test_distributions_that_are_expanded_from_without() -> None:
+    fn = ExpandedDistribution(dist.Bernoulli(tensor(0.0)), [2])
+    torch.testing.assert_close(
+        density_of(fn, tensor([1.0, 0.0]), validate=True), tensor([-math.inf, 0.0])
+    )
+    event = ExpandedDistribution(dist.Bernoulli(tensor(0.0)), [2, 3]).to_event(2)
+    assert [float(density_of(event, tensor(k), validate=True)) for k in (0.0, 1.0)] == [
+        0.0,
+        -math.inf,
+    ]
+
+
+def test_values_that_are_no_places_in_a_table() -> None:
+    fn = dist.Categorical(tensor([[0.0, 1.0], [0.5, 0.5]]))
+    found = density_of(fn, tensor([-1, 2]), validate=True)
+    assert found.tolist() == [-math.inf, -math.inf]
+    possible = possible_values(fn, tensor([-1, 2]))
+    assert possible is not None
+    assert possible.tolist() == [False, True]  # of the nearest places
+
+
+def test_what_is_certain_is_written_by_its_complement() -> None:
+    """As the documentation has it: one is left to torch, and one minus one is zero."""
+    certain, probs = tensor([0.3, 1.0]), []
+    for k in (0, 1):
+        seen = dist.Bernoulli(certain[k])
+        failed = dist.Bernoulli(1 - certain[k])
+        probs.append([density_of(seen, tensor(0.0), validate=True).exp().item()])
+        probs[k].append(density_of(failed, tensor(1.0), validate=True).exp().item())
+    assert probs[0] == pytest.approx([0.7, 0.7])
+    assert probs[1][0] == pytest.approx(1.2e-7, rel=0.01)
+    assert probs[1][1] == 0.0
 
 
 def test_a_component_without_a_share() -> None:

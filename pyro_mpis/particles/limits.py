@@ -87,8 +87,7 @@ def _of_control_groups() -> Iterator[int]:
         else:
             continue
         group = base / path.lstrip("/")
-        if not group.is_dir():  # in a container, its own group is mounted as the root
-            group = base
+        # in a container, its own group is mounted as the base, and there is no such folder
         for folder in (group, *group.parents):
             yield from _of_control_group(folder, *names)
             if folder == base:

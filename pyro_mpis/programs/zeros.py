@@ -6,7 +6,8 @@ Torch takes such a probability for one of about 1e-7 in float32, 2e-16 in float6
 an argument of Bernoulli, Categorical and their kin. A path through a forbidden transition then
 counts as soon as the data prefer it by 16 nats. A probability of exactly one is left as it is:
 ``sigmoid(17)`` is one in float32 by rounding alone, and what it rules out is not impossible. One
-that is rounded to zero is below 1e-38, and zero is nearer to it than torch's number.
+that is rounded to zero is below 1e-38, and zero is nearer to it than torch's number. (Where one is
+meant, the complement is given: that is zero exactly.)
 """
 
 import torch

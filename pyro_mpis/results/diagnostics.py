@@ -28,6 +28,13 @@ from pyro_mpis.replicate import BlockSum
 from pyro_mpis.results.directions import Direction
 from pyro_mpis.results.remedies import LIGHTER_TAIL, remedies
 from pyro_mpis.results.site_diagnosis import SiteDiagnosis, diagnose_site
+from pyro_mpis.results.spread import (
+    ALIKE,
+    FEW_REPLICATES,
+    LARGE_ERROR,
+    evidence_error,
+    of_one,
+)
 from pyro_mpis.results.width import directions_of, too_narrow, unknown_directions
 
 if TYPE_CHECKING:
@@ -41,12 +48,6 @@ LOW_ESS = 5.0
 HIGH_K_HAT = 0.7
 # From here on it may not converge at all: the weights have no mean.
 INFINITE_K_HAT = 1.0
-# A standard error of the log evidence, in nats: a factor of 1.6 either way.
-LARGE_ERROR = 0.5
-# Of fewer replicates, the spread is known to a quarter or worse, and usually too small.
-FEW_REPLICATES = 8
-# With a replicate that has this share of the evidence, the spread is that of a single number.
-HEAVY_REPLICATE = 0.5
 # Sites of the printed table: a chain of a thousand has its bottleneck in a few.
 MOST_ROWS = 30
 COLUMNS = ("site", "from", "particles", "ESS, lowest", "of", "median", "heaviest", "k-hat")
@@ -188,19 +189,6 @@ def diagnose(
     )
 
 
-def evidence_error(log_evidences: Tensor) -> float:
-    """
-    Return the standard error of the log of the mean evidence of several replicates.
-
-    By the delta method: that of the mean evidence, relative to it.
-
-    :param log_evidences: ``(replicates,)``; -inf is an evidence of zero.
-    """
-    number = len(log_evidences)
-    ratios = (log_evidences - log_evidences.logsumexp(0)).exp() * number  # of mean one
-    return float(ratios.std()) / math.sqrt(number)
-
-
 def doubts_of_error(diagnosis: Diagnosis) -> list[str]:
     """Say why the standard error of the log evidence is not to be trusted, if it is not."""
     log_evidences, doubts = diagnosis.log_evidences, []
@@ -211,13 +199,8 @@ def doubts_of_error(diagnosis: Diagnosis) -> list[str]:
             f"error from so few is itself off by {50 * math.sqrt(2 / (number - 1)):.0f} % or more, "
             f"and usually too small. Ask for {FEW_REPLICATES} or more (num_replicates)."
         )
-    share = float(log_evidences.softmax(0).max())
-    if share > HEAVY_REPLICATE and number > 2:
-        doubts.append(
-            f"One replicate has {100 * share:.0f} % of the evidence of all {number}, so the spread "
-            "is that of one number. More particles, or particles nearer to the posterior, make "
-            "replicates alike."
-        )
+    if heavy := of_one(log_evidences):
+        doubts.append(f"{heavy} {ALIKE}")
     problems = _too_narrow(diagnosis.sites, diagnosis.directions) + _heavy_tails(diagnosis.sites)
     if problems:
         doubts += [problem.found for problem in problems]
@@ -297,7 +280,9 @@ def _unsure_evidence(log_evidences: Tensor) -> list[Problem]:
             )
         )
     error = evidence_error(log_evidences) if number > 1 else 0.0
-    if error > LARGE_ERROR:
+    if error > LARGE_ERROR and (heavy := of_one(log_evidences)):
+        problems.append(Problem(heavy, (ALIKE,)))
+    elif error > LARGE_ERROR:
         problems.append(
             Problem(
                 f"The log evidence has a standard error of {error:.1f} nats over {number} "

@@ -188,9 +188,12 @@ def sums_of(
             "had a learned proposal, give the model and the guide that adapt made: .load(path, "
             "posterior.model, posterior.guide)."
         ) from error
-    check_structure(path, stored.structure, structure)
+    reads_more = check_structure(path, stored.structure, structure)
     sums = [kept.restored(stored, programs, environment, options) for kept in stored.sums]
-    check_evaluation(path, sums[0])
+    first = sums[0]
+    if reads_more:  # whether that is so here is seen where it is evaluated, factors or not
+        first = replace(first, whole=replace(first.whole, factors=()))
+    check_evaluation(path, first)
     return sums
 
 
@@ -245,17 +248,25 @@ def read(path: str | os.PathLike[str], device: torch.device) -> Stored:
     return encoding.read(path, FORMAT, Stored, device)
 
 
-def check_structure(path: str | os.PathLike[str], stored: Structure, structure: Structure) -> None:
+def check_structure(path: str | os.PathLike[str], stored: Structure, structure: Structure) -> bool:
     """
     Check that the model and guide given are those of the file.
 
+    :return: whether a site read more in the run than a plain run shows, as the run has found out.
     :raises ValueError: if not; names a site that differs.
     """
     advice = "Load it with the model, the guide, and, if given, the arguments of that run."
     where = f"'{os.fspath(path)}'"
     programs: tuple[Name, ...] = ("guide", "model")
+    reads_more = False
     for program in programs:
-        old, new = _described(stored, program), _described(structure, program)
+        before: Mapping[str, Site] = getattr(stored, program)
+        now = dict[str, Site](getattr(structure, program))
+        for name in before.keys() & now.keys():
+            if now[name].reads < before[name].reads:
+                reads_more = True
+                now[name] = replace(now[name], reads=before[name].reads)
+        old, new = _described(stored, before), _described(structure, now)
         for name in {**old, **new}:
             if old.get(name) != new.get(name):
                 raise ValueError(
@@ -269,11 +280,11 @@ def check_structure(path: str | os.PathLike[str], stored: Structure, structure: 
             f"{where}: the same sites as in the run, {quoted(set(stored.origins))}, but others of "
             f"them are enumerated. {advice}"
         )
+    return reads_more
 
 
-def _described(structure: Structure, program: Name) -> dict[str, str]:
+def _described(structure: Structure, sites: Mapping[str, Site]) -> dict[str, str]:
     """Describe the sites of a program in words; symbols would depend on how many there are."""
-    sites: Mapping[str, Site] = getattr(structure, program)
     result = {}
     for name, site in sites.items():
         plates = quoted({p.name for symbol, p in structure.plates.items() if symbol in site.plates})
