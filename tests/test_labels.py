@@ -11,7 +11,7 @@ from pyro.infer import config_enumerate
 
 from pyro_mpis import MPImportance, MPISWarning
 from pyro_mpis.adaptation.adapting import started
-from pyro_mpis.adaptation.labels import _axes, _exchangeable, _log_joint, _Point
+from pyro_mpis.adaptation.labels import axes_of, _exchangeable, _log_joint, _Point
 from pyro_mpis.options import Options
 
 DATA = torch.tensor([-2.0, -1.8, 1.9, 2.2, -2.2])
@@ -64,7 +64,7 @@ def test_what_is_exchanged_together(model: object, size: int, expected: object) 
     start = started(config_enumerate(model), (), {}, Options(num_samples=2))
     values = {name: start.sites[name]["value"].detach() for name in start.priors}
     point = _Point(values, _log_joint(start, values))
-    assert _exchangeable(start, point, _axes(start)[size], [(0, 1)]) == expected
+    assert _exchangeable(start, point, axes_of(start)[size], [(0, 1)]) == expected
 
 
 def test_joint_density_is_summed_over_states() -> None:

@@ -7,14 +7,17 @@ A guide that is at one of these images can be spread evenly over all of them (do
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from pyro_mpis.adaptation.gaussian import Gaussian
+
 MOST_IMAGES = 8  # of one posterior: three signs, or three labels; each costs as much as one
 IMAGE_SITE = "_mpis_image"  # of a guide: which image
+MODE_SITE = "_mpis_mode"  # of a guide: which of its Gaussians
 
 
 @dataclass(frozen=True)
@@ -52,16 +55,41 @@ class Images:
         return changed.issuperset(names)
 
 
-def particles_of(images: Images | None, *, is_final: bool) -> dict[str, int]:
-    """
-    Return the number of particles of a guide's images.
+@dataclass(frozen=True)
+class Modes:
+    """Gaussians of a guide, each at another mode of the posterior."""
 
-    Final runs have one of each, as they are spread evenly. The evidence of any is the same, so one
-    is enough for trials.
+    gaussians: tuple[Gaussian, ...]
+    block: int  # by whose density they are told apart
+    element: Tensor  # whether it is that element of the block's plates: ``(*batch dims)``
+
+
+def chosen(gaussians: Sequence[Gaussian], which: Tensor) -> Gaussian:
+    """Return one of several Gaussians; its number may be mapped, so nothing looks at it."""
+
+    def of(parts: Iterable[Tensor]) -> Tensor:
+        return _row(torch.stack(list(parts)), which)
+
+    first = gaussians[0]
+    return Gaussian(
+        [of(g.means[n] for g in gaussians) for n in range(len(first.means))],
+        [of(g.scales[n] for g in gaussians) for n in range(len(first.scales))],
+        {pair: of(g.couplings[pair] for g in gaussians) for pair in first.couplings},
+    )
+
+
+def particles_of(images: Images | None, modes: int, *, is_final: bool) -> dict[str, int]:
     """
-    if images is None:
-        return {}
-    return {IMAGE_SITE: images.number if is_final else 1}
+    Return the numbers of particles of a guide's images and modes: one of each.
+
+    The evidence of any image is the same, so one is enough for trials.
+
+    :param modes: number of modes that the guide chooses from.
+    """
+    result = {} if modes == 1 else {MODE_SITE: modes}
+    if images is not None:
+        result[IMAGE_SITE] = images.number if is_final else 1
+    return result
 
 
 def which_image(uniform: Tensor, number: int) -> Tensor:
@@ -103,19 +131,20 @@ def orders_of(size: int, labels: Sequence[int]) -> Tensor:
 
 
 def spread_correction(
-    images: Images, log_density: Callable[[Mapping[str, Tensor]], Tensor], at: Mapping[str, Tensor]
+    log_densities: Sequence[Tensor], mode: Tensor | int, drawn: int, element: Tensor
 ) -> Tensor:
     """
-    Return how much higher the log density of the mixture over all images is than that of one.
+    Return how much higher the log density of a mixture is than that of the mode that was chosen.
 
     It is zero but for one element of the plates, whose density is enough to tell images apart.
 
-    :param log_density: of values of a block, at one image: ``(*batch dims)``.
-    :param at: the values.
+    :param log_densities: of values of a block, under all modes at the first image, then at the
+        others: ``(*batch dims)``.
+    :param drawn: number of images and modes that the values were chosen from.
     """
-    own = log_density(at)
-    others = [log_density(images.of(at, which)) - own for which in range(1, images.number)]
     none = -math.inf  # where a value is beyond what its inverse can tell
-    terms = [torch.zeros_like(own), *(t.nan_to_num(none, none, none) for t in others)]
-    result = torch.stack(terms).logsumexp(0) - math.log(images.number)
-    return torch.where(images.element, result, 0.0)
+    terms = torch.stack([term.nan_to_num(none, none, none) for term in log_densities])
+    result = terms.logsumexp(0) - _row(terms, mode) - math.log(drawn)
+    return torch.where(element, result, 0.0)
+
+

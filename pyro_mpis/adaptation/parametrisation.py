@@ -31,6 +31,14 @@ class Scaling:
     scale: Tensor  # of a matrix: lower triangular
     is_matrix: bool = False
 
+    def standard(self, free: Tensor) -> Tensor:
+        """Undo :meth:`scaled`."""
+        shift = free - self.loc
+        if not self.is_matrix:
+            return shift / self.scale
+        solved = torch.linalg.solve_triangular(self.scale, shift.unsqueeze(-1), upper=False)
+        return solved.squeeze(-1)
+
     def scaled(self, standard: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``loc + scale * standard`` and the log of its derivative, not summed."""
         if self.is_matrix:
@@ -169,6 +177,45 @@ class Place(Messenger):
             msg["value"], msg["done"] = self.values[name], True
         if msg["done"]:
             msg["is_observed"] = False
+
+
+class Read(Messenger):
+    """
+    Give a model's latent sites values, and note the unconstrained numbers that these are made of.
+
+    :param values: of continuous sites.
+    :param non_centred: the sites that are standardised by their prior.
+    :param others: values of other latent sites.
+    """
+
+    def __init__(
+        self,
+        values: Mapping[str, Tensor],
+        non_centred: Collection[str],
+        others: Mapping[str, Tensor],
+    ) -> None:
+        super().__init__()
+        self.values = values
+        self.non_centred = non_centred
+        self.others = others
+        self.numbers: dict[str, Tensor] = {}
+
+    def _pyro_sample(self, msg: SampleMessage) -> None:
+        given = self.values.keys() | self.others.keys()
+        if is_subsample(msg) or not is_latent(msg) or msg["name"] not in given:
+            return
+        name, fn = msg["name"], msg["fn"]
+        msg["done"], msg["is_observed"] = True, False
+        if name in self.others:
+            msg["value"] = self.others[name]
+            return
+        msg["value"] = self.values[name]
+        free = biject_to(fn.support).inv(self.values[name])
+        if name in self.non_centred:
+            scaling = scaling_of(fn)
+            assert scaling is not None
+            free = scaling.standard(free)
+        self.numbers[name] = free
 
 
 def is_fixed(support: object, is_mapped: Callable[[Tensor], bool]) -> bool:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from pyro_mpis.adaptation.guide import AutoPlateNormal
-from pyro_mpis.adaptation.images import particles_of
 from pyro_mpis.adaptation.layout import Block, depth_of
 from pyro_mpis.blocks import run_plan
 from pyro_mpis.factor_graph.graph import FactorGraph
@@ -160,7 +159,7 @@ def fitting(
     """
     programs = replace(programs, guide=guide)
     numbers = {**numbers_of(guide, share), **(enough or {})}
-    images = particles_of(guide.images, is_final=share == 1)
+    images = guide.choices(is_final=share == 1)
     plan, _, _ = plan_of(programs, with_numbers(options, numbers | images))
     work = work_of(plan.structure, numbers | images)
     limit = LARGEST_RUN * share
