@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from pyro_mpis._typing import Program
 from pyro_mpis.adaptation.gaussian import Gaussian
 from pyro_mpis.adaptation.guide import AutoPlateNormal
+from pyro_mpis.adaptation.images import MOST_IMAGES
 from pyro_mpis.adaptation.layout import by_site, trees
 from pyro_mpis.adaptation.learner import learnt, refitted
 from pyro_mpis.adaptation.modes import Place, Spread, at_other_orders, told_of_orders
@@ -58,7 +59,8 @@ from pyro_mpis.workers import Workers
 FEW_REPLICATES, TREE_REPLICATES = 6, 12
 FEWER_REPLICATES = 4  # where each has several images
 SURE = 0.1  # sd of the log evidences of trial runs: all that have weight is found
-NEGLIGIBLE = 7.0  # nats below the mode of the most mass, from which on one is left out
+LARGE = 0.2  # mass of a mode, relative to the largest, that is worth more trial runs
+NEGLIGIBLE = 6.0  # nats below the mode of the most mass, from which on one is left out
 LOW_ESS = 5.0  # of a trial's particles outside of plates
 POINTS = (8, 4)  # at which derivatives are averaged; fewer where they take long
 MUCH_WORK = 5e6  # densities times rows of the Hessian, of an iteration
@@ -252,9 +254,17 @@ def _corrected(
 ) -> _Candidate:
     """Move a fitted guide to the moments of trial runs, each of its modes by itself."""
     guide = spread.guide
+    plan, _ = fitting(start.programs, options, guide.at_mode(0), share=0.5)
+    runs = Runs(plan)
+    of_each = TRIALS if guide.num_modes <= MOST_IMAGES else 1
+    modes = [guide.at_mode(mode) for mode in range(guide.num_modes)]
+    first = [tried(runs, of_mode, of_each) for of_mode in modes]
+    large = math.log(LARGE) + max(trial.log_evidence for trial in first)
     moved = [
-        _moved_to_trials(start, guide.at_mode(mode), options, progress)
-        for mode in range(guide.num_modes)
+        _moved_to_trials(runs, of_mode, trial, progress)
+        if of_each == TRIALS and trial.log_evidence >= large
+        else (of_mode, trial)
+        for of_mode, trial in zip(modes, first, strict=True)
     ]
     if len(moved) == 1:
         ((guide, trial),) = moved
@@ -265,7 +275,7 @@ def _corrected(
         trial = tried(Runs(plan), guide, TRIALS)
     enough = enough_of(guide, numbers, trial)
     plan, numbers = fitting(start.programs, options, guide, enough=enough)
-    replicates = replicates_for(plan, numbers, trial)
+    replicates = replicates_for(plan, numbers, trial, guide.num_modes)
     return _Candidate(guide, trial, settled, numbers, replicates, told_of_orders(spread))
 
 
@@ -282,12 +292,9 @@ def _together(
 
 
 def _moved_to_trials(
-    start: Start, guide: AutoPlateNormal, options: Options, progress: Progress
+    runs: Runs, guide: AutoPlateNormal, trial: Trial, progress: Progress
 ) -> tuple[AutoPlateNormal, Trial]:
     """Move a guide of one mode to the moments of trial runs."""
-    plan, _ = fitting(start.programs, options, guide, share=0.5)
-    runs = Runs(plan)
-    trial = tried(runs, guide, TRIALS)
     for blocks in ([0], range(len(guide.blocks))):
         _tell(progress, trial)
         if not trial.noise:

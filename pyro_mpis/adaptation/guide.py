@@ -23,6 +23,7 @@ from pyro_mpis.adaptation.images import (
     chosen,
     particles_of,
     spread_correction,
+    stacked,
     which_image,
 )
 from pyro_mpis.adaptation.layout import Block, Part
@@ -261,7 +262,7 @@ class AutoPlateNormal(PyroModule):
         """Return the Gaussian of one mode, whose number may be mapped."""
         if isinstance(mode, int):
             return self.gaussian(mode)
-        return chosen(self._gaussians(), mode)
+        return chosen(stacked(self._gaussians()), mode)
 
     def _corrections(
         self,
@@ -278,15 +279,15 @@ class AutoPlateNormal(PyroModule):
         densities = self._log_densities(block, numbers)  # the Jacobian is the same for all modes
         if self.images is not None:
             own = sum(part.of_elements(values[part.name][1]) for part in block.parts)
-            densities = [density - own for density in densities]
-            for which in range(1, self.images.number):
-                densities += self._at_values(block, self.images.of(at, which))
+            every = range(1, self.images.number)
+            others = [self._at_values(block, self.images.of(at, which)) for which in every]
+            densities = torch.cat([densities - own, *others])
         drawn = 1 if self.images is None else self.images.number
         if self.only is None:
             drawn *= self.num_modes
         return {block.number: spread_correction(densities, mode, drawn, teller.element)}
 
-    def _at_values(self, block: Block, at: Mapping[str, Tensor]) -> list[Tensor]:
+    def _at_values(self, block: Block, at: Mapping[str, Tensor]) -> Tensor:
         """Return the log densities of a block's values under each mode."""
         supports = {part.name: self._supports[part.name] for part in block.parts}
         free = {name: biject_to(support).inv(at[name]) for name, support in supports.items()}
@@ -295,29 +296,26 @@ class AutoPlateNormal(PyroModule):
             for part in block.parts
         )
         numbers = {block.number: block.joined(free).to(self.loc_0)}
-        return [density - log_derivative for density in self._log_densities(block, numbers)]
+        return self._log_densities(block, numbers) - log_derivative
 
     def _log_densities(
         self, block: Block, numbers: Sequence[Tensor] | Mapping[int, Tensor]
-    ) -> list[Tensor]:
+    ) -> Tensor:
         """
-        Return the log densities of a block's numbers under each mode: ``(*batch dims)``.
+        Return the log densities of a block's numbers under each mode: ``(modes, *batch dims)``.
 
         :param numbers: of the block, and of those around it that it is coupled to.
         """
-        fn = self._noise_fn(block)
-        result = []
-        for gaussian in self._gaussians():
-            own = block.number
-            shift = (numbers[own] - gaussian.means[own]).unsqueeze(-1)
-            for (coupled, around), coupling in gaussian.couplings.items():
-                if coupled == own:
-                    deviation = numbers[around] - gaussian.means[around]
-                    shift = shift - coupling @ deviation.unsqueeze(-1)
-            scale = gaussian.scales[own]
-            epsilon = torch.linalg.solve_triangular(scale, shift, upper=False).squeeze(-1)
-            log_scale = scale.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-            result.append(fn.log_prob(epsilon) - log_scale)
+        of_modes = stacked(self._gaussians())
+        own = block.number
+        shift = (numbers[own] - of_modes.means[own]).unsqueeze(-1)
+        for (coupled, around), coupling in of_modes.couplings.items():
+            if coupled == own:
+                shift = shift - coupling @ (numbers[around] - of_modes.means[around]).unsqueeze(-1)
+        scale = of_modes.scales[own]
+        epsilon = torch.linalg.solve_triangular(scale, shift, upper=False).squeeze(-1)
+        log_scale = scale.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        result: Tensor = self._noise_fn(block).log_prob(epsilon) - log_scale
         return result
 
     def _at_image(

@@ -64,17 +64,26 @@ class Modes:
     element: Tensor  # whether it is that element of the block's plates: ``(*batch dims)``
 
 
-def chosen(gaussians: Sequence[Gaussian], which: Tensor) -> Gaussian:
-    """Return one of several Gaussians; its number may be mapped, so nothing looks at it."""
+def stacked(gaussians: Sequence[Gaussian]) -> Gaussian:
+    """Return several Gaussians as one, with a dim on the left for them."""
 
     def of(parts: Iterable[Tensor]) -> Tensor:
-        return _row(torch.stack(list(parts)), which)
+        return torch.stack(list(parts))
 
     first = gaussians[0]
     return Gaussian(
         [of(g.means[n] for g in gaussians) for n in range(len(first.means))],
         [of(g.scales[n] for g in gaussians) for n in range(len(first.scales))],
         {pair: of(g.couplings[pair] for g in gaussians) for pair in first.couplings},
+    )
+
+
+def chosen(gaussians: Gaussian, which: Tensor) -> Gaussian:
+    """Return one of stacked Gaussians; its number may be mapped, so nothing looks at it."""
+    return Gaussian(
+        [_row(mean, which) for mean in gaussians.means],
+        [_row(scale, which) for scale in gaussians.scales],
+        {pair: _row(coupling, which) for pair, coupling in gaussians.couplings.items()},
     )
 
 
@@ -131,7 +140,7 @@ def orders_of(size: int, labels: Sequence[int]) -> Tensor:
 
 
 def spread_correction(
-    log_densities: Sequence[Tensor], mode: Tensor | int, drawn: int, element: Tensor
+    log_densities: Tensor, mode: Tensor | int, drawn: int, element: Tensor
 ) -> Tensor:
     """
     Return how much higher the log density of a mixture is than that of the mode that was chosen.
@@ -139,11 +148,11 @@ def spread_correction(
     It is zero but for one element of the plates, whose density is enough to tell images apart.
 
     :param log_densities: of values of a block, under all modes at the first image, then at the
-        others: ``(*batch dims)``.
+        others: ``(images * modes, *batch dims)``.
     :param drawn: number of images and modes that the values were chosen from.
     """
     none = -math.inf  # where a value is beyond what its inverse can tell
-    terms = torch.stack([term.nan_to_num(none, none, none) for term in log_densities])
+    terms = log_densities.nan_to_num(none, none, none)
     result = terms.logsumexp(0) - _row(terms, mode) - math.log(drawn)
     return torch.where(element, result, 0.0)
 

@@ -20,7 +20,7 @@ from pyro_mpis.adaptation.start import Start
 CENTRED_BELOW = 0.35  # posterior variance given the latents around, in units of the prior's
 UNCOUPLED_ABOVE = 0.5
 FIRST_LOOK = Settings(points=4, at_most=35, tail=8)
-ANEW = Settings(at_least=10, at_most=40, tail=10)  # from where another mode may be
+ANEW = Settings(at_least=8, at_most=40, tail=8)  # from where another mode may be
 
 Tell = Callable[[float], None]
 

@@ -36,7 +36,7 @@ from pyro_mpis.programs.not_mappable import NotMappableError
 from pyro_mpis.programs.tensors import unwrapped
 
 APART = 2.0  # sds between medians of two elements, from which on labels count as such
-WORTH = 20.0  # nats of the joint density below the best order, beyond which a fit is not worth it
+WORTH = 10.0  # nats of the joint density below the best order, beyond which a fit is not worth it
 MOST_AXES = 2  # choices of latents in which labels are exchanged that are looked at
 FEW_LABELS = 4  # of which all orders are looked at
 DRAWS = (4, 64)  # of a guide, at which joint densities are compared
@@ -186,23 +186,31 @@ def _gains(
     rows = [draws]
     rows += [exchange_of(moved, torch.tensor([same, order])).of(draws, 1) for moved, order in moves]
     values = {name: torch.cat([row[name] for row in rows]) for name in start.priors}
-    try:
-        with torch.no_grad(), start.environment.entered():
-            log_joint = LogJoint(
-                start.programs,
-                start.structure,
-                start.blocks,
-                frozenset(),
-                start.supports,
-                start.others,
-            )
-            log_joints = log_joint(numbers_of(start, start.blocks, frozenset(), values))
-    except (NotMappableError, NotImplementedError, ValueError, RuntimeError, ArithmeticError):
-        return [-math.inf] * len(moves)
-    before, *after = log_joints.reshape(len(rows), -1)
+    before, *after = log_joints_of(start, values).reshape(len(rows), -1)
     ratios = (torch.stack(after) - before).nan_to_num(-math.inf)
     gains: list[float] = (ratios.logsumexp(-1) - math.log(len(before))).tolist()
     return gains
+
+
+def log_joints_of(start: Start, values: Mapping[str, Tensor]) -> Tensor:
+    """
+    Return the log joint density in unconstrained numbers: ``(points,)``; nan where that fails.
+
+    :param values: of each continuous latent: ``(points, *shape)``.
+    """
+    log_joint = LogJoint(
+        start.programs,
+        start.structure,
+        start.blocks,
+        frozenset(),
+        start.supports,
+        start.others,
+    )
+    try:
+        with torch.no_grad():
+            return log_joint(numbers_of(start, start.blocks, frozenset(), values))
+    except (NotMappableError, NotImplementedError, ValueError, RuntimeError, ArithmeticError):
+        return torch.full((len(next(iter(values.values()))),), math.nan, dtype=torch.double)
 
 
 def _draws_for(start: Start) -> int:

@@ -207,16 +207,19 @@ def with_numbers(options: Options, numbers: Mapping[str, int]) -> Options:
     return replace(options, num_samples=OTHERS, numbers=dict(numbers))
 
 
-def replicates_for(plan: Plan, numbers: Mapping[str, int], trial: Trial) -> int:
+def replicates_for(
+    plan: Plan, numbers: Mapping[str, int], trial: Trial, modes: int = 1
+) -> int:
     """
     Return how many final runs are worth it: fewer where trial runs agree, or runs take long.
 
     :param trial: of fewer particles, or as many.
+    :param modes: number of modes that a guide has, each with particles of its own.
     """
     few, many = REPLICATES
     work = work_of(plan.structure, numbers)
     if work <= 2 * SMALL_RUN:
-        few = MANY_OF_SMALL
+        few = max(few, MANY_OF_SMALL // modes)
     spread = (trial.spread / SMALL_ERROR) ** 2 if math.isfinite(trial.spread) else many
     wanted = max(spread, LARGE_ESS / float(trial.ess.median().clamp(min=1)))
     worth = WORK / (work + OVERHEAD)
