@@ -11,7 +11,7 @@ from pyro.infer import config_enumerate
 
 from pyro_mpis import MPImportance, MPISWarning
 from pyro_mpis.adaptation.adapting import started
-from pyro_mpis.adaptation.labels import axes_of, _exchangeable, _log_joint, _Point
+from pyro_mpis.adaptation.labels import _exchangeable, _log_joint, _Point, axes_of
 from pyro_mpis.options import Options
 
 DATA = torch.tensor([-2.0, -1.8, 1.9, 2.2, -2.2])

@@ -254,24 +254,22 @@ def _corrected(
 ) -> _Candidate:
     """Move a fitted guide to the moments of trial runs, each of its modes by itself."""
     guide = spread.guide
-    plan, _ = fitting(start.programs, options, guide.at_mode(0), share=0.5)
+    plan, numbers = fitting(start.programs, options, guide.at_mode(0), share=0.5)
     runs = Runs(plan)
-    of_each = TRIALS if guide.num_modes <= MOST_IMAGES else 1
     modes = [guide.at_mode(mode) for mode in range(guide.num_modes)]
+    of_each = TRIALS if len(modes) <= MOST_IMAGES else 1
     first = [tried(runs, of_mode, of_each) for of_mode in modes]
     large = math.log(LARGE) + max(trial.log_evidence for trial in first)
     moved = [
         _moved_to_trials(runs, of_mode, trial, progress)
-        if of_each == TRIALS and trial.log_evidence >= large
+        if len(modes) == 1 or (of_each == TRIALS and trial.log_evidence > large)
         else (of_mode, trial)
         for of_mode, trial in zip(modes, first, strict=True)
     ]
-    if len(moved) == 1:
-        ((guide, trial),) = moved
-    else:
-        guide, trial = _together(guide, moved)
-    plan, numbers = fitting(start.programs, options, guide, share=0.5)
-    if guide.num_modes > 1:
+    ((guide, trial), *others) = moved
+    if others:
+        guide = _together(spread.guide, moved)
+        plan, numbers = fitting(start.programs, options, guide, share=0.5)
         trial = tried(Runs(plan), guide, TRIALS)
     enough = enough_of(guide, numbers, trial)
     plan, numbers = fitting(start.programs, options, guide, enough=enough)
@@ -280,15 +278,15 @@ def _corrected(
 
 
 def _together(
-    guide: AutoPlateNormal, moved: Sequence[tuple[AutoPlateNormal, Trial]]
-) -> tuple[AutoPlateNormal, Trial]:
-    """Return the guide of all modes that matter, that of the most mass first, and its trial."""
-    ranked = sorted(moved, key=lambda of_mode: -of_mode[1].log_evidence)
-    top = ranked[0][1].log_evidence
-    kept = [mode for mode, trial in ranked if trial.log_evidence > top - NEGLIGIBLE]
+    guide: AutoPlateNormal, tried_modes: Sequence[tuple[AutoPlateNormal, Trial]]
+) -> AutoPlateNormal:
+    """Return the guide of all modes that matter, that of the most mass first."""
+    ranked = sorted(tried_modes, key=lambda of_mode: -of_mode[1].log_evidence)
+    least = ranked[0][1].log_evidence - NEGLIGIBLE
+    kept = [mode for mode, trial in ranked if trial.log_evidence >= least] or [ranked[0][0]]
     assert guide.modes is not None
     gaussians = tuple(mode.gaussian() for mode in kept)
-    return guide.with_modes(replace(guide.modes, gaussians=gaussians)), ranked[0][1]
+    return guide.with_modes(replace(guide.modes, gaussians=gaussians))
 
 
 def _moved_to_trials(
@@ -329,7 +327,10 @@ def _by_moments(
     spread = at_other_orders(blocked, guide, refit)
     guide = spread.guide
     if guide.num_modes > 1:
-        ...
+        modes = [guide.at_mode(mode) for mode in range(guide.num_modes)]
+        alone = with_numbers(options, numbers | modes[0].choices(is_final=False))
+        runs = Runs(plan_of(replace(start.programs, guide=modes[0]), alone)[0])
+        guide = _together(guide, [(mode, tried(runs, mode, TRIALS)) for mode in modes])
     programs = replace(start.programs, guide=guide)
     choices = guide.choices(is_final=False)
     if choices:

@@ -11,7 +11,7 @@ import pyro.distributions as dist
 import torch
 from pyro.nn.module import PyroModule, PyroParam
 from torch import Tensor
-from torch.distributions import biject_to, constraints
+from torch.distributions import constraints
 
 from pyro_mpis._typing import Distribution, Program
 from pyro_mpis.adaptation.gaussian import Gaussian
@@ -20,17 +20,15 @@ from pyro_mpis.adaptation.images import (
     MODE_SITE,
     Images,
     Modes,
-    chosen,
     particles_of,
-    spread_correction,
-    stacked,
     which_image,
 )
 from pyro_mpis.adaptation.layout import Block, Part
 from pyro_mpis.adaptation.log_joint import Pair
+from pyro_mpis.adaptation.mixture import Mixture, chosen, spread_correction, stacked
 from pyro_mpis.adaptation.natural import antithetic
 from pyro_mpis.adaptation.parametrisation import Place, from_free
-from pyro_mpis.adaptation.tails import StretchedNormal, TailedNormal
+from pyro_mpis.adaptation.tails import StretchedNormal, TailedNormal, wide_noise
 from pyro_mpis.programs.environment import seeded
 from pyro_mpis.programs.handlers import AllMet, Stop, isolated
 from pyro_mpis.programs.mapped import run_mapped
@@ -275,48 +273,14 @@ class AutoPlateNormal(PyroModule):
         if teller is None:
             return {}
         block = self.blocks[teller.block]
-        at = {part.name: values[part.name][0] for part in block.parts}
-        densities = self._log_densities(block, numbers)  # the Jacobian is the same for all modes
-        if self.images is not None:
-            own = sum(part.of_elements(values[part.name][1]) for part in block.parts)
-            every = range(1, self.images.number)
-            others = [self._at_values(block, self.images.of(at, which)) for which in every]
-            densities = torch.cat([densities - own, *others])
+        mixture = Mixture(
+            self._gaussians(), block, self._noise_fn(block), self._supports, self.images
+        )
         drawn = 1 if self.images is None else self.images.number
         if self.only is None:
             drawn *= self.num_modes
-        return {block.number: spread_correction(densities, mode, drawn, teller.element)}
-
-    def _at_values(self, block: Block, at: Mapping[str, Tensor]) -> Tensor:
-        """Return the log densities of a block's values under each mode."""
-        supports = {part.name: self._supports[part.name] for part in block.parts}
-        free = {name: biject_to(support).inv(at[name]) for name, support in supports.items()}
-        log_derivative = sum(
-            part.of_elements(from_free(supports[part.name], free[part.name], part.event_dim)[1])
-            for part in block.parts
-        )
-        numbers = {block.number: block.joined(free).to(self.loc_0)}
-        return self._log_densities(block, numbers) - log_derivative
-
-    def _log_densities(
-        self, block: Block, numbers: Sequence[Tensor] | Mapping[int, Tensor]
-    ) -> Tensor:
-        """
-        Return the log densities of a block's numbers under each mode: ``(modes, *batch dims)``.
-
-        :param numbers: of the block, and of those around it that it is coupled to.
-        """
-        of_modes = stacked(self._gaussians())
-        own = block.number
-        shift = (numbers[own] - of_modes.means[own]).unsqueeze(-1)
-        for (coupled, around), coupling in of_modes.couplings.items():
-            if coupled == own:
-                shift = shift - coupling @ (numbers[around] - of_modes.means[around]).unsqueeze(-1)
-        scale = of_modes.scales[own]
-        epsilon = torch.linalg.solve_triangular(scale, shift, upper=False).squeeze(-1)
-        log_scale = scale.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        result: Tensor = self._noise_fn(block).log_prob(epsilon) - log_scale
-        return result
+        terms = mixture.log_densities(numbers, values)
+        return {block.number: spread_correction(terms, mode, drawn, teller.element)}
 
     def _at_image(
         self, values: Mapping[str, tuple[Tensor, Tensor]]
@@ -360,21 +324,7 @@ class AutoPlateNormal(PyroModule):
         if self._prior is None or block.size > LARGEST_WIDE:
             return None
         loc, sd = (part.to(self.loc_0) for part in self._prior)
-        locs, scales = [], []
-        for gaussian in self._gaussians():
-            scale = gaussian.scales[0].detach().reshape((block.size, block.size))
-            shift = (loc - gaussian.means[0].detach()).reshape((block.size, 1))
-            wide = torch.linalg.solve_triangular(
-                scale, torch.cat([shift, torch.diag(sd.flatten())], -1), upper=False
-            )
-            locs.append(wide[:, 0])
-            scales.append(wide[:, 1:])
-        if len(locs) == 1:
-            return locs[0], scales[0]
-        middle = torch.stack(locs).mean(0)
-        shifts = [(own - middle).unsqueeze(-1) for own in locs]
-        covariances = [s @ s.mT + d @ d.mT for s, d in zip(scales, shifts, strict=True)]
-        return middle, torch.linalg.cholesky(torch.stack(covariances).mean(0))
+        return wide_noise(self._gaussians(), loc, sd)
 
     def _values(
         self, numbers: Sequence[Tensor], args: tuple[object, ...], kwargs: Mapping[str, object]

@@ -40,13 +40,13 @@ class Images:
         result = dict(values)
         for name in values.keys() & self.signs.keys():
             value = values[name]
-            result[name] = value * _row(self.signs[name], which).to(value)
+            result[name] = value * row_of(self.signs[name], which).to(value)
         for name in values.keys() & self.shares.keys():
             value = values[name]
-            result[name] = torch.where(_row(self.shares[name], which), 1 - value, value)
+            result[name] = torch.where(row_of(self.shares[name], which), 1 - value, value)
         for (name, dim), orders in self.orders.items():
             if name in values:
-                result[name] = result[name].index_select(dim, _row(orders, which))
+                result[name] = result[name].index_select(dim, row_of(orders, which))
         return result
 
     def reaches(self, names: Iterable[str]) -> bool:
@@ -62,29 +62,6 @@ class Modes:
     gaussians: tuple[Gaussian, ...]
     block: int  # by whose density they are told apart
     element: Tensor  # whether it is that element of the block's plates: ``(*batch dims)``
-
-
-def stacked(gaussians: Sequence[Gaussian]) -> Gaussian:
-    """Return several Gaussians as one, with a dim on the left for them."""
-
-    def of(parts: Iterable[Tensor]) -> Tensor:
-        return torch.stack(list(parts))
-
-    first = gaussians[0]
-    return Gaussian(
-        [of(g.means[n] for g in gaussians) for n in range(len(first.means))],
-        [of(g.scales[n] for g in gaussians) for n in range(len(first.scales))],
-        {pair: of(g.couplings[pair] for g in gaussians) for pair in first.couplings},
-    )
-
-
-def chosen(gaussians: Gaussian, which: Tensor) -> Gaussian:
-    """Return one of stacked Gaussians; its number may be mapped, so nothing looks at it."""
-    return Gaussian(
-        [_row(mean, which) for mean in gaussians.means],
-        [_row(scale, which) for scale in gaussians.scales],
-        {pair: _row(coupling, which) for pair, coupling in gaussians.couplings.items()},
-    )
 
 
 def particles_of(images: Images | None, modes: int, *, is_final: bool) -> dict[str, int]:
@@ -106,7 +83,7 @@ def which_image(uniform: Tensor, number: int) -> Tensor:
     return (uniform * number).long().clamp(max=number - 1)
 
 
-def _row(table: Tensor, which: Tensor | int) -> Tensor:
+def row_of(table: Tensor, which: Tensor | int) -> Tensor:
     """Return a row of a table; its number may be mapped, so nothing looks at it."""
     index = torch.as_tensor(which, device=table.device).reshape(1)
     return table.index_select(0, index).squeeze(0)
@@ -137,23 +114,3 @@ def orders_of(size: int, labels: Sequence[int]) -> Tensor:
             row[label] = other
         rows.append(row)
     return torch.tensor(rows)
-
-
-def spread_correction(
-    log_densities: Tensor, mode: Tensor | int, drawn: int, element: Tensor
-) -> Tensor:
-    """
-    Return how much higher the log density of a mixture is than that of the mode that was chosen.
-
-    It is zero but for one element of the plates, whose density is enough to tell images apart.
-
-    :param log_densities: of values of a block, under all modes at the first image, then at the
-        others: ``(images * modes, *batch dims)``.
-    :param drawn: number of images and modes that the values were chosen from.
-    """
-    none = -math.inf  # where a value is beyond what its inverse can tell
-    terms = log_densities.nan_to_num(none, none, none)
-    result = terms.logsumexp(0) - _row(terms, mode) - math.log(drawn)
-    return torch.where(element, result, 0.0)
-
-

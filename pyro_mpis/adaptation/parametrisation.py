@@ -37,7 +37,8 @@ class Scaling:
         if not self.is_matrix:
             return shift / self.scale
         solved = torch.linalg.solve_triangular(self.scale, shift.unsqueeze(-1), upper=False)
-        return solved.squeeze(-1)
+        result: Tensor = solved.squeeze(-1)
+        return result
 
     def scaled(self, standard: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``loc + scale * standard`` and the log of its derivative, not summed."""

@@ -207,9 +207,7 @@ def with_numbers(options: Options, numbers: Mapping[str, int]) -> Options:
     return replace(options, num_samples=OTHERS, numbers=dict(numbers))
 
 
-def replicates_for(
-    plan: Plan, numbers: Mapping[str, int], trial: Trial, modes: int = 1
-) -> int:
+def replicates_for(plan: Plan, numbers: Mapping[str, int], trial: Trial, modes: int = 1) -> int:
     """
     Return how many final runs are worth it: fewer where trial runs agree, or runs take long.
 
