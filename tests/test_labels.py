@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Labels that can be exchanged are found, and a guide that has them in one order is told of it."""
 
+import re
 import warnings
 
 import pyro
@@ -11,7 +12,9 @@ from pyro.infer import config_enumerate
 
 from pyro_mpis import MPImportance, MPISWarning
 from pyro_mpis.adaptation.adapting import started
+from pyro_mpis.adaptation.gaussian import Gaussian
 from pyro_mpis.adaptation.labels import _exchangeable, _log_joint, _Point, axes_of
+from pyro_mpis.adaptation.symmetries import Symmetries
 from pyro_mpis.options import Options
 
 DATA = torch.tensor([-2.0, -1.8, 1.9, 2.2, -2.2])
@@ -81,10 +84,20 @@ def test_joint_density_is_summed_over_states() -> None:
 
 
 def test_a_guide_in_one_order_is_told_of_the_other() -> None:
+    start = started(chain, (), {}, Options(num_samples=2))
+    guide = start.guide(
+        Gaussian([torch.tensor([1.0, -1.0, -2.0, 2.0])], [0.3 * torch.eye(4)], {}),
+        frozenset(),
+        tails=False,
+    )
+    symmetries = Symmetries(start)
+    (told,) = symmetries.told(guide, is_sure=True)
+    assert re.match(r"2 elements of 'loc', 'to' can .* up to log 2 = 0\.6931", told)
+    guide = symmetries.spread(guide)  # the elements of the plate share one particle index
+    assert guide.images is not None
+    assert guide.images.number == 2
+    assert symmetries.told(guide, is_sure=True) == []
     pyro.set_rng_seed(0)
-    with pytest.warns(MPISWarning, match=r"2 elements of 'loc', 'to' can .* up to log 2 = 0\.6931"):
-        MPImportance(chain).adapt()
     with warnings.catch_warnings():
         warnings.simplefilter("error", MPISWarning)
-        pyro.set_rng_seed(0)
         MPImportance(regression).adapt()  # its elements are as far apart

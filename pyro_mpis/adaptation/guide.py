@@ -20,6 +20,7 @@ from pyro_mpis.adaptation.images import (
     MODE_SITE,
     Images,
     Modes,
+    end_of,
     particles_of,
     which_image,
 )
@@ -30,7 +31,6 @@ from pyro_mpis.adaptation.natural import antithetic
 from pyro_mpis.adaptation.parametrisation import Place, from_free
 from pyro_mpis.adaptation.tails import StretchedNormal, TailedNormal, wide_noise
 from pyro_mpis.programs.environment import seeded
-from pyro_mpis.programs.handlers import AllMet, Stop, isolated
 from pyro_mpis.programs.mapped import run_mapped
 from pyro_mpis.programs.tensors import unwrapped
 
@@ -105,7 +105,7 @@ class AutoPlateNormal(PyroModule):
 
     def _keep(self, gaussian: Gaussian, mode: int) -> None:
         """Make parameters of a Gaussian."""
-        end, dtype = _end(mode), torch.get_default_dtype()
+        end, dtype = end_of(mode), torch.get_default_dtype()
         for number, (mean, scale) in enumerate(zip(gaussian.means, gaussian.scales, strict=True)):
             setattr(self, f"loc_{number}{end}", PyroParam(mean.detach().to(dtype)))
             positive = PyroParam(scale.detach().to(dtype), constraints.lower_cholesky)
@@ -213,7 +213,7 @@ class AutoPlateNormal(PyroModule):
 
     def gaussian(self, mode: int | None = None) -> Gaussian:
         """Return the Gaussian of the unconstrained numbers; of several, that of one mode."""
-        end = _end(self.only or 0 if mode is None else mode)
+        end = end_of(self.only or 0 if mode is None else mode)
         return Gaussian(
             [getattr(self, f"loc_{b.number}{end}") for b in self.blocks],
             [getattr(self, f"scale_tril_{b.number}{end}") for b in self.blocks],
@@ -225,7 +225,7 @@ class AutoPlateNormal(PyroModule):
         mode = self._mode()
         gaussian = self._chosen(mode)
         plates = self._plates()
-        noise = [_padded(self._noise(block, plates), block) for block in self.blocks]
+        noise = [block.padded(self._noise(block, plates)) for block in self.blocks]
         numbers = gaussian.at(noise)
         values = self._values(numbers, args, kwargs)
         corrections = self._corrections(mode, numbers, values)
@@ -258,9 +258,8 @@ class AutoPlateNormal(PyroModule):
 
     def _chosen(self, mode: Tensor | int) -> Gaussian:
         """Return the Gaussian of one mode, whose number may be mapped."""
-        if isinstance(mode, int):
-            return self.gaussian(mode)
-        return chosen(stacked(self._gaussians()), mode)
+        is_known = isinstance(mode, int)
+        return self.gaussian(mode) if is_known else chosen(stacked(self._gaussians()), mode)
 
     def _corrections(
         self,
@@ -344,14 +343,11 @@ class AutoPlateNormal(PyroModule):
             for name, support in self._supports.items()
             if name not in self.non_centred
         }
-        missing = set(parts) - set(values)
+        missing = {name: free[name] for name in parts if name not in values}
         if missing:
             given = {**self._others, **{name: value for name, (value, _) in values.items()}}
-            place = Place({n: free[n] for n in missing}, self.non_centred, given)
-            with isolated(), contextlib.suppress(AllMet), Stop(missing), place:
-                self.model(*args, **kwargs)
-            for name in missing:
-                values[name] = place.placed[name], place.log_derivatives[name]
+            place = Place(missing, self.non_centred, given)
+            values |= place.run(self.model, args, kwargs)
         return values
 
     def median(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
@@ -410,14 +406,3 @@ class AutoPlateNormal(PyroModule):
                 level[IMAGE_SITE] = every % self.images.number
             run_mapped(at_single_values, [level], patched=True)
         return draws
-
-
-def _end(mode: int) -> str:
-    """Return the end of the names of a mode's parameters."""
-    return f"_{mode}" if mode else ""
-
-
-def _padded(noise: Tensor, block: Block) -> Tensor:
-    """Give noise the batch dims of all blocks: ``(*left, *batch dims, D)``."""
-    missing = len(block.shape) + 1 - noise.dim()
-    return noise.reshape((*(1,) * missing, *noise.shape)) if missing > 0 else noise

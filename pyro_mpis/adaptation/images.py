@@ -64,6 +64,11 @@ class Modes:
     element: Tensor  # whether it is that element of the block's plates: ``(*batch dims)``
 
 
+def end_of(mode: int) -> str:
+    """Return the end of the names of a mode's parameters."""
+    return f"_{mode}" if mode else ""
+
+
 def particles_of(images: Images | None, modes: int, *, is_final: bool) -> dict[str, int]:
     """
     Return the numbers of particles of a guide's images and modes: one of each.

@@ -222,6 +222,7 @@ def _exchangeable(
 
 
 def subsets(axes: Sequence[Axis]) -> Iterator[tuple[Axis, ...]]:
+    """Yield all choices of axes, those of the fewest first."""
     for number in range(1, len(axes) + 1):
         yield from itertools.combinations(axes, number)
 

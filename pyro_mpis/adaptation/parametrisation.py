@@ -8,6 +8,7 @@ given the other latents: :math:`u = \mu + \sigma z`. Locations and scales are ta
 as it runs, so that the model need not be rewritten, and the moments are those of its own sites.
 """
 
+import contextlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
@@ -19,7 +20,8 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints
 from torch.distributions.transforms import ExpTransform
 
-from pyro_mpis._typing import Distribution, SampleMessage
+from pyro_mpis._typing import Distribution, Program, SampleMessage
+from pyro_mpis.programs.handlers import AllMet, Stop, isolated
 from pyro_mpis.programs.messages import is_latent, is_subsample
 
 
@@ -178,6 +180,15 @@ class Place(Messenger):
             msg["value"], msg["done"] = self.values[name], True
         if msg["done"]:
             msg["is_observed"] = False
+
+    def run(
+        self, model: Program, args: tuple[object, ...], kwargs: Mapping[str, object]
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Run a model up to the last of the sites; return their values and log derivatives."""
+        names = self.numbers.keys()
+        with isolated(), contextlib.suppress(AllMet), Stop(set(names)), self:
+            model(*args, **kwargs)
+        return {name: (self.placed[name], self.log_derivatives[name]) for name in names}
 
 
 class Read(Messenger):

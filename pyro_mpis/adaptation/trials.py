@@ -217,7 +217,7 @@ def replicates_for(plan: Plan, numbers: Mapping[str, int], trial: Trial, modes: 
     few, many = REPLICATES
     work = work_of(plan.structure, numbers)
     if work <= 2 * SMALL_RUN:
-        few = max(few, MANY_OF_SMALL // modes)
+        few = MANY_OF_SMALL if modes == 1 else MANY_OF_SMALL // 2
     spread = (trial.spread / SMALL_ERROR) ** 2 if math.isfinite(trial.spread) else many
     wanted = max(spread, LARGE_ESS / float(trial.ess.median().clamp(min=1)))
     worth = WORK / (work + OVERHEAD)
