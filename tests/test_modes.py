@@ -88,7 +88,8 @@ def log_evidence_of_plane() -> float:
 
 def ratios(guide: AutoPlateNormal, runs: int) -> Tensor:
     """Run with few particles, many times: P / p."""
-    numbers: dict[str | None, int] = {None: 5, **guide.choices(is_final=False)}
+    numbers: dict[str | None, int] = {None: 5}
+    numbers.update(guide.choices(is_final=False))
     posterior = MPImportance(
         plane, guide, num_samples=numbers, num_replicates=runs, disable_progbar=True
     ).run()

@@ -123,7 +123,7 @@ class AutoPlateNormal(PyroModule):
         """Return a guide that differs in its Gaussian alone; of several modes, in that of one."""
         if self.modes is None:
             return self._with(gaussian, self.images)
-        gaussians = list(self._gaussians())
+        gaussians = self._gaussians()
         gaussians[self.only or 0] = gaussian
         modes = replace(self.modes, gaussians=tuple(gaussians))
         return self._with(gaussians[0], self.images, modes, self.only)
@@ -136,21 +136,17 @@ class AutoPlateNormal(PyroModule):
         """Return a guide of several Gaussians; its images are told apart as the modes are."""
         if len(modes.gaussians) == 1:
             return self._with(modes.gaussians[0], self.images)
-        images = self.images
-        if images is not None:
-            images = replace(images, block=modes.block, element=modes.element)
-        return self._with(modes.gaussians[0], images, modes)
+        return self._with(modes.gaussians[0], self.images, modes)
 
     def at_mode(self, mode: int) -> "AutoPlateNormal":
         """
-        Return the guide of one of several modes.
+        Return the guide of one of several modes, whose evidences add up to that of all.
 
-        Weights with it are those for the posterior times this mode's share of the density of the
-        guide, so its evidence is that of the mode, and the evidences of all modes add up.
+        Its target is the posterior times this mode's share of the density of the guide.
         """
-        gaussians = tuple(self._gaussians())
         if self.modes is None:
             return self
+        gaussians = tuple(self._gaussians())
         modes = replace(self.modes, gaussians=gaussians)
         return self._with(gaussians[0], self.images, modes, mode)
 
@@ -258,8 +254,9 @@ class AutoPlateNormal(PyroModule):
 
     def _chosen(self, mode: Tensor | int) -> Gaussian:
         """Return the Gaussian of one mode, whose number may be mapped."""
-        is_known = isinstance(mode, int)
-        return self.gaussian(mode) if is_known else chosen(stacked(self._gaussians()), mode)
+        if isinstance(mode, int):
+            return self.gaussian(mode)
+        return chosen(stacked(self._gaussians()), mode)
 
     def _corrections(
         self,

@@ -111,8 +111,8 @@ def _orders_of(
                 orders.append(order)
                 known |= {tuple(order[n] for n in row) for row in _images_of(images, moved, same)}
         if orders:
-            gains = (0.0, *(by_order[order] for order in orders))
-            found.append(Orders(exchange_of(moved, torch.tensor([same, *orders])), tuple(gains)))
+            exchanges = exchange_of(moved, torch.tensor([same, *orders]))
+            found.append(Orders(exchanges, (0.0, *(by_order[order] for order in orders))))
     return sorted(found, key=lambda orders: -max(orders.gains[1:]))
 
 
@@ -149,18 +149,17 @@ def _all_gains(
     """Return the gain of each order; of many labels, of those that exchanges lead to."""
     labels = sorted({label for pair in pairs for label in pair})
     if len(labels) <= FEW_LABELS:
-        orders = []
+        permutations: list[Order] = []
         for permuted in itertools.permutations(labels):
-            order = list(same)
-            for label, other in zip(labels, permuted, strict=True):
-                order[label] = other
-            orders.append(tuple(order))
-        gains = _gains(start, draws, [(moved, order) for order in orders[1:]])
-        return dict(zip(orders[1:], gains, strict=True))
+            moved_to = dict(zip(labels, permuted, strict=True))
+            permutations.append(tuple(moved_to.get(label, label) for label in same))
+        gains = _gains(start, draws, [(moved, order) for order in permutations[1:]])
+        return dict(zip(permutations[1:], gains, strict=True))
     found = {same: 0.0}
     at = same
     for _ in range(MOST_ROUNDS):
-        orders = [order for pair in pairs if (order := _swapped(at, pair)) not in found]
+        around = (_swapped(at, pair) for pair in pairs)
+        orders = [order for order in around if order not in found]
         gains = _gains(start, draws, [(moved, order) for order in orders])
         found |= dict(zip(orders, gains, strict=True))
         best = max(found, key=lambda order: found[order])
