@@ -3,6 +3,7 @@
 
 import contextlib
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -51,10 +52,10 @@ class AutoPlateNormal(PyroModule):
     particle index for each set of plates, and every particle of the latents around a plate has
     particles of its own inside the plate.
 
-    A posterior may have exact images: signs that turn together, or labels that change places. A
-    site ``_mpis_image`` then chooses one of them for all latents. If orders of labels are not
-    equally good, each has a Gaussian of its own, and a site ``_mpis_mode`` chooses one of them. The
-    density is that of the mixture, as far as one block tells images and modes apart.
+    A posterior may have exact images: a site ``_mpis_image`` then chooses one of them for all
+    latents. Orders of labels that are not equally good have a Gaussian each, which a site
+    ``_mpis_mode`` chooses. The density is that of the mixture, as far as one block tells these
+    apart.
 
     :meth:`MPImportance.adapt <pyro_mpis.MPImportance.adapt>` makes and fits it. It works in
     :class:`~pyro.infer.Importance`, :class:`~pyro.infer.Predictive` and :class:`~pyro.infer.SVI`;
@@ -139,16 +140,11 @@ class AutoPlateNormal(PyroModule):
         return self._with(modes.gaussians[0], self.images, modes)
 
     def at_mode(self, mode: int) -> "AutoPlateNormal":
-        """
-        Return the guide of one of several modes, whose evidences add up to that of all.
-
-        Its target is the posterior times this mode's share of the density of the guide.
-        """
+        """Return the guide of one mode; its target is the posterior times this mode's share."""
         if self.modes is None:
             return self
-        gaussians = tuple(self._gaussians())
-        modes = replace(self.modes, gaussians=gaussians)
-        return self._with(gaussians[0], self.images, modes, mode)
+        modes = replace(self.modes, gaussians=tuple(self._gaussians()))
+        return self._with(self.gaussian(0), self.images, modes, mode)
 
     def at_one(self) -> "AutoPlateNormal":
         """Return the guide of the first mode alone, at one image."""
@@ -269,12 +265,9 @@ class AutoPlateNormal(PyroModule):
         if teller is None:
             return {}
         block = self.blocks[teller.block]
-        mixture = Mixture(
-            self._gaussians(), block, self._noise_fn(block), self._supports, self.images
-        )
-        drawn = 1 if self.images is None else self.images.number
-        if self.only is None:
-            drawn *= self.num_modes
+        fn = self._noise_fn(block)
+        mixture = Mixture(self._gaussians(), block, fn, self._supports, self.images)
+        drawn = math.prod(self.choices(is_final=True).values())
         terms = mixture.log_densities(numbers, values)
         return {block.number: spread_correction(terms, mode, drawn, teller.element)}
 
