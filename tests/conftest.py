@@ -12,6 +12,15 @@ from pyro_mpis.results import arviz_export
 torch.set_num_threads(1)  # the tensors are small: threads only wait for each other
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="where tensors are made, as cuda")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("device") != "cpu":
+        torch.set_default_device(config.getoption("device"))
+
+
 @pytest.fixture
 def float64() -> Iterator[None]:
     """Make float64 the default dtype for the time of a test."""

@@ -37,12 +37,12 @@ def graph_of(
         plate_names={symbol: f"plate {symbol}" for symbol in plate_symbols},
         index_sites={symbol: (f"site {symbol}",) for symbol in index_plates},
         dtype=factors[0].tensor.dtype,
-        device=torch.device("cpu"),
+        device=torch.get_default_device(),
         ragged={frozenset(inner): plate for inner, plate in (ragged or {}).items()},
     )
 
 
 def noise(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
     """Return normal numbers in float64."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float64) * scale

@@ -86,7 +86,7 @@ def log_joint(begin: Start, non_centred: frozenset[str] = frozenset()) -> LogJoi
 
 
 def points(blocks: tuple[Block, ...], number: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(1)
     shapes = [(number, *block.shape, block.size) for block in blocks]
     return [0.5 * torch.randn(s, generator=generator, dtype=torch.double) for s in shapes]
 
@@ -206,7 +206,7 @@ def test_states_are_marked_and_summed() -> None:
 def test_eliminated_precision_is_the_inverse_of_the_dense_one() -> None:
     begin = start(nested)
     blocks = begin.blocks
-    generator = torch.Generator().manual_seed(2)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(2)
     pairs = [(b.number, a) for b in blocks for a in (*b.parents, b.number)]
     precision: dict[Pair, Tensor] = {}
     for b, a in pairs:

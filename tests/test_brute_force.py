@@ -11,7 +11,7 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import pyro.distributions as dist
@@ -346,7 +346,7 @@ def plated_markov_chain() -> None:
 def masked() -> None:
     a = pyro.sample("a", dist.Normal(0.0, 1.0))
     with pyro.plate("data", 4):
-        with poutine.mask(mask=torch.BoolTensor([True, False, True, True])):
+        with poutine.mask(mask=cast(torch.BoolTensor, torch.tensor([True, False, True, True]))):
             data = torch.tensor([0.3, 100.0, 1.0, -1.0])
             pyro.sample("x", dist.Normal(a, 1.0), obs=data)
     with pyro.plate("other", 2):
@@ -484,9 +484,9 @@ def discrete_markov_chain() -> None:
 def partly_observed() -> None:
     a = pyro.sample("a", dist.Normal(0.0, 1.0))
     with pyro.plate("data", 3):
-        known = torch.BoolTensor([True, False, True])
+        known = torch.tensor([True, False, True])
         data = torch.tensor([0.2, 0.5, 1.0])
-        b = pyro.sample("b", dist.Normal(a, 1.0), obs=data, obs_mask=known)
+        b = pyro.sample("b", dist.Normal(a, 1.0), obs=data, obs_mask=cast(torch.BoolTensor, known))
         pyro.sample("x", dist.Normal(b, 1.0), obs=torch.tensor([0.5, 1.0, -1.0]))
 
 

@@ -28,7 +28,7 @@ def of(scalars: Tensor, heights: Tensor, num_replicates: int = 1) -> Direction:
 
 
 def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
 
 
 # --- the fit

@@ -92,7 +92,7 @@ def test_chain_of_many_sites_has_small_tensors() -> None:
 
 def factors(seed: int) -> list[Tensor]:
     """Some packed tensors over a..d, of any scale."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     result = []
     for dims in ("ab", "bc", "cd", "a", "d", "bd", "", "b"):
         shape = [2 + "abcd".index(s) for s in dims]

@@ -84,7 +84,7 @@ def test_plain_runs_are_left_to_torch() -> None:
 @pytest.mark.parametrize("event", [(), (3,)])
 def test_normal(make: Callable[[Tensor, Tensor], Any], event: tuple[int, ...]) -> None:
     """Locations, scales and values on levels in an order other than that of the shape."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     x, scale = torch.rand(5, generator=generator), torch.rand(4, generator=generator) + 1e-3
     values = torch.rand((2, *event), generator=generator) + 0.5
     expected = torch.stack(

@@ -41,7 +41,7 @@ def exact_product(a: Tensor, b: Tensor) -> Tensor:
 def matrices(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
     """Two batches of matrices, of any scale up to 1e6 nats, with entries and rows of -inf."""
     sizes = [draw(st.integers(1, 5)) for _ in range(4)]
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    generator = torch.Generator(torch.get_default_device()).manual_seed(draw(st.integers(0, 2**31)))
     scale = draw(st.sampled_from([0.0, 1.0, 30.0, 1e3, 1e6]))
     impossible = draw(st.sampled_from([0.0, 0.2, 0.8]))
     batch, m, s, n = sizes
@@ -82,7 +82,9 @@ def test_derivatives_of_the_matrix_product_are_shares(
     exact_a, exact_b = ab
     a, b = (x.to(dtype).requires_grad_() for x in ab)
     result = log_matmul(a, b)
-    weight = torch.rand(result.shape, generator=torch.Generator().manual_seed(0)).double()
+    weight = torch.rand(
+        result.shape, generator=torch.Generator(torch.get_default_device()).manual_seed(0)
+    ).double()
     finite = result.detach().isfinite()
     grads = torch.autograd.grad((result.where(finite, 0.0) * weight.to(dtype)).sum(), [a, b])
     terms = exact_a.unsqueeze(-1) + exact_b.unsqueeze(1)  # (batch, m, s, n)
@@ -102,7 +104,7 @@ def test_matrix_product_that_loses_few_entries(
 ) -> None:
     """One of 400, summed term by term or with all others in double precision; and its share."""
     monkeypatch.setattr(logspace, "_FEW", few)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     a, b = (torch.randn(1, 20, 20, generator=generator, dtype=torch.float64) for _ in range(2))
     apart = torch.arange(20.0, dtype=torch.float64) * 3000.0
     a[0, 3] = apart
@@ -122,7 +124,7 @@ def test_rows_and_columns_of_zeros_take_no_sum_term_by_term(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Particles that the model excludes are many, and what they give is known."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     a, b = (torch.randn(1, 20, 20, generator=generator, dtype=torch.float64) for _ in range(2))
     a[0, :5] = -math.inf
     b[0, :, 8:] = -math.inf
@@ -202,7 +204,7 @@ def test_parts_of_a_long_sum_share_their_exponentials(monkeypatch: pytest.Monkey
         return exp_(x)
 
     monkeypatch.setattr(logspace, "exp_", counted)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     a = torch.randn(2, 20, 400, generator=generator, dtype=torch.float64)
     b = torch.randn(2, 400, 5, generator=generator, dtype=torch.float64)
     torch.testing.assert_close(log_matmul(a, b), exact_product(a, b))
@@ -226,7 +228,7 @@ def test_sum_of_exponentials(dtype: torch.dtype, ab: tuple[Tensor, Tensor]) -> N
 
 
 def test_gradients_by_finite_differences() -> None:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     a, b = (
         torch.randn(2, 3, 3, generator=generator, dtype=torch.float64).requires_grad_()
         for _ in range(2)
@@ -238,13 +240,17 @@ def test_gradients_by_finite_differences() -> None:
 @pytest.mark.parametrize("dims", [(0,), (1, 3), (0, 1, 2, 3)])
 def test_sum_in_double(dims: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Of single-precision numbers, in parts: no more error than the inputs have."""
-    x = torch.randn(3, 40, 5, 7, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(
+        3, 40, 5, 7, generator=torch.Generator(torch.get_default_device()).manual_seed(0)
+    )
     expected = x.double().sum(dims)
     for block in (10**9, 100, 1):
         monkeypatch.setattr(logspace, "_PART", block)
         torch.testing.assert_close(sum_in_double(x, dims), expected, rtol=1e-14, atol=1e-13)
     x = x.double().requires_grad_()
-    weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).double()
+    weight = torch.randn(
+        expected.shape, generator=torch.Generator(torch.get_default_device()).manual_seed(1)
+    ).double()
     (found,) = torch.autograd.grad((sum_in_double(x, dims) * weight).sum(), x)
     (exact,) = torch.autograd.grad((x.sum(dims) * weight).sum(), x)
     torch.testing.assert_close(found, exact)
@@ -256,7 +262,9 @@ def test_sum_in_double_converts_a_part_at_a_time(
 ) -> None:
     """Even where nothing is left to cut but the dims that are summed."""
     monkeypatch.setattr(logspace, "_PART", 100)
-    x = torch.randn(30, 20, 10, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(
+        30, 20, 10, generator=torch.Generator(torch.get_default_device()).manual_seed(0)
+    )
     expected = x.double().sum(dims)
     converted = []
     double = Tensor.double
@@ -290,7 +298,12 @@ def test_autocast_changes_nothing() -> None:
     """Neither the product nor its derivatives are rounded to bfloat16."""
     results = []
     for enabled in (False, True):
-        a, b = (torch.randn(1, 9, 9, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+        a, b = (
+            torch.randn(
+                1, 9, 9, generator=torch.Generator(torch.get_default_device()).manual_seed(s)
+            )
+            for s in (0, 1)
+        )
         a, b = a.requires_grad_(), b.requires_grad_()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             product = log_matmul(a, b)

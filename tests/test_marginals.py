@@ -67,7 +67,7 @@ def test_it_is_an_empirical_distribution(posterior: MPImportance) -> None:
 
 def test_pareto_k_is_that_of_the_tail() -> None:
     """As Pyro's fit has it; heavy tails are heavier; even weights have none."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     log_weights = torch.randn(2, 1000, generator=generator) * torch.tensor([[0.5], [4.0]])
     log_weights = log_weights.log_softmax(-1)
     marginal = Marginal(torch.zeros(2, 1000), log_weights, {"x": torch.Size()})
@@ -107,7 +107,7 @@ def test_quantiles_at_the_shares_of_even_weights(dtype: torch.dtype, num: int) -
 def test_quantiles_at_the_shares_of_any_weights(dtype: torch.dtype) -> None:
     """Weights are multiples of one number, so that their sums are known exactly."""
     for seed in range(100):
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
         num = int(torch.randint(2, 40, (), generator=generator))
         counts = torch.randint(1, 9, (num,), generator=generator)
         log_weights = (counts.double() / counts.sum()).log().to(dtype)
@@ -121,7 +121,7 @@ def test_quantiles_at_the_shares_of_any_weights(dtype: torch.dtype) -> None:
 def test_extreme_quantiles_have_weight(dtype: torch.dtype, smallest: float) -> None:
     """Particles without weight are no part of the posterior, and those with little are."""
     for seed in range(20):
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
         weights = torch.rand(50, generator=generator, dtype=torch.float64)
         weights[:5], weights[-5:] = 0.0, 0.0
         weights[5], weights[-6] = smallest, smallest

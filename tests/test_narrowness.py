@@ -59,7 +59,7 @@ def test_a_parabola_has_its_curvature_in_any_coordinate(c: float) -> None:
     """Of particles in any order, and of any monotone function of them."""
     u = scores(20)
     heights = 0.3 * u + c * u.square()
-    order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(20, generator=torch.Generator(torch.get_default_device()).manual_seed(0))
     for samples in (u, 5 * u.exp() - 3, u.pow(3)):
         found = of(samples[order], heights[order])
         for fit in (found.of_all, found.of_heavy):
@@ -69,7 +69,7 @@ def test_a_parabola_has_its_curvature_in_any_coordinate(c: float) -> None:
 
 
 def test_replicates_have_constants_of_their_own() -> None:
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(1)
     order = torch.randperm(30, generator=generator)
     u = scores(30)[order]
     constants = torch.tensor([0.0, -3.0, 5.0]).repeat_interleave(10)
@@ -83,7 +83,7 @@ def test_replicates_have_constants_of_their_own() -> None:
 
 def test_least_squares() -> None:
     """Value and error are those of torch's solver, for all particles and for those with weight."""
-    generator = torch.Generator().manual_seed(2)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(2)
     heights = torch.randn(4, 12, generator=generator)
     u = scores(12).expand(4, 12)
     found = of(u, heights)
@@ -115,7 +115,9 @@ def test_nothing_is_said_of_some() -> None:
 
 def test_scalars_of_a_vector_are_seen_together() -> None:
     """Each is noise to the others: of six, none is narrow for sure, and all together are."""
-    samples = torch.randn(100, 30, 6, generator=torch.Generator().manual_seed(3))
+    samples = torch.randn(
+        100, 30, 6, generator=torch.Generator(torch.get_default_device()).manual_seed(3)
+    )
     found = of(samples, 0.375 * samples.square().sum(-1))
     low = found.of_all.at_least(0.01 / 7)
     assert called_narrow(low[:, :6]) < 0.3
@@ -125,7 +127,9 @@ def test_scalars_of_a_vector_are_seen_together() -> None:
 @pytest.mark.parametrize(("factor", "accepted"), [(1.0, True), (0.5, False)])
 def test_noise_is_called_curved_as_often_as_is_said(factor: float, accepted: bool) -> None:
     """Normal noise: of 4000, one in twenty, with a false alarm of 1e-6; not at half the error."""
-    heights = 0.7 * torch.randn(4000, 10, generator=torch.Generator().manual_seed(4))
+    heights = 0.7 * torch.randn(
+        4000, 10, generator=torch.Generator(torch.get_default_device()).manual_seed(4)
+    )
     fit = of(scores(10).expand(4000, 10), heights).of_all
     share = float((fit.value - factor * (fit.value - fit.at_least(0.05)) > 0).double().mean())
     slack = -NormalDist().inv_cdf(5e-7) * math.sqrt(0.05 * 0.95 / 4000)
@@ -141,7 +145,7 @@ def test_a_parabola_that_fits_a_step_is_not_enough(
     heights: Callable[[Tensor], Tensor], fooled: str
 ) -> None:
     """A posterior in the tail of a prior, and one that ends inside of the guide: one fit errs."""
-    z = torch.randn(200, 50, generator=torch.Generator().manual_seed(5))
+    z = torch.randn(200, 50, generator=torch.Generator(torch.get_default_device()).manual_seed(5))
     found = of(z, heights(z))
     assert called_narrow(getattr(found, fooled).at_least(FALSE_ALARM)) > 0.5
     assert called_narrow(found.at_least(FALSE_ALARM)) == 0.0

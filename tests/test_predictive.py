@@ -220,7 +220,7 @@ def nested(x: Tensor, y: Tensor) -> None:
 
 
 def nested_data(groups: int, trials: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(groups * 10 + trials)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(groups * 10 + trials)
     x = torch.randn(groups, trials, 2, generator=generator)
     return {"x": x, "y": torch.randn(groups, trials, generator=generator)}
 

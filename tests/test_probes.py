@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyro_mpis import MPImportance
 from pyro_mpis.particles import memory, probes
+from pyro_mpis.programs import rewritten
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -173,3 +174,29 @@ def test_every_element_of_a_plate_is_told_from_the_others(size: int) -> None:
         pyro.set_rng_seed(0)
         evidences.append(MPImportance(model, num_samples=4).run(in_another_plate).evidence())
     torch.testing.assert_close(*evidences)
+
+
+def by_index() -> None:
+    """A latent that is an index once it is rounded."""
+    x = pyro.sample("x", dist.Uniform(0.0, 3.0))
+    with pyro.plate("data", 2):
+        loc = torch.tensor([-1.0, 0.0, 2.0])[x.long()]
+        pyro.sample("y", dist.Normal(loc, 1.0), obs=torch.tensor([0.3, 1.0]))
+
+
+def test_nan_is_no_index_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rewritten, "NAN_IS_FOUND", set[str]())
+    nan = torch.tensor([1.0, torch.nan])
+    with rewritten.NoNanAsIndex():
+        for convert in (
+            lambda: nan.long(),
+            lambda: nan.to(torch.int32),
+            lambda: nan.to("cpu", dtype=torch.long),
+            lambda: nan.type(torch.short),
+            lambda: torch.func.vmap(lambda x: x.long())(nan),
+        ):
+            with pytest.raises(IndexError, match="nan is no index"):
+                convert()
+        assert nan.to(torch.float32).dtype == torch.float32
+        assert nan.nan_to_num().long().tolist() == [1, 0]
+    compare(by_index, num_samples=4, seed=1)

@@ -81,7 +81,7 @@ def spread(fn: Any, strata: Strata = Strata(K, K), runs: int = RUNS) -> Tensor: 
     fn = fn.expand([runs])
     shape = uniform_shape(fn)
     assert shape is not None
-    uniforms = strata.uniforms(shape, torch.device("cpu"))
+    uniforms = strata.uniforms(shape, torch.get_default_device())
     return value_at(fn.expand([strata.number, runs]), uniforms)
 
 
@@ -165,11 +165,11 @@ def test_vectors(name: str) -> None:
 def test_some_of_more_draws() -> None:
     """Those that are particles, the first or others in each element; every draw is uniform."""
     pyro.set_rng_seed(0)
-    first = Strata(6, K).uniforms(torch.Size([RUNS]), torch.device("cpu"))
+    first = Strata(6, K).uniforms(torch.Size([RUNS]), torch.get_default_device())
     check_each_particle(first)
     check_strata(first[:K])
     kept = torch.rand((6, RUNS)).argsort(0)[:K]
-    chosen = Strata(6, K, kept).uniforms(torch.Size([RUNS, 2]), torch.device("cpu"))
+    chosen = Strata(6, K, kept).uniforms(torch.Size([RUNS, 2]), torch.get_default_device())
     for numbers in chosen.unbind(-1):
         check_each_particle(numbers)
         check_strata(numbers.gather(0, kept))

@@ -91,8 +91,8 @@ def ends_of(start: Start, guide: AutoPlateNormal) -> dict[str, Tensor]:
     """Return where an interval of one sd starts, its median and its end, of some draws: (3, *)."""
     call = start.programs
     draws = guide.draws(DRAWS, call.args, call.kwargs)
-    probabilities = torch.tensor([0.16, 0.5, 0.84])
-    return {name: draw.quantile(probabilities.to(draw), 0) for name, draw in draws.items()}
+    bounds = (0.16, 0.5, 0.84)
+    return {name: draw.quantile(draw.new_tensor(bounds), 0) for name, draw in draws.items()}
 
 
 def told_of_labels(found: Labels, *, reaches_all: bool) -> str:

@@ -191,7 +191,8 @@ def _evaluated(
     precision: dict[Pair, Tensor],
     points: int,
 ) -> _State:
-    noise = [antithetic(points, (*block.shape, block.size)) for block in blocks]
+    shapes = [(*block.shape, block.size) for block in blocks]
+    noise = [antithetic(points, shape).to(gaussian.means[0].device) for shape in shapes]
     derivatives = evaluate(gaussian.at(noise))
     pairs = derivatives.log_joints.reshape(2, -1).mean(0)
     elbo = float(pairs.mean()) + gaussian.entropy()

@@ -28,7 +28,7 @@ from pyro_mpis.programs.environment import Environment
 from pyro_mpis.programs.messages import is_delta, is_latent, statements
 from pyro_mpis.programs.runs import Programs, Wanted, evaluate
 from pyro_mpis.programs.structure import Structure
-from pyro_mpis.programs.tensors import is_mapped, tensors_of
+from pyro_mpis.programs.tensors import device_of, is_mapped, tensors_of
 
 PRIOR_DRAWS = 200
 UNBOUNDED = 1e4  # times the sd of draws in place of an improper prior's: no bound to a fit's sd
@@ -206,12 +206,13 @@ def start_of(plan: Plan, structure: Structure, trace: Trace) -> Start:
             shapes=structure.latent_shapes,
         )
     priors = {}
+    device = device_of(tensors_of([site["value"] for site in statements(trace).values()]))
     reads_discrete = _reading(structure, set(structure.origins) - set(free_names))
     for name in free_names:
-        free = said[name]["free"].along(0)
+        free = said[name]["free"].along(0).to(device)
         scale = None
         if "scale" in said[name] and name not in reads_discrete:
-            scale = said[name]["scale"].along(0).double().median(0).values
+            scale = said[name]["scale"].along(0).to(device).double().median(0).values
         median, width = _median_and_sd(free.double())
         if is_improper(sites[name]["fn"]):
             width = UNBOUNDED * width
@@ -244,5 +245,5 @@ def _reading(structure: Structure, names: set[str]) -> set[str]:
 
 def _median_and_sd(draws: Tensor) -> tuple[Tensor, Tensor]:
     """Return the median and half the range of 68 % of draws."""
-    low, median, high = draws.quantile(torch.tensor([0.16, 0.5, 0.84], dtype=draws.dtype), 0)
+    low, median, high = draws.quantile(draws.new_tensor([0.16, 0.5, 0.84]), 0)
     return median, (0.5 * (high - low)).clamp(min=1e-6)

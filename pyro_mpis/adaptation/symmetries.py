@@ -114,14 +114,14 @@ def _told_apart(
         ).amin(0)
         if float(distance.max()) > best:
             best = float(distance.max())
-            element = torch.arange(distance.numel()) == distance.argmax()
+            element = torch.arange(distance.numel(), device=distance.device) == distance.argmax()
             result = replace(images, block=block.number, element=element.reshape(block.shape))
     return result
 
 
 def _distance(block: Block, images: Images, which: int, ends: Mapping[str, Tensor]) -> Tensor:
     """Return how many sds an image is away, in each element of a block: ``(*batch dims)``."""
-    result = torch.zeros(block.shape)
+    result = torch.zeros(block.shape, device=ends[block.parts[0].name].device)
     for part in block.parts:
         low, median, high = ends[part.name]
         width = 0.5 * (high - low)

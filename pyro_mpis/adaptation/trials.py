@@ -371,7 +371,7 @@ def matched(guide: AutoPlateNormal, noise: Mapping[int, Noise]) -> AutoPlateNorm
         moments = noise[block.number]
         variance = 1 / moments.ess.unsqueeze(-1)  # of a mean
         shifts.append((_trust(moments.mean, variance) * moments.mean).to(mean))
-        unit = torch.eye(block.size, dtype=torch.double)
+        unit = torch.eye(block.size, dtype=torch.double, device=mean.device)
         excess = moments.covariance - unit
         own = torch.diag_embed(excess.diagonal(dim1=-2, dim2=-1))
         of_own = _trust(own, torch.diag_embed(2 * variance.expand(moments.mean.shape)))

@@ -264,5 +264,6 @@ def _pareto_k(log_weights: Tensor) -> float:
         return -math.inf if bool(cutoff > NEGLIGIBLE) else math.inf
     if excess.numel() < MIN_TAIL:  # ties, or all the weight on a few particles
         return math.nan if bool(cutoff > NEGLIGIBLE) else math.inf
-    k_hat, _ = fit_generalized_pareto(excess)
+    with torch.device("cpu"):  # where Pyro makes its own tensors
+        k_hat, _ = fit_generalized_pareto(excess)
     return float(k_hat)

@@ -47,7 +47,8 @@ def differing(
     }
     factors = [factor for factor in graph.factors if factor.name in found]
     expected = [_at_mixture(graph, factor, reads, mixture) for factor in factors]
-    actual = [_aligned(graph, factor, found[factor.name], mixture) for factor in factors]
+    aligned = (_aligned(graph, factor, found[factor.name], mixture) for factor in factors)
+    actual = [tensor.to(graph.device) for tensor in aligned]
     return _different(factors, actual, expected)
 
 
@@ -137,7 +138,7 @@ def _read_by_index(
     order = [inner.index(symbol) for symbol in plates]
     at: tuple[slice | Tensor, ...]
     if site.switch and site.switch in mixture.chosen:  # each row has a particle of its own
-        rows = torch.arange(mixture.rows).reshape((-1,) + (1,) * len(inner))
+        rows = torch.arange(mixture.rows, device="cpu").reshape((-1,) + (1,) * len(inner))
         switch = mixture.chosen[site.switch].reshape(-1)
         at = (rows, *(position[s][switch] for s in ordinal_dims))
         return of_elements[at].permute((0, *(1 + dim for dim in order)))

@@ -24,7 +24,7 @@ from pyro_mpis.factor_graph.graph import FactorGraph, LogFactor, SiteValue, exch
 from pyro_mpis.particles.evaluation import Evaluated
 from pyro_mpis.particles.proposals import Particles
 from pyro_mpis.programs.structure import Index, Site, Structure
-from pyro_mpis.programs.tensors import Mapped
+from pyro_mpis.programs.tensors import Mapped, device_of
 
 PRECISE = torch.float32.itemsize  # numbers of fewer bytes are too coarse to add up log_probs
 
@@ -67,17 +67,18 @@ def graph_of(
     :param sizes: of the indices.
     """
     plates = structure.plates
+    device = device_of(factor.tensor for factor in factors)
     return FactorGraph(
-        factors=tuple(factors),
+        factors=tuple(replace(f, tensor=f.tensor.to(device)) for f in factors),
         sizes={**sizes, **{symbol: plate.size for symbol, plate in plates.items()}},
         index_plates={index.symbol: index.plates for index in structure.indices},
         plate_dims={symbol: plate.dim for symbol, plate in plates.items()},
         max_plate_nesting=structure.max_plate_nesting,
-        values=values,
+        values={n: replace(v, tensor=v.tensor.to(device)) for n, v in values.items()},
         plate_names={symbol: plate.name for symbol, plate in plates.items()},
         index_sites={index.symbol: index.sites for index in structure.indices},
         dtype=_result_type(factors),
-        device=factors[0].tensor.device if factors else torch.zeros(()).device,
+        device=device,
     )
 
 

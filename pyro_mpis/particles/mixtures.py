@@ -185,7 +185,7 @@ def _chosen(
     structure: Structure, sizes: Mapping[str, int], symbols: Collection[str], rows: int
 ) -> dict[str, Tensor]:
     """Choose a particle for each element of some indices: ``(rows, *plates)``, by symbol."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     chosen = {}
     for size, elements in _of_one_size(structure, sizes, symbols).items():
         numbers = _telling_apart(sum(elements.values()), size, rows, generator)
@@ -210,10 +210,10 @@ def _telling_apart(elements: int, size: int, rows: int, generator: torch.Generat
     """
     digits = min(_digits(elements, size), rows)
     numberings = -(-rows // digits)
-    numbers = torch.rand((numberings, 1, elements), generator=generator).argsort(-1)
-    places = size ** torch.arange(digits)
+    numbers = torch.rand((numberings, 1, elements), generator=generator, device="cpu").argsort(-1)
+    places = size ** torch.arange(digits, device="cpu")
     found = (numbers // places.unsqueeze(-1) % size).flatten(0, 1)[:rows]
-    renamed = torch.rand((rows, size), generator=generator).argsort(-1)
+    renamed = torch.rand((rows, size), generator=generator, device="cpu").argsort(-1)
     return renamed.gather(-1, found)
 
 

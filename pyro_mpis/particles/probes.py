@@ -31,6 +31,7 @@ from pyro_mpis.particles.proposals import Particles
 from pyro_mpis.programs.densities import density_of
 from pyro_mpis.programs.messages import counted
 from pyro_mpis.programs.not_mappable import NotMappableError
+from pyro_mpis.programs.rewritten import NoNanAsIndex
 from pyro_mpis.programs.runs import Collect, Programs, Wanted, evaluate
 from pyro_mpis.programs.structure import Structure
 
@@ -122,7 +123,7 @@ def run_probe(
 
 def _rows(structure: Structure, particles: Particles, num_rows: int) -> dict[str, Tensor]:
     """Return the particle of each index in each row: random ones, the same in every run."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     order = {}
     for index in structure.indices:
         size = particles.sizes[index.symbol]
@@ -143,7 +144,8 @@ def _log_probs(
     """Change latents to nan, or, where that stops the model, to another particle's value."""
     run = partial(_probing_run, structure, particles, programs, patterns, order, apart)
     try:
-        return run(with_nan=True)
+        with NoNanAsIndex():
+            return run(with_nan=True)
     except (NotMappableError, ValueError, RuntimeError):  # as a Cholesky factor does
         return run(with_nan=False)
 

@@ -16,7 +16,14 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, Transform, TransformedDistribution
 
 from pyro_mpis.programs.stratified import Strata, uniform_shape, value_at
-from pyro_mpis.programs.tensors import exchange, is_mapped, mapped_as, tensors_of, unwrapped
+from pyro_mpis.programs.tensors import (
+    device_of,
+    exchange,
+    is_mapped,
+    mapped_as,
+    tensors_of,
+    unwrapped,
+)
 
 
 def draw_of(fn: Any, number: Tensor, strata: Strata) -> Tensor:
@@ -28,7 +35,7 @@ def draw_of(fn: Any, number: Tensor, strata: Strata) -> Tensor:
     :return: the value, mapped at that level: ``(*batch shape, *event shape)``.
     """
     shape = uniform_shape(fn) if strata.spread > 1 else None
-    uniforms = None if shape is None else strata.uniforms(shape, number.device)
+    uniforms = None if shape is None else strata.uniforms(shape, device_of(tensors_of(fn)))
     values = _together(fn, strata.number, uniforms)
     if values is None:
         values = torch.stack([_alone(fn, k, uniforms) for k in range(strata.number)])

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.overrides import TorchFunctionMode
 
-from pyro_mpis.programs.tensors import exchange, is_mapped, tensors_of, unwrapped
+from pyro_mpis.programs.tensors import device_of, exchange, is_mapped, tensors_of, unwrapped
 
 # Where code lies that is not the user's.
 LIBRARIES = tuple(
@@ -190,7 +190,13 @@ class _Replaced(TorchFunctionMode):
         self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Any:
         """Apply an operation that is not replaced."""
-        return func(*args, **kwargs)
+        try:
+            return func(*args, **kwargs)
+        except RuntimeError as error:
+            moved = _beside_others((args, kwargs)) if "same device" in str(error) else None
+            if moved is None:
+                raise
+            return func(*moved[0], **moved[1])
 
 
 class _Rewritten(_Replaced):
@@ -201,10 +207,24 @@ class _Rewritten(_Replaced):
     ) -> Any:
         """Apply an operation; an error notes which levels it failed on."""
         try:
-            return func(*args, **kwargs)
+            return super().apply(func, args, kwargs)
         except Exception as error:
             vars(error).setdefault(READ, _levels_of((args, kwargs)))
             raise
+
+
+def _beside_others(part: Any) -> Any:
+    """
+    Move numbers to the device that the tensors beside them are on; None if there are none to move.
+
+    Torch combines a number with tensors of any device. In a mapped run it takes it for a vector.
+    """
+    tensors = tensors_of(part)
+    devices = {tensor.device for tensor in tensors if tensor.dim()} or {device_of(tensors)}
+    if len(devices) != 1 or not any(map(is_mapped, tensors)):
+        return None
+    (device,) = devices
+    return exchange(part, lambda tensor: tensor if tensor.dim() else tensor.to(device))
 
 
 def _set_item(tensor: Tensor, index: Any, value: Any) -> Any:
@@ -282,6 +302,37 @@ class CholeskyOrNan(_Replaced):
 
     def __init__(self) -> None:
         super().__init__({torch.linalg.cholesky: _cholesky})
+
+
+NAN_IS_FOUND = {"cpu"}  # devices where an index out of bounds is an error like others
+
+
+def _converted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Refuse nan as an integer, where it may become an index."""
+    dtypes = [part for part in (*args, *kwargs.values()) if isinstance(part, torch.dtype)]
+    if any(dtype.is_floating_point for dtype in dtypes) or tensor.device.type in NAN_IS_FOUND:
+        return NotImplemented
+    if tensor.is_floating_point() and bool(unwrapped(tensor).tensor.isnan().any()):
+        raise IndexError("nan is no index")
+    return NotImplemented
+
+
+def _to(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+    is_dtype = any(isinstance(part, torch.dtype) for part in (*args, *kwargs.values()))
+    return _converted(tensor, *args, **kwargs) if is_dtype else NotImplemented
+
+
+class NoNanAsIndex(_Replaced):
+    """
+    Raise an error where nan becomes an integer, on a GPU.
+
+    There an index out of bounds ends all work of the process on the device.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            {Tensor.long: _converted, Tensor.int: _converted, Tensor.to: _to, Tensor.type: _to}
+        )
 
 
 def _number(tensor: Tensor) -> Any:

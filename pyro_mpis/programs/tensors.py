@@ -7,7 +7,7 @@ is 0.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -96,6 +96,13 @@ def tensors_of(part: Any) -> list[Tensor]:
     return tensors
 
 
+def device_of(tensors: Iterable[Tensor]) -> torch.device:
+    """Return where tensors are combined: on a GPU if one is there; numbers may be elsewhere."""
+    devices = [tensor.device for tensor in tensors]
+    others = (device for device in devices if device.type != "cpu")
+    return next(others, devices[0] if devices else torch.get_default_device())
+
+
 def unwrapped(tensor: Tensor) -> Mapped:
     """Return a tensor of the innermost function with its levels as dims on the left."""
     levels: list[int] = []  # counted from 1, the innermost first
@@ -126,7 +133,8 @@ def elementwise(
     """
     if _VMAP_ALONE:
         return None
-    parts = [unwrapped(tensor) for tensor in tensors]
+    device = device_of(tensors)  # torch takes numbers from any device
+    parts = [unwrapped(tensor if tensor.dim() else tensor.to(device)) for tensor in tensors]
     if any(map(_functorch.is_functorch_wrapped_tensor, (part.tensor for part in parts))):
         return None
     levels = sorted({level for part in parts for level in part.levels})
