@@ -46,7 +46,8 @@ class Images:
             result[name] = torch.where(row_of(self.shares[name], which), 1 - value, value)
         for (name, dim), orders in self.orders.items():
             if name in values:
-                result[name] = result[name].index_select(dim, row_of(orders, which))
+                row = row_of(orders, which).to(result[name].device)
+                result[name] = result[name].index_select(dim, row)
         return result
 
     def reaches(self, names: Iterable[str]) -> bool:

@@ -167,7 +167,7 @@ def _told_apart(
         distance = torch.stack([of_pair[block.number] for of_pair in of_pairs]).amin(0)
         if float(distance.max()) > best:
             best = float(distance.max())
-            element = torch.arange(distance.numel()) == distance.argmax()
+            element = torch.arange(distance.numel(), device=distance.device) == distance.argmax()
             modes = Modes(tuple(gaussians), block.number, element.reshape(block.shape))
             result = guide.with_modes(modes)
     return result
