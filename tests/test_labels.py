@@ -3,6 +3,7 @@
 
 import re
 import warnings
+from collections.abc import Sequence
 
 import pyro
 import pyro.distributions as dist
@@ -14,6 +15,7 @@ from pyro_mpis import MPImportance, MPISWarning
 from pyro_mpis.adaptation.adapting import started
 from pyro_mpis.adaptation.gaussian import Gaussian
 from pyro_mpis.adaptation.labels import _exchangeable, _log_joint, _Point, axes_of
+from pyro_mpis.adaptation.modes import Place, at_other_orders
 from pyro_mpis.adaptation.symmetries import Symmetries
 from pyro_mpis.options import Options
 
@@ -85,18 +87,21 @@ def test_joint_density_is_summed_over_states() -> None:
 
 def test_a_guide_in_one_order_is_told_of_the_other() -> None:
     start = started(chain, (), {}, Options(num_samples=2))
-    guide = start.guide(
-        Gaussian([torch.tensor([1.0, -1.0, -2.0, 2.0])], [0.3 * torch.eye(4)], {}),
-        frozenset(),
-        tails=False,
-    )
+    (block,) = start.blocks  # with particles of its own for each state
+    means = torch.tensor([[1.0, -2.0], [-1.0, 2.0]]).reshape(*block.shape, 2)
+    scales = 0.3 * torch.eye(2).expand(*block.shape, 2, 2)
+    guide = start.guide(Gaussian([means], [scales], {}), frozenset(), tails=False)
     symmetries = Symmetries(start)
     (told,) = symmetries.told(guide, is_sure=True)
     assert re.match(r"2 elements of 'loc', 'to' can .* up to log 2 = 0\.6931", told)
-    guide = symmetries.spread(guide)  # the elements of the plate share one particle index
-    assert guide.images is not None
-    assert guide.images.number == 2
-    assert symmetries.told(guide, is_sure=True) == []
+    assert symmetries.spread(guide).images is None
+
+    def refit(places: Sequence[Place]) -> Gaussian:
+        return Gaussian([mean for mean, _ in places], [sd.diag_embed() for _, sd in places], {})
+
+    spread = at_other_orders(start, guide, refit)
+    assert spread.guide.num_modes == 2
+    assert symmetries.told(spread.guide, is_sure=True) == []
     pyro.set_rng_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("error", MPISWarning)

@@ -96,6 +96,7 @@ def ratios(guide: AutoPlateNormal, runs: int) -> Tensor:
     return (posterior._replicates() - log_evidence_of_plane()).exp()
 
 
+@pytest.mark.slow
 def test_evidence_is_unbiased(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     Rejects a right program once in 15,000; the wrong one adds up densities of modes.

@@ -92,6 +92,8 @@ class Symmetries:
         if reaches_all and is_sure:
             return told
         for labels in far_labels(self._start, guide):
+            if guide.num_modes >= labels.orders:
+                continue  # each order is a mode of the guide
             if images is None or not images.reaches(labels.names):
                 told.append(told_of_labels(labels, reaches_all=reaches_all))
         return told
