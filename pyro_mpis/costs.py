@@ -135,10 +135,13 @@ def run_plan_of(
         model.sizing.evaluation(sizes),
         key=lambda need: need.bytes,
     )
-    names = quoted(name for s in sorted(need.symbols) for name in structure.by_symbol[s].sites)
+    named = structure.named(need.symbols)
+    names = quoted(sorted(named, key=list(structure.model).index))
     largest = f"{need.what}, for each combination of {names}" if names else need.what
     advice = [*_groups(model, need.symbols), *_enumerable(structure, traces, num_samples)]
-    return RunPlan(costs, largest, tuple(advice), memory_limit)
+    counts = {index.num_samples for index in structure.indices if not index.enumerated}
+    given = model.cost_of(structure) if len(counts) > 1 else None
+    return RunPlan(costs, largest, tuple(advice), memory_limit, given)
 
 
 class _CostModel:
@@ -165,8 +168,12 @@ class _CostModel:
 
     def cost(self, num_samples: int) -> Cost:
         """Return what a run with K particles of each index takes."""
-        structure = self.structure.with_num_samples(num_samples)
+        return self.cost_of(self.structure.with_num_samples(num_samples))
+
+    def cost_of(self, structure: Structure) -> Cost:
+        """Return what a run takes with the numbers of particles that a structure has."""
         sizes = structure.num_particles
+        num_samples = max((index.num_samples for index in structure.indices), default=1)
         try:
             cut = memory.fit(structure, self.memory_limit, self.device, self.footprint)
             blocks = {**sizes, **cut.blocks}

@@ -136,16 +136,14 @@ class MPImportance(Posterior):
         self.guide = None if guide is None else checked_program("guide", guide)
         self.num_samples = None if num_samples is None else checked_numbers(num_samples)
         self._is_number_given = num_samples is not None
-        self.groups = tuple(groups)
-        self.shared_plates = tuple(shared_plates)
+        self.groups, self.shared_plates = tuple(groups), tuple(shared_plates)
         self.max_plate_nesting = number_of_dims(max_plate_nesting)
         self.memory_limit = number_of_bytes(memory_limit)
         self.time_limit = number_of_seconds(time_limit)
         self.stratified = bool(stratified)
         self.num_replicates = positive("num_replicates", num_replicates)
-        self.executor = executor
-        self.disable_progbar = disable_progbar
-        self._sums, self._weights = [], []
+        self.executor, self.disable_progbar = executor, disable_progbar
+        self._hold([], [], 0)
         self._told = self._told_of_error = False
         super().__init__()  # type: ignore[no-untyped-call]
 
@@ -237,7 +235,7 @@ class MPImportance(Posterior):
         possible = [total for total in sums if bool(torch.isfinite(total.log_evidence))]
         if not possible:
             raise impossible(sums[0])
-        self._sums, self._weights = possible, [{} for _ in possible]
+        self._hold(possible, [{} for _ in possible], len(sums))
         if not self._is_number_given:
             self.num_samples = possible[0].replicate.plan.num_samples
         self._told = self._told_of_error = False
@@ -271,7 +269,8 @@ class MPImportance(Posterior):
         :raises ValueError: if model, guide or data do not fit; the message names the site.
         """
         programs = programs_of(self.model, self.guide, args, kwargs)
-        return planning.run_plan(programs, self._options)
+        of_one = planning.run_plan(programs, self._options)
+        return replace(of_one, num_replicates=self.num_replicates)
 
     @in_turn
     def render(self, *args: object, **kwargs: object) -> "Digraph":
@@ -311,10 +310,10 @@ class MPImportance(Posterior):
             into memory. Without them each query of the loaded result evaluates the model again.
         :raises NotImplementedError: if a plate selects a subsample.
         """
-        sums = self._ran()
         given = {field.name: getattr(self, field.name) for field in fields(saving.Settings)}
-        settings = saving.Settings(**{**given, "groups": checked_groups(self.groups)})
-        saving.save(path, settings, sums, self._weights, factors=factors)
+        given |= {"groups": checked_groups(self.groups), "num_replicates": self._number}
+        settings = saving.Settings(**given)
+        saving.save(path, settings, self._ran(), self._weights, factors=factors)
 
     @classmethod
     @in_turn
@@ -350,8 +349,9 @@ class MPImportance(Posterior):
         called_with = saving.arguments(path, stored, args, kwargs)
         posterior = cls(model, guide, **vars(stored.settings))
         programs = programs_of(model, guide, called_with.args, called_with.kwargs)
-        posterior._sums = saving.sums_of(path, stored, programs, posterior._options)
-        posterior._weights = [dict(kept.weights) for kept in stored.sums]
+        sums = saving.sums_of(path, stored, programs, posterior._options)
+        weights = [dict(kept.weights) for kept in stored.sums]
+        posterior._hold(sums, weights, posterior.num_replicates)
         return posterior
 
     @in_turn
@@ -366,7 +366,7 @@ class MPImportance(Posterior):
         """
         result = copy.copy(self)
         moved = saving.moved((self._sums, self._weights), saving.resolved(device))
-        result._sums, result._weights = moved
+        result._hold(*moved, self._number)
         result._reset()
         return result
 
@@ -379,8 +379,8 @@ class MPImportance(Posterior):
             particles = f"{range_of(counts)} particles a site"
         else:
             particles = f"as many particles as fit into {self.time_limit:g} s"
-        if self.num_replicates > 1:
-            particles += f", {self.num_replicates} replicates"
+        if (number := self._number or self.num_replicates) > 1:
+            particles += f", {number} replicates"
         result = f"log evidence {self.evidence().item():.2f}" if self._sums else "not run"
         return f"<MPImportance: {particles}, {result}>"
 

@@ -22,7 +22,8 @@ from pyro_mpis.options import (
 from pyro_mpis.programs.runs import trace_at
 from pyro_mpis.programs.turns import in_turn
 from pyro_mpis.queries import sample_of
-from pyro_mpis.results import saving
+from pyro_mpis.replicate import BlockSum
+from pyro_mpis.results import diagnostics, saving
 from pyro_mpis.results.arviz_export import Names, Wanted, build, model_groups, particle_arrays
 from pyro_mpis.results.at_draws import replay_draws
 from pyro_mpis.results.diagnostics import Diagnosis, diagnose, doubts_of_error, evidence_error
@@ -52,6 +53,12 @@ class Posterior(Sums):
     _is_number_given: bool
     _told: bool  # whether the user has been told of what is poor
     _told_of_error: bool  # and of what makes the evidence's error wrong
+    _diagnosed: tuple[tuple[float, float], Diagnosis] | None  # of this run, by which thresholds
+
+    def _hold(self, sums: list[BlockSum], weights: list[dict[str, Tensor]], number: int) -> None:
+        """Keep what a run of ``number`` replicates found, and what is known of its weights."""
+        self._sums, self._weights, self._number = sums, weights, number
+        self._diagnosed = None
 
     @in_turn
     def evidence(self, log_scale: bool = True) -> Tensor:
@@ -64,7 +71,7 @@ class Posterior(Sums):
         """
         sums = self._ran()
         log_evidences = torch.stack([total.log_evidence for total in sums])
-        log_p = log_evidences.logsumexp(0) - math.log(self.num_replicates)
+        log_p = log_evidences.logsumexp(0) - math.log(self._number)
         return (log_p if log_scale else log_p.exp()).to(sums[0].whole.dtype)
 
     @in_turn
@@ -80,14 +87,14 @@ class Posterior(Sums):
         :raises ValueError: with a single replicate.
         """
         self._ran()
-        if self.num_replicates < 2:
+        if self._number < 2:
             raise ValueError(
                 "num_replicates: the error comes from the spread of several sets of particles, and "
                 "there is one. Ask for more, num_replicates=8 for example."
             )
         error = evidence_error(self._replicates())
         if not self._told_of_error:
-            doubts = doubts_of_error(self._diagnosis(self.marginals()))
+            doubts = doubts_of_error(self._diagnosis())
             if doubts:
                 warn(f"evidence_error: {error:.2g} is not to be trusted. {' '.join(doubts)}")
         self._told_of_error = True
@@ -202,12 +209,11 @@ class Posterior(Sums):
         """
         if not 0 < prob < 1:
             raise ValueError(f"prob: expected a probability between 0 and 1, but found {prob!r}.")
-        marginals = self.marginals()
         if not self._told:
-            for problem in self._diagnosis(marginals).problems:
+            for problem in self._diagnosis().problems:
                 warn(str(problem))
         self._told = True
-        return self._summary(marginals, prob)
+        return self._summary(self.marginals(), prob)
 
     @in_turn
     def diagnose(self, *, show: bool | None = None) -> Diagnosis:
@@ -222,7 +228,7 @@ class Posterior(Sums):
         :param show: whether to print it. By default a script prints it. In a notebook, or at a
             prompt, the result shows itself: there nothing is printed.
         """
-        diagnosis = self._diagnosis(self.marginals())
+        diagnosis = self._diagnosis()
         at_prompt = hasattr(sys, "ps1")  # which shows what a call returns
         if show or (show is None and not at_prompt):
             print(diagnosis)
@@ -234,15 +240,20 @@ class Posterior(Sums):
         return summarise(
             marginals,
             self._sampled(),
-            float(log_evidences.logsumexp(0)) - math.log(self.num_replicates),
-            evidence_error(log_evidences) if self.num_replicates > 1 else None,
+            float(log_evidences.logsumexp(0)) - math.log(self._number),
+            evidence_error(log_evidences) if self._number > 1 else None,
             {m.log_weights.shape[-1] for name, m in marginals.items() if name in self._sampled()},
             prob,
             None if self._is_number_given else self.time_limit,
         )
 
-    def _diagnosis(self, marginals: Mapping[str, Marginal]) -> Diagnosis:
-        return diagnose(self._ran()[0], marginals, self._sampled(), self._replicates())
+    def _diagnosis(self) -> Diagnosis:
+        """Return the diagnosis of this run, made when it is first asked for."""
+        total, thresholds = self._ran()[0], (diagnostics.LOW_ESS, diagnostics.HIGH_K_HAT)
+        if self._diagnosed is None or self._diagnosed[0] != thresholds:
+            found = diagnose(total, self.marginals(), self._sampled(), self._replicates())
+            self._diagnosed = thresholds, found
+        return self._diagnosed[1]
 
     @in_turn
     def to_arviz(
@@ -296,9 +307,9 @@ class Posterior(Sums):
         attributes: dict[str, object] = {
             "log_evidence": float(self.evidence()),
             "num_particles": max(self._counts()),
-            "num_replicates": self.num_replicates,
+            "num_replicates": self._number,
         }
-        if self.num_replicates > 1:
+        if self._number > 1:
             attributes["log_evidence_error"] = evidence_error(self._replicates())
         return build(groups, attributes, names)
 

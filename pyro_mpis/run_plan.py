@@ -12,6 +12,8 @@ from pyro_mpis._text import data_frame, html_table, table
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+HEADER = ("K", "entries", "memory", "in parts", "seconds")
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -62,12 +64,16 @@ class RunPlan:
     :param largest: what takes most of the memory.
     :param advice: changes that would help, the best first.
     :param memory_limit: in bytes; None if it is not known.
+    :param given: what the run takes, if sites have different numbers of particles; else None.
+    :param num_replicates: how many such runs there are; those of ``costs`` are one.
     """
 
     costs: tuple[Cost, ...]
     largest: str  # what takes most memory at the K of the run
     advice: tuple[Advice, ...]
     memory_limit: int | None  # bytes
+    given: Cost | None = None
+    num_replicates: int = 1
 
     def __str__(self) -> str:
         """Return the table and the advice as text."""
@@ -95,23 +101,30 @@ class RunPlan:
         return data_frame(values).set_index("num_samples")
 
     def _lines(self) -> list[tuple[str, ...]]:
-        lines: list[tuple[str, ...]] = [("K", "entries", "memory", "in parts", "seconds")]
-        for cost in self.costs:
-            parts = "does not fit" if cost.parts == 0 else str(cost.parts)
-            lines.append(
-                (
-                    str(cost.num_samples),
-                    f"{cost.entries:.1e}",
-                    _bytes(cost.memory),
-                    parts,
-                    f"{cost.seconds:.2g}" if cost.seconds < 1e6 else f"{cost.seconds:.0e}",
-                )
-            )
-        return lines
+        return [HEADER, *(_cells(cost) for cost in self.costs)]
 
     def _remarks(self) -> list[str]:
         limit = "unknown" if self.memory_limit is None else _bytes(self.memory_limit)
-        return [f"memory limit: {limit}", f"largest: {self.largest}"]
+        remarks = [f"memory limit: {limit}", f"largest: {self.largest}"]
+        if self.given is not None:
+            _, entries, memory, parts, seconds = _cells(self.given)
+            remarks.append(
+                f"with the numbers of particles given: {entries} entries, {memory}, in parts: "
+                f"{parts}, {seconds} seconds"
+            )
+        if self.num_replicates > 1:
+            remarks.append(f"all of this is for one replicate; there are {self.num_replicates}")
+        return remarks
+
+
+def _cells(cost: Cost) -> tuple[str, ...]:
+    return (
+        str(cost.num_samples),
+        f"{cost.entries:.1e}",
+        _bytes(cost.memory),
+        "does not fit" if cost.parts == 0 else str(cost.parts),
+        f"{cost.seconds:.2g}" if cost.seconds < 1e6 else f"{cost.seconds:.0e}",
+    )
 
 
 def _wrapped(text: str) -> str:

@@ -22,11 +22,12 @@ Answer = TypeVar("Answer")
 class Sums(ImportanceTraces):
     """The sums of a run's replicates, and what they have in common."""
 
-    num_replicates: int
+    num_replicates: int  # of the next run
     executor: Executor | None
     disable_progbar: bool
     _sums: list[BlockSum]  # of the replicates with a positive evidence
     _weights: list[dict[str, Tensor]]  # of each, those that have been asked for
+    _number: int  # of replicates of the run, those of zero evidence too
 
     def __copy__(self) -> "Sums":
         """Return a copy that shares the result and the executor."""
@@ -49,7 +50,7 @@ class Sums(ImportanceTraces):
 
     def _replicates(self) -> Tensor:
         """Return each replicate's log evidence, those of zero last: (replicates,), float64."""
-        log_evidences = torch.full((self.num_replicates,), -math.inf, dtype=torch.double)
+        log_evidences = torch.full((self._number,), -math.inf, dtype=torch.double)
         for number, total in enumerate(self._ran()):
             log_evidences[number] = total.log_evidence
         return log_evidences

@@ -92,7 +92,7 @@ GUIDES: dict[str, Callable[[], Callable[..., object]]] = {
 }
 
 
-EVERY_DAY = ("AutoNormal", "AutoMultivariateNormal", "AutoNormalMessenger")
+EVERY_DAY = ("AutoNormal", "AutoMultivariateNormal")
 
 
 @pytest.mark.parametrize(

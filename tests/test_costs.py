@@ -44,6 +44,20 @@ def test_costs_grow_with_the_number_of_particles() -> None:
         assert values[0] > 0
 
 
+def test_numbers_of_particles_that_are_given() -> None:
+    """By hand: y reads three latents at 100 times, each latent itself."""
+    plan = MPImportance(change, num_samples={"before": 40, None: 5}, num_replicates=8).plan()
+    assert plan.given is not None
+    assert plan.given.entries == 100 * 40 * 5 * 5 + 40 + 5 + 5
+    text = " ".join(str(plan).split())
+    assert "with the numbers of particles given: 1.0e+05 entries" in text
+    assert "all of this is for one replicate; there are 8" in text
+    alike = plan_of(change, 5)
+    assert alike.given is None
+    assert "given" not in str(alike)
+    assert "replicate" not in str(alike)
+
+
 def test_rates_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_machine", MEASURED)
     assert all(cost.seconds > 0 for cost in plan_of(effects).costs)

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is poor is said, at the right site."""
 
+import copy
 import math
 import re
 import sys
+import warnings
 from dataclasses import replace
 
 import pyro
@@ -11,9 +13,11 @@ import pyro.distributions as dist
 import pytest
 import torch
 from posteriors import diagnosed, weighted, wide
+from pyro import settings
 
 from pyro_mpis import MPImportance, MPISWarning
 from pyro_mpis.results.diagnostics import (
+    Diagnosis,
     _heavy_tails,
     _unsure_evidence,
     diagnose,
@@ -138,6 +142,30 @@ def test_a_long_table_shows_the_lowest() -> None:
     assert "and 10 sites of higher ESS" in text
 
 
+def test_a_run_is_judged_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However it is asked; again after another run, and by other thresholds."""
+    calls = []
+
+    def counted(*args: object) -> Diagnosis:
+        calls.append(args)
+        return diagnose(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("pyro_mpis.posterior.diagnose", counted)
+    posterior = MPImportance(wide, num_samples=20, num_replicates=8).run()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MPISWarning)
+        posterior.evidence_error()
+        posterior.summary()
+        before = posterior.diagnose(show=False)
+        assert copy.copy(posterior).diagnose(show=False) is before
+        assert len(calls) == 1
+        with settings.context(mpis_low_ess=1e6):
+            assert "below 1e+06" in str(posterior.diagnose(show=False))
+        posterior.run()
+    assert posterior.diagnose(show=False).log_evidence != before.log_evidence
+    assert len(calls) == 3
+
+
 def test_before_run() -> None:
     with pytest.raises(RuntimeError, match=r"call \.run"):
         MPImportance(plated, num_samples=3).diagnose()
@@ -169,7 +197,9 @@ def test_heavy_tails() -> None:
     worst = diagnosis.bottleneck
     assert worst is not None
     assert f"(highest: mu, {worst.highest_k:.2f})" in problem.found
-    assert "Use a wider guide" in problem.helps[0]
+    assert "Make the guide wider" in problem.helps[0]
+    heavier = "may not settle" if worst.highest_k > 1 else "less exact than the ESS says"
+    assert heavier in problem.found
 
     def tight() -> None:
         mu = pyro.sample("mu", dist.Normal(0.0, 1.0))

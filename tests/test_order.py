@@ -89,7 +89,7 @@ def test_a_chain_with_globals_takes_rounds_too(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(LogSpaceRing, "_eliminate_all", counted)
     numbers = []
-    for num_steps in (32, 256):
+    for num_steps in (16, 128):
         pyro.set_rng_seed(0)
         rounds = MPImportance(chain_with_globals, chain_guide, num_samples=4).run(num_steps)
         launches.clear()

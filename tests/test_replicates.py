@@ -2,6 +2,7 @@
 """Independent replicates, and blocks and replicates sent to executors."""
 
 import math
+import warnings
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from typing import Any
 
@@ -89,6 +90,23 @@ def test_replicates_are_runs_weighted_by_evidence() -> None:
     with pytest.warns(MPISWarning, match="5 replicates rarely have a high one among them"):
         assert posterior.evidence_error() == pytest.approx(error)
     assert f"(standard error {error:.2g})" in str(posterior.summary())
+
+
+def test_a_number_of_replicates_is_for_the_next_run() -> None:
+    """Set after a run, or by adapt, it changes none of the run's answers."""
+    posterior = run(num_replicates=3)
+
+    def answers() -> tuple[float, float, str, str]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", MPISWarning)
+            found = posterior.evidence_error(), str(posterior.summary())
+        return (posterior.evidence().item(), *found, repr(posterior))
+
+    before = answers()
+    posterior.num_replicates = 7
+    assert answers() == before
+    assert len(posterior.diagnose(show=False).log_evidences) == 3
+    assert len(posterior.run().diagnose(show=False).log_evidences) == 7
 
 
 class MPImportanceOfOneDraw:

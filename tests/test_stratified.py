@@ -306,7 +306,7 @@ def ratios(runs: int, guide: Any = None, **options: Any) -> Tensor:
 @pytest.mark.parametrize(
     ("guide", "options"),
     [
-        (None, {"num_samples": 3}),
+        pytest.param(None, {"num_samples": 3}, marks=pytest.mark.slow),
         (wide_guide, {"num_samples": 3}),
         (None, {"num_samples": {"mu": 4, "x": 2}}),
         (wide_guide, {"num_samples": 3, "groups": [("mu", "x")]}),

@@ -555,6 +555,13 @@ TAKE_LONGER = {
     "AutoIAFNormal",
     "AutoGaussian",
     "EasyGuide, plated",
+    "AutoRegressiveMessenger",
+    "AutoNormal",  # as the plated one
+    "AutoMultivariateNormal, plated",
+    "AutoLowRankMultivariateNormal",
+    "AutoLaplaceApproximation",
+    "AutoHierarchicalNormalMessenger",
+    "AutoGuideList",
 }
 
 

@@ -77,7 +77,7 @@ def check_counts(counts: tuple[list[int], list[int]], tasks: int, back: int) -> 
 SIXTEEN = pytest.param(16, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("number", [1, 4, SIXTEEN])
+@pytest.mark.parametrize("number", [pytest.param(1, marks=pytest.mark.slow), 4, SIXTEEN])
 def test_data_travel_once_to_a_worker(number: int) -> None:
     """Not with each of the 64 blocks: in the run, and in each query."""
     executor, back = Pickling(number), SMALL + 64 // number * 2_000

@@ -130,7 +130,7 @@ plt.show()
 
 # %% [markdown]
 # All runs beside each other. A bar is two standard errors to either side. The narrow guide moves
-# with each doubling, until it covers the posterior; the trained one stays where it is.
+# with each doubling, until it covers the posterior; the trained one stays within its error bar.
 
 # %%
 values, errors = zip(*results.values(), strict=True)
@@ -147,4 +147,6 @@ assert results["stopped early"][0] < EXACT - 5 < results["stopped early, 8 times
 assert any("narrower than the posterior" in problem.found for problem in problems)
 assert results["stopped early, 2 times as wide"][0] > results["stopped early"][0] + 3
 assert abs(results["adapt"][0] - EXACT) < 4 * results["adapt"][1] < 1.0
-assert "CI" in os.environ or abs(results["trained"][0] - EXACT) < 0.15  # in CI it is cut short
+if "CI" not in os.environ:  # there the training is cut short
+    assert abs(results["trained"][0] - EXACT) < 4 * results["trained"][1] < 2.0
+    assert abs(results["trained, 2 times as wide"][0] - EXACT) < 0.15

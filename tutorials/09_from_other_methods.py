@@ -127,7 +127,7 @@ for shift, (name, means) in enumerate(MEANS.items()):
     plt.plot(torch.arange(8) + 0.15 * (shift - 1.5), means, "o", label=name)
 plt.xticks(range(8), list("ABCDEFGH"))
 plt.gca().set(xlabel="school", ylabel="posterior mean of the effect")
-plt.legend(fontsize="small", ncols=2, loc="center")
+plt.figlegend(fontsize="small", ncols=4, loc="outside upper center")
 plt.show()
 
 # %% [markdown]

@@ -184,7 +184,7 @@ def started(
     """Run the model plainly, and find its structure and its prior."""
     few = replace(options, num_samples=2, numbers={}, groups=(), memory_limit=None)
     plan, _, trace = plan_of(programs_of(Drawable()(model), None, args, kwargs), few)
-    refuse_subsampling([trace])
+    refuse_subsampling([trace], "To learn from minibatches, train a guide of your own by SVI.")
     sites = statements(trace)
     summed = summable(sites)
     masked = any(is_latent(site) and is_masked(site) for site in sites.values())

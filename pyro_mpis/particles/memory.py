@@ -254,10 +254,11 @@ def long_wait(structure: Structure) -> str | None:
     site, _ = largest_factor(structure)
     number = len(structure.indices_read(site))
     return (
-        f"this run evaluates {work:.1e} densities, which may take long: site '{site.name}' reads "
-        f"{number} particle indices, and has a density for each combination of their particles. "
-        f"Half as many particles take 1/{2**number} of the work. Latents that many sites read can "
-        "share an index: groups=[(...), ...]."
+        f"this run evaluates {work:.1e} densities, which may take minutes or longer: site "
+        f"'{site.name}' reads {number} particle indices, and has a density for each combination of "
+        f"their particles. To know how long, stop it and print plan(...), which also says which "
+        f"groups= would help. Half as many particles take 1/{2**number} of the work. Without "
+        "num_samples, as many are drawn as fit into three seconds."
     )
 
 

@@ -20,8 +20,12 @@ from pyro_mpis.programs.messages import (
 )
 
 
-def refuse_subsampling(traces: Iterable[Trace]) -> None:
-    """Refuse plates that select a minibatch."""
+def refuse_subsampling(traces: Iterable[Trace], instead: str = "") -> None:
+    """
+    Refuse plates that select a minibatch.
+
+    :param instead: a sentence that says what else takes one.
+    """
     for trace in traces:
         for name, node in trace.nodes.items():
             site = cast(SampleMessage, node)
@@ -32,7 +36,7 @@ def refuse_subsampling(traces: Iterable[Trace]) -> None:
                 raise ValueError(
                     f"plate '{name}': a subsample of {len(site['value'])} of {size}. The evidence "
                     "and the posterior of a minibatch are not those of the data: run on all of "
-                    "it (leave out subsample_size= and subsample=)."
+                    f"it (leave out subsample_size= and subsample=). {instead}".rstrip()
                 )
 
 

@@ -26,7 +26,7 @@ from pyro_mpis.factor_graph.marginals import Marginal
 from pyro_mpis.programs.structure import Structure
 from pyro_mpis.replicate import BlockSum
 from pyro_mpis.results.directions import Direction
-from pyro_mpis.results.remedies import LEARNED, remedies
+from pyro_mpis.results.remedies import LIGHTER_TAIL, remedies
 from pyro_mpis.results.site_diagnosis import SiteDiagnosis, diagnose_site
 from pyro_mpis.results.width import directions_of, too_narrow, unknown_directions
 
@@ -39,6 +39,8 @@ LOW_ESS = 5.0
 # From here on the weights' mean converges too slowly for any affordable number of particles
 # (Vehtari et al., 2024, "Pareto smoothed importance sampling", JMLR 25).
 HIGH_K_HAT = 0.7
+# From here on it may not converge at all: the weights have no mean.
+INFINITE_K_HAT = 1.0
 # A standard error of the log evidence, in nats: a factor of 1.6 either way.
 LARGE_ERROR = 0.5
 # Of fewer replicates, the spread is known to a quarter or worse, and usually too small.
@@ -216,11 +218,10 @@ def doubts_of_error(diagnosis: Diagnosis) -> list[str]:
             "is that of one number. More particles, or particles nearer to the posterior, make "
             "replicates alike."
         )
-    for problem in (
-        *_too_narrow(diagnosis.sites, diagnosis.directions),
-        *_heavy_tails(diagnosis.sites),
-    ):
-        doubts.append(str(problem))
+    problems = _too_narrow(diagnosis.sites, diagnosis.directions) + _heavy_tails(diagnosis.sites)
+    if problems:
+        doubts += [problem.found for problem in problems]
+        doubts.append("diagnose() says what would help.")
     return doubts
 
 
@@ -262,22 +263,19 @@ def _heavy_tails(sites: tuple[SiteDiagnosis, ...]) -> list[Problem]:
     worst = max(heavy, key=lambda site: site.highest_k)
     highest = worst.pareto_k.masked_fill(~worst.uneven | worst.pareto_k.isnan(), -math.inf)
     number = sum(int(((site.pareto_k > HIGH_K_HAT) & site.uneven).sum()) for site in heavy)
+    consequence = (
+        "their weights have a heavy tail. Answers are less exact than the ESS says, and more "
+        "particles help less than usual."
+        if worst.highest_k < INFINITE_K_HAT
+        else "the tail of their weights is so heavy that averages may not settle, however many "
+        "particles there are."
+    )
     finding = (
         f"{number} of {sum(site.ess.numel() for site in sites)} marginals have a Pareto k-hat "
         f"above {HIGH_K_HAT} (highest: {worst.element(int(highest.reshape(-1).argmax()))}, "
-        f"{worst.highest_k:.2f}): the tail of their weights is too heavy, and more particles help "
-        "only slowly."
+        f"{worst.highest_k:.2f}): {consequence}"
     )
-    remedy = (
-        "Use a wider guide for these sites: one that is narrower than the posterior gives rare "
-        "particles enormous weights."
-        if worst.proposal == "guide"
-        else "The prior has few particles where the posterior is: use a guide for these sites, "
-        "rather too wide than too narrow."
-    )
-    if worst.proposal == "learned guide":
-        remedy = LEARNED
-    return [Problem(finding, (remedy,))]
+    return [Problem(finding, (LIGHTER_TAIL[worst.proposal],))]
 
 
 def _too_narrow(

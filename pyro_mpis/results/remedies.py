@@ -41,9 +41,9 @@ MOST_NAMES = 4
 SMALL_SUPPORT = 100
 # Where adapt has made the guide.
 LEARNED = (
-    "The guide that adapt found does not fit here. Call adapt again from another seed "
-    "(pyro.set_rng_seed), or draw more particles. docs/adapting.md says which posteriors are hard "
-    "for a guide of this kind."
+    "The guide that adapt found is not close to the posterior here. Call adapt again from another "
+    "seed (pyro.set_rng_seed), or draw more particles. docs/adapting.md says which posteriors are "
+    "hard for a guide of this kind."
 )
 # By what particles are drawn from.
 BETTER = {
@@ -51,6 +51,16 @@ BETTER = {
     "one, or train one by SVI (AutoNormal, or a guide of your own).",
     "guide": "Train the guide further, or let the site read in it those that it depends on.",
     "learned guide": LEARNED,
+}
+# Against a heavy tail of the weights, by the same.
+LIGHTER_TAIL = {
+    "prior": "The prior has few particles where the posterior is: use a guide for these sites, "
+    "rather too wide than too narrow.",
+    "guide": "Make the guide wider at these sites. Where it is narrower than the posterior, a rare "
+    "particle gets a very large weight.",
+    "learned guide": "See whether the answers stay if you call adapt and run again from another "
+    "seed (pyro.set_rng_seed). docs/adapting.md says which posteriors are hard for a learned "
+    "guide.",
 }
 
 
