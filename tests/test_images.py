@@ -21,10 +21,10 @@ from pyro_mpis.adaptation.images import (
     Images,
     orders_of,
     signs_of,
-    spread_correction,
     which_image,
 )
 from pyro_mpis.adaptation.layout import by_plates, by_site
+from pyro_mpis.adaptation.mixture import spread_correction
 from pyro_mpis.adaptation.start import Start
 from pyro_mpis.adaptation.symmetries import Symmetries
 from pyro_mpis.options import Options

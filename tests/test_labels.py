@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Labels that can be exchanged are found, and a guide that has them in one order is told of it."""
 
+import re
 import warnings
+from collections.abc import Sequence
 
 import pyro
 import pyro.distributions as dist
@@ -11,7 +13,10 @@ from pyro.infer import config_enumerate
 
 from pyro_mpis import MPImportance, MPISWarning
 from pyro_mpis.adaptation.adapting import started
-from pyro_mpis.adaptation.labels import _axes, _exchangeable, _log_joint, _Point
+from pyro_mpis.adaptation.gaussian import Gaussian
+from pyro_mpis.adaptation.labels import _exchangeable, _log_joint, _Point, axes_of
+from pyro_mpis.adaptation.modes import Place, at_other_orders
+from pyro_mpis.adaptation.symmetries import Symmetries
 from pyro_mpis.options import Options
 
 DATA = torch.tensor([-2.0, -1.8, 1.9, 2.2, -2.2])
@@ -64,7 +69,7 @@ def test_what_is_exchanged_together(model: object, size: int, expected: object) 
     start = started(config_enumerate(model), (), {}, Options(num_samples=2))
     values = {name: start.sites[name]["value"].detach() for name in start.priors}
     point = _Point(values, _log_joint(start, values))
-    assert _exchangeable(start, point, _axes(start)[size], [(0, 1)]) == expected
+    assert _exchangeable(start, point, axes_of(start)[size], [(0, 1)]) == expected
 
 
 def test_joint_density_is_summed_over_states() -> None:
@@ -81,10 +86,23 @@ def test_joint_density_is_summed_over_states() -> None:
 
 
 def test_a_guide_in_one_order_is_told_of_the_other() -> None:
+    start = started(chain, (), {}, Options(num_samples=2))
+    (block,) = start.blocks  # with particles of its own for each state
+    means = torch.tensor([[1.0, -2.0], [-1.0, 2.0]]).reshape(*block.shape, 2)
+    scales = 0.3 * torch.eye(2).expand(*block.shape, 2, 2)
+    guide = start.guide(Gaussian([means], [scales], {}), frozenset(), tails=False)
+    symmetries = Symmetries(start)
+    (told,) = symmetries.told(guide, is_sure=True)
+    assert re.match(r"2 elements of 'loc', 'to' can .* up to log 2 = 0\.6931", told)
+    assert symmetries.spread(guide).images is None
+
+    def refit(places: Sequence[Place]) -> Gaussian:
+        return Gaussian([mean for mean, _ in places], [sd.diag_embed() for _, sd in places], {})
+
+    spread = at_other_orders(start, guide, refit)
+    assert spread.guide.num_modes == 2
+    assert symmetries.told(spread.guide, is_sure=True) == []
     pyro.set_rng_seed(0)
-    with pytest.warns(MPISWarning, match=r"2 elements of 'loc', 'to' can .* up to log 2 = 0\.6931"):
-        MPImportance(chain).adapt()
     with warnings.catch_warnings():
         warnings.simplefilter("error", MPISWarning)
-        pyro.set_rng_seed(0)
         MPImportance(regression).adapt()  # its elements are as far apart

@@ -17,11 +17,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from pyro_mpis._typing import Program
+from pyro_mpis.adaptation.gaussian import Gaussian
 from pyro_mpis.adaptation.guide import AutoPlateNormal
-from pyro_mpis.adaptation.images import particles_of
+from pyro_mpis.adaptation.images import MOST_IMAGES
 from pyro_mpis.adaptation.layout import by_site, trees
-from pyro_mpis.adaptation.learner import learnt
-from pyro_mpis.adaptation.moments import matched_by_moments
+from pyro_mpis.adaptation.learner import learnt, refitted
+from pyro_mpis.adaptation.modes import Place, Spread, at_other_orders, told_of_orders
+from pyro_mpis.adaptation.moments import ANEW, matched_by_moments
 from pyro_mpis.adaptation.natural import Settings
 from pyro_mpis.adaptation.prepared import (
     Drawable,
@@ -57,6 +59,8 @@ from pyro_mpis.workers import Workers
 FEW_REPLICATES, TREE_REPLICATES = 6, 12
 FEWER_REPLICATES = 4  # where each has several images
 SURE = 0.1  # sd of the log evidences of trial runs: all that have weight is found
+LARGE = 0.2  # mass of a mode, relative to the largest, that is worth more trial runs
+NEGLIGIBLE = 6.0  # nats below the mode of the most mass, from which on one is left out
 LOW_ESS = 5.0  # of a trial's particles outside of plates
 POINTS = (8, 4)  # at which derivatives are averaged; fewer where they take long
 MUCH_WORK = 5e6  # densities times rows of the Hessian, of an iteration
@@ -83,6 +87,7 @@ class _Candidate:
     settled: bool
     numbers: dict[str, int]  # of particles
     replicates: int
+    told: Sequence[str] = ()  # what the user is to be told of its modes
 
     @property
     def is_good(self) -> bool:
@@ -127,7 +132,7 @@ def adapted(
         missed = symmetries.told(best.guide, is_sure=is_sure)
     told = [] if best.is_good else [_poor(best, problems)]
     discrete = {name: site for name, site in start.sites.items() if is_discrete(site)}
-    told += missed + left_to_prior(discrete, start.supports)
+    told += missed + list(best.told) + left_to_prior(discrete, start.supports)
     numbers: dict[str | None, int] = {None: OTHERS}
     numbers.update(best.numbers)
     return Adapted(
@@ -212,7 +217,18 @@ def _by_gradients(
         fitted, non_centred = learnt(start, Settings(points=points), progress.fitting)
         guide = start.guide(fitted.gaussian, non_centred, tails=True)
     guide = symmetries.spread(guide)
-    return _corrected(start, guide, options, progress, settled=fitted.settled)
+    coupled = list(fitted.gaussian.couplings)
+
+    def refit(places: Sequence[Place]) -> Gaussian | None:
+        return refitted(start, places, non_centred, coupled, POINTS[-1], progress.fitting)
+
+    spread = at_other_orders(start, guide, refit)
+    if spread.guide.num_modes > 1:
+        try:
+            return _corrected(start, spread, options, progress, settled=fitted.settled)
+        except ValueError:  # a fit of another mode ended where there is no density
+            pass
+    return _corrected(start, Spread(guide), options, progress, settled=fitted.settled)
 
 
 def _by_trees(
@@ -229,7 +245,7 @@ def _by_trees(
     with start.environment.entered():
         guide = start.guide(guide.gaussian(), frozenset(), tails=True)
     guide = symmetries.spread(guide)
-    found = _corrected(start, guide, options, progress, settled=True)
+    found = _corrected(start, Spread(guide), options, progress, settled=True)
     # sums over many indices take longer than their densities
     return replace(found, replicates=min(TREE_REPLICATES, found.replicates))
 
@@ -239,12 +255,49 @@ def _tell(progress: Progress, trial: Trial) -> None:
 
 
 def _corrected(
-    start: Start, guide: AutoPlateNormal, options: Options, progress: Progress, *, settled: bool
+    start: Start, spread: Spread, options: Options, progress: Progress, *, settled: bool
 ) -> _Candidate:
-    """Move a fitted guide to the moments of trial runs."""
-    plan, numbers = fitting(start.programs, options, guide, share=0.5)
+    """Move a fitted guide to the moments of trial runs, each of its modes by itself."""
+    guide = spread.guide
+    plan, numbers = fitting(start.programs, options, guide.at_mode(0), share=0.5)
     runs = Runs(plan)
-    trial = tried(runs, guide, TRIALS)
+    modes = [guide.at_mode(mode) for mode in range(guide.num_modes)]
+    of_each = TRIALS if len(modes) <= MOST_IMAGES else 1
+    first = [tried(runs, of_mode, of_each) for of_mode in modes]
+    large = math.log(LARGE) + max(trial.log_evidence for trial in first)
+    moved = [
+        _moved_to_trials(runs, of_mode, trial, progress)
+        if len(modes) == 1 or (of_each == TRIALS and trial.log_evidence > large)
+        else (of_mode, trial)
+        for of_mode, trial in zip(modes, first, strict=True)
+    ]
+    ((guide, trial), *others) = moved
+    if others:
+        guide = _together(spread.guide, moved)
+        plan, numbers = fitting(start.programs, options, guide, share=0.5)
+        trial = tried(Runs(plan), guide, TRIALS)
+    enough = enough_of(guide, numbers, trial)
+    plan, numbers = fitting(start.programs, options, guide, enough=enough)
+    replicates = replicates_for(plan, numbers, trial, guide.num_modes)
+    return _Candidate(guide, trial, settled, numbers, replicates, told_of_orders(spread))
+
+
+def _together(
+    guide: AutoPlateNormal, tried_modes: Sequence[tuple[AutoPlateNormal, Trial]]
+) -> AutoPlateNormal:
+    """Return the guide of all modes that matter, that of the most mass first."""
+    ranked = sorted(tried_modes, key=lambda of_mode: -of_mode[1].log_evidence)
+    least = ranked[0][1].log_evidence - NEGLIGIBLE
+    kept = [mode for mode, trial in ranked if trial.log_evidence >= least] or [ranked[0][0]]
+    assert guide.modes is not None
+    gaussians = tuple(mode.gaussian() for mode in kept)
+    return guide.with_modes(replace(guide.modes, gaussians=gaussians))
+
+
+def _moved_to_trials(
+    runs: Runs, guide: AutoPlateNormal, trial: Trial, progress: Progress
+) -> tuple[AutoPlateNormal, Trial]:
+    """Move a guide of one mode to the moments of trial runs."""
     for blocks in ([0], range(len(guide.blocks))):
         _tell(progress, trial)
         if not trial.noise:
@@ -254,9 +307,7 @@ def _corrected(
         if not again.is_better(trial):
             break
         guide, trial = moved, again
-    enough = enough_of(guide, numbers, trial)
-    plan, numbers = fitting(start.programs, options, guide, enough=enough)
-    return _Candidate(guide, trial, settled, numbers, replicates_for(plan, numbers, trial))
+    return guide, trial
 
 
 def _by_moments(
@@ -270,15 +321,30 @@ def _by_moments(
     )
     numbers = dict(plan.options.numbers)
     guide = symmetries.spread(guide)
+    blocked = replace(start, blocks=guide.blocks)
+
+    def refit(places: Sequence[Place]) -> Gaussian:
+        anew, _ = matched_by_moments(
+            blocked, options, lambda trial: _tell(progress, trial), ANEW, places
+        )
+        return anew.gaussian()
+
+    spread = at_other_orders(blocked, guide, refit)
+    guide = spread.guide
+    if guide.num_modes > 1:
+        modes = [guide.at_mode(mode) for mode in range(guide.num_modes)]
+        alone = with_numbers(options, numbers | modes[0].choices(is_final=False))
+        runs = Runs(plan_of(replace(start.programs, guide=modes[0]), alone)[0])
+        guide = _together(guide, [(mode, tried(runs, mode, TRIALS)) for mode in modes])
     programs = replace(start.programs, guide=guide)
-    if guide.images is not None:
-        images = particles_of(guide.images, is_final=False)
-        plan, _, _ = plan_of(programs, with_numbers(options, numbers | images))
+    choices = guide.choices(is_final=False)
+    if choices:
+        plan, _, _ = plan_of(programs, with_numbers(options, numbers | choices))
     trial = tried(Runs(plan), guide, TRIALS)
-    if guide.images is not None:
-        numbers |= particles_of(guide.images, is_final=True)
+    if choices:
+        numbers |= guide.choices(is_final=True)
         plan, _, _ = plan_of(programs, with_numbers(options, numbers))
     # sums over many indices take longer than their densities; images are as good as replicates
-    most = FEW_REPLICATES if guide.images is None else FEWER_REPLICATES
+    most = FEWER_REPLICATES if choices else FEW_REPLICATES
     replicates = min(most, replicates_for(plan, numbers, trial))
-    return _Candidate(guide, trial, True, numbers, replicates)
+    return _Candidate(guide, trial, True, numbers, replicates, told_of_orders(spread))

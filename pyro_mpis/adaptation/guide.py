@@ -3,25 +3,35 @@
 
 import contextlib
 import itertools
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro.nn.module import PyroModule, PyroParam
 from torch import Tensor
-from torch.distributions import biject_to, constraints
+from torch.distributions import constraints
 
 from pyro_mpis._typing import Distribution, Program
 from pyro_mpis.adaptation.gaussian import Gaussian
-from pyro_mpis.adaptation.images import IMAGE_SITE, Images, spread_correction, which_image
+from pyro_mpis.adaptation.images import (
+    IMAGE_SITE,
+    MODE_SITE,
+    Images,
+    Modes,
+    end_of,
+    particles_of,
+    which_image,
+)
 from pyro_mpis.adaptation.layout import Block, Part
 from pyro_mpis.adaptation.log_joint import Pair
+from pyro_mpis.adaptation.mixture import Mixture, chosen, spread_correction, stacked
 from pyro_mpis.adaptation.natural import antithetic
 from pyro_mpis.adaptation.parametrisation import Place, from_free
-from pyro_mpis.adaptation.tails import StretchedNormal, TailedNormal
+from pyro_mpis.adaptation.tails import StretchedNormal, TailedNormal, wide_noise
 from pyro_mpis.programs.environment import seeded
-from pyro_mpis.programs.handlers import AllMet, Stop, isolated
 from pyro_mpis.programs.mapped import run_mapped
 from pyro_mpis.programs.tensors import unwrapped
 
@@ -42,9 +52,10 @@ class AutoPlateNormal(PyroModule):
     particle index for each set of plates, and every particle of the latents around a plate has
     particles of its own inside the plate.
 
-    A posterior may have exact images: signs that turn together, or labels that change places. A
-    site ``_mpis_image`` then chooses one of them for all latents. Their density is that of the
-    mixture, as far as one block tells images apart.
+    A posterior may have exact images: a site ``_mpis_image`` then chooses one of them for all
+    latents. Orders of labels that are not equally good have a Gaussian each, which a site
+    ``_mpis_mode`` chooses. The density is that of the mixture, as far as one block tells these
+    apart.
 
     :meth:`MPImportance.adapt <pyro_mpis.MPImportance.adapt>` makes and fits it. It works in
     :class:`~pyro.infer.Importance`, :class:`~pyro.infer.Predictive` and :class:`~pyro.infer.SVI`;
@@ -71,6 +82,8 @@ class AutoPlateNormal(PyroModule):
         prior: tuple[Tensor, Tensor] | None = None,
         stretches: Mapping[int, float] | None = None,
         images: Images | None = None,
+        modes: Modes | None = None,
+        only: int | None = None,
         name: str = "",
     ) -> None:
         name = name or f"AutoPlateNormal_{next(_NUMBERS)}"  # so that no two share parameters
@@ -86,13 +99,21 @@ class AutoPlateNormal(PyroModule):
         self._pairs: tuple[Pair, ...] = tuple(gaussian.couplings)
         self.non_centred = non_centred
         self.latents = tuple(part.name for block in blocks for part in block.parts)
-        dtype = torch.get_default_dtype()
+        self.modes = modes
+        self.only = only  # the mode to which the guide keeps, of several
+        for mode, of_mode in enumerate([gaussian] if modes is None else modes.gaussians):
+            self._keep(of_mode, mode)
+
+    def _keep(self, gaussian: Gaussian, mode: int) -> None:
+        """Make parameters of a Gaussian."""
+        end, dtype = end_of(mode), torch.get_default_dtype()
         for number, (mean, scale) in enumerate(zip(gaussian.means, gaussian.scales, strict=True)):
-            setattr(self, f"loc_{number}", PyroParam(mean.detach().to(dtype)))
+            setattr(self, f"loc_{number}{end}", PyroParam(mean.detach().to(dtype)))
             positive = PyroParam(scale.detach().to(dtype), constraints.lower_cholesky)
-            setattr(self, f"scale_tril_{number}", positive)
+            setattr(self, f"scale_tril_{number}{end}", positive)
         for (block, around), coupling in gaussian.couplings.items():
-            setattr(self, f"coupling_{block}_{around}", PyroParam(coupling.detach().to(dtype)))
+            name = f"coupling_{block}_{around}{end}"
+            setattr(self, name, PyroParam(coupling.detach().to(dtype)))
 
     @property
     def model(self) -> Program:
@@ -100,14 +121,51 @@ class AutoPlateNormal(PyroModule):
         return self._model[0]
 
     def with_gaussian(self, gaussian: Gaussian) -> "AutoPlateNormal":
-        """Return a guide that differs in its Gaussian alone."""
-        return self._with(gaussian, self.images)
+        """Return a guide that differs in its Gaussian alone; of several modes, in that of one."""
+        if self.modes is None:
+            return self._with(gaussian, self.images)
+        gaussians = self._gaussians()
+        gaussians[self.only or 0] = gaussian
+        modes = replace(self.modes, gaussians=tuple(gaussians))
+        return self._with(gaussians[0], self.images, modes, self.only)
 
     def with_images(self, images: Images) -> "AutoPlateNormal":
         """Return a guide that is spread evenly over the images of a posterior."""
         return self._with(self.gaussian(), images)
 
-    def _with(self, gaussian: Gaussian, images: Images | None) -> "AutoPlateNormal":
+    def with_modes(self, modes: Modes) -> "AutoPlateNormal":
+        """Return a guide of several Gaussians; its images are told apart as the modes are."""
+        if len(modes.gaussians) == 1:
+            return self._with(modes.gaussians[0], self.images)
+        return self._with(modes.gaussians[0], self.images, modes)
+
+    def at_mode(self, mode: int) -> "AutoPlateNormal":
+        """Return the guide of one mode; its target is the posterior times this mode's share."""
+        if self.modes is None:
+            return self
+        modes = replace(self.modes, gaussians=tuple(self._gaussians()))
+        return self._with(self.gaussian(0), self.images, modes, mode)
+
+    def at_one(self) -> "AutoPlateNormal":
+        """Return the guide of the first mode alone, at one image."""
+        return self._with(self.gaussian(0), None)
+
+    def _gaussians(self) -> list[Gaussian]:
+        """Return the Gaussians of all modes."""
+        return [self.gaussian(mode) for mode in range(self.num_modes)]
+
+    @property
+    def num_modes(self) -> int:
+        """The number of Gaussians."""
+        return 1 if self.modes is None else len(self.modes.gaussians)
+
+    def _with(
+        self,
+        gaussian: Gaussian,
+        images: Images | None,
+        modes: Modes | None = None,
+        only: int | None = None,
+    ) -> "AutoPlateNormal":
         return AutoPlateNormal(
             self.model,
             self.blocks,
@@ -119,6 +177,8 @@ class AutoPlateNormal(PyroModule):
             prior=self._prior,
             stretches=self._stretches,
             images=images,
+            modes=modes,
+            only=only,
             name=self._pyro_name,
         )
 
@@ -133,26 +193,34 @@ class AutoPlateNormal(PyroModule):
         """Whether some draws of the latents outside of plates are as wide as the prior."""
         return self._tails and self._wide(self.blocks[0]) is not None
 
+    def choices(self, *, is_final: bool) -> dict[str, int]:
+        """Return the numbers of particles of the sites that choose an image and a mode."""
+        modes = self.num_modes if self.only is None else 1
+        return particles_of(self.images, modes, is_final=is_final)
+
     @property
     def noise_sites(self) -> tuple[str, ...]:
         """The names of the noise sites, one of each block."""
         return tuple(f"_mpis_noise_{block.number}" for block in self.blocks)
 
-    def gaussian(self) -> Gaussian:
-        """Return the Gaussian of the unconstrained numbers."""
+    def gaussian(self, mode: int | None = None) -> Gaussian:
+        """Return the Gaussian of the unconstrained numbers; of several, that of one mode."""
+        end = end_of(self.only or 0 if mode is None else mode)
         return Gaussian(
-            [getattr(self, f"loc_{b.number}") for b in self.blocks],
-            [getattr(self, f"scale_tril_{b.number}") for b in self.blocks],
-            {pair: getattr(self, "coupling_{}_{}".format(*pair)) for pair in self._pairs},
+            [getattr(self, f"loc_{b.number}{end}") for b in self.blocks],
+            [getattr(self, f"scale_tril_{b.number}{end}") for b in self.blocks],
+            {pair: getattr(self, "coupling_{}_{}".format(*pair) + end) for pair in self._pairs},
         )
 
     def forward(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
         """Sample all of the latents: the guide as a Pyro program."""
-        gaussian = self.gaussian()
+        mode = self._mode()
+        gaussian = self._chosen(mode)
         plates = self._plates()
-        noise = [_padded(self._noise(block, plates), block) for block in self.blocks]
-        values = self._values(gaussian.at(noise), args, kwargs)
-        corrections = self._corrections(gaussian, values)
+        noise = [block.padded(self._noise(block, plates)) for block in self.blocks]
+        numbers = gaussian.at(noise)
+        values = self._values(numbers, args, kwargs)
+        corrections = self._corrections(mode, numbers, values)
         values = self._at_image(values)
         for block, scale in zip(self.blocks, gaussian.scales, strict=True):
             log_scale = scale.diagonal(dim1=-2, dim2=-1).log().sum(-1)
@@ -170,29 +238,38 @@ class AutoPlateNormal(PyroModule):
                     pyro.sample(part.name, fn)
         return {name: value for name, (value, _) in values.items()}
 
+    def _mode(self) -> Tensor | int:
+        """Choose one of the modes."""
+        if self.modes is None or self.only is not None:
+            return self.only or 0
+        return which_image(self._uniform(MODE_SITE), self.num_modes)
+
+    def _uniform(self, site: str) -> Tensor:
+        one = self.loc_0.detach().new_ones(())
+        return pyro.sample(site, dist.Uniform(0 * one, one), infer={"is_auxiliary": True})
+
+    def _chosen(self, mode: Tensor | int) -> Gaussian:
+        """Return the Gaussian of one mode, whose number may be mapped."""
+        if isinstance(mode, int):
+            return self.gaussian(mode)
+        return chosen(stacked(self._gaussians()), mode)
+
     def _corrections(
-        self, gaussian: Gaussian, values: Mapping[str, tuple[Tensor, Tensor]]
+        self,
+        mode: Tensor | int,
+        numbers: Sequence[Tensor],
+        values: Mapping[str, tuple[Tensor, Tensor]],
     ) -> dict[int, Tensor]:
-        """Return how much higher a block's log density is as a mixture over images."""
-        if self.images is None:
+        """Return how much higher a block's log density is as a mixture over images and modes."""
+        teller = self.modes if self.modes is not None else self.images
+        if teller is None:
             return {}
-        block = self.blocks[self.images.block]
-        mean, scale = gaussian.means[block.number], gaussian.scales[block.number]
+        block = self.blocks[teller.block]
         fn = self._noise_fn(block)
-
-        def log_density(at: Mapping[str, Tensor]) -> Tensor:
-            supports = {part.name: self._supports[part.name] for part in block.parts}
-            free = {name: biject_to(support).inv(at[name]) for name, support in supports.items()}
-            shift = (block.joined(free).to(mean) - mean).unsqueeze(-1)
-            epsilon = torch.linalg.solve_triangular(scale, shift, upper=False).squeeze(-1)
-            result: Tensor = fn.log_prob(epsilon)
-            for part in block.parts:
-                log_derivative = from_free(supports[part.name], free[part.name], part.event_dim)[1]
-                result = result - part.of_elements(log_derivative)
-            return result
-
-        at = {part.name: values[part.name][0] for part in block.parts}
-        return {block.number: spread_correction(self.images, log_density, at)}
+        mixture = Mixture(self._gaussians(), block, fn, self._supports, self.images)
+        drawn = math.prod(self.choices(is_final=True).values())
+        terms = mixture.log_densities(numbers, values)
+        return {block.number: spread_correction(terms, mode, drawn, teller.element)}
 
     def _at_image(
         self, values: Mapping[str, tuple[Tensor, Tensor]]
@@ -200,10 +277,7 @@ class AutoPlateNormal(PyroModule):
         """Choose an image, and bring the values there."""
         if self.images is None:
             return dict(values)
-        one = self.loc_0.detach().new_ones(())
-        uniform = dist.Uniform(0 * one, one)
-        chosen = pyro.sample(IMAGE_SITE, uniform, infer={"is_auxiliary": True})
-        which = which_image(chosen, self.images.number)
+        which = which_image(self._uniform(IMAGE_SITE), self.images.number)
         moved = self.images.of({name: value for name, (value, _) in values.items()}, which)
         return {name: (moved[name], values[name][1]) for name in values}
 
@@ -231,16 +305,15 @@ class AutoPlateNormal(PyroModule):
             return pyro.sample(self.noise_sites[block.number], fn, infer={"is_auxiliary": True})
 
     def _wide(self, block: Block) -> tuple[Tensor, Tensor] | None:
-        """Return location and scale of the prior of a block of few numbers, as its noise."""
+        """
+        Return location and scale of the prior of a block of few numbers, as its noise.
+
+        Of several modes they are those of all together, as noise does not depend on the mode.
+        """
         if self._prior is None or block.size > LARGEST_WIDE:
             return None
         loc, sd = (part.to(self.loc_0) for part in self._prior)
-        scale = self.scale_tril_0.detach().reshape((block.size, block.size))
-        shift = (loc - self.loc_0.detach()).reshape((block.size, 1))
-        wide = torch.linalg.solve_triangular(
-            scale, torch.cat([shift, torch.diag(sd.flatten())], -1), upper=False
-        )
-        return wide[:, 0], wide[:, 1:]
+        return wide_noise(self._gaussians(), loc, sd)
 
     def _values(
         self, numbers: Sequence[Tensor], args: tuple[object, ...], kwargs: Mapping[str, object]
@@ -260,14 +333,11 @@ class AutoPlateNormal(PyroModule):
             for name, support in self._supports.items()
             if name not in self.non_centred
         }
-        missing = set(parts) - set(values)
+        missing = {name: free[name] for name in parts if name not in values}
         if missing:
             given = {**self._others, **{name: value for name, (value, _) in values.items()}}
-            place = Place({n: free[n] for n in missing}, self.non_centred, given)
-            with isolated(), contextlib.suppress(AllMet), Stop(missing), place:
-                self.model(*args, **kwargs)
-            for name in missing:
-                values[name] = place.placed[name], place.log_derivatives[name]
+            place = Place(missing, self.non_centred, given)
+            values |= place.run(self.model, args, kwargs)
         return values
 
     def median(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
@@ -306,7 +376,8 @@ class AutoPlateNormal(PyroModule):
 
         def at_single_values(numbers: dict[str, Tensor]) -> None:
             which = numbers.pop(IMAGE_SITE, None)
-            found = self._values(list(numbers.values()), args, kwargs)
+            mode = numbers.pop(MODE_SITE, self.only or 0)
+            found = self._values(self._chosen(mode).at(list(numbers.values())), args, kwargs)
             values = {name: value for name, (value, _) in found.items()}
             if which is not None and self.images is not None:
                 values = self.images.of(values, which)
@@ -314,17 +385,14 @@ class AutoPlateNormal(PyroModule):
                 draws[name] = unwrapped(value).tensor.detach()
 
         with torch.no_grad(), seeded(0):
-            gaussian = self.gaussian()
             shapes = [(*block.shape, block.size) for block in self.blocks]
-            numbers = gaussian.at([antithetic(number, s).to(gaussian.means[0]) for s in shapes])
-            level = {str(block): z for block, z in enumerate(numbers)}
+            noise = [antithetic(number, shape).to(self.loc_0) for shape in shapes]
+            level = {str(block): epsilon for block, epsilon in enumerate(noise)}
+            every = torch.arange(number)
+            if self.modes is not None and self.only is None:
+                level[MODE_SITE] = every % self.num_modes
+                every = every // self.num_modes
             if self.images is not None:
-                level[IMAGE_SITE] = torch.arange(number) % self.images.number
+                level[IMAGE_SITE] = every % self.images.number
             run_mapped(at_single_values, [level], patched=True)
         return draws
-
-
-def _padded(noise: Tensor, block: Block) -> Tensor:
-    """Give noise the batch dims of all blocks: ``(*left, *batch dims, D)``."""
-    missing = len(block.shape) + 1 - noise.dim()
-    return noise.reshape((*(1,) * missing, *noise.shape)) if missing > 0 else noise

@@ -7,14 +7,17 @@ A guide that is at one of these images can be spread evenly over all of them (do
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from pyro_mpis.adaptation.gaussian import Gaussian
+
 MOST_IMAGES = 8  # of one posterior: three signs, or three labels; each costs as much as one
 IMAGE_SITE = "_mpis_image"  # of a guide: which image
+MODE_SITE = "_mpis_mode"  # of a guide: which of its Gaussians
 
 
 @dataclass(frozen=True)
@@ -37,13 +40,14 @@ class Images:
         result = dict(values)
         for name in values.keys() & self.signs.keys():
             value = values[name]
-            result[name] = value * _row(self.signs[name], which).to(value)
+            result[name] = value * row_of(self.signs[name], which).to(value)
         for name in values.keys() & self.shares.keys():
             value = values[name]
-            result[name] = torch.where(_row(self.shares[name], which), 1 - value, value)
+            result[name] = torch.where(row_of(self.shares[name], which), 1 - value, value)
         for (name, dim), orders in self.orders.items():
             if name in values:
-                result[name] = result[name].index_select(dim, _row(orders, which))
+                row = row_of(orders, which).to(result[name].device)
+                result[name] = result[name].index_select(dim, row)
         return result
 
     def reaches(self, names: Iterable[str]) -> bool:
@@ -52,16 +56,32 @@ class Images:
         return changed.issuperset(names)
 
 
-def particles_of(images: Images | None, *, is_final: bool) -> dict[str, int]:
-    """
-    Return the number of particles of a guide's images.
+@dataclass(frozen=True)
+class Modes:
+    """Gaussians of a guide, each at another mode of the posterior."""
 
-    Final runs have one of each, as they are spread evenly. The evidence of any is the same, so one
-    is enough for trials.
+    gaussians: tuple[Gaussian, ...]
+    block: int  # by whose density they are told apart
+    element: Tensor  # whether it is that element of the block's plates: ``(*batch dims)``
+
+
+def end_of(mode: int) -> str:
+    """Return the end of the names of a mode's parameters."""
+    return f"_{mode}" if mode else ""
+
+
+def particles_of(images: Images | None, modes: int, *, is_final: bool) -> dict[str, int]:
     """
-    if images is None:
-        return {}
-    return {IMAGE_SITE: images.number if is_final else 1}
+    Return the numbers of particles of a guide's images and modes: one of each.
+
+    The evidence of any image is the same, so one is enough for trials.
+
+    :param modes: number of modes that the guide chooses from.
+    """
+    result = {} if modes == 1 else {MODE_SITE: modes}
+    if images is not None:
+        result[IMAGE_SITE] = images.number if is_final else 1
+    return result
 
 
 def which_image(uniform: Tensor, number: int) -> Tensor:
@@ -69,7 +89,7 @@ def which_image(uniform: Tensor, number: int) -> Tensor:
     return (uniform * number).long().clamp(max=number - 1)
 
 
-def _row(table: Tensor, which: Tensor | int) -> Tensor:
+def row_of(table: Tensor, which: Tensor | int) -> Tensor:
     """Return a row of a table; its number may be mapped, so nothing looks at it."""
     index = torch.as_tensor(which, device=table.device).reshape(1)
     return table.index_select(0, index).squeeze(0)
@@ -100,22 +120,3 @@ def orders_of(size: int, labels: Sequence[int]) -> Tensor:
             row[label] = other
         rows.append(row)
     return torch.tensor(rows)
-
-
-def spread_correction(
-    images: Images, log_density: Callable[[Mapping[str, Tensor]], Tensor], at: Mapping[str, Tensor]
-) -> Tensor:
-    """
-    Return how much higher the log density of the mixture over all images is than that of one.
-
-    It is zero but for one element of the plates, whose density is enough to tell images apart.
-
-    :param log_density: of values of a block, at one image: ``(*batch dims)``.
-    :param at: the values.
-    """
-    own = log_density(at)
-    others = [log_density(images.of(at, which)) - own for which in range(1, images.number)]
-    none = -math.inf  # where a value is beyond what its inverse can tell
-    terms = [torch.zeros_like(own), *(t.nan_to_num(none, none, none) for t in others)]
-    result = torch.stack(terms).logsumexp(0) - math.log(images.number)
-    return torch.where(images.element, result, 0.0)

@@ -20,6 +20,7 @@ from torch.distributions import constraints
 
 from pyro_mpis._text import quoted
 from pyro_mpis.adaptation.guide import AutoPlateNormal
+from pyro_mpis.adaptation.images import Images
 from pyro_mpis.adaptation.mirrors import FAR
 from pyro_mpis.adaptation.start import Start
 from pyro_mpis.blocks import run_plan
@@ -65,7 +66,7 @@ def far_labels(start: Start, guide: AutoPlateNormal, far: float = FAR) -> list[L
 
     :param far: sds between medians of two elements.
     """
-    axes = _axes(start)
+    axes = axes_of(start)
     if not axes:
         return []
     ends = ends_of(start, guide)
@@ -73,11 +74,11 @@ def far_labels(start: Start, guide: AutoPlateNormal, far: float = FAR) -> list[L
     found = []
     for size, group in axes.items():
         every = itertools.combinations(range(size), 2)
-        pairs = [pair for pair in every if _is_far(ends, group, pair, far)]
+        pairs = [pair for pair in every if is_far(ends, group, pair, far)]
         if not pairs:
             continue
         with seeded(0):
-            point = point or _best_point(start, guide)
+            point = point or best_point(start, guide)
             moved = _exchangeable(start, point, group, pairs[:MOST_PAIRS])
         if moved:
             same = [pair for pair in pairs if _is_same(start, point, moved, *pair)]
@@ -128,7 +129,19 @@ def _latents(start: Start) -> list[str]:
     return [name for name in start.sites if name in known]
 
 
-def _axes(start: Start) -> dict[int, list[Axis]]:
+def exchange_of(axes: Sequence[Axis], orders: Tensor) -> Images:
+    """Return the exchange of labels in some axes, with a row for each order."""
+    sites = [(name, dim) for axis in axes for name, dim in axis]
+    return Images(
+        len(orders),
+        0,
+        torch.zeros(()),
+        orders={(name, dim): orders for name, dim in sites if dim is not None},
+        shares={name: orders[:, 0] != 0 for name, dim in sites if dim is None},
+    )
+
+
+def axes_of(start: Start) -> dict[int, list[Axis]]:
     """Return the plates and the event dims of latents, by their sizes."""
     found: dict[int, list[Axis]] = {}
     latents = _latents(start)
@@ -159,7 +172,7 @@ def _is_share(start: Start, name: str) -> bool:
     return is_unit and math.prod(start.structure.model[name].shape) == 1
 
 
-def _is_far(
+def is_far(
     ends: Mapping[str, Tensor], axes: Sequence[Axis], pair: tuple[int, int], far: float
 ) -> bool:
     """Whether two elements of some latent are many sds apart."""
@@ -177,7 +190,7 @@ def _is_far(
     return False
 
 
-def _best_point(start: Start, guide: AutoPlateNormal) -> _Point:
+def best_point(start: Start, guide: AutoPlateNormal) -> _Point:
     """
     Return values of the latents in the bulk of the posterior: the best of some draws.
 
@@ -202,13 +215,14 @@ def _exchangeable(
     pairs: Sequence[tuple[int, int]],
 ) -> tuple[Axis, ...]:
     """Return axes in which a pair can be exchanged together; none if there are none."""
-    for pair, moved in itertools.product(pairs, _subsets(axes)):
+    for pair, moved in itertools.product(pairs, subsets(axes)):
         if _is_same(start, point, moved, *pair):
             return moved
     return ()
 
 
-def _subsets(axes: Sequence[Axis]) -> Iterator[tuple[Axis, ...]]:
+def subsets(axes: Sequence[Axis]) -> Iterator[tuple[Axis, ...]]:
+    """Yield all choices of axes, those of the fewest first."""
     for number in range(1, len(axes) + 1):
         yield from itertools.combinations(axes, number)
 

@@ -119,6 +119,11 @@ class Block:
         """Lay out the unconstrained values of all its sites: ``(*left, *plates, D)``."""
         return torch.cat([part.flat(values[part.name]).double() for part in self.parts], -1)
 
+    def padded(self, numbers: Tensor) -> Tensor:
+        """Give numbers the batch dims of all blocks: ``(*left, *batch dims, D)``."""
+        missing = len(self.shape) + 1 - numbers.dim()
+        return numbers.reshape((*(1,) * missing, *numbers.shape)) if missing > 0 else numbers
+
     def split(self, numbers: Tensor) -> dict[str, Tensor]:
         """Undo :meth:`joined`."""
         return {

@@ -7,8 +7,12 @@ location and scale; a first fit with all of them standardised tells which.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
+from torch import Tensor
+
+from pyro_mpis.adaptation.gaussian import Gaussian
 from pyro_mpis.adaptation.log_joint import LogJoint, Pair
 from pyro_mpis.adaptation.natural import Fitted, Settings, fit
 from pyro_mpis.adaptation.start import Start
@@ -16,6 +20,7 @@ from pyro_mpis.adaptation.start import Start
 CENTRED_BELOW = 0.35  # posterior variance given the latents around, in units of the prior's
 UNCOUPLED_ABOVE = 0.5
 FIRST_LOOK = Settings(points=4, at_most=35, tail=8)
+ANEW = Settings(at_least=8, at_most=40, tail=8)  # from where another mode may be
 
 Tell = Callable[[float], None]
 
@@ -53,6 +58,34 @@ def _is_better(first: Fitted, last: Fitted) -> bool:
     if not math.isfinite(last.elbo):
         return True
     return first.settled and first.elbo > last.elbo + 1 + 3 * (first.error + last.error)
+
+
+def refitted(
+    start: Start,
+    places: Sequence[tuple[Tensor, Tensor]],
+    non_centred: frozenset[str],
+    coupled: Sequence[Pair],
+    points: int,
+    tell: Tell,
+) -> Gaussian | None:
+    """
+    Fit from where another mode may be; draws random numbers.
+
+    :param places: means and sds of each block's numbers to start from.
+    :return: None if the density cannot be evaluated there.
+    """
+    fitted = fit(
+        start.blocks,
+        _log_joint(start, non_centred, coupled).derivatives,
+        [mean for mean, _ in places],
+        [sd for _, sd in places],
+        start.widths(non_centred),
+        coupled,
+        replace(ANEW, points=points),
+        tell,
+        scales=(1.0, 0.3),
+    )
+    return fitted.gaussian if math.isfinite(fitted.elbo) else None
 
 
 def variance_ratios(start: Start, fitted: Fitted) -> dict[str, float]:
@@ -94,19 +127,10 @@ def _fitted(
     tell: Tell,
     resumed: Fitted | None = None,
 ) -> Fitted:
-    log_joint = LogJoint(
-        start.programs,
-        start.structure,
-        start.blocks,
-        non_centred,
-        start.supports,
-        start.others,
-        frozenset(coupled),
-    )
     medians, sds = start.moments(non_centred)
     return fit(
         start.blocks,
-        log_joint.derivatives,
+        _log_joint(start, non_centred, coupled).derivatives,
         medians,
         sds,
         start.widths(non_centred),
@@ -114,4 +138,16 @@ def _fitted(
         settings,
         tell,
         resumed,
+    )
+
+
+def _log_joint(start: Start, non_centred: frozenset[str], coupled: Sequence[Pair]) -> LogJoint:
+    return LogJoint(
+        start.programs,
+        start.structure,
+        start.blocks,
+        non_centred,
+        start.supports,
+        start.others,
+        frozenset(coupled),
     )

@@ -37,7 +37,9 @@ class Stage:
     may_end: bool  # before that many steps, where the evidence does not rise any more
 
 
-STAGES = (Stage(40, 6, 0.5, 1.0, True), Stage(8, 8, 0.4, 1.3, False))
+LAST_STAGE = Stage(8, 8, 0.4, 1.3, False)
+STAGES = (Stage(40, 6, 0.5, 1.0, True), LAST_STAGE)
+ANEW = (Stage(12, 6, 0.5, 1.0, True), LAST_STAGE)  # from where another mode may be
 WINDOW = 6  # steps whose mean log evidences are compared
 FINAL_PARTICLES = 8
 
@@ -45,15 +47,22 @@ Tell = Callable[[Trial], None]
 
 
 def matched_by_moments(
-    start: Start, options: Options, tell: Tell, stages: Sequence[Stage] = STAGES
+    start: Start,
+    options: Options,
+    tell: Tell,
+    stages: Sequence[Stage] = STAGES,
+    places: Sequence[tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[AutoPlateNormal, Plan]:
     """
     Learn a Gaussian for each latent; draws random numbers.
 
     :param start: with a block for each latent, or for some together.
+    :param places: means and sds of each block's numbers to start from, in place of the prior's.
     :return: the guide, and a plan of runs of it.
     """
     medians, sds = start.moments(frozenset())
+    if places is not None:
+        medians, sds = [mean for mean, _ in places], [sd for _, sd in places]
     gaussian = Gaussian(medians, [torch.diag_embed(sd) for sd in sds], {})
     guide = start.guide(gaussian, frozenset(), tails=False)
     for stage in stages:

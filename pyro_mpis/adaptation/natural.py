@@ -75,6 +75,7 @@ def fit(
     settings: Settings,
     tell: Callable[[float], None] = lambda elbo: None,
     resumed: Fitted | None = None,
+    scales: Sequence[float] = FIRST_SCALES,
 ) -> Fitted:
     """
     Fit a Gaussian; draws random numbers.
@@ -87,9 +88,10 @@ def fit(
     :param tell: called with the ELBO of each iteration.
     :param resumed: a fit of the same numbers to go on from, in place of the start; if it settled,
         only the tail is left to do.
+    :param scales: sds to start with, in units of ``prior_sds``; others where the first fails.
     """
     pairs = [*((b.number, b.number) for b in blocks), *coupled]
-    for scale in FIRST_SCALES:
+    for scale in scales:
         precision: dict[Pair, Tensor] = {}
         for block, around in pairs:
             own = torch.diag_embed((scale * prior_sds[block]) ** -2)

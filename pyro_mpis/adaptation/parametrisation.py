@@ -8,6 +8,7 @@ given the other latents: :math:`u = \mu + \sigma z`. Locations and scales are ta
 as it runs, so that the model need not be rewritten, and the moments are those of its own sites.
 """
 
+import contextlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
@@ -19,7 +20,8 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints
 from torch.distributions.transforms import ExpTransform
 
-from pyro_mpis._typing import Distribution, SampleMessage
+from pyro_mpis._typing import Distribution, Program, SampleMessage
+from pyro_mpis.programs.handlers import AllMet, Stop, isolated
 from pyro_mpis.programs.messages import is_latent, is_subsample
 
 
@@ -30,6 +32,15 @@ class Scaling:
     loc: Tensor
     scale: Tensor  # of a matrix: lower triangular
     is_matrix: bool = False
+
+    def standard(self, free: Tensor) -> Tensor:
+        """Undo :meth:`scaled`."""
+        shift = free - self.loc
+        if not self.is_matrix:
+            return shift / self.scale
+        solved = torch.linalg.solve_triangular(self.scale, shift.unsqueeze(-1), upper=False)
+        result: Tensor = solved.squeeze(-1)
+        return result
 
     def scaled(self, standard: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``loc + scale * standard`` and the log of its derivative, not summed."""
@@ -169,6 +180,54 @@ class Place(Messenger):
             msg["value"], msg["done"] = self.values[name], True
         if msg["done"]:
             msg["is_observed"] = False
+
+    def run(
+        self, model: Program, args: tuple[object, ...], kwargs: Mapping[str, object]
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Run a model up to the last of the sites; return their values and log derivatives."""
+        names = self.numbers.keys()
+        with isolated(), contextlib.suppress(AllMet), Stop(set(names)), self:
+            model(*args, **kwargs)
+        return {name: (self.placed[name], self.log_derivatives[name]) for name in names}
+
+
+class Read(Messenger):
+    """
+    Give a model's latent sites values, and note the unconstrained numbers that these are made of.
+
+    :param values: of continuous sites.
+    :param non_centred: the sites that are standardised by their prior.
+    :param others: values of other latent sites.
+    """
+
+    def __init__(
+        self,
+        values: Mapping[str, Tensor],
+        non_centred: Collection[str],
+        others: Mapping[str, Tensor],
+    ) -> None:
+        super().__init__()
+        self.values = values
+        self.non_centred = non_centred
+        self.others = others
+        self.numbers: dict[str, Tensor] = {}
+
+    def _pyro_sample(self, msg: SampleMessage) -> None:
+        given = self.values.keys() | self.others.keys()
+        if is_subsample(msg) or not is_latent(msg) or msg["name"] not in given:
+            return
+        name, fn = msg["name"], msg["fn"]
+        msg["done"], msg["is_observed"] = True, False
+        if name in self.others:
+            msg["value"] = self.others[name]
+            return
+        msg["value"] = self.values[name]
+        free = biject_to(fn.support).inv(self.values[name])
+        if name in self.non_centred:
+            scaling = scaling_of(fn)
+            assert scaling is not None
+            free = scaling.standard(free)
+        self.numbers[name] = free
 
 
 def is_fixed(support: object, is_mapped: Callable[[Tensor], bool]) -> bool:

@@ -10,7 +10,13 @@ from torch import Tensor
 
 from pyro_mpis.adaptation.guide import AutoPlateNormal
 from pyro_mpis.adaptation.images import MOST_IMAGES, Images, orders_of, signs_of
-from pyro_mpis.adaptation.labels import Labels, ends_of, far_labels, told_of_labels
+from pyro_mpis.adaptation.labels import (
+    Labels,
+    ends_of,
+    exchange_of,
+    far_labels,
+    told_of_labels,
+)
 from pyro_mpis.adaptation.layout import Block, Part
 from pyro_mpis.adaptation.mirrors import halves, mirrors, told_of_halves
 from pyro_mpis.adaptation.start import Start
@@ -50,31 +56,18 @@ class Symmetries:
         for number in range(min(most, len(generators)), 0, -1):
             yield Images(2**number, 0, nothing, signs=signs_of(generators[:number]))
         for labels in far_labels(self._start, guide, APART):
-            if labels.orders <= MOST_IMAGES and self._in_events(labels):
-                orders = orders_of(labels.size, labels.elements)
-                yield Images(
-                    labels.orders,
-                    0,
-                    nothing,
-                    orders={
-                        (name, dim): orders
-                        for axis in labels.axes
-                        for name, dim in axis
-                        if dim is not None
-                    },
-                    shares={
-                        name: orders[:, 0] != 0
-                        for axis in labels.axes
-                        for name, dim in axis
-                        if dim is None
-                    },
-                )
+            if labels.orders <= MOST_IMAGES and self._share_an_index(labels, guide):
+                yield exchange_of(labels.axes, orders_of(labels.size, labels.elements))
 
-    def _in_events(self, labels: Labels) -> bool:
-        """Whether labels are exchanged within events, not between elements of a plate."""
+    def _share_an_index(self, labels: Labels, guide: AutoPlateNormal) -> bool:
+        """Whether labels are exchanged within events, or between elements of one particle."""
+        plates = {part.name: block.plates for block in guide.blocks for part in block.parts}
         model = self._start.structure.model
-        dims = [(name, dim) for axis in labels.axes for name, dim in axis]
-        return all(dim is None or -dim <= model[name].event_dim for name, dim in dims)
+        sites = [(name, dim) for axis in labels.axes for name, dim in axis]
+        return all(
+            dim is None or -dim <= model[name].event_dim or not plates.get(name, (None,))
+            for name, dim in sites
+        )
 
     def told(self, guide: AutoPlateNormal, *, is_sure: bool) -> list[str]:
         """
@@ -99,6 +92,8 @@ class Symmetries:
         if reaches_all and is_sure:
             return told
         for labels in far_labels(self._start, guide):
+            if guide.num_modes >= labels.orders:
+                continue  # each order is a mode of the guide
             if images is None or not images.reaches(labels.names):
                 told.append(told_of_labels(labels, reaches_all=reaches_all))
         return told

@@ -2,6 +2,7 @@
 """Standard normal vectors with heavy tails: the noise that particles are computed from."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_mpis.adaptation.gaussian import Gaussian
 from pyro_mpis.programs.stratified import LARGEST, SMALLEST
 
 SHARE = 0.25  # of the draws that have heavy tails, in one coordinate
@@ -128,6 +130,34 @@ class TailedNormal(_Noise):
         far = torch.distributions.MultivariateNormal(loc, scale_tril=scale, validate_args=False)
         wide = far.log_prob(value) + math.log(WIDE_SHARE)
         return torch.logaddexp(normal + torch.logaddexp(body, tails), wide)
+
+
+def wide_noise(gaussians: Sequence[Gaussian], loc: Tensor, sd: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    Return location and scale of a wide Gaussian, as the noise of narrow ones.
+
+    Of several they are those of all together.
+
+    :param gaussians: their first blocks count, which are outside of plates.
+    :param loc: of the wide Gaussian's numbers.
+    :param sd: of these.
+    """
+    size = sd.numel()
+    locs, scales = [], []
+    for gaussian in gaussians:
+        scale = gaussian.scales[0].detach().reshape((size, size))
+        shift = (loc - gaussian.means[0].detach()).reshape((size, 1))
+        wide = torch.linalg.solve_triangular(
+            scale, torch.cat([shift, torch.diag(sd.flatten())], -1), upper=False
+        )
+        locs.append(wide[:, 0])
+        scales.append(wide[:, 1:])
+    if len(locs) == 1:
+        return locs[0], scales[0]
+    middle = torch.stack(locs).mean(0)
+    shifts = [(own - middle).unsqueeze(-1) for own in locs]
+    covariances = [s @ s.mT + d @ d.mT for s, d in zip(scales, shifts, strict=True)]
+    return middle, torch.linalg.cholesky(torch.stack(covariances).mean(0))
 
 
 class StretchedNormal(_Noise):

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from pyro_mpis.adaptation.guide import AutoPlateNormal
-from pyro_mpis.adaptation.images import particles_of
 from pyro_mpis.adaptation.layout import Block, depth_of
 from pyro_mpis.blocks import run_plan
 from pyro_mpis.factor_graph.graph import FactorGraph
@@ -160,7 +159,7 @@ def fitting(
     """
     programs = replace(programs, guide=guide)
     numbers = {**numbers_of(guide, share), **(enough or {})}
-    images = particles_of(guide.images, is_final=share == 1)
+    images = guide.choices(is_final=share == 1)
     plan, _, _ = plan_of(programs, with_numbers(options, numbers | images))
     work = work_of(plan.structure, numbers | images)
     limit = LARGEST_RUN * share
@@ -208,16 +207,17 @@ def with_numbers(options: Options, numbers: Mapping[str, int]) -> Options:
     return replace(options, num_samples=OTHERS, numbers=dict(numbers))
 
 
-def replicates_for(plan: Plan, numbers: Mapping[str, int], trial: Trial) -> int:
+def replicates_for(plan: Plan, numbers: Mapping[str, int], trial: Trial, modes: int = 1) -> int:
     """
     Return how many final runs are worth it: fewer where trial runs agree, or runs take long.
 
     :param trial: of fewer particles, or as many.
+    :param modes: number of modes that a guide has, each with particles of its own.
     """
     few, many = REPLICATES
     work = work_of(plan.structure, numbers)
     if work <= 2 * SMALL_RUN:
-        few = MANY_OF_SMALL
+        few = MANY_OF_SMALL if modes == 1 else MANY_OF_SMALL // 2
     spread = (trial.spread / SMALL_ERROR) ** 2 if math.isfinite(trial.spread) else many
     wanted = max(spread, LARGE_ESS / float(trial.ess.median().clamp(min=1)))
     worth = WORK / (work + OVERHEAD)
