@@ -310,3 +310,13 @@ def test_autocast_changes_nothing() -> None:
             results.append((product.detach(), *torch.autograd.grad(product.sin().sum(), (a, b))))
     for plain, cast in zip(*results, strict=True):
         assert torch.equal(plain, cast)
+
+
+def test_a_running_total_of_parallel_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounding neither makes a total fall nor gives a share to what has no weight."""
+    weights = torch.tensor([0.0, 1.0, 0.0, 2.0, 0.0])
+    rounded = torch.tensor([0.0, 1.0, 1.1, 2.9, 3.1])
+    monkeypatch.setattr(logspace, "_IN_ORDER", set[str]())
+    monkeypatch.setattr(torch.Tensor, "cumsum", lambda *_: rounded)
+    expected = torch.tensor([0.0, 1.0, 1.0, 2.9, 2.9])
+    torch.testing.assert_close(logspace.running_total(weights, 0), expected)

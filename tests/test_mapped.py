@@ -458,3 +458,15 @@ def test_levels_as_batch_dims_beside_event_dims(name: str) -> None:
     """Arguments with dims of the event, as vectors and cut points have, or without."""
     levels = [{"a": torch.linspace(0.1, 2.0, MANY)}, {"x": torch.linspace(-1.0, 3.0, MANY)}]
     check(EVENTS[name], levels, (0, 1), patched=True)
+
+
+def test_torchscript_is_not_fused_where_tensors_are_mapped() -> None:
+    """A GPU's kernels of several operations see the values of all particles as one tensor."""
+    found = []
+
+    def at_single_values(values: dict[str, Tensor]) -> None:
+        found.append(torch._C._get_graph_executor_optimize())
+
+    run_mapped(at_single_values, [{"x": torch.zeros(2)}], patched=False)
+    assert found == [False]
+    assert torch._C._get_graph_executor_optimize()

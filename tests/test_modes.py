@@ -12,11 +12,13 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_mpis import AutoPlateNormal, MPImportance, MPISWarning
+from pyro_mpis.adaptation import learner
 from pyro_mpis.adaptation.adapting import started
 from pyro_mpis.adaptation.gaussian import Gaussian
 from pyro_mpis.adaptation.images import IMAGE_SITE, MODE_SITE, Images, Modes, signs_of, which_image
 from pyro_mpis.adaptation.mixture import spread_correction
 from pyro_mpis.adaptation.modes import Spread, told_of_orders
+from pyro_mpis.adaptation.natural import Fitted
 from pyro_mpis.adaptation.orders import near_orders
 from pyro_mpis.adaptation.start import Start
 from pyro_mpis.options import Options
@@ -199,3 +201,19 @@ def test_quantiles_are_those_of_all_modes() -> None:
     expected = (means.square() + scales.square().sum(-1)).mean(0)
     assert torch.allclose(second, expected, rtol=0.1)
     assert guide.at_mode(1).choices(is_final=True) == {IMAGE_SITE: 2}
+
+
+def test_a_fit_that_shrinks_to_a_point_is_no_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    begin = begun(plane)
+    places = [(torch.zeros(b.size), torch.ones(b.size)) for b in begin.blocks]
+
+    def ended_at(sd: float) -> Gaussian | None:
+        gaussian = Gaussian(
+            [mean for mean, _ in places], [sd * torch.eye(b.size) for b in begin.blocks], {}
+        )
+        found = Fitted(gaussian, 0.0, 0.1, True, [0.0], {})
+        monkeypatch.setattr(learner, "fit", lambda *_, **__: found)
+        return learner.refitted(begin, places, frozenset(), [], 4, lambda *_, **__: None)
+
+    assert ended_at(0.01) is not None
+    assert ended_at(1e-4) is None

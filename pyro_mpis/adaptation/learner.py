@@ -21,6 +21,7 @@ CENTRED_BELOW = 0.35  # posterior variance given the latents around, in units of
 UNCOUPLED_ABOVE = 0.5
 FIRST_LOOK = Settings(points=4, at_most=35, tail=8)
 ANEW = Settings(at_least=8, at_most=40, tail=8)  # from where another mode may be
+SHRUNK = 1e-3  # of the sd that a fit starts from, below which it has found no mode
 
 Tell = Callable[[float], None]
 
@@ -72,7 +73,7 @@ def refitted(
     Fit from where another mode may be; draws random numbers.
 
     :param places: means and sds of each block's numbers to start from.
-    :return: None if the density cannot be evaluated there.
+    :return: None if the density cannot be evaluated there, or where the fit shrinks to a point.
     """
     fitted = fit(
         start.blocks,
@@ -85,7 +86,9 @@ def refitted(
         tell,
         scales=(1.0, 0.3),
     )
-    return fitted.gaussian if math.isfinite(fitted.elbo) else None
+    pairs = zip(fitted.gaussian.sds(), places, strict=True)
+    has_shrunk = any(bool((sd < SHRUNK * at_start).any()) for sd, (_, at_start) in pairs)
+    return fitted.gaussian if math.isfinite(fitted.elbo) and not has_shrunk else None
 
 
 def variance_ratios(start: Start, fitted: Fitted) -> dict[str, float]:

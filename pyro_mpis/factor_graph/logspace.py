@@ -30,6 +30,8 @@ _LOWEST = {torch.float32: -87.0, torch.float64: -708.0}
 # Elements that are worked on at a time. A GPU has no use for small parts: each is a launch.
 _PART = 2**18
 _PART_OF_GPU = 2**26
+# Devices that add up one entry after the other.
+_IN_ORDER = {"cpu"}
 
 
 def logsumexp(x: Tensor, num_dims: int = 1) -> Tensor:
@@ -287,6 +289,18 @@ def exp_(x: Tensor) -> Tensor:
     lowest = _LOWEST[x.dtype]
     x = x.clamp_(min=lowest).exp_()
     return torch.nn.functional.threshold(x, 2.0 * math.exp(lowest), 0.0, inplace=True)
+
+
+def running_total(weights: Tensor, dim: int) -> Tensor:
+    """
+    Add up weights along a dim: a distribution function that never falls and is flat at weight zero.
+
+    A GPU adds up in parallel, in another order for each entry, so that rounding may do both.
+    """
+    total = weights.cumsum(dim)
+    if total.device.type in _IN_ORDER:
+        return total
+    return torch.where(weights > 0, total, 0).cummax(dim).values
 
 
 def finite(highest: Tensor) -> Tensor:

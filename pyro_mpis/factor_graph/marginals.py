@@ -21,6 +21,7 @@ from pyro.ops.stats import fit_generalized_pareto
 from torch import Tensor
 
 from pyro_mpis._text import data_frame, html_table, scalars
+from pyro_mpis.factor_graph.logspace import running_total
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -132,7 +133,9 @@ class Marginal(Empirical):
         dim = len(self.batch_shape)
         values, order = self.samples.sort(dim)
         weights = self._expanded_weights().gather(dim, order)
-        cumulative = weights.cumsum(dim).movedim(dim, -1).contiguous()  # (*batch, *event, K)
+        cumulative = (
+            running_total(weights, dim).movedim(dim, -1).contiguous()
+        )  # (*batch, *event, K)
         values = values.movedim(dim, -1).contiguous()
         shares = self._rounded_down(probs.reshape(-1)) * cumulative[..., -1:]
         position = torch.searchsorted(cumulative, shares)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from pyro_mpis.factor_graph.evidence import Elimination, LogSpaceRing, Record, contract
 from pyro_mpis.factor_graph.graph import FactorGraph
-from pyro_mpis.factor_graph.logspace import cuts, exp_, finite
+from pyro_mpis.factor_graph.logspace import cuts, exp_, finite, running_total
 from pyro_mpis.factor_graph.packed import aligned, dims_of
 from pyro_mpis.factor_graph.selection import Drawn, index_at, positions_in, sites_at
 
@@ -208,7 +208,7 @@ def _cumulative(tables: Sequence["_Table"], at: Mapping[str, Tensor], shape: tor
     shares = tables[0].shares(at)
     for table in tables[1:]:
         shares = shares * table.shares(at)
-    cumulative = _of_combinations(shares, shape).cumsum(0)
+    cumulative = running_total(_of_combinations(shares, shape), 0)
     lost = ~(cumulative[-1] > LOST)
     if bool(lost.any()):
         here = {symbol: index.expand(shape)[lost] for symbol, index in at.items()}
@@ -216,7 +216,8 @@ def _cumulative(tables: Sequence["_Table"], at: Mapping[str, Tensor], shape: tor
         for table in tables[1:]:
             logits = logits + table.logs(here)
         logits = _of_combinations(logits, logits.shape[-1:])
-        cumulative[:, lost] = exp_(logits - logits.amax(0)).cumsum(0).to(cumulative.dtype)
+        total = running_total(exp_(logits - logits.amax(0)), 0)
+        cumulative[:, lost] = total.to(cumulative.dtype)
     return cumulative
 
 
@@ -311,7 +312,7 @@ def _inverted(cumulative: Tensor) -> Tensor:
 
 def _same_for_all(logits: Tensor, num_draws: int) -> Tensor:
     """Draw from the same distributions again and again: (*plates, categories) to (N, *plates)."""
-    cumulative = exp_(logits - logits.amax(-1, keepdim=True)).cumsum(-1)
+    cumulative = running_total(exp_(logits - logits.amax(-1, keepdim=True)), -1)
     shape = (*cumulative.shape[:-1], num_draws)
     uniform = torch.rand(shape, dtype=cumulative.dtype, device=cumulative.device)
     uniform.mul_(cumulative[..., -1:])

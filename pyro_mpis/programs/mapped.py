@@ -52,7 +52,7 @@ def run_mapped(
     :param levels: site -> ``(size, *shape)``, of one size in each level.
     :param patched: whether to rewrite some operations that torch cannot map.
     """
-    with _quiet(), by_forward(), rewritten() if patched else nullcontext():
+    with _quiet(), _not_fused(), by_forward(), rewritten() if patched else nullcontext():
         _enter(function, levels, {})
 
 
@@ -76,6 +76,17 @@ def _enter(
 
     torch.func.vmap(inner, randomness="same")(*levels[0].values())
     return ()
+
+
+@contextmanager
+def _not_fused() -> Iterator[None]:
+    """Let TorchScript call its operations one by one: a fused kernel knows nothing of vmap."""
+    optimizes = torch._C._get_graph_executor_optimize()
+    torch._C._set_graph_executor_optimize(False)
+    try:
+        yield
+    finally:
+        torch._C._set_graph_executor_optimize(optimizes)
 
 
 @contextmanager
