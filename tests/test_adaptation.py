@@ -491,7 +491,7 @@ def log_evidence_of_schools() -> float:
 @pytest.mark.parametrize(
     ("model", "log_evidence"),
     [
-        (normals, lambda: LOG_EVIDENCE),
+        pytest.param(normals, lambda: LOG_EVIDENCE, marks=pytest.mark.slow),
         pytest.param(schools, log_evidence_of_schools, marks=pytest.mark.slow),
     ],
 )

@@ -161,7 +161,9 @@ TURNED = signs_of([frozenset({"m", "w"})])
             Images(2, 0, torch.ones(1, dtype=torch.bool), signs=TURNED),
             marks=pytest.mark.slow,
         ),
-        (True, Images(2, 1, torch.tensor([False, True]), signs=TURNED)),
+        pytest.param(
+            True, Images(2, 1, torch.tensor([False, True]), signs=TURNED), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_evidence_is_unbiased(alone: bool, images: Images, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -257,6 +257,7 @@ def test_tables_hold_the_authors_figures(tmp_path: Path) -> None:
     assert report.table("a,b", []) == ""
 
 
+@pytest.mark.slow
 def test_figures_are_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     paths = figures.draw(report.summarise(results()), tmp_path)

@@ -413,6 +413,7 @@ def test_default_dtype(float64: None) -> None:
 def test_default_device() -> None:
     """All results are on it."""
     name = "cuda" if torch.cuda.is_available() else "cpu"
+    previous = torch.get_default_device()
     torch.set_default_device(name)
     try:
 
@@ -431,7 +432,7 @@ def test_default_device() -> None:
         ]
         assert {tensor.device.type for tensor in tensors} == {name}
     finally:
-        torch.set_default_device(None)
+        torch.set_default_device(previous)
 
 
 def test_settings() -> None:

@@ -42,6 +42,8 @@ FEW_LABELS = 4  # of which all orders are looked at
 DRAWS = (4, 64)  # of a guide, at which joint densities are compared
 WORK = 3e5  # densities of these draws, for each order
 MOST_ROUNDS = 3  # of exchanges of two, of more labels
+STEPS = 17  # on the way from an exchanged place to the guide
+BARRIER = 0.1  # nats by which the density falls on the way from one mode to another
 
 Order = tuple[int, ...]
 
@@ -110,10 +112,41 @@ def _orders_of(
             if by_order[order] > top - WORTH and order not in known:
                 orders.append(order)
                 known |= {tuple(order[n] for n in row) for row in _images_of(images, moved, same)}
+        orders = _beyond_a_barrier(start, draws, moved, same, orders)
         if orders:
             exchanges = exchange_of(moved, torch.tensor([same, *orders]))
             found.append(Orders(exchanges, (0.0, *(by_order[order] for order in orders))))
     return sorted(found, key=lambda orders: -max(orders.gains[1:]))
+
+
+def _beyond_a_barrier(
+    start: Start,
+    draws: Mapping[str, Tensor],
+    moved: tuple[Axis, ...],
+    same: Order,
+    orders: Sequence[Order],
+) -> list[Order]:
+    """
+    Return the orders from which the density falls somewhere on the straight way back to the guide.
+
+    Where it only rises there is no other mode, as from anywhere if the density is log-concave.
+    """
+    if not orders:
+        return []
+    exchanges = exchange_of(moved, torch.tensor([same, *orders]))
+    places = [
+        [z.mean(0) for z in numbers_of(start, start.blocks, frozenset(), exchanges.of(draws, n))]
+        for n in range(len(orders) + 1)
+    ]
+    share = torch.linspace(0.0, 1.0, STEPS, dtype=places[0][0].dtype, device=places[0][0].device)
+    ways = [
+        torch.cat([torch.lerp(there, here, share.reshape(-1, *(1,) * here.dim())) for there in far])
+        for here, *far in zip(*places, strict=True)
+    ]
+    heights = log_joint_at(start, ways).reshape(len(orders), STEPS)
+    falls = heights.cummax(-1).values - heights
+    keep = ~(falls.amax(-1) < BARRIER)  # also where the density is not finite
+    return [order for order, is_kept in zip(orders, keep.tolist(), strict=True) if is_kept]
 
 
 def _images_of(images: Images | None, moved: Sequence[Axis], same: Order) -> set[Order]:
@@ -197,6 +230,15 @@ def log_joints_of(start: Start, values: Mapping[str, Tensor]) -> Tensor:
 
     :param values: of each continuous latent: ``(points, *shape)``.
     """
+    points = len(next(iter(values.values())))
+    try:
+        return log_joint_at(start, numbers_of(start, start.blocks, frozenset(), values))
+    except (NotMappableError, NotImplementedError, ValueError, RuntimeError, ArithmeticError):
+        return torch.full((points,), math.nan, dtype=torch.double)
+
+
+def log_joint_at(start: Start, numbers: Sequence[Tensor]) -> Tensor:
+    """Return the log joint density at numbers of each block: ``(points,)``; nan if that fails."""
     log_joint = LogJoint(
         start.programs,
         start.structure,
@@ -207,9 +249,9 @@ def log_joints_of(start: Start, values: Mapping[str, Tensor]) -> Tensor:
     )
     try:
         with torch.no_grad():
-            return log_joint(numbers_of(start, start.blocks, frozenset(), values))
+            return log_joint(numbers)
     except (NotMappableError, NotImplementedError, ValueError, RuntimeError, ArithmeticError):
-        return torch.full((len(next(iter(values.values()))),), math.nan, dtype=torch.double)
+        return torch.full((len(numbers[0]),), math.nan, dtype=torch.double)
 
 
 def _draws_for(start: Start) -> int:

@@ -100,7 +100,7 @@ def device_of(tensors: Iterable[Tensor]) -> torch.device:
     """Return where tensors are combined: on a GPU if one is there; numbers may be elsewhere."""
     devices = [tensor.device for tensor in tensors]
     others = (device for device in devices if device.type != "cpu")
-    return next(others, devices[0] if devices else torch.get_default_device())
+    return next(others, devices[0] if devices else torch.empty(0).device)
 
 
 def unwrapped(tensor: Tensor) -> Mapped:
