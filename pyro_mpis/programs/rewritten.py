@@ -240,10 +240,17 @@ def _set_item(tensor: Tensor, index: Any, value: Any) -> Any:
 
 def _get_item(tensor: Tensor, index: Any) -> Any:
     """Select by one mapped number, which torch up to 2.9 takes for a Python one."""
-    scalar = isinstance(index, Tensor) and index.dim() == 0 and index.dtype != torch.bool
-    if not scalar or not is_mapped(index) or tensor.dim() == 0:
+    parts = index if type(index) is tuple else (index,)
+    chosen = [n for n, part in enumerate(parts) if isinstance(part, Tensor)]
+    if len(chosen) != 1 or tensor.dim() == 0:
         return NotImplemented
-    return tensor.index_select(0, index.reshape(1)).squeeze(0)
+    (dim,) = chosen
+    number = parts[dim]
+    others = parts[:dim] + parts[dim + 1 :]
+    scalar = number.dim() == 0 and number.dtype != torch.bool
+    if not scalar or not is_mapped(number) or any(part != slice(None) for part in others):
+        return NotImplemented
+    return tensor.index_select(dim, number.reshape(1)).squeeze(dim)
 
 
 def _squeeze(tensor: Tensor, *dims: Any, **kwargs: Any) -> Any:
