@@ -123,7 +123,10 @@ def switched() -> None:
         pyro.sample("y", dist.Normal(alpha[index], 1.0), obs=Y[:4])
 
 
-@pytest.mark.parametrize("piece", [2**24, 2**10], ids=["whole", "pieces"])
+@pytest.mark.parametrize(
+    "piece",
+    [pytest.param(2**24, id="whole"), pytest.param(2**10, id="pieces", marks=pytest.mark.slow)],
+)
 def test_index_array_that_is_another_at_rare_particles(
     piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

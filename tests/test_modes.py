@@ -12,7 +12,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_mpis import AutoPlateNormal, MPImportance, MPISWarning
-from pyro_mpis.adaptation import learner
+from pyro_mpis.adaptation import learner, orders
 from pyro_mpis.adaptation.adapting import started
 from pyro_mpis.adaptation.gaussian import Gaussian
 from pyro_mpis.adaptation.images import IMAGE_SITE, MODE_SITE, Images, Modes, signs_of, which_image
@@ -180,6 +180,23 @@ def test_near_orders_of_labels_and_none_of_data() -> None:
     scales = torch.full((2, 1, 1), 0.5)
     guide = start.guide(Gaussian([means], [scales], {}), frozenset(), tails=True)
     assert near_orders(start, guide) == []
+
+
+def test_an_order_without_a_barrier_is_no_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elements of a posterior with one mode, near enough that exchanged draws have some density."""
+
+    def near() -> None:
+        with pyro.plate("group", 2):
+            loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
+            pyro.sample("y", dist.Normal(loc, 1.0), obs=torch.tensor([-1.3, 1.3]))
+
+    start = begun(near)
+    means, scales = torch.tensor([[-1.3], [1.3]]), torch.ones(2, 1, 1)
+    guide = start.guide(Gaussian([means], [scales], {}), frozenset(), tails=True)
+    assert near_orders(start, guide) == []
+    monkeypatch.setattr(orders, "BARRIER", -1.0)
+    (found,) = near_orders(start, guide)
+    assert len(found.gains) == 2
 
 
 def test_orders_that_are_left_are_told() -> None:
