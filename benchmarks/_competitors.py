@@ -4,6 +4,7 @@
 import functools
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from unittest import mock
 
 import pyro
@@ -27,13 +28,19 @@ Function = Callable[[], float | None]
 MEMORY_LIMIT = 3 * GIB // 2  # of runs in blocks
 
 
-def inference(case: Case, num_samples: int, memory_limit: int | None = None) -> MPImportance:
+def inference(
+    case: Case,
+    num_samples: int,
+    memory_limit: int | None = None,
+    executor: Executor | None = None,
+) -> MPImportance:
     return MPImportance(
         case.model,
         case.guide,
         num_samples,
         max_plate_nesting=case.max_plate_nesting,
         memory_limit=memory_limit,
+        executor=executor,
     ).run(**case.data)
 
 

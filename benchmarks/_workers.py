@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Blocks in many processes: seconds on this machine, and what is sent to more workers."""
 
-import os
 import pickle
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pyro
 from _cases import Case
+from _competitors import inference
 from _measure import MIB
 
 from pyro_mpis import MPImportance
@@ -40,14 +41,7 @@ class Counting(Executor):
 def run_on(case: Case, size: tuple[int, int], executor: Executor | None) -> MPImportance:
     pyro.set_rng_seed(0)
     num_samples, memory_limit = size
-    return MPImportance(
-        case.model,
-        case.guide,
-        num_samples,
-        max_plate_nesting=case.max_plate_nesting,
-        memory_limit=memory_limit,
-        executor=executor,
-    ).run(**case.data)
+    return inference(case, num_samples, memory_limit, executor)
 
 
 def seconds(function: Callable[[], object]) -> float:
@@ -69,17 +63,12 @@ def dask_of_two() -> Iterator[Executor]:
         yield client.get_executor()
 
 
-@contextmanager
-def pool_of_two() -> Iterator[Executor]:
-    """Start two processes, which import the package when they get their first task."""
-    with ProcessPoolExecutor(2) as pool:
-        list(pool.map(os.getpid, ()))
-        yield pool
-
-
 def timed(case: Case) -> list[tuple[str, float, float, float]]:
     """Return the seconds of a first and a second run and of moments: alone, in a pool, in Dask."""
-    executors: dict[str, Any] = {"two processes": pool_of_two, "Dask, two workers": dask_of_two}
+    executors = {
+        "two processes": partial(ProcessPoolExecutor, 2),
+        "Dask, two workers": dask_of_two,
+    }
     rows = [("one process", *_three(case, None))]
     for name, executor in executors.items():
         with executor() as workers:

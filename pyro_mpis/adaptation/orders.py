@@ -134,15 +134,14 @@ def _beyond_a_barrier(
     if not orders:
         return []
     exchanges = exchange_of(moved, torch.tensor([same, *orders]))
-    places = [
-        [z.mean(0) for z in numbers_of(start, start.blocks, frozenset(), exchanges.of(draws, n))]
-        for n in range(len(orders) + 1)
-    ]
-    share = torch.linspace(0.0, 1.0, STEPS, dtype=places[0][0].dtype, device=places[0][0].device)
-    ways = [
-        torch.cat([torch.lerp(there, here, share.reshape(-1, *(1,) * here.dim())) for there in far])
-        for here, *far in zip(*places, strict=True)
-    ]
+    rows = [exchanges.of(draws, n) for n in range(len(orders) + 1)]
+    values = {name: torch.cat([row[name] for row in rows]) for name in start.priors}
+    ways = []
+    for numbers in numbers_of(start, start.blocks, frozenset(), values):
+        here, *far = numbers.unflatten(0, (len(rows), -1)).mean(1)
+        share = torch.linspace(0.0, 1.0, STEPS, dtype=here.dtype, device=here.device)
+        share = share.reshape(-1, *(1,) * here.dim())
+        ways.append(torch.cat([torch.lerp(there, here, share) for there in far]))
     heights = log_joint_at(start, ways).reshape(len(orders), STEPS)
     falls = heights.cummax(-1).values - heights
     keep = ~(falls.amax(-1) < BARRIER)  # also where the density is not finite

@@ -133,9 +133,8 @@ class Marginal(Empirical):
         dim = len(self.batch_shape)
         values, order = self.samples.sort(dim)
         weights = self._expanded_weights().gather(dim, order)
-        cumulative = (
-            running_total(weights, dim).movedim(dim, -1).contiguous()
-        )  # (*batch, *event, K)
+        total = running_total(weights, dim)
+        cumulative = total.movedim(dim, -1).contiguous()  # (*batch, *event, K)
         values = values.movedim(dim, -1).contiguous()
         shares = self._rounded_down(probs.reshape(-1)) * cumulative[..., -1:]
         position = torch.searchsorted(cumulative, shares)
