@@ -22,6 +22,7 @@ from pyro_mpis.adaptation.guide import AutoPlateNormal
 from pyro_mpis.adaptation.images import MOST_IMAGES
 from pyro_mpis.adaptation.layout import by_site, trees
 from pyro_mpis.adaptation.learner import learnt, refitted
+from pyro_mpis.adaptation.matching import matched
 from pyro_mpis.adaptation.modes import Place, Spread, at_other_orders, told_of_orders
 from pyro_mpis.adaptation.moments import ANEW, matched_by_moments
 from pyro_mpis.adaptation.natural import Settings
@@ -36,13 +37,13 @@ from pyro_mpis.adaptation.progress import Progress
 from pyro_mpis.adaptation.start import Start, is_discrete, start_of
 from pyro_mpis.adaptation.symmetries import Symmetries
 from pyro_mpis.adaptation.trials import (
+    MOST_TRIALS,
     OTHERS,
     TRIALS,
     Runs,
     Trial,
     enough_of,
     fitting,
-    matched,
     replicates_for,
     tried,
     with_numbers,
@@ -262,8 +263,8 @@ def _corrected(
     plan, numbers = fitting(start.programs, options, guide.at_mode(0), share=0.5)
     runs = Runs(plan)
     modes = [guide.at_mode(mode) for mode in range(guide.num_modes)]
-    of_each = TRIALS if len(modes) <= MOST_IMAGES else 1
-    first = [tried(runs, of_mode, of_each) for of_mode in modes]
+    of_each, most = (TRIALS, MOST_TRIALS) if len(modes) <= MOST_IMAGES else (1, 1)
+    first = [tried(runs, of_mode, of_each, most) for of_mode in modes]
     large = math.log(LARGE) + max(trial.log_evidence for trial in first)
     moved = [
         _moved_to_trials(runs, of_mode, trial, progress)
@@ -303,7 +304,7 @@ def _moved_to_trials(
         if not trial.noise:
             break
         moved = matched(guide, {number: trial.noise[number] for number in blocks})
-        again = tried(runs, moved, TRIALS)
+        again = tried(runs, moved, len(trial.log_evidences))
         if not again.is_better(trial):
             break
         guide, trial = moved, again

@@ -40,11 +40,10 @@ class Gaussian:
         """
         deviations: list[Tensor] = []
         for number, (scale, epsilon) in enumerate(zip(self.scales, noise, strict=True)):
-            deviation = (scale @ epsilon.unsqueeze(-1)).squeeze(-1)
+            deviation = _times(scale, epsilon)
             for (block, around), coupling in self.couplings.items():
                 if block == number:
-                    shift = (coupling @ deviations[around].unsqueeze(-1)).squeeze(-1)
-                    deviation = deviation + shift
+                    deviation = deviation + _times(coupling, deviations[around])
             deviations.append(deviation)
         return [mean + d for mean, d in zip(self.means, deviations, strict=True)]
 
@@ -64,6 +63,44 @@ class Gaussian:
     def sds(self) -> list[Tensor]:
         """Return the sd of each number given the blocks around it: ``(*batch dims, D)``."""
         return [scale.square().sum(-1).sqrt() for scale in self.scales]
+
+
+def _times(matrix: Tensor, vector: Tensor) -> Tensor:
+    """Return the product of a matrix and a vector, of batches of both."""
+    columns = vector.unsqueeze(-1)
+    if torch.is_grad_enabled():
+        return (matrix @ columns).squeeze(-1)
+    product: Tensor = _Product.apply(matrix, columns)  # type: ignore[no-untyped-call]
+    return product.squeeze(-1)
+
+
+class _Product(torch.autograd.Function):
+    """
+    A matrix product in which mapped vectors are columns of one matrix.
+
+    torch copies the other matrix for each of them. Without a gradient.
+    """
+
+    @staticmethod
+    def forward(matrix: Tensor, columns: Tensor) -> Tensor:
+        return matrix @ columns
+
+    @staticmethod
+    def setup_context(ctx: object, inputs: object, output: object) -> None:
+        """Keep nothing."""
+
+    @staticmethod
+    def vmap(
+        info: object, in_dims: tuple[int | None, int | None], matrix: Tensor, columns: Tensor
+    ) -> tuple[Tensor, int]:
+        of_matrix, of_columns = in_dims
+        if of_matrix is not None or of_columns is None:
+            product = torch.func.vmap(torch.matmul, in_dims)(matrix, columns)
+            return product, 0
+        columns = columns.movedim(of_columns, -1)
+        product = _Product.apply(matrix, columns.flatten(-2))  # type: ignore[no-untyped-call]
+        product = product.unflatten(-1, columns.shape[-2:])
+        return product.movedim(-1, of_columns).contiguous(), of_columns  # laid out as it came
 
 
 @dataclass(frozen=True)

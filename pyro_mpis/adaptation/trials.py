@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyro_mpis.adaptation.guide import AutoPlateNormal
 from pyro_mpis.adaptation.layout import Block, depth_of
+from pyro_mpis.adaptation.matching import Noise, pooled
 from pyro_mpis.blocks import run_plan
 from pyro_mpis.factor_graph.graph import FactorGraph
 from pyro_mpis.factor_graph.source_terms import joint_weights
@@ -40,22 +41,14 @@ LINKED = 20  # of latents that form chains or trees
 OTHERS = 30  # of latents that the guide lacks
 WORK = 9e7  # densities of all final runs together
 SMALL_RUN, LARGEST_RUN = 1e6, WORK / 8  # densities of a run
-TRIALS = 3  # runs of a trial
+TRIALS, MOST_TRIALS = 3, 9  # runs of a trial
+ENOUGH = 3.0  # ESS of all runs of a trial, for each number outside of plates
 WIDE_SPREAD = 1.0  # sd of their log evidences, in nats
 OVERHEAD = 5e5  # densities that take as long as all else in a run
 REPLICATES = (4, 60)
 MANY_OF_SMALL = 20  # replicates at least, of small runs: three trials hardly show a heavy tail
 SMALL_ERROR = 0.02  # of the log evidence, in nats
 LARGE_ESS = 1500.0  # of a trial's particles, over all final runs
-
-
-@dataclass(frozen=True)
-class Noise:
-    """Posterior moments of a block's noise, and the ESS that they rest on."""
-
-    mean: Tensor  # (*batch dims, D)
-    covariance: Tensor  # (*batch dims, D, D)
-    ess: Tensor  # (*batch dims)
 
 
 @dataclass(frozen=True)
@@ -72,14 +65,34 @@ class Trial:
         """The ESS of the first block's particles of all runs; one of large weight makes it low."""
         return float(self.noise[0].ess.min()) if self.noise else 0.0
 
+    @property
+    def typical_ess(self) -> float:
+        """The ESS of the first block's particles of a run: the geometric mean over runs."""
+        return float(self.ess.double().log().mean().exp())
+
+    @property
+    def variance(self) -> float:
+        """
+        The variance of the mean log evidence, in square nats.
+
+        A few runs may agree by chance, so it is no smaller than what the ESS of all lets expect.
+        """
+        found = float(self.log_evidences.var()) / len(self.log_evidences)
+        return max(found, 1 / max(1.0, self.pooled_ess))
+
     def is_better(self, other: "Trial") -> bool:
-        """Whether a move of the guide helped: a higher ESS, and no lower evidence but by chance."""
-        runs = torch.stack([self.log_evidences, other.log_evidences])
-        if not bool(runs.isfinite().all()):
+        """
+        Whether a move of the guide helped: a higher ESS, and no lower evidence but by chance.
+
+        One particle of large weight makes the ESS of all runs low, which may be chance; that of
+        most runs ignores it, which may be wrong. So the product of both counts.
+        """
+        both = torch.cat([self.log_evidences, other.log_evidences])
+        if not bool(both.isfinite().all()):
             return False
-        lower = float(runs[1].mean() - runs[0].mean())
-        error = float((runs.var(-1) / runs.shape[-1]).sum().sqrt())
-        return self.pooled_ess >= other.pooled_ess and lower <= 2 * error
+        higher = self.pooled_ess * self.typical_ess >= other.pooled_ess * other.typical_ess
+        lower = float(other.log_evidences.mean() - self.log_evidences.mean())
+        return higher and lower <= 2 * math.sqrt(self.variance + other.variance)
 
     @property
     def log_evidence(self) -> float:
@@ -303,20 +316,30 @@ def _by_block(
     return parts
 
 
-def tried(runs: Runs, guide: AutoPlateNormal, number: int) -> Trial:
+def tried(runs: Runs, guide: AutoPlateNormal, number: int, most: int | None = None) -> Trial:
     """
     Run a guide several times; draws random numbers.
 
+    :param most: number of runs, up to which there are more if the ESS of the first block is low.
     :raises ValueError: if no run finds a combination of positive probability.
     """
     found = [runs(guide) for _ in range(number)]
+    trial = _trial_of(guide, found)
+    wanted = number * ENOUGH * guide.blocks[0].size / max(1.0, trial.pooled_ess)
+    more = min(most or number, math.ceil(wanted)) - number
+    if more <= 0:
+        return trial
+    return _trial_of(guide, found + [runs(guide) for _ in range(more)])
+
+
+def _trial_of(guide: AutoPlateNormal, found: Sequence[tuple[Tensor, Weighted | None]]) -> Trial:
     log_evidences = torch.stack([log_p.double() for log_p, _ in found])
     possible = [(log_p, parts) for log_p, parts in found if parts is not None]
     if not possible:
         return Trial(log_evidences, {}, torch.zeros(1))
     shares = torch.stack([log_p.double() for log_p, _ in possible]).softmax(0)
     noise = {
-        block.number: _pooled(shares, [parts[block.number] for _, parts in possible])
+        block.number: pooled(shares, [parts[block.number] for _, parts in possible])
         for block in guide.blocks
     }
     ess = torch.stack([1 / parts[0][0].square().sum(0).max() for _, parts in possible])
@@ -339,56 +362,3 @@ def _unevenness(weight: Tensor) -> float:
     :param weight: ``(K, *batch dims)``.
     """
     return float((weight.square().sum(0) - 1 / len(weight)).sum())
-
-
-def _pooled(shares: Tensor, runs: Sequence[tuple[Tensor, Tensor]]) -> Noise:
-    """
-    Pool the weights of several runs, and take moments.
-
-    :param runs: weights and values of each: ``(K, *batch dims)``, ``(K, *batch dims, D)``.
-    """
-    weight = torch.cat([share * weight for share, (weight, _) in zip(shares, runs, strict=True)])
-    value = torch.cat([value for _, value in runs])
-    mean = (weight.unsqueeze(-1) * value).sum(0)
-    centred = value - mean
-    covariance = torch.einsum("k...,k...d,k...e->...de", weight, centred, centred)
-    return Noise(mean, covariance, 1 / weight.square().sum(0))
-
-
-def matched(guide: AutoPlateNormal, noise: Mapping[int, Noise]) -> AutoPlateNormal:
-    """
-    Move a guide to the posterior moments of its noise, as far as these are no noise themselves.
-
-    :param noise: of the blocks to be moved.
-    """
-    gaussian = guide.gaussian()
-    shifts, scales = [], []
-    for block, mean, scale in zip(guide.blocks, gaussian.means, gaussian.scales, strict=True):
-        if block.number not in noise:
-            shifts.append(torch.zeros_like(mean))
-            scales.append(scale)
-            continue
-        moments = noise[block.number]
-        variance = 1 / moments.ess.unsqueeze(-1)  # of a mean
-        shifts.append((_trust(moments.mean, variance) * moments.mean).to(mean))
-        unit = torch.eye(block.size, dtype=torch.double, device=mean.device)
-        excess = moments.covariance - unit
-        own = torch.diag_embed(excess.diagonal(dim1=-2, dim2=-1))
-        of_own = _trust(own, torch.diag_embed(2 * variance.expand(moments.mean.shape)))
-        others = excess - own
-        of_others = min(of_own, _trust(others, variance.unsqueeze(-1) * (others != 0)))
-        covariance = unit + of_own * own + of_others * others
-        scales.append(scale @ torch.linalg.cholesky(covariance).to(scale))
-    moved = replace(gaussian, means=gaussian.at(shifts), scales=scales)
-    return guide.with_gaussian(moved)
-
-
-def _trust(found: Tensor, variance: Tensor) -> float:
-    """
-    Return the share of deviations that is more than their noise (James and Stein 1961).
-
-    :param variance: of each; those of size zero count for nothing.
-    """
-    total = float(found.square().sum())
-    noise = float(variance.expand_as(found).sum())
-    return max(0.0, 1 - noise / total) if total > 0 else 0.0
