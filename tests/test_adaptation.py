@@ -35,7 +35,7 @@ from pyro_mpis.adaptation.moments import flattened, matched_by_moments
 from pyro_mpis.adaptation.natural import Fitted, Settings, fit
 from pyro_mpis.adaptation.start import Start
 from pyro_mpis.adaptation.tails import StretchedNormal, TailedNormal
-from pyro_mpis.adaptation.trials import Runs, Trial, enough_of, tried
+from pyro_mpis.adaptation.trials import Runs, Trial, shared_out, tried
 from pyro_mpis.options import Options
 from pyro_mpis.programs.messages import statements
 
@@ -825,12 +825,38 @@ def test_a_trial_has_more_runs_where_its_ess_is_low(ess: int, number: int) -> No
     assert len(tried(cast(Runs, runs), guide, 3).log_evidences) == 3
 
 
-def test_even_particles_of_a_plate_are_enough() -> None:
-    guide = of_many()
+def of_few() -> AutoPlateNormal:
+    begin = start(normals)
+    medians, sds = begin.moments(frozenset())
+    gaussian = Gaussian(medians, [torch.diag_embed(sd) for sd in sds], {})
+    return begin.guide(gaussian, frozenset(), tails=False)
+
+
+@pytest.mark.parametrize(
+    ("outer", "inside", "expected"),
+    [
+        (0.02, 0.03, (None, 5)),  # even, and not the most: as in the trial
+        (0.002, 0.05, (150, 10)),  # even, but nearly all of the variance
+        (0.01, 0.5, (150, 20)),
+        (0.3, 0.5, (None, None)),
+        (0.0, 0.5, (None, None)),  # not known
+    ],
+)
+def test_the_index_that_adds_most_of_the_variance_gets_more_particles(
+    outer: float, inside: float, expected: tuple[int | None, ...]
+) -> None:
+    guide = of_few()
     numbers = dict(zip(guide.noise_sites, (150, 5), strict=True))
-    even = Trial(torch.zeros(3), {}, torch.zeros(3), {0: 0.0, 1: 0.05})
-    assert enough_of(guide, numbers, even) == {guide.noise_sites[1]: 5}
-    assert enough_of(guide, numbers, replace(even, unevenness={0: 0.0, 1: 0.5})) == {}
+    trial = Trial(torch.zeros(3), {}, torch.zeros(3), {0: outer, 1: inside})
+    found = shared_out(guide, numbers, trial)
+    assert tuple(map(found.get, guide.noise_sites)) == expected
+
+
+def test_a_plate_of_many_elements_has_more_particles_already() -> None:
+    guide = of_many()
+    numbers = dict(zip(guide.noise_sites, (75, 10), strict=True))
+    trial = Trial(torch.zeros(3), {}, torch.zeros(3), {0: 0.01, 1: 0.5})
+    assert shared_out(guide, numbers, trial) == {}
 
 
 def test_a_settled_fit_goes_on_with_its_tail() -> None:

@@ -42,9 +42,9 @@ from pyro_mpis.adaptation.trials import (
     TRIALS,
     Runs,
     Trial,
-    enough_of,
     fitting,
     replicates_for,
+    shared_out,
     tried,
     with_numbers,
 )
@@ -277,8 +277,8 @@ def _corrected(
         guide = _together(spread.guide, moved)
         plan, numbers = fitting(start.programs, options, guide, share=0.5)
         trial = tried(Runs(plan), guide, TRIALS)
-    enough = enough_of(guide, numbers, trial)
-    plan, numbers = fitting(start.programs, options, guide, enough=enough)
+    own = shared_out(guide, numbers, trial)
+    plan, numbers = fitting(start.programs, options, guide, own=own)
     replicates = replicates_for(plan, numbers, trial, guide.num_modes)
     return _Candidate(guide, trial, settled, numbers, replicates, told_of_orders(spread))
 

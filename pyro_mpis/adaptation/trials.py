@@ -37,6 +37,7 @@ LOCALS = (10, 6, 6)  # of indices in plates, by the number of blocks around them
 FEW_ELEMENTS, FEW_NUMBERS = 10, 2  # of a plate whose many small elements have more particles each
 MORE_LOCALS = 2.0  # times as many at most
 EVEN = 0.1  # variance of the log evidence, in nats, that indices in plates may add
+UNEVEN = 4.0  # times that of the index outside, above which one in plates gets more particles
 LINKED = 20  # of latents that form chains or trees
 OTHERS = 30  # of latents that the guide lacks
 WORK = 9e7  # densities of all final runs together
@@ -163,15 +164,15 @@ def fitting(
     options: Options,
     guide: AutoPlateNormal,
     share: float = 1.0,
-    enough: Mapping[str, int] | None = None,
+    own: Mapping[str, int] | None = None,
 ) -> tuple[Plan, dict[str, int]]:
     """
     Plan a run of a guide, with as many particles as a run is worth; draws random numbers.
 
-    :param enough: numbers for noise sites that need no more, see :func:`enough_of`.
+    :param own: numbers of some noise sites, see :func:`shared_out`.
     """
     programs = replace(programs, guide=guide)
-    numbers = {**numbers_of(guide, share), **(enough or {})}
+    numbers = {**numbers_of(guide, share), **(own or {})}
     images = guide.choices(is_final=share == 1)
     plan, _, _ = plan_of(programs, with_numbers(options, numbers | images))
     work = work_of(plan.structure, numbers | images)
@@ -202,17 +203,31 @@ def _of_small(guide: AutoPlateNormal, numbers: Mapping[str, int], factor: float)
     return numbers
 
 
-def enough_of(guide: AutoPlateNormal, numbers: Mapping[str, int], trial: Trial) -> dict[str, int]:
+def shared_out(guide: AutoPlateNormal, numbers: Mapping[str, int], trial: Trial) -> dict[str, int]:
     """
-    Return the numbers of particles in plates that were enough in a trial.
+    Return numbers of particles that differ from the usual ones, as a trial says.
 
-    Their particles have nearly the same weights; more runs are then worth more than more of them.
+    An index in plates whose particles have nearly the same weights keeps the trial's number; more
+    runs are then worth more. One that adds most of the variance gets twice as many particles, and
+    the index outside of plates half.
+
+    :param numbers: of the trial, half of the usual ones.
     """
-    return {
-        name: numbers[name]
-        for block, name in zip(guide.blocks, guide.noise_sites, strict=True)
-        if block.plates and trial.unevenness.get(block.number, math.inf) < EVEN
-    }
+    inside = [block for block in guide.blocks if block.plates]
+    names = dict(zip((block.number for block in guide.blocks), guide.noise_sites, strict=True))
+    added = {block.number: trial.unevenness.get(block.number, math.inf) for block in inside}
+    result = {names[b]: numbers[names[b]] for b, variance in added.items() if variance < EVEN}
+    outer = trial.unevenness.get(guide.blocks[0].number, 0.0)
+    if not inside or not guide.blocks[0].is_outer or outer <= 0:
+        return result
+    most = max(inside, key=lambda block: added[block.number])
+    variance, name = added[most.number], names[most.number]
+    # what both add with the usual numbers; those of many elements have more already
+    variance *= 1.0 if name in result else 0.5
+    if math.isfinite(variance) and variance > UNEVEN * 0.5 * outer and _more(most) == 1:
+        result[name] = 2 * result.get(name, 2 * numbers[name])
+        result[names[0]] = numbers[names[0]]
+    return result
 
 
 def with_numbers(options: Options, numbers: Mapping[str, int]) -> Options:
