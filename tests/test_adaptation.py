@@ -33,6 +33,7 @@ from pyro_mpis.adaptation.log_joint import LogJoint, Pair
 from pyro_mpis.adaptation.matching import Noise, matched, pooled
 from pyro_mpis.adaptation.moments import flattened, matched_by_moments
 from pyro_mpis.adaptation.natural import Fitted, Settings, fit
+from pyro_mpis.adaptation.skewness import SplitNormal
 from pyro_mpis.adaptation.start import Start
 from pyro_mpis.adaptation.tails import StretchedNormal, TailedNormal
 from pyro_mpis.adaptation.trials import Runs, Trial, shared_out, tried
@@ -710,6 +711,7 @@ def test_a_guide_moves_by_what_is_no_noise(signal: float) -> None:
         torch.ones(1).double(),
         mean.unsqueeze(0),
         torch.ones(1, 200, 1, 1).double(),
+        torch.zeros(1, 200, 1).double(),
         torch.full((200,), 10.0).double(),
     )
     before, after = guide.gaussian(), matched(guide, {1: moments}).gaussian()
@@ -728,7 +730,7 @@ def of_vector() -> AutoPlateNormal:
     begin = start(model)
     medians, sds = begin.moments(frozenset())
     gaussian = Gaussian(medians, [torch.diag_embed(sd) for sd in sds], {})
-    return begin.guide(gaussian, frozenset(), tails=False)
+    return begin.guide(gaussian, frozenset(), tails=True)
 
 
 def test_a_guide_moves_by_what_all_runs_have_in_common() -> None:
@@ -784,30 +786,102 @@ def test_mapped_numbers_are_those_of_single_noise(is_scale_mapped: bool) -> None
             torch.testing.assert_close([part[a, b] for part in found], expected)
 
 
-def one_trial(log_evidences: Sequence[float], pooled_ess: float, of_each: float) -> Trial:
-    one = torch.ones(1).double()
-    noise = {0: Noise(one, one.unsqueeze(-1), one[:, None, None], pooled_ess * one)}
-    ess = torch.full((len(log_evidences),), of_each)
-    return Trial(torch.tensor(log_evidences).double(), noise, ess)
-
-
 @pytest.mark.parametrize(
-    ("log_evidences", "pooled_ess", "of_each", "better"),
+    ("log_evidences", "ess", "better"),
     [
-        ([-1.0, -1.2, -0.9], 25.0, 25.0, True),
-        ([-1.0, -1.2, -0.9], 15.0, 15.0, False),
-        ([-1.0, -1.2, -0.9], 18.0, 40.0, True),  # one particle of large weight, by chance
-        ([-1.0, -1.2, -0.9], 5.0, 40.0, False),  # one of very large weight
-        ([-1.5, -1.6, -1.4], 25.0, 25.0, True),  # the first three agreed by chance
-        ([-2.0, -2.2, -1.9], 25.0, 25.0, False),
-        ([-math.inf, -1.0, -0.9], 25.0, 25.0, False),
+        ([-1.0, -1.2, -0.9], [25.0, 25.0, 25.0], True),
+        ([-1.0, -1.2, -0.9], [15.0, 15.0, 15.0], False),
+        ([-1.0, -1.2, -0.8], [60.0, 60.0, 11.0], True),  # one particle of large weight, by chance
+        ([-1.0, -1.2, 0.8], [40.0, 40.0, 1.1], False),  # one of very large weight
+        ([-1.3, -1.4, -1.2], [25.0, 25.0, 25.0], True),  # the first three agreed by chance
+        ([-2.0, -2.2, -1.9], [25.0, 25.0, 25.0], False),
+        ([0.0, -0.2, 0.1], [15.0, 15.0, 15.0], True),  # clearly higher
+        ([-math.inf, -1.0, -0.9], [25.0, 25.0, 25.0], False),
     ],
 )
 def test_a_move_is_better_with_a_higher_ess_and_no_lower_evidence(
-    log_evidences: Sequence[float], pooled_ess: float, of_each: float, better: bool
+    log_evidences: Sequence[float], ess: Sequence[float], better: bool
 ) -> None:
-    before = one_trial([-1.0, -1.01, -0.99], 20.0, 20.0)
-    assert one_trial(log_evidences, pooled_ess, of_each).is_better(before) == better
+    def trial(log_evidences: Sequence[float], ess: Sequence[float]) -> Trial:
+        noise = {0: pooled(torch.ones(1).double(), [(torch.ones(1), torch.ones(1, 1))])}
+        return Trial(torch.tensor(log_evidences).double(), noise, torch.tensor(ess))
+
+    before = trial([-1.0, -1.01, -0.99], [20.0, 20.0, 20.0])
+    assert trial(log_evidences, ess).is_better(before) == better
+
+
+def test_the_pooled_ess_of_a_trial_is_that_of_all_its_weights() -> None:
+    torch.manual_seed(0)
+    weights = [torch.randn(30).double().exp() for _ in range(3)]
+    log_p = torch.stack([weight.mean().log() for weight in weights])
+    ess = torch.stack([weight.sum() ** 2 / weight.square().sum() for weight in weights])
+    noise = {0: pooled(torch.ones(1).double(), [(torch.ones(1), torch.ones(1, 1))])}
+    every = torch.cat(weights)
+    expected = float(every.sum() ** 2 / every.square().sum())
+    assert Trial(log_p, noise, ess).pooled_ess == pytest.approx(expected)
+
+
+def test_moments_of_runs_are_those_of_weights_that_are_cut_off() -> None:
+    torch.manual_seed(0)
+    values = torch.randn(3, 50, 2, dtype=torch.double)
+    weights = (3 * torch.randn(3, 50, dtype=torch.double)).exp()
+    log_p = weights.sum(-1).log()
+    runs = [(w / w.sum(), v) for w, v in zip(weights, values, strict=True)]
+    noise = pooled(log_p.softmax(0), runs)
+    every = (weights / weights.sum()).clamp(max=150**-0.5).flatten()
+    every = every / every.sum()
+    flat = values.reshape(150, 2)
+    mean = every @ flat
+    assert (weights / weights.sum()).max() > 2 * 150**-0.5
+    torch.testing.assert_close(noise.mean, mean)
+    torch.testing.assert_close(noise.covariance, (every * (flat - mean).T) @ (flat - mean))
+    torch.testing.assert_close(noise.together(noise.cubes), every @ (flat - mean) ** 3)
+    torch.testing.assert_close(noise.ess, 1 / every.square().sum())
+
+
+@pytest.mark.parametrize("skewness", [-0.9, -0.4, 0.0, 0.7])
+def test_a_split_normal_has_mean_zero_variance_one_and_its_skewness(skewness: float) -> None:
+    fn = SplitNormal.of(torch.tensor([skewness]).double())
+    x = torch.linspace(-12, 12, 200_001).double().unsqueeze(-1)
+    density = fn.log_prob(x).exp() * 24 / 200_000
+    moments = [float((density * x**power).sum()) for power in range(4)]
+    assert moments == pytest.approx([1.0, 0.0, 1.0, skewness], abs=1e-4)
+    # quantiles are those of the density
+    uniform = torch.tensor([[0.001], [0.2], [0.5], [0.9], [0.9999]]).double()
+    below = [float(density[(x <= at).squeeze(-1)].sum()) for at in fn.at(uniform)]
+    assert below == pytest.approx(uniform.flatten().tolist(), abs=2e-4)
+
+
+def test_skewed_noise_with_tails_has_its_density() -> None:
+    skewness = torch.tensor([-0.8, 0.5]).double()
+    wide = torch.tensor([1.0, -1.0]).double(), torch.tensor([[3.0, 0.0], [1.0, 2.0]]).double()
+    fn = TailedNormal(torch.zeros(2).double(), wide, skewness)
+    axis = torch.linspace(-30, 30, 1201).double()
+    grid = torch.cartesian_prod(axis, axis)
+    density = fn.log_prob(grid).exp() * 0.05**2
+    assert float(density.sum()) == pytest.approx(1.0, abs=0.01)
+    torch.manual_seed(0)
+    draws = fn.sample((200_000,))
+    for below in ([-1.0, 0.5], [0.3, -0.7], [-2.5, 3.0]):
+        corner = torch.tensor(below).double()
+        expected = float(density[(grid <= corner).all(-1)].sum())
+        assert float((draws <= corner).all(-1).double().mean()) == pytest.approx(expected, abs=0.01)
+
+
+def test_a_guide_learns_the_skewness_of_its_noise() -> None:
+    # log of a Gamma of shape 1, whose skewness is -1.14, in half of the numbers
+    torch.manual_seed(0)
+    guide = of_vector()
+    exponential = -torch.rand(6, 400, 20, dtype=torch.double).log()
+    skewed = (exponential.log() + 0.5772) / (math.pi / 6**0.5)
+    values = torch.where(torch.arange(20) < 10, skewed, torch.randn(6, 400, 20).double())
+    runs = [(torch.full((400,), 1 / 400).double(), value) for value in values]
+    moved = matched(guide, {0: pooled(torch.full((6,), 1 / 6).double(), runs)})
+    assert moved.is_skewed
+    assert not guide.is_skewed
+    assert (moved.skewness[:10] < -0.7).all()  # cut off at -0.9
+    assert (moved.skewness[10:].abs() < 0.3).all()
+    torch.testing.assert_close(moved.with_gaussian(moved.gaussian()).skewness, moved.skewness)
 
 
 @pytest.mark.parametrize(("ess", "number"), [(21, 3), (13, 5), (2, 9)])

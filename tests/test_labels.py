@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Labels that can be exchanged are found, and a guide that has them in one order is told of it."""
 
+import math
 import re
 import warnings
 from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import cast
 
 import pyro
 import pyro.distributions as dist
@@ -15,7 +18,8 @@ from pyro_mpis import MPImportance, MPISWarning
 from pyro_mpis.adaptation.adapting import started
 from pyro_mpis.adaptation.gaussian import Gaussian
 from pyro_mpis.adaptation.labels import _exchangeable, _log_joint, _Point, axes_of
-from pyro_mpis.adaptation.modes import Place, at_other_orders
+from pyro_mpis.adaptation.modes import Place, _share, at_other_orders
+from pyro_mpis.adaptation.orders import Orders
 from pyro_mpis.adaptation.symmetries import Symmetries
 from pyro_mpis.options import Options
 
@@ -106,3 +110,9 @@ def test_a_guide_in_one_order_is_told_of_the_other() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", MPISWarning)
         MPImportance(regression).adapt()  # its elements are as far apart
+
+
+@pytest.mark.parametrize(("gain", "share"), [(math.log(3.0), 0.25), (800.0, 0.0), (-800.0, 1.0)])
+def test_the_share_of_an_order_that_another_is_far_from(gain: float, share: float) -> None:
+    orders = cast(Orders, SimpleNamespace(gains=[0.0, gain]))
+    assert _share(orders, 0) == pytest.approx(share)

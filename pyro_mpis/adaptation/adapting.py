@@ -63,6 +63,7 @@ SURE = 0.1  # sd of the log evidences of trial runs: all that have weight is fou
 LARGE = 0.2  # mass of a mode, relative to the largest, that is worth more trial runs
 NEGLIGIBLE = 6.0  # nats below the mode of the most mass, from which on one is left out
 LOW_ESS = 5.0  # of a trial's particles outside of plates
+MOST_MOVES = 6  # of a guide towards the moments of trial runs
 POINTS = (8, 4)  # at which derivatives are averaged; fewer where they take long
 MUCH_WORK = 5e6  # densities times rows of the Hessian, of an iteration
 MANY_NUMBERS = 400  # rows of the Hessian, above which the Gaussian is not fitted by gradients
@@ -298,16 +299,24 @@ def _together(
 def _moved_to_trials(
     runs: Runs, guide: AutoPlateNormal, trial: Trial, progress: Progress
 ) -> tuple[AutoPlateNormal, Trial]:
-    """Move a guide of one mode to the moments of trial runs."""
-    for blocks in ([0], range(len(guide.blocks))):
+    """
+    Move a guide of one mode to the moments of trial runs.
+
+    First the block outside of plates, again while its ESS is low; at last all blocks.
+    """
+    for move in range(MOST_MOVES):
         _tell(progress, trial)
         if not trial.noise:
             break
+        is_last = move == MOST_MOVES - 1 or (move > 0 and trial.wanted_runs(guide) <= 1)
+        blocks = range(len(guide.blocks)) if is_last else [0]
         moved = matched(guide, {number: trial.noise[number] for number in blocks})
         again = tried(runs, moved, len(trial.log_evidences))
         if not again.is_better(trial):
             break
         guide, trial = moved, again
+        if is_last:
+            break
     return guide, trial
 
 

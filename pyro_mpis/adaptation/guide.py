@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The learned guide: a plate-structured Gaussian, an ordinary Pyro guide."""
+"""The learned guide: a plate-structured Gaussian, skewed outside of plates."""
 
 import contextlib
 import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -25,11 +26,12 @@ from pyro_mpis.adaptation.images import (
     particles_of,
     which_image,
 )
-from pyro_mpis.adaptation.layout import Block, Part
+from pyro_mpis.adaptation.layout import Block, Part, plates_of
 from pyro_mpis.adaptation.log_joint import Pair
 from pyro_mpis.adaptation.mixture import Mixture, chosen, spread_correction, stacked
 from pyro_mpis.adaptation.natural import antithetic
 from pyro_mpis.adaptation.parametrisation import Place, from_free
+from pyro_mpis.adaptation.skewness import SplitNormal
 from pyro_mpis.adaptation.tails import StretchedNormal, TailedNormal, wide_noise
 from pyro_mpis.programs.environment import seeded
 from pyro_mpis.programs.mapped import run_mapped
@@ -45,12 +47,12 @@ class AutoPlateNormal(PyroModule):
     r"""
     A guide with the model's plates, Gaussian in unconstrained numbers.
 
-    All latents outside of plates are one Gaussian vector with a full covariance matrix. The latents
-    of the same plates are one such vector in each element, given the latents around the plates.
-    Each vector is computed from a site of standard noise, ``_mpis_noise_0`` and so on. The model's
-    sites are ``Delta``, as in Pyro's :class:`~pyro.infer.autoguide.AutoContinuous`. So there is one
-    particle index for each set of plates, and every particle of the latents around a plate has
-    particles of its own inside the plate.
+    All latents outside of plates are one vector with a full covariance matrix, Gaussian or skewed.
+    The latents of the same plates are a Gaussian vector in each element, given the latents around
+    the plates. Each vector is computed from a site of standard noise, ``_mpis_noise_0`` and so on.
+    The model's sites are ``Delta``, as in Pyro's :class:`~pyro.infer.autoguide.AutoContinuous`. So
+    there is one particle index for each set of plates, and every particle of the latents around a
+    plate has particles of its own inside the plate.
 
     A posterior may have exact images: a site ``_mpis_image`` then chooses one of them for all
     latents. Orders of labels that are not equally good have a Gaussian each, which a site
@@ -81,6 +83,7 @@ class AutoPlateNormal(PyroModule):
         tails: bool = True,
         prior: tuple[Tensor, Tensor] | None = None,
         stretches: Mapping[int, float] | None = None,
+        skewness: Tensor | None = None,
         images: Images | None = None,
         modes: Modes | None = None,
         only: int | None = None,
@@ -95,6 +98,8 @@ class AutoPlateNormal(PyroModule):
         self._tails = tails
         self._prior = prior  # location and sd of the first block's numbers
         self._stretches = dict(stretches or {})  # of the noise of blocks in plates
+        none = gaussian.means[0].detach().new_zeros(self.blocks[0].size)
+        self.register_buffer("skewness", none if skewness is None else skewness)  # of block 0
         self.images = images
         self._pairs: tuple[Pair, ...] = tuple(gaussian.couplings)
         self.non_centred = non_centred
@@ -120,35 +125,42 @@ class AutoPlateNormal(PyroModule):
         """The model that it is a guide for."""
         return self._model[0]
 
-    def with_gaussian(self, gaussian: Gaussian) -> "AutoPlateNormal":
-        """Return a guide that differs in its Gaussian alone; of several modes, in that of one."""
+    def with_gaussian(
+        self, gaussian: Gaussian, skewness: Tensor | None = None
+    ) -> "AutoPlateNormal":
+        """
+        Return a guide that differs in its Gaussian alone; of several modes, in that of one.
+
+        :param skewness: of the noise outside of plates, if it differs too; of a single mode.
+        """
         if self.modes is None:
-            return self._with(gaussian, self.images)
+            skewness = self.skewness if skewness is None else skewness
+            return self._with(gaussian, skewness=skewness)
         gaussians = self._gaussians()
         gaussians[self.only or 0] = gaussian
         modes = replace(self.modes, gaussians=tuple(gaussians))
-        return self._with(gaussians[0], self.images, modes, self.only)
+        return self._with(gaussians[0], modes=modes, only=self.only)
 
     def with_images(self, images: Images) -> "AutoPlateNormal":
         """Return a guide that is spread evenly over the images of a posterior."""
-        return self._with(self.gaussian(), images)
+        return self._with(self.gaussian(), images=images)
 
     def with_modes(self, modes: Modes) -> "AutoPlateNormal":
         """Return a guide of several Gaussians; its images are told apart as the modes are."""
         if len(modes.gaussians) == 1:
-            return self._with(modes.gaussians[0], self.images)
-        return self._with(modes.gaussians[0], self.images, modes)
+            return self._with(modes.gaussians[0])
+        return self._with(modes.gaussians[0], modes=modes)
 
     def at_mode(self, mode: int) -> "AutoPlateNormal":
         """Return the guide of one mode; its target is the posterior times this mode's share."""
         if self.modes is None:
             return self
         modes = replace(self.modes, gaussians=tuple(self._gaussians()))
-        return self._with(self.gaussian(0), self.images, modes, mode)
+        return self._with(self.gaussian(0), modes=modes, only=mode)
 
     def at_one(self) -> "AutoPlateNormal":
         """Return the guide of the first mode alone, at one image."""
-        return self._with(self.gaussian(0), None)
+        return self._with(self.gaussian(0), images=None)
 
     def _gaussians(self) -> list[Gaussian]:
         """Return the Gaussians of all modes."""
@@ -159,34 +171,31 @@ class AutoPlateNormal(PyroModule):
         """The number of Gaussians."""
         return 1 if self.modes is None else len(self.modes.gaussians)
 
-    def _with(
-        self,
-        gaussian: Gaussian,
-        images: Images | None,
-        modes: Modes | None = None,
-        only: int | None = None,
-    ) -> "AutoPlateNormal":
-        return AutoPlateNormal(
-            self.model,
-            self.blocks,
-            gaussian,
-            non_centred=self.non_centred,
-            supports=self._supports,
-            others=self._others,
-            tails=self._tails,
-            prior=self._prior,
-            stretches=self._stretches,
-            images=images,
-            modes=modes,
-            only=only,
-            name=self._pyro_name,
-        )
+    def _with(self, gaussian: Gaussian, **changes: Any) -> "AutoPlateNormal":
+        """Return a guide of another Gaussian, of one mode if nothing else is said."""
+        kept = {
+            "non_centred": self.non_centred,
+            "supports": self._supports,
+            "others": self._others,
+            "tails": self._tails,
+            "prior": self._prior,
+            "stretches": self._stretches,
+            "skewness": self.skewness,
+            "images": self.images,
+            "name": self._pyro_name,
+        }
+        return AutoPlateNormal(self.model, self.blocks, gaussian, **{**kept, **changes})
 
     def tells_images_apart(self, block: Block) -> bool:
         """Whether the density of a block depends on no other latent, so that images can use it."""
         names = {part.name for part in block.parts}
         alone = all(number != block.number for number, _ in self._pairs)
         return alone and names <= self._supports.keys() and not names & self.non_centred
+
+    @property
+    def is_skewed(self) -> bool:
+        """Whether the noise outside of plates is skewed; that of several modes is not."""
+        return self._tails and self.num_modes == 1 and bool(self.skewness.any())
 
     @property
     def reaches_prior(self) -> bool:
@@ -216,7 +225,7 @@ class AutoPlateNormal(PyroModule):
         """Sample all of the latents: the guide as a Pyro program."""
         mode = self._mode()
         gaussian = self._chosen(mode)
-        plates = self._plates()
+        plates = plates_of(self.blocks)
         noise = [block.padded(self._noise(block, plates)) for block in self.blocks]
         numbers = gaussian.at(noise)
         values = self._values(numbers, args, kwargs)
@@ -281,16 +290,11 @@ class AutoPlateNormal(PyroModule):
         moved = self.images.of({name: value for name, (value, _) in values.items()}, which)
         return {name: (moved[name], values[name][1]) for name in values}
 
-    def _plates(self) -> dict[str, pyro.plate]:
-        """Make the plates of all sites, each once."""
-        frames = {f.name: f for b in self.blocks for part in b.parts for f in part.frames}
-        return {f.name: pyro.plate(f.name, f.size, dim=f.dim) for f in frames.values()}
-
     def _noise_fn(self, block: Block) -> Distribution:
         """Return the distribution of the standard noise of a block."""
         zeros = getattr(self, f"loc_{block.number}").detach().new_zeros(block.size)
         if self._tails and block.is_outer:
-            return TailedNormal(zeros, self._wide(block))
+            return TailedNormal(zeros, self._wide(block), self.skewness if self.is_skewed else None)
         if self._tails and block.number in self._stretches:
             return StretchedNormal(zeros, self._stretches[block.number])
         fn: Distribution = dist.Normal(zeros, 1.0).to_event(1)
@@ -305,11 +309,7 @@ class AutoPlateNormal(PyroModule):
             return pyro.sample(self.noise_sites[block.number], fn, infer={"is_auxiliary": True})
 
     def _wide(self, block: Block) -> tuple[Tensor, Tensor] | None:
-        """
-        Return location and scale of the prior of a block of few numbers, as its noise.
-
-        Of several modes they are those of all together, as noise does not depend on the mode.
-        """
+        """Return location and scale of the prior of a block of few numbers, as its noise."""
         if self._prior is None or block.size > LARGEST_WIDE:
             return None
         loc, sd = (part.to(self.loc_0) for part in self._prior)
@@ -387,6 +387,8 @@ class AutoPlateNormal(PyroModule):
         with torch.no_grad(), seeded(0):
             shapes = [(*block.shape, block.size) for block in self.blocks]
             noise = [antithetic(number, shape).to(self.loc_0) for shape in shapes]
+            if self.is_skewed:
+                noise[0] = SplitNormal.of(self.skewness).at(torch.special.ndtr(noise[0]))
             level = {str(block): epsilon for block, epsilon in enumerate(noise)}
             every = torch.arange(number)
             if self.modes is not None and self.only is None:

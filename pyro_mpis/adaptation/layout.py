@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import pyro
 import torch
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
@@ -265,3 +266,9 @@ def blocks_of(
             )
         )
     return tuple(blocks)
+
+
+def plates_of(blocks: Iterable[Block]) -> dict[str, pyro.plate]:
+    """Make the plates of all sites of a guide, each once."""
+    frames = {frame.name: frame for b in blocks for part in b.parts for frame in part.frames}
+    return {f.name: pyro.plate(f.name, f.size, dim=f.dim) for f in frames.values()}

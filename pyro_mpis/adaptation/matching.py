@@ -8,15 +8,19 @@ import torch
 from torch import Tensor
 
 from pyro_mpis.adaptation.guide import AutoPlateNormal
+from pyro_mpis.adaptation.skewness import SKEWEST
+
+TINY = 1e-30  # for a share of zero
 
 
 @dataclass(frozen=True)
 class Noise:
     """Posterior moments of a block's noise: of some runs, and of all together."""
 
-    shares: Tensor  # (runs,), of the runs in the evidence; they sum to one
+    shares: Tensor  # (runs, *batch dims), of each run in the weights; they sum to one
     means: Tensor  # (runs, *batch dims, D)
     covariances: Tensor  # (runs, *batch dims, D, D), around the mean of all runs
+    cubes: Tensor  # (runs, *batch dims, D): third moments, around the mean of all runs
     ess: Tensor  # (*batch dims), of all runs
 
     @property
@@ -31,30 +35,45 @@ class Noise:
 
     def together(self, of_runs: Tensor) -> Tensor:
         """Return the weighted mean over the first dim, that of the runs."""
-        result: Tensor = torch.tensordot(self.shares.to(of_runs), of_runs, 1)
-        return result
+        return (self.share_of(of_runs) * of_runs).sum(0)
+
+    def share_of(self, of_runs: Tensor) -> Tensor:
+        """Return the shares, with dims of size one for those that numbers have beside."""
+        return self.shares.reshape(self.shares.shape + (1,) * (of_runs.dim() - self.shares.dim()))
 
 
 def pooled(shares: Tensor, runs: Sequence[tuple[Tensor, Tensor]]) -> Noise:
     """
-    Take moments of several runs.
+    Take moments of several runs, with weights that are cut off (Ionides 2008).
 
-    :param shares: of the runs in the evidence.
+    A few particles of large weight would be most of the moments. The weights are cut off at the
+    root of the number of particles, times the mean weight: moments are then nearer to those of the
+    proposal, and have less noise.
+
+    :param shares: of the runs in the evidence: ``(runs,)``; they sum to one.
     :param runs: weights and values of each: ``(K, *batch dims)``, ``(K, *batch dims, D)``.
     """
-    means = torch.stack([(weight.unsqueeze(-1) * value).sum(0) for weight, value in runs])
-    mean = torch.tensordot(shares.to(means), means, 1)
-    covariances = torch.stack(
-        [
-            torch.einsum("k...,k...d,k...e->...de", weight, value - mean, value - mean)
-            for weight, value in runs
-        ]
+    weights = [share * weight for share, (weight, _) in zip(shares, runs, strict=True)]
+    largest = sum(len(weight) for weight in weights) ** -0.5
+    weights = [weight.clamp(max=largest) for weight in weights]
+    of_runs = torch.stack([weight.sum(0) for weight in weights])
+    total = of_runs.sum(0)
+    weights = [
+        weight / of_run.clamp(min=TINY) for weight, of_run in zip(weights, of_runs, strict=True)
+    ]
+    noise_shares = of_runs / total
+    means = torch.stack(
+        [(w.unsqueeze(-1) * v).sum(0) for w, (_, v) in zip(weights, runs, strict=True)]
     )
-    squares = sum(
-        share.square() * weight.square().sum(0)
-        for share, (weight, _) in zip(shares, runs, strict=True)
-    )
-    return Noise(shares, means, covariances, 1 / torch.as_tensor(squares))
+    mean = (noise_shares.unsqueeze(-1) * means).sum(0)
+    covariances, cubes = [], []
+    for weight, (_, value) in zip(weights, runs, strict=True):
+        shift = value - mean
+        covariances.append(torch.einsum("k...,k...d,k...e->...de", weight, shift, shift))
+        cubes.append((weight.unsqueeze(-1) * shift**3).sum(0))
+    squares = torch.stack([weight.square().sum(0) for weight in weights])
+    ess = 1 / (noise_shares.square() * squares).sum(0)
+    return Noise(noise_shares, means, torch.stack(covariances), torch.stack(cubes), ess)
 
 
 def matched(guide: AutoPlateNormal, noise: Mapping[int, Noise]) -> AutoPlateNormal:
@@ -74,7 +93,9 @@ def matched(guide: AutoPlateNormal, noise: Mapping[int, Noise]) -> AutoPlateNorm
         shifts.append(shift.to(mean))
         scales.append(scale @ torch.linalg.cholesky(covariance).to(scale))
     moved = replace(gaussian, means=gaussian.at(shifts), scales=scales)
-    return guide.with_gaussian(moved)
+    if guide.num_modes > 1 or 0 not in noise or not guide.blocks[0].is_outer:
+        return guide.with_gaussian(moved)
+    return guide.with_gaussian(moved, _sure_skewness(noise[0], guide.skewness))
 
 
 def _sure_part(noise: Noise) -> tuple[Tensor, Tensor]:
@@ -93,6 +114,15 @@ def _sure_part(noise: Noise) -> tuple[Tensor, Tensor]:
     of_others = min(of_own, _trust(noise, others, variance.unsqueeze(-1) * (1 - unit)))
     covariance = unit + noise.together(of_own * own + of_others * others)
     return of_means * noise.mean, covariance
+
+
+def _sure_skewness(noise: Noise, known: Tensor) -> Tensor:
+    """Return the skewness of the noise outside of plates, nearer to the known one."""
+    sd = noise.covariance.diagonal(dim1=-2, dim2=-1).sqrt()
+    change = noise.cubes / sd**3 - known.to(sd)
+    share = _trust(noise, change, 6 / noise.ess.unsqueeze(-1))
+    result = known.to(sd) + share * noise.together(change).reshape(known.shape)
+    return result.clamp(-SKEWEST, SKEWEST).to(known)
 
 
 def _trust(noise: Noise, of_runs: Tensor, variance: Tensor) -> float:
@@ -119,9 +149,6 @@ def _trust(noise: Noise, of_runs: Tensor, variance: Tensor) -> float:
 
 def _in_common(noise: Noise, of_runs: Tensor) -> float:
     """Return the mean product of the deviations of one run and those of the others."""
-    found = noise.together(of_runs)
-    result = 0.0
-    for share, own in zip(noise.shares, of_runs, strict=True):
-        others = (found - share * own) / (1 - share).clamp(min=torch.finfo(share.dtype).eps)
-        result += float((share * own * others).sum())
-    return result
+    own = noise.share_of(of_runs) * of_runs
+    others = (own.sum(0) - own) / (1 - noise.share_of(of_runs)).clamp(min=TINY)
+    return float((own * others).sum())

@@ -143,7 +143,8 @@ def _apart(one: Sequence[Place], other: Sequence[Place]) -> float:
 
 def _share(orders: Orders, which: int) -> float:
     """Return about which share of the mass of all orders one has."""
-    mass = [math.exp(gain) for gain in orders.gains]
+    highest = max(orders.gains)
+    mass = [math.exp(gain - highest) for gain in orders.gains]
     return mass[which] / sum(mass)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_mpis.adaptation.gaussian import Gaussian
+from pyro_mpis.adaptation.skewness import SplitNormal
 from pyro_mpis.programs.stratified import LARGEST, SMALLEST
 
 SHARE = 0.25  # of the draws that have heavy tails, in one coordinate
@@ -54,7 +55,7 @@ class _Noise(TorchDistribution):
 
 class TailedNormal(_Noise):
     r"""
-    Standard normal but for some draws: coordinates with Student's t, or a wide Gaussian.
+    Standard normal, or skewed, but for some draws: coordinates with Student's t, a wide Gaussian.
 
     The posterior of the log of a scale has an exponential tail, under which a Gaussian proposal's
     weights have no variance. A quarter of the draws has one coordinate from Student's t: the
@@ -65,21 +66,25 @@ class TailedNormal(_Noise):
 
     :param loc: zeros, for the shape: ``(*batch_shape, D)``.
     :param wide: location and lower triangular scale of the wide Gaussian: ``(D,)``, ``(D, D)``.
+    :param skewness: of the other draws: ``(D,)``.
     """
 
     def __init__(
         self,
         loc: Tensor,
         wide: tuple[Tensor, Tensor] | None = None,
+        skewness: Tensor | None = None,
         validate_args: bool | None = None,
     ) -> None:
         self.wide = wide
+        self.skewness = skewness
+        self._body = None if skewness is None else SplitNormal.of(skewness)
         super().__init__(loc, validate_args=validate_args)
 
     def expand(self, batch_shape: Any, _instance: object = None) -> "TailedNormal":
         """Return this distribution for another batch shape."""
         loc = self.loc.expand((*batch_shape, *self.event_shape))
-        return TailedNormal(loc, self.wide, validate_args=False)
+        return TailedNormal(loc, self.wide, self.skewness, validate_args=False)
 
     @property
     def uniform_shape(self) -> torch.Size:
@@ -106,7 +111,8 @@ class TailedNormal(_Noise):
         coordinate = (which * size).long().clamp(max=size - 1)
         at = (torch.arange(size, device=uniform.device) == coordinate) & (chosen < of_one)
         at = at | ((chosen >= of_one) & (chosen < of_one + of_all))
-        value = torch.where(at, _student(uniform[..., :size]), normal)
+        body = normal if self._body is None else self._body.at(uniform[..., :size])
+        value = torch.where(at, _student(uniform[..., :size]), body)
         if self.wide is not None:
             loc, scale = (part.to(value) for part in self.wide)
             far = loc + (scale @ normal.unsqueeze(-1)).squeeze(-1)
@@ -115,7 +121,10 @@ class TailedNormal(_Noise):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log density."""
-        normal = -0.5 * value.square() - 0.5 * math.log(2 * math.pi)
+        if self._body is None:
+            normal = -0.5 * value.square() - 0.5 * math.log(2 * math.pi)
+        else:
+            normal = self._body.log_prob(value)
         student = _log_student(value)
         of_one, of_all = self._shares
         tails = (student - normal).logsumexp(-1) + math.log(of_one / value.shape[-1])

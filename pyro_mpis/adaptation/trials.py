@@ -64,12 +64,17 @@ class Trial:
     @property
     def pooled_ess(self) -> float:
         """The ESS of the first block's particles of all runs; one of large weight makes it low."""
-        return float(self.noise[0].ess.min()) if self.noise else 0.0
+        shares = self.log_evidences[self.log_evidences.isfinite()].softmax(0)
+        return float(1 / (shares.square() / self.ess.to(shares)).sum()) if self.noise else 0.0
 
     @property
     def typical_ess(self) -> float:
         """The ESS of the first block's particles of a run: the geometric mean over runs."""
         return float(self.ess.double().log().mean().exp())
+
+    def wanted_runs(self, guide: AutoPlateNormal) -> float:
+        """Return how many times as many runs the moments of the first block's numbers want."""
+        return ENOUGH * guide.blocks[0].size / max(1.0, self.pooled_ess)
 
     @property
     def variance(self) -> float:
@@ -83,17 +88,19 @@ class Trial:
 
     def is_better(self, other: "Trial") -> bool:
         """
-        Whether a move of the guide helped: a higher ESS, and no lower evidence but by chance.
+        Whether a move of the guide helped: by the ESS, or by evidences that are clearly higher.
 
         One particle of large weight makes the ESS of all runs low, which may be chance; that of
-        most runs ignores it, which may be wrong. So the product of both counts.
+        most runs ignores it, which may be wrong. So the product of both counts. The evidence must
+        not be lower but by chance; its log is lower on average, the worse a proposal is.
         """
         both = torch.cat([self.log_evidences, other.log_evidences])
         if not bool(both.isfinite().all()):
             return False
-        higher = self.pooled_ess * self.typical_ess >= other.pooled_ess * other.typical_ess
-        lower = float(other.log_evidences.mean() - self.log_evidences.mean())
-        return higher and lower <= 2 * math.sqrt(self.variance + other.variance)
+        higher = float(self.log_evidences.mean() - other.log_evidences.mean())
+        error = math.sqrt(self.variance + other.variance)
+        of_self, of_other = (t.pooled_ess * t.typical_ess for t in (self, other))
+        return higher > (-2 * error if of_self >= of_other else error)
 
     @property
     def log_evidence(self) -> float:
@@ -340,8 +347,7 @@ def tried(runs: Runs, guide: AutoPlateNormal, number: int, most: int | None = No
     """
     found = [runs(guide) for _ in range(number)]
     trial = _trial_of(guide, found)
-    wanted = number * ENOUGH * guide.blocks[0].size / max(1.0, trial.pooled_ess)
-    more = min(most or number, math.ceil(wanted)) - number
+    more = min(most or number, math.ceil(number * trial.wanted_runs(guide))) - number
     if more <= 0:
         return trial
     return _trial_of(guide, found + [runs(guide) for _ in range(more)])
