@@ -225,12 +225,7 @@ def _by_gradients(
         return refitted(start, places, non_centred, coupled, POINTS[-1], progress.fitting)
 
     spread = at_other_orders(start, guide, refit)
-    if spread.guide.num_modes > 1:
-        try:
-            return _corrected(start, spread, options, progress, settled=fitted.settled)
-        except ValueError:  # a fit of another mode ended where there is no density
-            pass
-    return _corrected(start, Spread(guide), options, progress, settled=fitted.settled)
+    return _corrected(start, spread, options, progress, settled=fitted.settled)
 
 
 def _by_trees(
