@@ -4,7 +4,8 @@
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import cast
 
@@ -16,8 +17,9 @@ from pyro.infer import config_enumerate
 
 from pyro_mpis import MPImportance, MPISWarning
 from pyro_mpis.adaptation.adapting import started
+from pyro_mpis.adaptation.alike import alike
 from pyro_mpis.adaptation.gaussian import Gaussian
-from pyro_mpis.adaptation.labels import _exchangeable, _log_joint, _Point, axes_of
+from pyro_mpis.adaptation.labels import Point, _exchangeable, _log_joint, axes_of
 from pyro_mpis.adaptation.modes import Place, _share, at_other_orders
 from pyro_mpis.adaptation.orders import Orders
 from pyro_mpis.adaptation.symmetries import Symmetries
@@ -72,7 +74,7 @@ def test_what_is_exchanged_together(model: object, size: int, expected: object) 
     pyro.set_rng_seed(0)
     start = started(config_enumerate(model), (), {}, Options(num_samples=2))
     values = {name: start.sites[name]["value"].detach() for name in start.priors}
-    point = _Point(values, _log_joint(start, values))
+    point = Point(values, _log_joint(start, values))
     assert _exchangeable(start, point, axes_of(start)[size], [(0, 1)]) == expected
 
 
@@ -116,3 +118,70 @@ def test_a_guide_in_one_order_is_told_of_the_other() -> None:
 def test_the_share_of_an_order_that_another_is_far_from(gain: float, share: float) -> None:
     orders = cast(Orders, SimpleNamespace(gains=[0.0, gain]))
     assert _share(orders, 0) == pytest.approx(share)
+
+
+def named(y: torch.Tensor, prior: tuple[float, float] = (2.0, 2.0)) -> None:
+    """A mixture of two, each with latents of its own: too many for draws from the prior."""
+    share = pyro.sample("share", dist.Beta(torch.tensor(prior[0]), torch.tensor(prior[1])))
+    loc0 = pyro.sample("loc0", dist.Normal(torch.zeros(5), 5.0).to_event(1))
+    loc1 = pyro.sample("loc1", dist.Normal(torch.zeros(5), 5.0).to_event(1))
+    with pyro.plate("rows", len(y)):
+        z = pyro.sample("z", dist.Bernoulli(share), infer={"enumerate": "parallel"})
+        loc = torch.where(z.unsqueeze(-1) == 1, loc1, loc0)
+        pyro.sample("y", dist.Normal(loc, 1.0).to_event(1), obs=y)
+
+
+def slopes(y: torch.Tensor) -> None:
+    """Latents that are alike, but not exchangeable: each has its own predictor."""
+    with pyro.plate("few", 3):
+        shift = pyro.sample("shift", dist.Normal(0.0, 1.0))
+    rows = torch.linspace(-1.0, 1.0, len(y))
+    b0 = pyro.sample("b0", dist.Normal(0.0, 5.0))
+    b1 = pyro.sample("b1", dist.Normal(0.0, 5.0))
+    with pyro.plate("rows", len(y)):
+        mean = b0 * rows + b1 * rows.square() + shift.sum() / 3
+        pyro.sample("y", dist.Normal(mean, 0.1), obs=y[:, 0])
+
+
+TWO = torch.cat([torch.full((6, 5), -1.5), torch.full((9, 5), 1.5)])
+TWO = TWO + 0.3 * torch.linspace(-1.0, 1.0, 75).reshape(15, 5)
+
+
+@pytest.mark.parametrize(
+    ("model", "number"),
+    [
+        (named, 1),
+        (partial(named, prior=(2.0, 3.0)), 0),  # orders that are not equally good
+        (slopes, 0),
+    ],
+)
+def test_labels_that_are_latents_with_names_of_their_own(
+    model: Callable[[torch.Tensor], None], number: int
+) -> None:
+    pyro.set_rng_seed(0)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        MPImportance(model, disable_progbar=True).adapt(TWO)
+    messages = [str(w.message) for w in told if "change places" in str(w.message)]
+    assert len(messages) == number
+    for message in messages:
+        assert message.startswith("'loc0', 'loc1', 'share' can change places")
+        assert f"log 2 = {math.log(2):.4f}" in message
+
+
+def test_latents_are_alike_in_shape_and_prior() -> None:
+    def model() -> None:
+        for name in ("m0", "m1", "m2", "width"):
+            pyro.sample(name, dist.Normal(0.0, 2.0))
+        pyro.sample("s0", dist.LogNormal(0.0, 1.0))
+        pyro.sample("s1", dist.LogNormal(0.0, 2.0))  # of another prior
+        pyro.sample("left", dist.Gamma(2.0, 1.0))
+        pyro.sample("right", dist.Gamma(2.0, 1.0))
+        with pyro.plate("rows", 2):
+            pyro.sample("x0", dist.Exponential(1.0))
+            pyro.sample("x1", dist.Exponential(1.0))
+
+    assert alike(started(model, (), {}, Options(num_samples=2))) == [
+        ("m0", "m1", "m2"),
+        ("left", "right"),
+    ]

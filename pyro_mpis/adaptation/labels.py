@@ -70,7 +70,7 @@ def far_labels(start: Start, guide: AutoPlateNormal, far: float = FAR) -> list[L
     if not axes:
         return []
     ends = ends_of(start, guide)
-    point: _Point | None = None
+    point: Point | None = None
     found = []
     for size, group in axes.items():
         every = itertools.combinations(range(size), 2)
@@ -81,7 +81,7 @@ def far_labels(start: Start, guide: AutoPlateNormal, far: float = FAR) -> list[L
             point = point or best_point(start, guide)
             moved = _exchangeable(start, point, group, pairs[:MOST_PAIRS])
         if moved:
-            same = [pair for pair in pairs if _is_same(start, point, moved, *pair)]
+            same = [pair for pair in pairs if is_same(start, point, moved, *pair)]
             elements = sorted({label for pair in same for label in pair})
             found.append(Labels(tuple(elements), size, moved))
     return found
@@ -95,10 +95,11 @@ def ends_of(start: Start, guide: AutoPlateNormal) -> dict[str, Tensor]:
     return {name: draw.quantile(draw.new_tensor(bounds), 0) for name, draw in draws.items()}
 
 
-def told_of_labels(found: Labels, *, reaches_all: bool) -> str:
+def told_of_labels(found: Labels, *, reaches_all: bool, are_latents: bool = False) -> str:
     """
     Say that a guide has labels in one order.
 
+    :param are_latents: whether labels are latents with names of their own, not elements of some.
     :param reaches_all: whether the guide's tails reach all of the prior.
     """
     orders = found.orders
@@ -108,15 +109,16 @@ def told_of_labels(found: Labels, *, reaches_all: bool) -> str:
         else f"has them in one: add up to log {orders} = {math.log(orders):.4f} to the log "
         "evidence, and take moments of these latents as those of one order"
     )
+    of_each = "" if are_latents else f"{len(found.elements)} elements of "
     return (
-        f"{len(found.elements)} elements of {quoted(sorted(found.names))} can change places, and "
+        f"{of_each}{quoted(sorted(found.names))} can change places, and "
         f"the posterior is the same. Of up to {orders} orders, the learned proposal {what}. A "
         "prior that puts them in order would leave one mode of the posterior."
     )
 
 
 @dataclass(frozen=True)
-class _Point:
+class Point:
     """Values of the latents, and the log joint density there."""
 
     values: Mapping[str, Tensor]
@@ -155,12 +157,17 @@ def axes_of(start: Start) -> dict[int, list[Axis]]:
         for dim in range(-site.event_dim, 0):
             found.setdefault(site.shape[dim], []).append(((name, dim),))
     if 2 in found:
-        found[2] += [((name, None),) for name in latents if _is_share(start, name)]
+        found[2] += shares_of(start)
     return {
         size: axes
         for size, axes in found.items()
         if 2 <= size <= MOST_LABELS and len(axes) <= MOST_AXES
     }
+
+
+def shares_of(start: Start) -> list[Axis]:
+    """Return the latents that are one probability: the shares p and 1 - p of two labels."""
+    return [((name, None),) for name in _latents(start) if _is_share(start, name)]
 
 
 def _is_share(start: Start, name: str) -> bool:
@@ -190,7 +197,7 @@ def is_far(
     return False
 
 
-def best_point(start: Start, guide: AutoPlateNormal) -> _Point:
+def best_point(start: Start, guide: AutoPlateNormal) -> Point:
     """
     Return values of the latents in the bulk of the posterior: the best of some draws.
 
@@ -204,19 +211,19 @@ def best_point(start: Start, guide: AutoPlateNormal) -> _Point:
             sites = statements(poutine.trace(guide).get_trace(*call.args, **call.kwargs))
             drawn = {name: sites[name]["value"] for name in names if name in sites}
             values = {**known, **drawn}
-            points.append(_Point(values, _log_joint(start, values)))
+            points.append(Point(values, _log_joint(start, values)))
     return max(points, key=lambda point: point.log_joint)
 
 
 def _exchangeable(
     start: Start,
-    point: _Point,
+    point: Point,
     axes: Sequence[Axis],
     pairs: Sequence[tuple[int, int]],
 ) -> tuple[Axis, ...]:
     """Return axes in which a pair can be exchanged together; none if there are none."""
     for pair, moved in itertools.product(pairs, subsets(axes)):
-        if _is_same(start, point, moved, *pair):
+        if is_same(start, point, moved, *pair):
             return moved
     return ()
 
@@ -227,7 +234,7 @@ def subsets(axes: Sequence[Axis]) -> Iterator[tuple[Axis, ...]]:
         yield from itertools.combinations(axes, number)
 
 
-def _is_same(start: Start, point: _Point, moved: Sequence[Axis], one: int, other: int) -> bool:
+def is_same(start: Start, point: Point, moved: Sequence[Axis], one: int, other: int) -> bool:
     """Whether the joint density stays the same where two elements change places."""
     exchanged = dict(point.values)
     for name, dim in itertools.chain(*moved):

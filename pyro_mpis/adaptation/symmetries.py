@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from pyro_mpis.adaptation.alike import alike_labels
 from pyro_mpis.adaptation.guide import AutoPlateNormal
 from pyro_mpis.adaptation.images import MOST_IMAGES, Images, orders_of, signs_of
 from pyro_mpis.adaptation.labels import (
@@ -96,6 +97,8 @@ class Symmetries:
                 continue  # each order is a mode of the guide
             if images is None or not images.reaches(labels.names):
                 told.append(told_of_labels(labels, reaches_all=reaches_all))
+        for labels in alike_labels(self._start, guide):
+            told.append(told_of_labels(labels, reaches_all=reaches_all, are_latents=True))
         return told
 
 
