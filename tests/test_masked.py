@@ -3,6 +3,7 @@
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -117,6 +118,25 @@ def masked_states(by_handler: bool) -> None:
             pyro.sample("y", dist.Normal(z * 1.0, 1.0), obs=Y)
 
 
+def states_of_two_masks() -> None:
+    """Of an element that masks itself, nothing tells; one that a handler masks counts."""
+    with pyro.plate("data", 3):
+        fn = dist.Categorical(torch.tensor([0.1, 0.3, 0.6]))
+        with hidden(torch.tensor([False, True, False])):
+            own = fn.mask(torch.tensor([True, False, False]))
+            z = pyro.sample("z", own, infer=ENUMERATE)
+        with hidden(torch.tensor([True, True, False])):
+            pyro.sample("y", dist.Normal(z * 1.0, 1.0), obs=Y)
+
+
+def masked_delta() -> None:
+    """The density of a value that the model computes counts only where it is not masked."""
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    with hidden(False):
+        twice = pyro.sample("twice", dist.Delta(2 * x, log_density=3 * x))
+    pyro.sample("y", dist.Normal(twice, 1.0), obs=Y[0])
+
+
 def unused_county(by_handler: bool) -> None:
     """A county without houses is masked; so is one with."""
     with pyro.plate("county", 3):
@@ -179,6 +199,8 @@ PROGRAMS: dict[str, tuple[Callable[..., None], Callable[..., None] | None, int]]
     "events": (events, None, 3),
     "switch": (mixture_of_flat, None, 3),
     "threshold": (thresholded, None, 3),
+    "states of two masks": (states_of_two_masks, None, 1),
+    "masked Delta": (masked_delta, None, 3),
 }
 for word in ("handler", "own"):
     by_handler = word == "handler"
@@ -325,6 +347,111 @@ def test_guide_of_the_padded_end_does_not_matter() -> None:
         torch.testing.assert_close(*found)
 
 
+def normal(x: Tensor, loc: Any = 0.0, scale: float = 1.0) -> Tensor:
+    result: Tensor = dist.Normal(loc, scale).log_prob(x)
+    return result
+
+
+def test_an_event_is_left_out_as_a_whole() -> None:
+    """Where one of its scalars is read, the others are forecasts: drawn together, they count."""
+    counts = torch.tensor([[False, False], [True, False], [False, False]])
+
+    def model() -> None:
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3, 2), 1.0).mask(counts).to_event(1))
+            with hidden(torch.tensor([True, True, False])):
+                pyro.sample("y", dist.Normal(z[..., 0], 1.0), obs=Y)
+
+    def guide() -> None:
+        with pyro.plate("data", 3):
+            pyro.sample("z", dist.Normal(0.3 * torch.ones(3, 2), 1.3).to_event(1))
+
+    pyro.set_rng_seed(0)
+    with pytest.warns(MPISWarning, match=f"'z': {FLAT}"):
+        posterior = MPImportance(model, guide, num_samples=6).run()
+    z = posterior.marginals("z").samples  # (data, K, 2)
+    prior = torch.stack([normal(z[0, :, 1]), normal(z[1]).sum(-1)])
+    data = normal(z[:2, :, 0], Y[:2, None])
+    log_weights = prior + data - normal(z[:2], 0.3, 1.3).sum(-1)
+    torch.testing.assert_close(posterior.evidence(), log_weights.exp().mean(-1).log().sum())
+
+
+@pytest.mark.parametrize("more", ["nothing", "Delta", "factor", "Delta of two", "across"])
+def test_latents_that_the_guide_computes(more: str) -> None:
+    """
+    The padded end is left out with the guide's draw of it, unless that means something else too.
+
+    Then it is a forecast: both densities count.
+    """
+
+    def model() -> None:
+        time = pyro.plate("time", 3)
+        with time, hidden(torch.arange(3) < 2):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=Y)
+        if more == "Delta":
+            with time:
+                x = pyro.sample("x", dist.Normal(0.0, 1.0))
+                pyro.sample("v", dist.Normal(x, 1.0), obs=Y)
+
+    def guide() -> None:
+        hint: Any = {"is_auxiliary": True}
+        draw = partial(pyro.sample, fn=dist.Normal(0.2 * torch.ones(3), 1.3), infer=hint)
+        if more == "across":  # in no plate: one particle has all elements, in another order
+            u = draw("u").flip(0)
+        with pyro.plate("time", 3):
+            u = u if more == "across" else draw("u")
+            half = 0.5 * (u + draw("other")) if more == "Delta of two" else u
+            pyro.sample("z", dist.Delta(half))
+            if more == "Delta":
+                pyro.sample("x", dist.Delta(2 * u, log_density=-math.log(2.0)))
+            if more == "factor":
+                pyro.factor("f", 0.3 * u, has_rsample=False)
+
+    pyro.set_rng_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MPISWarning)
+        posterior = MPImportance(model, guide, num_samples=5).run()
+    names = ("u", "other") if more == "Delta of two" else ("u",)
+    drawn = [posterior._sums[0].replicate.particles.values[name] for name in names]
+    u = drawn[0].flip(-1) if more == "across" else drawn[0]  # (K, time)
+    log_q = normal(u, 0.2, 1.3)
+    if more == "Delta of two":
+        other = drawn[1].unsqueeze(1)
+        log_q = (log_q + normal(other, 0.2, 1.3)).flatten(0, 1)
+        u = (0.5 * (u + other)).flatten(0, 1)
+    log_p = normal(u) + torch.where(torch.arange(3) < 2, normal(u, Y), 0.0)
+    if more == "Delta":
+        log_p = log_p + normal(2 * u) + normal(2 * u, Y)
+        log_q = log_q - math.log(2.0)
+    if more == "factor":
+        log_q = log_q + 0.3 * u
+    if more == "nothing":
+        log_p, log_q = log_p[:, :2], log_q[:, :2]
+    log_weights = log_p - log_q
+    log_weights = log_weights.sum(-1, keepdim=True) if more == "across" else log_weights
+    truth = (log_weights.logsumexp(0) - math.log(len(log_weights))).sum()
+    torch.testing.assert_close(posterior.evidence(), truth)
+
+
+def test_a_group_whose_members_read_what_is_left_out() -> None:
+    def model() -> None:
+        with pyro.plate("time", 2):
+            with hidden(torch.arange(2) < 1):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                pyro.sample("y", dist.Normal(z, 1.0), obs=Y[:2])
+            x = pyro.sample("x", dist.Normal(0.0, 1.0))
+            pyro.sample("v", dist.Normal(x, 1.0), obs=Y[:2])
+
+    def guide() -> None:
+        with pyro.plate("time", 2):
+            z = pyro.sample("z", dist.Normal(0.2, 1.3))
+            pyro.sample("x", dist.Normal(0.5 * z, 1.0))
+
+    for groups in ((), (("z", "x"),)):
+        compare(model, guide, 2, groups)
+
+
 def test_flat_prior_warns_and_padding_does_not() -> None:
     with pytest.warns(MPISWarning, match=f"'p': {FLAT}"):
         MPImportance(partial(flat_prior, True), num_samples=2).run()
@@ -360,6 +487,101 @@ def test_mask_that_depends_on_a_latent() -> None:
                 z, x = (posterior.marginals(name).samples for name in ("z", "x"))
                 truth = log_weights(read, guided, z, x).exp().mean().log()
                 torch.testing.assert_close(posterior.evidence(), truth)
+
+
+@pytest.mark.filterwarnings("ignore::pyro_mpis._warnings.MPISWarning")
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("plated", [True, False])
+def test_mask_that_depends_on_a_value_that_is_looked_at(alone: bool, plated: bool) -> None:
+    """Another mask, or none, than in the first run; all latents are looked at, or one is."""
+    shape = (2,) if plated else ()
+
+    def model(read: bool) -> None:
+        z = pyro.sample("z", dist.Bernoulli(0.5))
+        there: Any = torch.tensor([True, bool(z)]) if plated else bool(z)
+        with pyro.plate("n", 2) if plated else nullcontext():
+            with hidden(there):
+                x = pyro.sample("x", dist.Normal(0.5, 1.0))
+            assert alone or math.isfinite(float(x.sum()))
+            with hidden(read | there):
+                pyro.sample("y", dist.Normal(x, 1.0), obs=Y[0].expand(shape))
+
+    def guide(*_: object) -> None:
+        with pyro.plate("n", 2) if plated else nullcontext():
+            pyro.sample("x", dist.Normal(0.2, 1.5))
+
+    for read, guided, seed in itertools.product((True, False), (True, False), range(3)):
+        pyro.set_rng_seed(seed)
+        posterior = MPImportance(model, guide if guided else None, num_samples=8).run(read)
+        z, x = (posterior.marginals(name).samples for name in ("z", "x"))
+        x, z = x.reshape(-1, 8), z.bool()  # (elements, K)
+        drawn = normal(x, 0.2, 1.5) if guided else normal(x, 0.5)
+        unmasked_weights = normal(x, 0.5) + normal(x, Y[0]) - drawn
+        masked_weights = normal(x, Y[0]) - drawn if read else torch.zeros_like(x)
+        log_weights = torch.where(z, unmasked_weights, masked_weights)
+        log_weights[:-1] = unmasked_weights[:-1]  # of two elements, the first is not masked
+        truth = log_weights.sum(0).exp().mean().log()
+        torch.testing.assert_close(posterior.evidence(), truth)
+
+
+@pytest.mark.filterwarnings("ignore::pyro_mpis._warnings.MPISWarning")
+@pytest.mark.parametrize("how", ["computed", "factor", "one event", "events", "summed"])
+def test_what_is_left_out_of_ordinary_sampling(how: str) -> None:
+    """Two elements that nothing reads where ``z`` is zero; particle by particle."""
+    pair = torch.arange(2) == 1
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Bernoulli(0.5)).bool()
+        with pyro.plate("n", 2):
+            if how == "events":  # one scalar of the first one is read
+                fn: Any = dist.Normal(torch.zeros(2, 2), 1.0).mask(z).to_event(1)
+                x = pyro.sample("x", fn)
+                pyro.sample("y", dist.Normal(torch.where(pair, 0.0, x[:, 0]), 1.0), obs=Y[:2])
+                return
+            if how == "summed":  # masked by a handler, and the second one by itself as well
+                fn = dist.Bernoulli(torch.full((2,), 0.3)).mask(z | ~pair)
+                with hidden(z | pair):
+                    x = pyro.sample("x", fn, infer=ENUMERATE)
+            else:
+                with hidden(z):
+                    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+            with hidden(z if how != "summed" else z | ~pair):
+                pyro.sample("y", dist.Normal(x, 1.0), obs=Y[:2])
+
+    def guide() -> None:
+        with pyro.plate("n", 2):
+            if how == "computed":
+                u = pyro.sample("u", dist.Normal(0.2, 1.3), infer={"is_auxiliary": True})
+                pyro.sample("x", dist.Delta(u))
+            elif how == "factor":
+                x = pyro.sample("x", dist.Normal(0.2, 1.3))
+                pyro.factor("f", 0.3 * x, has_rsample=False)
+            elif how == "events":
+                pyro.sample("x", dist.Normal(0.2 * torch.ones(2, 2), 1.3).to_event(1))
+        if how == "one event":
+            pyro.sample("x", dist.Normal(0.2 * torch.ones(2), 1.3).to_event(1))
+
+    pyro.set_rng_seed(0)
+    posterior = MPImportance(model, None if how == "summed" else guide, num_samples=20).run()
+    assert posterior._sums[0].traces
+    z, x = (posterior.marginals(name).samples for name in ("z", "x"))
+    x = x if len(x) == 20 else x.movedim(x.shape.index(20), 0)  # (K, n, ...)
+    z = z.bool().unsqueeze(-1)
+    if how == "summed":
+        prior = torch.full((20, 2), math.log(0.3)).where(x > 0, math.log(0.7))
+        ratio = torch.zeros(20, 2)
+    else:
+        prior, ratio = normal(x), normal(x) - normal(x, 0.2, 1.3)
+    if how == "factor":
+        ratio = ratio - 0.3 * x
+    if how == "events":
+        data = normal(torch.where(pair, 0.0, x[..., 0]), Y[:2])
+        flat = torch.stack([ratio[:, 0].sum(-1) - prior[:, 0, 0], torch.zeros(20)], -1)
+        log_weights = data + torch.where(z, ratio.sum(-1), flat)
+    else:
+        there = z | ~pair if how == "summed" else z
+        log_weights = ratio + torch.where(there, normal(x, Y[:2]), 0.0)
+    torch.testing.assert_close(posterior.evidence(), log_weights.sum(-1).exp().mean().log())
 
 
 def test_hidden_data_may_lie_anywhere() -> None:
