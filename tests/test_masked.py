@@ -525,6 +525,56 @@ def test_mask_that_depends_on_a_value_that_is_looked_at(alone: bool, plated: boo
 
 
 @pytest.mark.filterwarnings("ignore::pyro_mpis._warnings.MPISWarning")
+def test_what_is_read_in_some_branches_is_flat_in_all() -> None:
+    """As where ``torch.where`` selects it: the mask is the same whatever the branch."""
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Bernoulli(0.5))
+        with hidden(False):
+            x = pyro.sample("x", dist.Normal(0.5, 1.0))
+        loc = x if bool(z) and math.isfinite(float(x)) else torch.zeros(())
+        pyro.sample("y", dist.Normal(loc, 1.0), obs=Y[0])
+
+    for seed in range(4):
+        pyro.set_rng_seed(seed)
+        posterior = MPImportance(model, num_samples=8).run()
+        assert posterior._sums[0].traces
+        z, x = (posterior.marginals(name).samples for name in ("z", "x"))
+        truth = (normal(z * x, Y[0]) - normal(x, 0.5)).exp().mean().log()
+        torch.testing.assert_close(posterior.evidence(), truth)
+
+
+class Word(dist.Distribution):
+    """Draws a text: no tensor."""
+
+    def sample(self, *_: object) -> str:
+        return "long" if float(torch.rand(())) < 0.5 else "short"
+
+    def __call__(self, *_: object) -> str:
+        return self.sample()
+
+    def log_prob(self, *_: object) -> Tensor:
+        return torch.tensor(0.5).log()
+
+
+@pytest.mark.filterwarnings("ignore::pyro_mpis._warnings.MPISWarning")
+def test_a_masked_latent_that_is_no_tensor() -> None:
+    """Neither its prior nor what it was drawn from counts, as in pyro.infer.Importance."""
+
+    def model() -> None:
+        with hidden(False):
+            word: Any = Word()
+            length = len(pyro.sample("word", word))
+        x = pyro.sample("x", dist.Normal(float(length), 1.0))
+        pyro.sample("y", dist.Normal(x, 1.0), obs=Y[0])
+
+    pyro.set_rng_seed(0)
+    posterior = MPImportance(model, num_samples=8).run()
+    truth = normal(posterior.marginals("x").samples, Y[0]).exp().mean().log()
+    torch.testing.assert_close(posterior.evidence(), truth)
+
+
+@pytest.mark.filterwarnings("ignore::pyro_mpis._warnings.MPISWarning")
 @pytest.mark.parametrize("how", ["computed", "factor", "one event", "events", "summed"])
 def test_what_is_left_out_of_ordinary_sampling(how: str) -> None:
     """Two elements that nothing reads where ``z`` is zero; particle by particle."""
