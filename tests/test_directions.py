@@ -343,6 +343,18 @@ def test_what_is_not_known_is_said() -> None:
     assert "not known" not in str(enough.diagnose(show=False))
 
 
+def test_one_scalar_has_no_direction() -> None:
+    """However few particles there are."""
+
+    def model() -> None:
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(a, 1.0), obs=torch.tensor(0.3))
+
+    diagnosis = MPImportance(model, num_samples=3).run().diagnose(show=False)
+    assert diagnosis.directions == ()
+    assert "not known" not in str(diagnosis)
+
+
 def test_the_latents_of_a_group_and_of_a_joint_latent_are_looked_at_together() -> None:
     """Sites of one particle index, in plates that the index is not in."""
     covariance = correlated(0.9, 3)

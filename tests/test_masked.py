@@ -129,6 +129,14 @@ def states_of_two_masks() -> None:
             pyro.sample("y", dist.Normal(z * 1.0, 1.0), obs=Y)
 
 
+def read_by_a_state() -> None:
+    """The density of a state that a handler masks counts, and reads a masked latent."""
+    x = pyro.sample("x", dist.Normal(0.0, 1.0).mask(False))
+    with hidden(False):
+        z = pyro.sample("z", dist.Bernoulli(logits=x), infer=ENUMERATE)
+    pyro.sample("y", dist.Normal(z, 1.0), obs=Y[0])
+
+
 def masked_delta() -> None:
     """The density of a value that the model computes counts only where it is not masked."""
     x = pyro.sample("x", dist.Normal(0.0, 1.0))
@@ -201,6 +209,7 @@ PROGRAMS: dict[str, tuple[Callable[..., None], Callable[..., None] | None, int]]
     "threshold": (thresholded, None, 3),
     "states of two masks": (states_of_two_masks, None, 1),
     "masked Delta": (masked_delta, None, 3),
+    "read by a state": (read_by_a_state, None, 3),
 }
 for word in ("handler", "own"):
     by_handler = word == "handler"
@@ -293,6 +302,23 @@ def test_a_masked_guide_draws_all_the_same() -> None:
     masks: list[Any] = [False, torch.tensor(False)]
     for mask in masks:
         compare(model, poutine.mask(guide, mask=mask), 3)
+
+
+def test_a_masked_autoguide_has_all_of_its_density() -> None:
+    """Autoguides ask for their mask, and leave out the density of a transform where it is False."""
+
+    def model() -> None:
+        x = pyro.sample("x", dist.LogNormal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(x, 1.0), obs=Y[0])
+
+    guide = AutoNormal(model, init_scale=0.5)
+    guide()
+    for proposal in (guide, poutine.mask(guide, mask=False)):
+        posterior = MPImportance(model, proposal, num_samples=8).run()
+        x = posterior.marginals("x").samples
+        log_q = dist.LogNormal(guide.median()["x"].log().detach(), 0.5).log_prob(x)
+        log_p = dist.LogNormal(0.0, 1.0).log_prob(x) + normal(x, Y[0])
+        torch.testing.assert_close(posterior.evidence(), (log_p - log_q).exp().mean().log())
 
 
 @pytest.mark.parametrize("autoguide", [AutoNormal, AutoMultivariateNormal])
@@ -575,7 +601,9 @@ def test_a_masked_latent_that_is_no_tensor() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pyro_mpis._warnings.MPISWarning")
-@pytest.mark.parametrize("how", ["computed", "factor", "one event", "events", "summed"])
+@pytest.mark.parametrize(
+    "how", ["computed", "factor", "one event", "events", "summed", "summed, guide"]
+)
 def test_what_is_left_out_of_ordinary_sampling(how: str) -> None:
     """Two elements that nothing reads where ``z`` is zero; particle by particle."""
     pair = torch.arange(2) == 1
@@ -588,14 +616,14 @@ def test_what_is_left_out_of_ordinary_sampling(how: str) -> None:
                 x = pyro.sample("x", fn)
                 pyro.sample("y", dist.Normal(torch.where(pair, 0.0, x[:, 0]), 1.0), obs=Y[:2])
                 return
-            if how == "summed":  # masked by a handler, and the second one by itself as well
+            if how.startswith("summed"):  # by a handler, and the second one by itself as well
                 fn = dist.Bernoulli(torch.full((2,), 0.3)).mask(z | ~pair)
                 with hidden(z | pair):
                     x = pyro.sample("x", fn, infer=ENUMERATE)
             else:
                 with hidden(z):
                     x = pyro.sample("x", dist.Normal(0.0, 1.0))
-            with hidden(z if how != "summed" else z | ~pair):
+            with hidden(z | ~pair if how == "summed" else z):
                 pyro.sample("y", dist.Normal(x, 1.0), obs=Y[:2])
 
     def guide() -> None:
@@ -606,6 +634,8 @@ def test_what_is_left_out_of_ordinary_sampling(how: str) -> None:
             elif how == "factor":
                 x = pyro.sample("x", dist.Normal(0.2, 1.3))
                 pyro.factor("f", 0.3 * x, has_rsample=False)
+            elif how == "summed, guide":
+                pyro.sample("x", dist.Bernoulli(torch.full((2,), 0.6)))
             elif how == "events":
                 pyro.sample("x", dist.Normal(0.2 * torch.ones(2, 2), 1.3).to_event(1))
         if how == "one event":
@@ -617,9 +647,10 @@ def test_what_is_left_out_of_ordinary_sampling(how: str) -> None:
     z, x = (posterior.marginals(name).samples for name in ("z", "x"))
     x = x if len(x) == 20 else x.movedim(x.shape.index(20), 0)  # (K, n, ...)
     z = z.bool().unsqueeze(-1)
-    if how == "summed":
+    if how.startswith("summed"):
         prior = torch.full((20, 2), math.log(0.3)).where(x > 0, math.log(0.7))
-        ratio = torch.zeros(20, 2)
+        ratio = prior - torch.full((20, 2), math.log(0.6)).where(x > 0, math.log(0.4))
+        ratio = torch.where(z | ~pair, ratio, 0.0) if how == "summed, guide" else 0.0 * prior
     else:
         prior, ratio = normal(x), normal(x) - normal(x, 0.2, 1.3)
     if how == "factor":
@@ -631,6 +662,8 @@ def test_what_is_left_out_of_ordinary_sampling(how: str) -> None:
     else:
         there = z | ~pair if how == "summed" else z
         log_weights = ratio + torch.where(there, normal(x, Y[:2]), 0.0)
+        if how in ("one event", "computed", "factor"):
+            assert len(set(log_weights[~z.flatten()].flatten().tolist())) > 2  # forecasts
     torch.testing.assert_close(posterior.evidence(), log_weights.sum(-1).exp().mean().log())
 
 

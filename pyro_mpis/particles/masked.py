@@ -193,6 +193,7 @@ def unread_elements(
     if not seen:
         return {}
     programs = replace(programs, masks=Masks(summed, summed))
+    sites = {name: programs.masks.of_model(site) for name, site in sites.items()}
     state = pyro.util.get_rng_state()
     try:
         with pyro.validation_enabled(False):
