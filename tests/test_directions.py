@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_mpis import MPImportance
+from pyro_mpis import Diagnosis, MPImportance
 from pyro_mpis.results.directions import MOST_SCALARS, Direction, widest_direction
 from pyro_mpis.results.narrowness import ENOUGH, Fit, noise_quantile, scores_of
-from pyro_mpis.results.width import FALSE_ALARM, NARROW_DIRECTION
+from pyro_mpis.results.width import FALSE_ALARM, NARROW_DIRECTION, too_narrow
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -407,6 +407,29 @@ def test_vectors_in_a_plate_have_a_direction_each() -> None:
     assert narrow(run)
 
 
+def test_every_scalar_and_direction_is_a_test_of_its_own() -> None:
+    """What is significant among few is not among many: of scalars, and of directions."""
+
+    def model(elements: int) -> None:
+        pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("n", elements):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    def diagnosed(elements: int) -> Diagnosis:
+        pyro.set_rng_seed(0)
+        return MPImportance(model, num_samples=30).run(elements).diagnose(show=False)
+
+    few, many = diagnosed(2), diagnosed(60)
+    (direction,) = few.directions
+    at_few, at_many = (noise_quantile(FALSE_ALARM / number, 60, 2) for number in (6, 60))
+    error = torch.tensor(0.4 / ((at_few + at_many) / 2))
+    fit = Fit(torch.tensor(0.4), error, torch.tensor(60.0), 2)
+    direction = replace(direction, of_all=fit, of_heavy=fit)
+    assert [found for found, _ in too_narrow(few.sites, [direction])]
+    assert not too_narrow(many.sites, [direction])
+    assert not too_narrow(few.sites, [direction] * 60)
+
+
 def test_integers_are_left_out() -> None:
     def model() -> None:
         pyro.sample("k", dist.Poisson(torch.full((3,), 4.0)).to_event(1))
@@ -419,6 +442,21 @@ def test_integers_are_left_out() -> None:
     run = MPImportance(model, guide, 30, groups=[("k", "w")]).run()
     assert [d.num_scalars for d in run.diagnose(show=False).directions] == [2]
     assert not narrow(run)
+
+
+def test_scalars_that_are_integers_at_some_particles_are_not() -> None:
+    def model() -> None:
+        pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+
+    def guide() -> None:
+        hint: Any = {"is_auxiliary": True}
+        u = pyro.sample("u", dist.Normal(torch.zeros(3), 1.0).to_event(1), infer=hint)
+        pyro.sample("w", dist.Delta(u.clamp(min=-1.0), event_dim=1))
+
+    pyro.set_rng_seed(0)
+    run = MPImportance(model, guide, 30).run()
+    assert bool((run.marginals("w").samples == -1.0).any(0).all())
+    assert [d.num_scalars for d in run.diagnose(show=False).directions] == [3]
 
 
 # --- regressions with correlated predictors

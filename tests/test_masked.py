@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pyro_mpis import MPImportance
 from pyro_mpis._warnings import MPISWarning
+from pyro_mpis.particles import masked
 from pyro_mpis.programs.generic import DifferentEntries, moved
 from pyro_mpis.programs.mapped import run_mapped
 from pyro_mpis.programs.masks import taken_apart, unmasked
@@ -478,6 +479,54 @@ def test_a_group_whose_members_read_what_is_left_out() -> None:
         compare(model, guide, 2, groups)
 
 
+def test_guide_of_the_padded_end_where_other_entries_make_the_model_fail() -> None:
+    """A matrix that is selected has to be positive definite: the programs run as they are, too."""
+    matrices = torch.stack([torch.eye(2), 2 * torch.eye(2)])
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Categorical(torch.tensor([0.4, 0.6])))
+        pyro.sample("v", dist.MultivariateNormal(torch.zeros(2), matrices[z]), obs=Y[:2])
+        with pyro.plate("time", 3), hidden(torch.arange(3) < 2):
+            x = pyro.sample("x", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(x, 1.0), obs=Y)
+
+    def guide(shift: float) -> None:
+        with pyro.plate("time", 3):
+            pyro.sample("x", dist.Normal(shift * torch.tensor([0.0, 0.0, 1.0]), 1.0))
+
+    found = []
+    for shift in (0.0, 40.0):
+        pyro.set_rng_seed(0)
+        found.append(MPImportance(model, partial(guide, shift), num_samples=5).run().evidence())
+    torch.testing.assert_close(*found)
+
+
+def test_the_search_draws_the_same_each_time_and_nothing_that_counts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn: list[Tensor] = []
+    redrawn, search = vars(masked)["redrawn"], masked.unread_elements
+
+    def noting(*args: Any) -> Tensor:
+        drawn.append(redrawn(*args))
+        return drawn[-1]
+
+    def searching(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        before = torch.get_rng_state()
+        found = search(*args, **kwargs)
+        torch.testing.assert_close(torch.get_rng_state(), before)
+        return found
+
+    monkeypatch.setattr(masked, "redrawn", noting)
+    monkeypatch.setattr(masked, "unread_elements", searching)
+    model = partial(padded, True, False)
+    for seed in (0, 1):
+        pyro.set_rng_seed(seed)
+        MPImportance(model, num_samples=2).run()
+    assert len(drawn) == 2 * 3
+    torch.testing.assert_close(drawn[0], drawn[3])  # the scale; others are drawn given that
+
+
 def test_flat_prior_warns_and_padding_does_not() -> None:
     with pytest.warns(MPISWarning, match=f"'p': {FLAT}"):
         MPImportance(partial(flat_prior, True), num_samples=2).run()
@@ -567,6 +616,25 @@ def test_what_is_read_in_some_branches_is_flat_in_all() -> None:
         assert posterior._sums[0].traces
         z, x = (posterior.marginals(name).samples for name in ("z", "x"))
         truth = (normal(z * x, Y[0]) - normal(x, 0.5)).exp().mean().log()
+        torch.testing.assert_close(posterior.evidence(), truth)
+
+
+@pytest.mark.filterwarnings("ignore::pyro_mpis._warnings.MPISWarning")
+def test_where_it_cannot_be_found_out_a_masked_latent_is_taken_for_read() -> None:
+    """Statements differ between the runs that would tell."""
+
+    def model() -> None:
+        with hidden(False):
+            x = pyro.sample("x", dist.Normal(0.5, 1.0))
+        if float(x) > 1.0:
+            pyro.sample("more", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(x, 1.0), obs=Y[0])
+
+    for seed in range(3):
+        pyro.set_rng_seed(seed)
+        posterior = MPImportance(model, num_samples=8).run()
+        x = posterior.marginals("x").samples
+        truth = (normal(x, Y[0]) - normal(x, 0.5)).exp().mean().log()
         torch.testing.assert_close(posterior.evidence(), truth)
 
 
