@@ -283,6 +283,22 @@ def test_it_is_seen_where_nothing_else_is_poor_and_what_it_says_helps() -> None:
     assert float(widest.evidence()) == pytest.approx(truth(), abs=0.5)
 
 
+def test_a_vector_that_is_narrow_in_several_scalars_is_one_marginal() -> None:
+    def vectors() -> None:
+        with pyro.plate("n", 2):
+            pyro.sample("w", dist.Normal(torch.zeros(2, 3), 1.0).to_event(1))
+
+    def narrow_guide() -> None:
+        with pyro.plate("n", 2):
+            pyro.sample("w", dist.Normal(torch.zeros(2, 3), 0.4).to_event(1))
+
+    pyro.set_rng_seed(0)
+    run = MPImportance(vectors, narrow_guide, num_samples=300).run()
+    (site,) = run.diagnose(show=False).sites
+    assert int((site.curvature.at_least(0.01 / 8) > NARROW_CURVATURE).sum()) > 4
+    assert "2 of 2 marginals have weights that rise" in narrow(run)
+
+
 def test_a_prior_with_the_posterior_in_its_tails() -> None:
     def tails() -> None:
         a = pyro.sample("a", dist.Normal(0.0, 1.0))

@@ -82,14 +82,18 @@ def test_without_factors(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("float64")
-def test_dtype_of_the_run_is_that_of_the_result(tmp_path: Path) -> None:
+@pytest.mark.parametrize("when_saved", [torch.float64, torch.float32])
+def test_dtype_of_the_run_is_that_of_the_result(when_saved: torch.dtype, tmp_path: Path) -> None:
     for case in ("whole", "blocks"):
         posterior = ran(case)
-        posterior.save(tmp_path / case)
         expected = answers(posterior)
+        torch.set_default_dtype(when_saved)
+        posterior.save(tmp_path / case)
         torch.set_default_dtype(torch.float32)
         loaded = MPImportance.load(tmp_path / case, model, guide)
         assert loaded.evidence().dtype == torch.float64
+        environments = [p._sums[0].replicate.environment for p in (posterior, loaded)]
+        assert [environment.dtype for environment in environments] == [torch.float64] * 2
         assert_same(answers(loaded), expected)
         torch.set_default_dtype(torch.float64)
 
