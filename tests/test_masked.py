@@ -279,6 +279,17 @@ def test_program(name: str) -> None:
     compare(model, guide, num_samples)
 
 
+@pytest.mark.parametrize("name", ["running sums, own", "unused county, own", "vectors"])
+@pytest.mark.parametrize("elements", [1, 600])
+def test_program_whose_elements_are_changed_in_parts(
+    name: str, elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One pattern at a time, and some: the last part may be smaller."""
+    monkeypatch.setattr(masked, "PROBE_ELEMENTS", elements)
+    model, guide, num_samples = PROGRAMS[name]
+    compare(model, guide, num_samples)
+
+
 def test_wrong_masks_are_rejected() -> None:
     """Masks lifted, or flat where nothing reads: brute force sees both."""
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_mpis import Marginal, MPImportance, MPISWarning
-from pyro_mpis.results.saving import check_evaluation
+from pyro_mpis.results.saving import check_evaluation, read
 
 
 def answers(posterior: MPImportance) -> dict[str, object]:
@@ -96,6 +96,15 @@ def test_dtype_of_the_run_is_that_of_the_result(when_saved: torch.dtype, tmp_pat
         assert [environment.dtype for environment in environments] == [torch.float64] * 2
         assert_same(answers(loaded), expected)
         torch.set_default_dtype(torch.float64)
+
+
+def test_a_file_without_particles_or_dtype_is_refused(tmp_path: Path) -> None:
+    ran("whole").save(tmp_path / "file")
+    stored = read(tmp_path / "file", torch.device("cpu"))
+    with pytest.raises(ValueError, match="no particles"):
+        dataclasses.replace(stored, sums=())
+    with pytest.raises(ValueError, match="not a floating one"):
+        dataclasses.replace(stored, dtype=torch.int64)
 
 
 def test_autoguide_that_has_not_run_yet(tmp_path: Path) -> None:
