@@ -343,6 +343,30 @@ def test_what_is_not_known_is_said() -> None:
     assert "not known" not in str(enough.diagnose(show=False))
 
 
+@pytest.mark.parametrize("size", [MOST_SCALARS, MOST_SCALARS + 1])
+def test_more_particles_are_asked_for_where_they_would_tell(size: int) -> None:
+    """Not of vectors that no number of them is enough for."""
+
+    def model() -> None:
+        pyro.sample("w", dist.Normal(torch.zeros(size), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(0.0, 1.0), obs=torch.tensor(0.5))
+
+    said = " ".join(str(MPImportance(model, num_samples=30).run().diagnose(show=False)).split())
+    assert ("not known" in said) == (size == MOST_SCALARS)
+
+
+def test_the_longest_of_several_vectors_is_named() -> None:
+    def model() -> None:
+        pyro.sample("v", dist.Normal(torch.zeros(7), 1.0).to_event(1))
+        pyro.sample("w", dist.Normal(torch.zeros(9), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(torch.zeros(8), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(0.0, 1.0), obs=torch.tensor(0.5))
+
+    said = " ".join(str(MPImportance(model, num_samples=30).run().diagnose(show=False)).split())
+    assert "the posterior of 'w' is wider than its particles in a direction across its 9" in said
+    assert "that takes 56 particles or more" in said  # (9 + 1) (9 + 2) / 2, and one
+
+
 def test_one_scalar_has_no_direction() -> None:
     """However few particles there are."""
 
