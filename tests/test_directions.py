@@ -355,6 +355,18 @@ def test_more_particles_are_asked_for_where_they_would_tell(size: int) -> None:
     assert ("not known" in said) == (size == MOST_SCALARS)
 
 
+@pytest.mark.parametrize("number", [15, 16])
+def test_as_many_particles_as_are_asked_for_tell(number: int) -> None:
+    def model() -> None:
+        pyro.sample("w", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(0.0, 1.0), obs=torch.tensor(0.5))
+
+    diagnosis = MPImportance(model, num_samples=number).run().diagnose(show=False)
+    said = " ".join(str(diagnosis).split())
+    assert ("not known: that takes 16 particles" in said) == (number == 15)
+    assert [direction.number for direction in diagnosis.directions] == [int(number == 16)]
+
+
 def test_the_longest_of_several_vectors_is_named() -> None:
     def model() -> None:
         pyro.sample("v", dist.Normal(torch.zeros(7), 1.0).to_event(1))

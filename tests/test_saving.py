@@ -286,6 +286,22 @@ def test_arguments_that_are_not_plain_data(tmp_path: Path) -> None:
     assert_same(loaded.moments(), posterior.moments())
 
 
+def test_arguments_given_by_name_alone_take_the_place_of_all(tmp_path: Path) -> None:
+    def unused(*args: object, **kwargs: object) -> None:
+        pyro.sample("a", dist.Normal(0.0, 1.0))
+
+    MPImportance(unused, num_samples=2).run(1, scale=2.0).save(tmp_path / "file")
+    for given, expected in (
+        ({}, ((1,), {"scale": 2.0})),
+        ({"kwargs": {"scale": 3.0}}, ((), {"scale": 3.0})),
+        ({"args": (4,)}, ((4,), {})),
+    ):
+        options: Any = given
+        loaded = MPImportance.load(tmp_path / "file", unused, **options)
+        found = loaded._sums[0].replicate.programs
+        assert (found.args, dict(found.kwargs)) == expected
+
+
 def test_nothing_to_save_before_a_run(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="no particles yet"):
         MPImportance(model, num_samples=2).save(tmp_path / "file")
