@@ -4,7 +4,7 @@ How often proposals are called narrower than the posterior: good ones, and those
 
     python benchmarks/narrowness.py [--only SECTION] [--trials N] [--paper] [--output FILE]
 
-A whole run takes about five minutes of one core. It writes its tables into docs/diagnostics.md,
+A whole run takes five to ten minutes of one core. It writes its tables into docs/diagnostics.md,
 between two comments; a part of it, or ``--quick``, prints them alone. ``--trials`` is the number of
 runs of each proposal in closed form. Of guides that are trained, it is a share of this, since each
 run has a guide of its own.
