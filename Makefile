@@ -11,7 +11,7 @@ SOURCES := pyro_mpis tests tutorials $(wildcard benchmarks)
 # One thread for each process: the tensors are small, and the test workers share the cores.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help demo test test-slow lint types tests doctests wheel tutorials docs docs-check bench bench-adapt paper clean distclean
+.PHONY: help demo test test-slow lint types tests doctests wheel tutorials docs docs-check bench bench-adapt bench-narrow paper clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo "make docs-check the site without running the tutorials: links, references"
 	@echo "make bench      speed and memory against Pyro's estimators, into docs/speed.md"
 	@echo "make bench-adapt  learned proposals against Pyro's inference, into output/adapt; resumes"
+	@echo "make bench-narrow  how often narrow proposals are found, into docs/diagnostics.md"
 	@echo "make paper      the paper's experiments, into output/paper; half an hour, resumes"
 	@echo "make wheel      build the wheel, and use it outside of the source tree"
 	@echo "make lint       ruff check, ruff format --check, codespell"
@@ -91,11 +92,16 @@ bench: $(VENV)/.stamp-dev
 bench-adapt: $(VENV)/.stamp-dev
 	$(BIN)/python benchmarks/adapt.py --output output/adapt
 
+bench-narrow: $(VENV)/.stamp-dev
+	$(ONE_THREAD) $(BIN)/python benchmarks/narrowness.py \
+	    $(if $(PYRO_MPIS_DATA),--trials 30 --paper)
+
 paper: $(VENV)/.stamp-dev
 	$(BIN)/python -m benchmarks.paper --output output/paper
 
 # CI in the environment makes the tutorials small. What they assert counts here, not what they print.
 QUICK := 'benchmarks/speed.py --quick --output output/benchmarks-quick.md' \
+    'benchmarks/narrowness.py --quick --output output/narrowness-quick.md' \
     '-m benchmarks.paper --quick --output output/paper-quick' tutorials/[0-9]*.py
 
 tutorials: $(VENV)/.stamp-dev

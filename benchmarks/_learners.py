@@ -95,7 +95,7 @@ def fitted(kind: str, objective: str) -> Method:
         pyro.clear_param_store()
         model = problem.continuous
         guide = getattr(autoguide, kind)(model)
-        loss = _objective(objective, problem.nesting)
+        loss = loss_of(objective, problem.nesting)
         optimiser = pyro.optim.Adam(lambda name: {"lr": rate[0]})
         rate = [RATES[0]]
         svi = SVI(model, guide, optimiser, loss)
@@ -122,7 +122,7 @@ def fitted(kind: str, objective: str) -> Method:
     return method
 
 
-def _objective(name: str, nesting: int) -> object:
+def loss_of(name: str, nesting: int) -> object:
     settings = {
         "num_particles": PARTICLES,
         "vectorize_particles": True,

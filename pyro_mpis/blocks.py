@@ -40,6 +40,7 @@ from pyro_mpis.particles.looked_at import (
     taken_one_by_one,
     work_of_runs,
 )
+from pyro_mpis.particles.masked import same_masks
 from pyro_mpis.particles.memory import MUCH_WORK, gc_paused
 from pyro_mpis.particles.ordinary import Run, run_one_by_one, weighed_together
 from pyro_mpis.particles.probes import SiteReads
@@ -187,6 +188,8 @@ def _partly_combined(
         return None
     structure = plan.structure.with_num_samples(len(runs))
     masks = plan.programs.masks
+    if not all(same_masks(masks, run.model) for run in runs):  # they count differently in each
+        return None
     drawn = drawn_plainly(structure, masks, [(run.guide, run.model) for run in runs])
     if drawn is None:
         return None

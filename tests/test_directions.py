@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_mpis import MPImportance
+from pyro_mpis import Diagnosis, MPImportance
 from pyro_mpis.results.directions import MOST_SCALARS, Direction, widest_direction
 from pyro_mpis.results.narrowness import ENOUGH, Fit, noise_quantile, scores_of
-from pyro_mpis.results.width import FALSE_ALARM, NARROW_DIRECTION
+from pyro_mpis.results.width import FALSE_ALARM, NARROW_DIRECTION, too_narrow
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -343,6 +343,54 @@ def test_what_is_not_known_is_said() -> None:
     assert "not known" not in str(enough.diagnose(show=False))
 
 
+@pytest.mark.parametrize("size", [MOST_SCALARS, MOST_SCALARS + 1])
+def test_more_particles_are_asked_for_where_they_would_tell(size: int) -> None:
+    """Not of vectors that no number of them is enough for."""
+
+    def model() -> None:
+        pyro.sample("w", dist.Normal(torch.zeros(size), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(0.0, 1.0), obs=torch.tensor(0.5))
+
+    said = " ".join(str(MPImportance(model, num_samples=30).run().diagnose(show=False)).split())
+    assert ("not known" in said) == (size == MOST_SCALARS)
+
+
+@pytest.mark.parametrize("number", [15, 16])
+def test_as_many_particles_as_are_asked_for_tell(number: int) -> None:
+    def model() -> None:
+        pyro.sample("w", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(0.0, 1.0), obs=torch.tensor(0.5))
+
+    diagnosis = MPImportance(model, num_samples=number).run().diagnose(show=False)
+    said = " ".join(str(diagnosis).split())
+    assert ("not known: that takes 16 particles" in said) == (number == 15)
+    assert [direction.number for direction in diagnosis.directions] == [int(number == 16)]
+
+
+def test_the_longest_of_several_vectors_is_named() -> None:
+    def model() -> None:
+        pyro.sample("v", dist.Normal(torch.zeros(7), 1.0).to_event(1))
+        pyro.sample("w", dist.Normal(torch.zeros(9), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(torch.zeros(8), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(0.0, 1.0), obs=torch.tensor(0.5))
+
+    said = " ".join(str(MPImportance(model, num_samples=30).run().diagnose(show=False)).split())
+    assert "the posterior of 'w' is wider than its particles in a direction across its 9" in said
+    assert "that takes 56 particles or more" in said  # (9 + 1) (9 + 2) / 2, and one
+
+
+def test_one_scalar_has_no_direction() -> None:
+    """However few particles there are."""
+
+    def model() -> None:
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(a, 1.0), obs=torch.tensor(0.3))
+
+    diagnosis = MPImportance(model, num_samples=3).run().diagnose(show=False)
+    assert diagnosis.directions == ()
+    assert "not known" not in str(diagnosis)
+
+
 def test_the_latents_of_a_group_and_of_a_joint_latent_are_looked_at_together() -> None:
     """Sites of one particle index, in plates that the index is not in."""
     covariance = correlated(0.9, 3)
@@ -395,6 +443,29 @@ def test_vectors_in_a_plate_have_a_direction_each() -> None:
     assert narrow(run)
 
 
+def test_every_scalar_and_direction_is_a_test_of_its_own() -> None:
+    """What is significant among few is not among many: of scalars, and of directions."""
+
+    def model(elements: int) -> None:
+        pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("n", elements):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    def diagnosed(elements: int) -> Diagnosis:
+        pyro.set_rng_seed(0)
+        return MPImportance(model, num_samples=30).run(elements).diagnose(show=False)
+
+    few, many = diagnosed(2), diagnosed(60)
+    (direction,) = few.directions
+    at_few, at_many = (noise_quantile(FALSE_ALARM / number, 60, 2) for number in (6, 60))
+    error = torch.tensor(0.4 / ((at_few + at_many) / 2))
+    fit = Fit(torch.tensor(0.4), error, torch.tensor(60.0), 2)
+    direction = replace(direction, of_all=fit, of_heavy=fit)
+    assert [found for found, _ in too_narrow(few.sites, [direction])]
+    assert not too_narrow(many.sites, [direction])
+    assert not too_narrow(few.sites, [direction] * 60)
+
+
 def test_integers_are_left_out() -> None:
     def model() -> None:
         pyro.sample("k", dist.Poisson(torch.full((3,), 4.0)).to_event(1))
@@ -407,6 +478,21 @@ def test_integers_are_left_out() -> None:
     run = MPImportance(model, guide, 30, groups=[("k", "w")]).run()
     assert [d.num_scalars for d in run.diagnose(show=False).directions] == [2]
     assert not narrow(run)
+
+
+def test_scalars_that_are_integers_at_some_particles_are_not() -> None:
+    def model() -> None:
+        pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+
+    def guide() -> None:
+        hint: Any = {"is_auxiliary": True}
+        u = pyro.sample("u", dist.Normal(torch.zeros(3), 1.0).to_event(1), infer=hint)
+        pyro.sample("w", dist.Delta(u.clamp(min=-1.0), event_dim=1))
+
+    pyro.set_rng_seed(0)
+    run = MPImportance(model, guide, 30).run()
+    assert bool((run.marginals("w").samples == -1.0).any(0).all())
+    assert [d.num_scalars for d in run.diagnose(show=False).directions] == [3]
 
 
 # --- regressions with correlated predictors

@@ -3,6 +3,7 @@
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from pyro_mpis import MPImportance
 from pyro_mpis._warnings import MPISWarning
+from pyro_mpis.particles import masked
 from pyro_mpis.programs.generic import DifferentEntries, moved
 from pyro_mpis.programs.mapped import run_mapped
 from pyro_mpis.programs.masks import taken_apart, unmasked
@@ -117,6 +119,33 @@ def masked_states(by_handler: bool) -> None:
             pyro.sample("y", dist.Normal(z * 1.0, 1.0), obs=Y)
 
 
+def states_of_two_masks() -> None:
+    """Of an element that masks itself, nothing tells; one that a handler masks counts."""
+    with pyro.plate("data", 3):
+        fn = dist.Categorical(torch.tensor([0.1, 0.3, 0.6]))
+        with hidden(torch.tensor([False, True, False])):
+            own = fn.mask(torch.tensor([True, False, False]))
+            z = pyro.sample("z", own, infer=ENUMERATE)
+        with hidden(torch.tensor([True, True, False])):
+            pyro.sample("y", dist.Normal(z * 1.0, 1.0), obs=Y)
+
+
+def read_by_a_state() -> None:
+    """The density of a state that a handler masks counts, and reads a masked latent."""
+    x = pyro.sample("x", dist.Normal(0.0, 1.0).mask(False))
+    with hidden(False):
+        z = pyro.sample("z", dist.Bernoulli(logits=x), infer=ENUMERATE)
+    pyro.sample("y", dist.Normal(z, 1.0), obs=Y[0])
+
+
+def masked_delta() -> None:
+    """The density of a value that the model computes counts only where it is not masked."""
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    with hidden(False):
+        twice = pyro.sample("twice", dist.Delta(2 * x, log_density=3 * x))
+    pyro.sample("y", dist.Normal(twice, 1.0), obs=Y[0])
+
+
 def unused_county(by_handler: bool) -> None:
     """A county without houses is masked; so is one with."""
     with pyro.plate("county", 3):
@@ -179,6 +208,9 @@ PROGRAMS: dict[str, tuple[Callable[..., None], Callable[..., None] | None, int]]
     "events": (events, None, 3),
     "switch": (mixture_of_flat, None, 3),
     "threshold": (thresholded, None, 3),
+    "states of two masks": (states_of_two_masks, None, 1),
+    "masked Delta": (masked_delta, None, 3),
+    "read by a state": (read_by_a_state, None, 3),
 }
 for word in ("handler", "own"):
     by_handler = word == "handler"
@@ -247,6 +279,17 @@ def test_program(name: str) -> None:
     compare(model, guide, num_samples)
 
 
+@pytest.mark.parametrize("name", ["running sums, own", "unused county, own", "vectors"])
+@pytest.mark.parametrize("elements", [1, 600])
+def test_program_whose_elements_are_changed_in_parts(
+    name: str, elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One pattern at a time, and some: the last part may be smaller."""
+    monkeypatch.setattr(masked, "PROBE_ELEMENTS", elements)
+    model, guide, num_samples = PROGRAMS[name]
+    compare(model, guide, num_samples)
+
+
 def test_wrong_masks_are_rejected() -> None:
     """Masks lifted, or flat where nothing reads: brute force sees both."""
 
@@ -271,6 +314,23 @@ def test_a_masked_guide_draws_all_the_same() -> None:
     masks: list[Any] = [False, torch.tensor(False)]
     for mask in masks:
         compare(model, poutine.mask(guide, mask=mask), 3)
+
+
+def test_a_masked_autoguide_has_all_of_its_density() -> None:
+    """Autoguides ask for their mask, and leave out the density of a transform where it is False."""
+
+    def model() -> None:
+        x = pyro.sample("x", dist.LogNormal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(x, 1.0), obs=Y[0])
+
+    guide = AutoNormal(model, init_scale=0.5)
+    guide()
+    for proposal in (guide, poutine.mask(guide, mask=False)):
+        posterior = MPImportance(model, proposal, num_samples=8).run()
+        x = posterior.marginals("x").samples
+        log_q = dist.LogNormal(guide.median()["x"].log().detach(), 0.5).log_prob(x)
+        log_p = dist.LogNormal(0.0, 1.0).log_prob(x) + normal(x, Y[0])
+        torch.testing.assert_close(posterior.evidence(), (log_p - log_q).exp().mean().log())
 
 
 @pytest.mark.parametrize("autoguide", [AutoNormal, AutoMultivariateNormal])
@@ -325,6 +385,159 @@ def test_guide_of_the_padded_end_does_not_matter() -> None:
         torch.testing.assert_close(*found)
 
 
+def normal(x: Tensor, loc: Any = 0.0, scale: float = 1.0) -> Tensor:
+    result: Tensor = dist.Normal(loc, scale).log_prob(x)
+    return result
+
+
+def test_an_event_is_left_out_as_a_whole() -> None:
+    """Where one of its scalars is read, the others are forecasts: drawn together, they count."""
+    counts = torch.tensor([[False, False], [True, False], [False, False]])
+
+    def model() -> None:
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3, 2), 1.0).mask(counts).to_event(1))
+            with hidden(torch.tensor([True, True, False])):
+                pyro.sample("y", dist.Normal(z[..., 0], 1.0), obs=Y)
+
+    def guide() -> None:
+        with pyro.plate("data", 3):
+            pyro.sample("z", dist.Normal(0.3 * torch.ones(3, 2), 1.3).to_event(1))
+
+    pyro.set_rng_seed(0)
+    with pytest.warns(MPISWarning, match=f"'z': {FLAT}"):
+        posterior = MPImportance(model, guide, num_samples=6).run()
+    z = posterior.marginals("z").samples  # (data, K, 2)
+    prior = torch.stack([normal(z[0, :, 1]), normal(z[1]).sum(-1)])
+    data = normal(z[:2, :, 0], Y[:2, None])
+    log_weights = prior + data - normal(z[:2], 0.3, 1.3).sum(-1)
+    torch.testing.assert_close(posterior.evidence(), log_weights.exp().mean(-1).log().sum())
+
+
+@pytest.mark.parametrize("more", ["nothing", "Delta", "factor", "Delta of two", "across"])
+def test_latents_that_the_guide_computes(more: str) -> None:
+    """
+    The padded end is left out with the guide's draw of it, unless that means something else too.
+
+    Then it is a forecast: both densities count.
+    """
+
+    def model() -> None:
+        time = pyro.plate("time", 3)
+        with time, hidden(torch.arange(3) < 2):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=Y)
+        if more == "Delta":
+            with time:
+                x = pyro.sample("x", dist.Normal(0.0, 1.0))
+                pyro.sample("v", dist.Normal(x, 1.0), obs=Y)
+
+    def guide() -> None:
+        hint: Any = {"is_auxiliary": True}
+        draw = partial(pyro.sample, fn=dist.Normal(0.2 * torch.ones(3), 1.3), infer=hint)
+        if more == "across":  # in no plate: one particle has all elements, in another order
+            u = draw("u").flip(0)
+        with pyro.plate("time", 3):
+            u = u if more == "across" else draw("u")
+            half = 0.5 * (u + draw("other")) if more == "Delta of two" else u
+            pyro.sample("z", dist.Delta(half))
+            if more == "Delta":
+                pyro.sample("x", dist.Delta(2 * u, log_density=-math.log(2.0)))
+            if more == "factor":
+                pyro.factor("f", 0.3 * u, has_rsample=False)
+
+    pyro.set_rng_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MPISWarning)
+        posterior = MPImportance(model, guide, num_samples=5).run()
+    names = ("u", "other") if more == "Delta of two" else ("u",)
+    drawn = [posterior._sums[0].replicate.particles.values[name] for name in names]
+    u = drawn[0].flip(-1) if more == "across" else drawn[0]  # (K, time)
+    log_q = normal(u, 0.2, 1.3)
+    if more == "Delta of two":
+        other = drawn[1].unsqueeze(1)
+        log_q = (log_q + normal(other, 0.2, 1.3)).flatten(0, 1)
+        u = (0.5 * (u + other)).flatten(0, 1)
+    log_p = normal(u) + torch.where(torch.arange(3) < 2, normal(u, Y), 0.0)
+    if more == "Delta":
+        log_p = log_p + normal(2 * u) + normal(2 * u, Y)
+        log_q = log_q - math.log(2.0)
+    if more == "factor":
+        log_q = log_q + 0.3 * u
+    if more == "nothing":
+        log_p, log_q = log_p[:, :2], log_q[:, :2]
+    log_weights = log_p - log_q
+    log_weights = log_weights.sum(-1, keepdim=True) if more == "across" else log_weights
+    truth = (log_weights.logsumexp(0) - math.log(len(log_weights))).sum()
+    torch.testing.assert_close(posterior.evidence(), truth)
+
+
+def test_a_group_whose_members_read_what_is_left_out() -> None:
+    def model() -> None:
+        with pyro.plate("time", 2):
+            with hidden(torch.arange(2) < 1):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                pyro.sample("y", dist.Normal(z, 1.0), obs=Y[:2])
+            x = pyro.sample("x", dist.Normal(0.0, 1.0))
+            pyro.sample("v", dist.Normal(x, 1.0), obs=Y[:2])
+
+    def guide() -> None:
+        with pyro.plate("time", 2):
+            z = pyro.sample("z", dist.Normal(0.2, 1.3))
+            pyro.sample("x", dist.Normal(0.5 * z, 1.0))
+
+    for groups in ((), (("z", "x"),)):
+        compare(model, guide, 2, groups)
+
+
+def test_guide_of_the_padded_end_where_other_entries_make_the_model_fail() -> None:
+    """A matrix that is selected has to be positive definite: the programs run as they are, too."""
+    matrices = 1e-4 * torch.stack([torch.eye(2), 2 * torch.eye(2)])
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Categorical(torch.tensor([0.4, 0.6])))
+        pyro.sample("v", dist.MultivariateNormal(torch.zeros(2), matrices[z]), obs=Y[:2])
+        with pyro.plate("time", 3), hidden(torch.arange(3) < 2):
+            x = pyro.sample("x", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(x, 1.0), obs=Y)
+
+    def guide(shift: float) -> None:
+        with pyro.plate("time", 3):
+            pyro.sample("x", dist.Normal(shift * torch.tensor([0.0, 0.0, 1.0]), 1.0))
+
+    found = []
+    for shift in (0.0, 40.0):
+        pyro.set_rng_seed(0)
+        found.append(MPImportance(model, partial(guide, shift), num_samples=5).run().evidence())
+    torch.testing.assert_close(*found)
+
+
+def test_the_search_draws_the_same_each_time_and_nothing_that_counts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn: list[Tensor] = []
+    redrawn, search = vars(masked)["redrawn"], masked.unread_elements
+
+    def noting(*args: Any) -> Tensor:
+        drawn.append(redrawn(*args))
+        return drawn[-1]
+
+    def searching(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        before = torch.get_rng_state()
+        found = search(*args, **kwargs)
+        torch.testing.assert_close(torch.get_rng_state(), before)
+        return found
+
+    monkeypatch.setattr(masked, "redrawn", noting)
+    monkeypatch.setattr(masked, "unread_elements", searching)
+    model = partial(padded, True, False)
+    for seed in (0, 1):
+        pyro.set_rng_seed(seed)
+        MPImportance(model, num_samples=2).run()
+    assert len(drawn) == 2 * 3
+    torch.testing.assert_close(drawn[0], drawn[3])  # the scale; others are drawn given that
+
+
 def test_flat_prior_warns_and_padding_does_not() -> None:
     with pytest.warns(MPISWarning, match=f"'p': {FLAT}"):
         MPImportance(partial(flat_prior, True), num_samples=2).run()
@@ -360,6 +573,177 @@ def test_mask_that_depends_on_a_latent() -> None:
                 z, x = (posterior.marginals(name).samples for name in ("z", "x"))
                 truth = log_weights(read, guided, z, x).exp().mean().log()
                 torch.testing.assert_close(posterior.evidence(), truth)
+
+
+@pytest.mark.filterwarnings("ignore::pyro_mpis._warnings.MPISWarning")
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("plated", [True, False])
+def test_mask_that_depends_on_a_value_that_is_looked_at(alone: bool, plated: bool) -> None:
+    """Another mask, or none, than in the first run; all latents are looked at, or one is."""
+    shape = (2,) if plated else ()
+
+    def model(read: bool) -> None:
+        z = pyro.sample("z", dist.Bernoulli(0.5))
+        there: Any = torch.tensor([True, bool(z)]) if plated else bool(z)
+        with pyro.plate("n", 2) if plated else nullcontext():
+            with hidden(there):
+                x = pyro.sample("x", dist.Normal(0.5, 1.0))
+            assert alone or math.isfinite(float(x.sum()))
+            with hidden(read | there):
+                pyro.sample("y", dist.Normal(x, 1.0), obs=Y[0].expand(shape))
+
+    def guide(*_: object) -> None:
+        with pyro.plate("n", 2) if plated else nullcontext():
+            pyro.sample("x", dist.Normal(0.2, 1.5))
+
+    for read, guided, seed in itertools.product((True, False), (True, False), range(3)):
+        pyro.set_rng_seed(seed)
+        posterior = MPImportance(model, guide if guided else None, num_samples=8).run(read)
+        z, x = (posterior.marginals(name).samples for name in ("z", "x"))
+        x, z = x.reshape(-1, 8), z.bool()  # (elements, K)
+        drawn = normal(x, 0.2, 1.5) if guided else normal(x, 0.5)
+        unmasked_weights = normal(x, 0.5) + normal(x, Y[0]) - drawn
+        masked_weights = normal(x, Y[0]) - drawn if read else torch.zeros_like(x)
+        log_weights = torch.where(z, unmasked_weights, masked_weights)
+        log_weights[:-1] = unmasked_weights[:-1]  # of two elements, the first is not masked
+        truth = log_weights.sum(0).exp().mean().log()
+        torch.testing.assert_close(posterior.evidence(), truth)
+
+
+@pytest.mark.filterwarnings("ignore::pyro_mpis._warnings.MPISWarning")
+def test_what_is_read_in_some_branches_is_flat_in_all() -> None:
+    """As where ``torch.where`` selects it: the mask is the same whatever the branch."""
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Bernoulli(0.5))
+        with hidden(False):
+            x = pyro.sample("x", dist.Normal(0.5, 1.0))
+        loc = x if bool(z) and math.isfinite(float(x)) else torch.zeros(())
+        pyro.sample("y", dist.Normal(loc, 1.0), obs=Y[0])
+
+    for seed in range(4):
+        pyro.set_rng_seed(seed)
+        posterior = MPImportance(model, num_samples=8).run()
+        assert posterior._sums[0].traces
+        z, x = (posterior.marginals(name).samples for name in ("z", "x"))
+        truth = (normal(z * x, Y[0]) - normal(x, 0.5)).exp().mean().log()
+        torch.testing.assert_close(posterior.evidence(), truth)
+
+
+@pytest.mark.filterwarnings("ignore::pyro_mpis._warnings.MPISWarning")
+def test_where_it_cannot_be_found_out_a_masked_latent_is_taken_for_read() -> None:
+    """Statements differ between the runs that would tell."""
+
+    def model() -> None:
+        with hidden(False):
+            x = pyro.sample("x", dist.Normal(0.5, 1.0))
+        if float(x) > 1.0:
+            pyro.sample("more", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(x, 1.0), obs=Y[0])
+
+    for seed in range(3):
+        pyro.set_rng_seed(seed)
+        posterior = MPImportance(model, num_samples=8).run()
+        x = posterior.marginals("x").samples
+        truth = (normal(x, Y[0]) - normal(x, 0.5)).exp().mean().log()
+        torch.testing.assert_close(posterior.evidence(), truth)
+
+
+class Word(dist.Distribution):
+    """Draws a text: no tensor."""
+
+    def sample(self, *_: object) -> str:
+        return "long" if float(torch.rand(())) < 0.5 else "short"
+
+    def __call__(self, *_: object) -> str:
+        return self.sample()
+
+    def log_prob(self, *_: object) -> Tensor:
+        return torch.tensor(0.5).log()
+
+
+@pytest.mark.filterwarnings("ignore::pyro_mpis._warnings.MPISWarning")
+def test_a_masked_latent_that_is_no_tensor() -> None:
+    """Neither its prior nor what it was drawn from counts, as in pyro.infer.Importance."""
+
+    def model() -> None:
+        with hidden(False):
+            word: Any = Word()
+            length = len(pyro.sample("word", word))
+        x = pyro.sample("x", dist.Normal(float(length), 1.0))
+        pyro.sample("y", dist.Normal(x, 1.0), obs=Y[0])
+
+    pyro.set_rng_seed(0)
+    posterior = MPImportance(model, num_samples=8).run()
+    truth = normal(posterior.marginals("x").samples, Y[0]).exp().mean().log()
+    torch.testing.assert_close(posterior.evidence(), truth)
+
+
+@pytest.mark.filterwarnings("ignore::pyro_mpis._warnings.MPISWarning")
+@pytest.mark.parametrize(
+    "how", ["computed", "factor", "one event", "events", "summed", "summed, guide"]
+)
+def test_what_is_left_out_of_ordinary_sampling(how: str) -> None:
+    """Two elements that nothing reads where ``z`` is zero; particle by particle."""
+    pair = torch.arange(2) == 1
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Bernoulli(0.5)).bool()
+        with pyro.plate("n", 2):
+            if how == "events":  # one scalar of the first one is read
+                fn: Any = dist.Normal(torch.zeros(2, 2), 1.0).mask(z).to_event(1)
+                x = pyro.sample("x", fn)
+                pyro.sample("y", dist.Normal(torch.where(pair, 0.0, x[:, 0]), 1.0), obs=Y[:2])
+                return
+            if how.startswith("summed"):  # by a handler, and the second one by itself as well
+                fn = dist.Bernoulli(torch.full((2,), 0.5)).mask(z | ~pair)
+                with hidden(z | pair):
+                    x = pyro.sample("x", fn, infer=ENUMERATE)
+            else:
+                with hidden(z):
+                    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+            with hidden(z | ~pair if how == "summed" else z):
+                pyro.sample("y", dist.Normal(x, 1.0), obs=Y[:2])
+
+    def guide() -> None:
+        with pyro.plate("n", 2):
+            if how == "computed":
+                u = pyro.sample("u", dist.Normal(0.2, 1.3), infer={"is_auxiliary": True})
+                pyro.sample("x", dist.Delta(u))
+            elif how == "factor":
+                x = pyro.sample("x", dist.Normal(0.2, 1.3))
+                pyro.factor("f", 0.3 * x, has_rsample=False)
+            elif how == "summed, guide":
+                pyro.sample("x", dist.Bernoulli(torch.full((2,), 0.6)))
+            elif how == "events":
+                pyro.sample("x", dist.Normal(0.2 * torch.ones(2, 2), 1.3).to_event(1))
+        if how == "one event":
+            pyro.sample("x", dist.Normal(0.2 * torch.ones(2), 1.3).to_event(1))
+
+    pyro.set_rng_seed(0)
+    posterior = MPImportance(model, None if how == "summed" else guide, num_samples=20).run()
+    assert posterior._sums[0].traces
+    z, x = (posterior.marginals(name).samples for name in ("z", "x"))
+    x = x if len(x) == 20 else x.movedim(x.shape.index(20), 0)  # (K, n, ...)
+    z = z.bool().unsqueeze(-1)
+    if how.startswith("summed"):
+        prior = torch.full((20, 2), math.log(0.5))
+        ratio = prior - torch.full((20, 2), math.log(0.6)).where(x > 0, math.log(0.4))
+        ratio = torch.where(z | ~pair, ratio, 0.0) if how == "summed, guide" else 0.0 * prior
+    else:
+        prior, ratio = normal(x), normal(x) - normal(x, 0.2, 1.3)
+    if how == "factor":
+        ratio = ratio - 0.3 * x
+    if how == "events":
+        data = normal(torch.where(pair, 0.0, x[..., 0]), Y[:2])
+        flat = torch.stack([ratio[:, 0].sum(-1) - prior[:, 0, 0], torch.zeros(20)], -1)
+        log_weights = data + torch.where(z, ratio.sum(-1), flat)
+    else:
+        there = z | ~pair if how == "summed" else z
+        log_weights = ratio + torch.where(there, normal(x, Y[:2]), 0.0)
+        if how in ("one event", "computed", "factor"):
+            assert len(set(log_weights[~z.flatten()].flatten().tolist())) > 2  # forecasts
+    torch.testing.assert_close(posterior.evidence(), log_weights.sum(-1).exp().mean().log())
 
 
 def test_hidden_data_may_lie_anywhere() -> None:

@@ -5,6 +5,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from statistics import NormalDist
 from typing import Any
 
@@ -21,11 +22,17 @@ from pyro_mpis import MPImportance, MPISWarning
 from pyro_mpis.results.narrowness import (
     ENOUGH,
     Curvature,
+    Fit,
     curvature_of,
     noise_quantile,
     times_as_wide,
 )
-from pyro_mpis.results.width import FALSE_ALARM, NARROW_CURVATURE
+from pyro_mpis.results.width import (
+    FALSE_ALARM,
+    NARROW_CURVATURE,
+    NARROW_DIRECTION,
+    too_narrow,
+)
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -281,6 +288,41 @@ def test_it_is_seen_where_nothing_else_is_poor_and_what_it_says_helps() -> None:
     widest = MPImportance(model, guide(1.6), num_samples=30).run()
     assert not narrow(widest)
     assert float(widest.evidence()) == pytest.approx(truth(), abs=0.5)
+
+
+def test_a_vector_that_is_narrow_in_several_scalars_is_one_marginal() -> None:
+    def vectors() -> None:
+        with pyro.plate("n", 2):
+            pyro.sample("w", dist.Normal(torch.zeros(2, 3), 1.0).to_event(1))
+
+    def narrow_guide() -> None:
+        with pyro.plate("n", 2):
+            pyro.sample("w", dist.Normal(torch.zeros(2, 3), 0.4).to_event(1))
+
+    pyro.set_rng_seed(0)
+    run = MPImportance(vectors, narrow_guide, num_samples=300).run()
+    (site,) = run.diagnose(show=False).sites
+    assert int((site.curvature.at_least(0.01 / 8) > NARROW_CURVATURE).sum()) > 4
+    assert "2 of 2 marginals have weights that rise" in narrow(run)
+    (direction,) = run.diagnose(show=False).directions
+    assert bool(direction.is_narrow(NARROW_DIRECTION, FALSE_ALARM).any())  # said once, not again
+    assert narrow(run).count("rise towards") == 1
+
+
+def test_the_element_that_is_named_is_one_that_is_narrow_for_sure() -> None:
+    """Not one with a higher curvature that may be noise."""
+
+    def elements() -> None:
+        with pyro.plate("n", 3):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    pyro.set_rng_seed(0)
+    (site,) = MPImportance(elements, num_samples=30).run().diagnose(show=False).sites
+    value = torch.tensor([[0.2], [0.3], [0.45]])
+    fit = Fit(value, torch.tensor([[0.01], [0.01], [0.5]]), torch.full((3, 1), 60.0))
+    ((found, _),) = too_narrow([replace(site, curvature=Curvature(fit, fit))], [])
+    assert "2 of 3 marginals" in found
+    assert "most: z[n=1], whose posterior is 1.6 times as wide" in found
 
 
 def test_a_prior_with_the_posterior_in_its_tails() -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_mpis import Marginal, MPImportance, MPISWarning
-from pyro_mpis.results.saving import check_evaluation
+from pyro_mpis.results.saving import check_evaluation, read
 
 
 def answers(posterior: MPImportance) -> dict[str, object]:
@@ -82,16 +82,29 @@ def test_without_factors(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("float64")
-def test_dtype_of_the_run_is_that_of_the_result(tmp_path: Path) -> None:
+@pytest.mark.parametrize("when_saved", [torch.float64, torch.float32])
+def test_dtype_of_the_run_is_that_of_the_result(when_saved: torch.dtype, tmp_path: Path) -> None:
     for case in ("whole", "blocks"):
         posterior = ran(case)
-        posterior.save(tmp_path / case)
         expected = answers(posterior)
+        torch.set_default_dtype(when_saved)
+        posterior.save(tmp_path / case)
         torch.set_default_dtype(torch.float32)
         loaded = MPImportance.load(tmp_path / case, model, guide)
         assert loaded.evidence().dtype == torch.float64
+        environments = [p._sums[0].replicate.environment for p in (posterior, loaded)]
+        assert [environment.dtype for environment in environments] == [torch.float64] * 2
         assert_same(answers(loaded), expected)
         torch.set_default_dtype(torch.float64)
+
+
+def test_a_file_without_particles_or_dtype_is_refused(tmp_path: Path) -> None:
+    ran("whole").save(tmp_path / "file")
+    stored = read(tmp_path / "file", torch.device("cpu"))
+    with pytest.raises(ValueError, match="no particles"):
+        dataclasses.replace(stored, sums=())
+    with pytest.raises(ValueError, match="not a floating one"):
+        dataclasses.replace(stored, dtype=torch.int64)
 
 
 def test_autoguide_that_has_not_run_yet(tmp_path: Path) -> None:
@@ -271,6 +284,22 @@ def test_arguments_that_are_not_plain_data(tmp_path: Path) -> None:
         tmp_path / "file", of_table, args=(table,), kwargs={"county": COUNTY}
     )
     assert_same(loaded.moments(), posterior.moments())
+
+
+def test_arguments_given_by_name_alone_take_the_place_of_all(tmp_path: Path) -> None:
+    def unused(*args: object, **kwargs: object) -> None:
+        pyro.sample("a", dist.Normal(0.0, 1.0))
+
+    MPImportance(unused, num_samples=2).run(1, scale=2.0).save(tmp_path / "file")
+    for given, expected in (
+        ({}, ((1,), {"scale": 2.0})),
+        ({"kwargs": {"scale": 3.0}}, ((), {"scale": 3.0})),
+        ({"args": (4,)}, ((4,), {})),
+    ):
+        options: Any = given
+        loaded = MPImportance.load(tmp_path / "file", unused, **options)
+        found = loaded._sums[0].replicate.programs
+        assert (found.args, dict(found.kwargs)) == expected
 
 
 def test_nothing_to_save_before_a_run(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ select between entries that happen to be equal, so programs run with other ones,
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import pyro
 import torch
@@ -79,7 +80,6 @@ def find_masks(
                 left = _by_index_element(structure, drawn, left)
                 not_proposed[drawn] = left
             left_out[name] = not_proposed[name] = left
-            elements = elements & ~widened(left, dims)
         lifted[name] = elements | lifted[name] if name in summed else elements
     return Masks(seen, lifted, left_out, not_proposed)
 
@@ -97,8 +97,17 @@ def masks_seen(model_trace: Trace) -> dict[str, Tensor]:
         if is_latent(site) and isinstance(site["value"], Tensor):
             mask = None if is_delta(site["fn"]) else mask_of(site)
             if mask is not None:
-                result[name] = detach_provenance(mask)
+                result[name] = mask
     return result
+
+
+def same_masks(masks: Masks, model_trace: Trace) -> bool:
+    """Whether the latents of a run are under the masks of the plain run, and no others are."""
+    return _are_equal(masks_seen(model_trace), masks.seen)
+
+
+def _are_equal(seen: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> bool:
+    return seen.keys() == known.keys() and all(torch.equal(seen[n], known[n]) for n in seen)
 
 
 def _drawn_for(structure: Structure, name: str) -> str | None:
@@ -116,10 +125,7 @@ def _drawn_for(structure: Structure, name: str) -> str | None:
         if len(sources) != 1:
             return None
         (drawn,) = sources
-    if drawn not in structure.index_of:
-        return None
-    members = set(structure.index_of[drawn].sites) - {drawn}
-    others = (members | {*structure.carried, *structure.guide_factors}) - {name}
+    others = {*structure.carried, *structure.guide_factors} - {name}
     if any(drawn in structure.guide[other].reads for other in others):
         return None
     return drawn
@@ -142,10 +148,9 @@ def masks_at(programs: Programs, guide_trace: Trace, model_trace: Trace) -> Mask
 
     :param programs: with the masks of the plain run, which count if the particle has the same.
     """
-    seen, known = masks_seen(model_trace), programs.masks.seen
-    same = all(n in known and torch.equal(mask, known[n]) for n, mask in seen.items())
-    if same:
+    if same_masks(programs.masks, model_trace):
         return programs.masks
+    seen = masks_seen(model_trace)
     guide_sites, model_sites = statements(guide_trace), statements(model_trace)
     summed = {
         name: _own_mask(model_sites[name], mask)
@@ -161,7 +166,6 @@ def masks_at(programs: Programs, guide_trace: Trace, model_trace: Trace) -> Mask
         if own is not None and not computed and batch_shape_of(own["fn"]) == batch_shape_of(fn):
             dims = taken_apart(fn).event_dims
             left_out[name] = elements.flatten(-dims).all(-1) if dims else elements
-            lifted[name] = elements & ~widened(left_out[name], dims)
         if name in summed:
             lifted[name] = lifted[name] | summed[name]
     return Masks(seen, lifted, left_out, left_out)
@@ -189,6 +193,7 @@ def unread_elements(
     if not seen:
         return {}
     programs = replace(programs, masks=Masks(summed, summed))
+    sites = {name: programs.masks.of_model(site) for name, site in sites.items()}
     state = pyro.util.get_rng_state()
     try:
         with pyro.validation_enabled(False):
@@ -271,12 +276,21 @@ class _Probe:
             name: torch.stack([(row or failed)[name] for row in rows]) for name in self.counting
         }
 
+    @cached_property
+    def _masks(self) -> dict[str, Tensor]:
+        """Those of the plain run. A program that looks at values may have others elsewhere."""
+        plain = {name: row[0] for name, row in self.rows.items()}
+        return masks_seen(run_at(self.programs, "model", plain))
+
     def _log_probs_at(self, values: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
         """Evaluate the densities at single values; None where the program refuses these."""
         try:
-            sites = statements(run_at(self.programs, "model", values))
+            trace = run_at(self.programs, "model", values)
         except Exception:  # an assertion of its own, say: it reads what it refuses
             return None
+        if not _are_equal(masks_seen(trace), self._masks):  # what is read there tells nothing
+            return None
+        sites = statements(trace)
         for name in self.counting:
             if name not in sites:
                 raise ValueError(f"site '{name}' is met in some runs only")

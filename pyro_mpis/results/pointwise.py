@@ -72,9 +72,7 @@ def summed_latents(replicate: Replicate) -> Summed | None:
     structure = replicate.structure
     by_index = {plates for site in (replicate.reads or {}).values() for plates in site.elements}
     indices = [
-        index
-        for index in structure.indices
-        if index.enumerated and len(index.sites) == 1 and index.plates not in by_index
+        index for index in structure.indices if index.enumerated and index.plates not in by_index
     ]
     names = {index.sites[0] for index in indices}
     observed = tuple(

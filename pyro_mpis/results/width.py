@@ -86,8 +86,8 @@ def too_narrow(
 def unknown_directions(sites: Sequence[SiteDiagnosis], directions: Sequence[Direction]) -> str:
     """Say of which vectors too few particles are there to look across them; "" if of none."""
     by_name = {site.name: site for site in sites}
-    silent = [d for d in directions if not d.number and d.num_scalars <= MOST_SCALARS]
-    few = [d for d in silent if by_name[d.sites[0]].num_particles < d.num_particles]
+    seen = [d for d in directions if d.num_scalars <= MOST_SCALARS]
+    few = [d for d in seen if by_name[d.sites[0]].num_particles < d.num_particles]
     if not few:
         return ""
     worst = max(few, key=lambda direction: direction.num_particles)
