@@ -214,7 +214,7 @@ def _pieces(sizing: Sizing, blocks: Sizes, goal: float, room: float) -> dict[str
         if fits:  # or of two that take as much, the other one is left
             before = need.bytes, need.symbols
             halved = [s for s in halved if (takes(s).bytes, takes(s).symbols) != before]
-        smaller = min(halved, key=work_of, default=None)
+        smaller = min(halved, key=lambda s: work_of(s) * takes(s).bytes, default=None)
         if smaller is None:
             return sizes
         if fits and (
