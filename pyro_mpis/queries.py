@@ -33,19 +33,19 @@ def joint_weights_of(
     ]
     function = partial(joint_weights, tuples=tuple(tuples))
     jobs = [sums[replicate].job(block, function) for replicate, block in units]
-    with _threads.several(sums[0].replicate.plan.is_large):
-        found = workers.run(jobs, "marginals")
     results: list[dict[str, Tensor]] = [{} for _ in sums]
-    for (replicate, block), (log_p, weights) in zip(units, found, strict=True):
-        total, result = sums[replicate], results[replicate]
-        _check_unchanged(log_p, total.log_evidences[block])
-        for symbols, weight in weights.items():
-            if symbols not in result:
-                sizes = [total.whole.sizes[symbol] for symbol in symbols]
-                result[symbols] = weight.new_zeros((*sizes, *weight.shape[len(symbols) :]))
-            result[symbols][at_part(symbols, total.blocks[block])] += (
-                shares[replicate][block] * weight
-            )
+    with _threads.several(sums[0].replicate.plan.is_large):
+        # added up one by one: the weights of all blocks may take many times the limit
+        found = workers.each(jobs, "marginals")
+        for (replicate, block), (log_p, weights) in zip(units, found, strict=True):
+            total, result = sums[replicate], results[replicate]
+            _check_unchanged(log_p, total.log_evidences[block])
+            for symbols, weight in weights.items():
+                if symbols not in result:
+                    sizes = [total.whole.sizes[symbol] for symbol in symbols]
+                    result[symbols] = weight.new_zeros((*sizes, *weight.shape[len(symbols) :]))
+                at = at_part(symbols, total.blocks[block])
+                result[symbols][at] += shares[replicate][block] * weight
     return results
 
 
