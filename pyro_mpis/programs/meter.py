@@ -72,6 +72,11 @@ class Meter(TorchFunctionMode):
         """Note the last moment."""
         self._note_moment()
 
+    @property
+    def highest(self) -> int:
+        """The most bytes held at any moment, with a single value on each level."""
+        return max((sum(held.values()) for _, held in self.moments), default=0)
+
     def _note(self, tensor: Tensor) -> None:
         """Note a tensor, unless it is a view of one that is known."""
         mapped = unwrapped(tensor)

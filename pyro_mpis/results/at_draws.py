@@ -23,6 +23,7 @@ from pyro_mpis._text import broadcast_shape
 from pyro_mpis._typing import Program, SampleMessage
 from pyro_mpis.programs.mapped import log_prob_of
 from pyro_mpis.programs.messages import batch_shape_of, event_shape_of, is_subsample, statements
+from pyro_mpis.programs.meter import Meter
 from pyro_mpis.programs.not_mappable import NotMappableError
 from pyro_mpis.programs.runs import Collect, Programs, Wanted, evaluate, run_at
 from pyro_mpis.programs.structure import Structure
@@ -30,6 +31,7 @@ from pyro_mpis.results.pointwise import Summed, summed_log_likelihoods
 
 CHUNK_BYTES = 2**27  # of sums over enumerated latents, over the draws that are run together
 CHUNK_ELEMENTS = 2**22  # of a site's value or argument, over the draws that are run together
+HOLES = 2  # times as much as is held: what allocators keep of freed tensors
 
 Kind = Literal["latent", "deterministic", "observed", "factor"]
 
@@ -84,6 +86,7 @@ def replay_draws(
     *,
     likelihood: bool,
     summed: Summed | None = None,
+    memory_limit: int | None = None,
 ) -> Replayed:
     """
     Run the model at joint draws of its latent sites; draws nothing.
@@ -95,11 +98,16 @@ def replay_draws(
     :param draws: ``{site: (draws, *shape)}``, as ``sample`` gives them.
     :param likelihood: whether to keep the log likelihoods.
     :param summed: enumerated latents to sum them over.
+    :param memory_limit: bytes that draws which are run together may take; None if not known.
     """
-    ordinary = ordinary_sites(structure, programs, {n: d[-1] for n, d in draws.items()})
-    size = _chunk_size(ordinary)
+    meter = Meter()
+    with meter:
+        ordinary = ordinary_sites(structure, programs, {n: d[-1] for n, d in draws.items()})
+    meter.finish()
+    size = _chunk_size(ordinary, meter.highest, memory_limit)
     if summed is not None and likelihood:
-        size = min(size, max(1, CHUNK_BYTES // summed.bytes))
+        most = CHUNK_BYTES if memory_limit is None else min(CHUNK_BYTES, memory_limit // HOLES)
+        size = min(size, max(1, most // summed.bytes))
     log_joint, kept, masks = [], [], []
     for start in range(0, num_draws, size):
         chunk = {name: draw[start : start + size] for name, draw in draws.items()}
@@ -228,9 +236,19 @@ def _deterministic_event_dim(value: Tensor, plates: Mapping[int, int], declared:
     return declared
 
 
-def _chunk_size(ordinary: Mapping[str, OrdinarySite]) -> int:
+def _chunk_size(
+    ordinary: Mapping[str, OrdinarySite], held: int = 0, memory_limit: int | None = None
+) -> int:
+    """
+    Return how many draws to run together.
+
+    :param held: bytes that the model holds in a run for one draw.
+    """
     largest = max((site.elements for site in ordinary.values()), default=1)
-    return max(1, CHUNK_ELEMENTS // max(largest, 1))
+    size = max(1, CHUNK_ELEMENTS // max(largest, 1))
+    if memory_limit is not None:
+        size = min(size, max(1, memory_limit // HOLES // max(held, 1)))
+    return size
 
 
 def _over_plates(log_prob: Tensor, site: SampleMessage) -> Tensor:
