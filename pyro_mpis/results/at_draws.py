@@ -108,20 +108,24 @@ def replay_draws(
     if summed is not None and likelihood:
         most = CHUNK_BYTES if memory_limit is None else min(CHUNK_BYTES, memory_limit // HOLES)
         size = min(size, max(1, most // summed.bytes))
-    log_joint, kept, masks = [], [], []
+    log_joint, masks = [], []
+    together: dict[str, Tensor] = {}
     for start in range(0, num_draws, size):
         chunk = {name: draw[start : start + size] for name, draw in draws.items()}
         number = min(size, num_draws - start)
         said = _said(structure, programs, ordinary, chunk, number)
         log_joint.append(_log_joint(said, number))
-        kept.append(_kept(ordinary, said, likelihood=likelihood))
+        kept = _kept(ordinary, said, likelihood=likelihood)
         if summed is not None and likelihood:
             for name, log_prob in summed_log_likelihoods(summed, programs, chunk).items():
-                given = kept[-1].get(name)  # not of a pyro.factor
+                given = kept.get(name)  # not of a pyro.factor
                 if given is not None:
-                    kept[-1][name] = log_prob.to(given.dtype).expand(given.shape)
+                    kept[name] = log_prob.to(given.dtype).expand(given.shape)
+        for name, value in kept.items():
+            if name not in together:
+                together[name] = value.new_empty((num_draws, *value.shape[1:]))
+            together[name][start : start + number] = value
         masks.append({name: parts["mask"] for name, parts in said.items() if "mask" in parts})
-    together = {name: torch.cat([part[name] for part in kept]) for name in kept[0]}
     log_likelihoods = {
         name: _masked(value, [part.get(name) for part in masks])
         for name, value in together.items()
