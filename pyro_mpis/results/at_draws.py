@@ -108,14 +108,16 @@ def replay_draws(
     if summed is not None and likelihood:
         most = CHUNK_BYTES if memory_limit is None else min(CHUNK_BYTES, memory_limit // HOLES)
         size = min(size, max(1, most // summed.bytes))
-    log_joint, masks = [], []
+    masks = []
     together: dict[str, Tensor] = {}
     for start in range(0, num_draws, size):
         chunk = {name: draw[start : start + size] for name, draw in draws.items()}
         number = min(size, num_draws - start)
         said = _said(structure, programs, ordinary, chunk, number)
-        log_joint.append(_log_joint(said, number))
-        kept = _kept(ordinary, said, likelihood=likelihood)
+        # put into their places at once: a small tensor that stays, above large ones that were
+        # freed, keeps the heap from giving their room back
+        kept = {"": _log_joint(said, number)}
+        kept |= _kept(ordinary, said, likelihood=likelihood)
         if summed is not None and likelihood:
             for name, log_prob in summed_log_likelihoods(summed, programs, chunk).items():
                 given = kept.get(name)  # not of a pyro.factor
@@ -129,11 +131,11 @@ def replay_draws(
     log_likelihoods = {
         name: _masked(value, [part.get(name) for part in masks])
         for name, value in together.items()
-        if ordinary[name].kind == "observed"
+        if name and ordinary[name].kind == "observed"
     }
     return Replayed(
         sites=ordinary,
-        log_joint=torch.cat(log_joint),
+        log_joint=together.pop(""),
         log_likelihoods=log_likelihoods,
         deterministics={n: v for n, v in together.items() if n not in log_likelihoods},
     )
