@@ -18,6 +18,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from pyro.poutine.trace_struct import Trace
@@ -38,6 +39,7 @@ SECONDS = 10.0  # that the advice is to fit into
 NUMBERS = (10, 30, 100, 300, 1000)  # K of the table, besides that of the run
 CANDIDATES = 8  # indices that groups are tried of
 WORTH = 1.5  # times lower a variance, for an advice
+NEW = 1.5  # times as long as to write to a tensor: to write to a new one, in pieces
 PASSES = 6  # over all log_probs, to check them and to sum them over plates
 MOST = 10**7  # particles that anybody would draw
 CHOICES = (10, 20, 30, 50, 100, 200, 300, 500, 1000, 2000, 3000, 5000, 10_000)
@@ -352,19 +354,22 @@ def _machine(structure: Structure, programs: Programs, traces: tuple[Trace, Trac
 @functools.lru_cache(maxsize=1)
 def _rates() -> tuple[float, float, float]:
     """Return seconds for a byte that is written, for a multiplication, and for an entry summed."""
-    x = torch.linspace(-1.0, 1.0, 2**22).reshape(64, -1)
+    x = torch.linspace(-1.0, 1.0, 2**20).reshape(64, -1)  # as large as tensors of a piece
+    y = torch.empty_like(x)  # a new one is mapped anew at some times, and three times as slow then
     a = torch.linspace(-1.0, 1.0, 2**18).reshape(4, 256, 256)
 
     def usual(function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> float:
         times = []
-        for _ in range(5):
+        for _ in range(9):
             start = time.perf_counter()
             function(*tensors)
             times.append(time.perf_counter() - start)
         return sorted(times)[len(times) // 2]
 
     with torch.no_grad():
-        byte = (usual(torch.exp, x) + usual(torch.add, x, x)) / 2 / (x.element_size() * x.numel())
+        exp = usual(partial(torch.exp, out=y), x)
+        add = usual(partial(torch.add, out=y), x, x)
+        byte = NEW * (exp + add) / 2 / (x.element_size() * x.numel())
         multiplication = usual(log_matmul, a, a) / (a.numel() * 256)
         entry = usual(lambda x: logsumexp(x + x), x) / x.numel()
     return byte, multiplication, entry

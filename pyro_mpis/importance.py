@@ -17,6 +17,7 @@ from pyro_mpis._typing import NumSamples, Program
 from pyro_mpis._warnings import warn
 from pyro_mpis.adaptation.adapting import adapted
 from pyro_mpis.adaptation.guide import AutoPlateNormal
+from pyro_mpis.adaptation.numbers import by_own_site
 from pyro_mpis.adaptation.training import trained
 from pyro_mpis.blocks import run_replicates
 from pyro_mpis.options import (
@@ -386,8 +387,7 @@ class MPImportance(Posterior):
 
     @property
     def _options(self) -> Options:
-        given = self.num_samples if self._is_number_given and self.num_samples else {}
-        numbers = {None: given} if isinstance(given, int) else given
+        numbers = by_own_site(self.guide, self.num_samples if self._is_number_given else None)
         return Options(
             num_samples=numbers.get(None),
             numbers={name: number for name, number in numbers.items() if name is not None},

@@ -367,6 +367,7 @@ class Posterior(Sums):
                 number,
                 likelihood=True,
                 summed=summed,
+                memory_limit=replicate.plan.memory_limit,
             )
         return replayed.log_likelihoods
 

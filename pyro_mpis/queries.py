@@ -33,19 +33,19 @@ def joint_weights_of(
     ]
     function = partial(joint_weights, tuples=tuple(tuples))
     jobs = [sums[replicate].job(block, function) for replicate, block in units]
-    with _threads.several(sums[0].replicate.plan.is_large):
-        found = workers.run(jobs, "marginals")
     results: list[dict[str, Tensor]] = [{} for _ in sums]
-    for (replicate, block), (log_p, weights) in zip(units, found, strict=True):
-        total, result = sums[replicate], results[replicate]
-        _check_unchanged(log_p, total.log_evidences[block])
-        for symbols, weight in weights.items():
-            if symbols not in result:
-                sizes = [total.whole.sizes[symbol] for symbol in symbols]
-                result[symbols] = weight.new_zeros((*sizes, *weight.shape[len(symbols) :]))
-            result[symbols][at_part(symbols, total.blocks[block])] += (
-                shares[replicate][block] * weight
-            )
+    with _threads.several(sums[0].replicate.plan.is_large):
+        # added up one by one: the weights of all blocks may take many times the limit
+        found = workers.each(jobs, "marginals")
+        for (replicate, block), (log_p, weights) in zip(units, found, strict=True):
+            total, result = sums[replicate], results[replicate]
+            _check_unchanged(log_p, total.log_evidences[block])
+            for symbols, weight in weights.items():
+                if symbols not in result:
+                    sizes = [total.whole.sizes[symbol] for symbol in symbols]
+                    result[symbols] = weight.new_zeros((*sizes, *weight.shape[len(symbols) :]))
+                at = at_part(symbols, total.blocks[block])
+                result[symbols][at] += shares[replicate][block] * weight
     return results
 
 
@@ -86,13 +86,18 @@ def sample_of(sums: Sequence[BlockSum], num_draws: int, workers: Workers) -> dic
         replicate, block = units[number]
         function = partial(_seeded_sample, num_draws=counts[number], seed=seeds[number])
         jobs.append(sums[replicate].job(block, function))
+    result: dict[str, Tensor] = {}
     with _threads.several(sums[0].replicate.plan.is_large):
-        found = workers.run(jobs, "samples")
-    for number, (log_p, _) in zip(drawn, found, strict=True):
-        _check_unchanged(log_p, log_evidences[number])
-    parts = [sample for _, sample in found]
-    order = chosen.argsort(stable=True).argsort()  # the draws' own order, not the blocks'
-    return {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
+        for number, (log_p, sample) in zip(drawn, workers.each(jobs, "samples"), strict=True):
+            _check_unchanged(log_p, log_evidences[number])
+            if len(drawn) == 1:
+                return sample
+            here = (chosen == number).nonzero().squeeze(-1)  # the draws' own order, no block's
+            for name, value in sample.items():
+                if name not in result:
+                    result[name] = value.new_empty((num_draws, *value.shape[1:]))
+                result[name][here] = value
+    return result
 
 
 def _seeded_sample(

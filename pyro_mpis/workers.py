@@ -48,10 +48,20 @@ class Workers:
 
         :param doing: what a progress bar is to say.
         """
+        return list(self.each(jobs, doing))
+
+    def each(self, jobs: Sequence[Job[Result]], doing: str) -> Iterator[Result]:
+        """
+        Run jobs and yield their results in order: here, each before the next job runs.
+
+        :param doing: what a progress bar is to say.
+        """
         with _progress.showing(self.show_progress):
             if self.executor is None or len(jobs) == 1:
-                return [job() for job in _progress.bar(jobs, doing)]
-            return self._sent(jobs, doing, self.executor)
+                for job in _progress.bar(jobs, doing):
+                    yield job()
+            else:
+                yield from self._sent(jobs, doing, self.executor)
 
     def _sent(self, jobs: Sequence[Job[Result]], doing: str, executor: Executor) -> list[Result]:
         """Run jobs where the executor sends them."""

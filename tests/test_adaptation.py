@@ -39,6 +39,7 @@ from pyro_mpis.adaptation.tails import StretchedNormal, TailedNormal
 from pyro_mpis.adaptation.trials import Runs, Trial, shared_out, tried
 from pyro_mpis.options import Options
 from pyro_mpis.programs.messages import statements
+from pyro_mpis.programs.numbers import index_named
 
 DATA = torch.tensor([0.3, 1.2, -0.4, 2.0, 0.9])
 FALSE_ALARM = 1e-5
@@ -443,7 +444,7 @@ def test_the_result_and_the_guide_go_into_files(tmp_path: Path) -> None:
     again = pickle.loads(pickle.dumps(guide))
     for name, value in guide.median().items():
         assert torch.equal(again.median()[name], value)
-    with pytest.raises(ValueError, match=r"do not fit the saved run.*posterior\.guide"):
+    with pytest.raises(ValueError, match=r"had a learned proposal.*posterior\.guide"):
         MPImportance.load(tmp_path / "result.mpis", normals)
 
 
@@ -467,6 +468,31 @@ def test_a_conjugate_model_is_found() -> None:
     assert isinstance(posterior.num_samples, dict)
     assert float(posterior.evidence()) == pytest.approx(LOG_EVIDENCE, abs=0.02)
     assert float(posterior.moments()["m"]) == pytest.approx(MEAN, abs=0.03)
+
+
+def test_numbers_of_particles_are_those_of_the_latents() -> None:
+    """Not of the guide's own sites; as they are, changed, in another object, and in a file."""
+    posterior = copy.copy(learned(normals))
+    numbers = posterior.num_samples
+    assert isinstance(numbers, dict)
+    assert list(numbers) == [None, "m", "x"]
+    posterior.run()
+    pyro.set_rng_seed(1)
+    other = MPImportance(posterior.model, posterior.guide, num_samples=numbers, num_replicates=8)
+    other.run()
+    for site in ("m", "x"):
+        assert particles_of(posterior, site) == particles_of(other, site) == numbers[site]
+    posterior.num_samples = {**numbers, "m": 70}
+    assert particles_of(posterior.run(), "m") == 70
+    assert particles_of(posterior, "x") == numbers["x"]
+    posterior.num_samples = 20
+    assert particles_of(posterior.run(), "m") == particles_of(posterior, "x") == 20
+
+
+def particles_of(posterior: MPImportance, site: str) -> int:
+    """Return the number of particles of the index that a site's values are computed from."""
+    structure = posterior._sums[0].replicate.structure
+    return structure.by_symbol[index_named(structure, site)].num_samples
 
 
 def schools() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_mpis import MPImportance
 from pyro_mpis.results import at_draws
-from pyro_mpis.results.pointwise import summed_latents
+from pyro_mpis.results.pointwise import summed_latents, summed_log_likelihoods
 
 pytest.importorskip("arviz", reason="needs pyro-mpis[arviz]")
 pytest.importorskip("xarray", reason="needs pyro-mpis[arviz]")
@@ -211,6 +211,64 @@ def test_memory_is_bounded_by_the_largest_argument() -> None:
     sites = at_draws.ordinary_sites(builder.structure, builder.programs, {})
     assert sites["y"].elements == 3000
     assert at_draws._chunk_size(sites) == at_draws.CHUNK_ELEMENTS // 3000
+
+
+def smoothed() -> None:
+    """Compute much more than the sites hold."""
+    length = pyro.sample("length", dist.LogNormal(0.0, 0.5))
+    grid = torch.linspace(0.0, 1.0, 200)
+    kernel = torch.exp(-((grid[:, None] - grid) ** 2) / length)
+    pyro.sample("y", dist.Normal(kernel.mean(-1), 1.0).to_event(1), obs=grid)
+
+
+def states() -> None:
+    """Sum over pairs of states of each observation."""
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    with pyro.plate("n", 50):
+        one, other = (
+            pyro.sample(name, dist.Categorical(torch.ones(20)), infer={"enumerate": "parallel"})
+            for name in ("one", "other")
+        )
+        pyro.sample("y", dist.Normal(loc + one - other, 1.0), obs=torch.zeros(50))
+
+
+@pytest.mark.parametrize(("model", "bytes_of_draw"), [(smoothed, 4e4 * 4), (states, 2e4 * 8)])
+def test_memory_of_draws_is_within_the_limit(
+    model: Callable[[], None], bytes_of_draw: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What programs compute on the way counts, and the sum over enumerated latents."""
+    limit, together = 4 * 10**6, []
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def count(*args: Any) -> Any:
+            together.append(len(next(v for a in args if isinstance(a, dict) for v in a.values())))
+            return function(*args)
+
+        return count
+
+    monkeypatch.setattr(at_draws, "at_all", counted(at_draws.at_all))
+    monkeypatch.setattr(at_draws, "summed_log_likelihoods", counted(summed_log_likelihoods))
+    replicate = MPImportance(model, num_samples=3).run()._sums[0].replicate
+    draws = {"loc": torch.zeros(100), "length": torch.ones(100)}
+    draws |= dict.fromkeys(("one", "other"), torch.zeros(100, 50))
+    draws = {name: draw for name, draw in draws.items() if name in replicate.structure.model}
+    found, most = [], []
+    for memory_limit in (None, limit):
+        together.clear()
+        replayed = at_draws.replay_draws(
+            replicate.structure,
+            replicate.programs,
+            draws,
+            100,
+            likelihood=True,
+            summed=summed_latents(replicate),
+            memory_limit=memory_limit,
+        )
+        found.append(replayed.log_likelihoods["y"])
+        most.append(max(together))
+    torch.testing.assert_close(*found)
+    assert most[0] > limit / bytes_of_draw
+    assert most[1] <= limit / bytes_of_draw / 2
 
 
 @pytest.mark.parametrize("number", [4, 5])

@@ -138,6 +138,18 @@ def test_a_message_is_larger_than_the_factors() -> None:
     assert found.forward >= 7 * 10**4 * 4 + 10**4 * 8, "the message, and its product over y"
 
 
+def test_products_of_matrices_also_pass_over_their_entries() -> None:
+    """A loop of four: in small matrices that takes as long as the multiplications."""
+    sizes = {"a": 100, "b": 200, "c": 300, "d": 50}
+    factors = tuple(Shape(dims, dims, frozenset(), 8) for dims in ("ab", "bc", "cd", "da"))
+    index_plates = dict.fromkeys("abcd", frozenset[str]())
+    found = contraction_of(Shapes(factors, sizes, index_plates))
+    assert found is not None
+    assert found.work == 200 * 300 * 50 + 100 * 200 * 50, "c is summed out first, then b"
+    of_products = (200 * 300 + 300 * 50 + 200 * 50) + (100 * 200 + 200 * 50 + 100 * 50)
+    assert found.sums == of_products + 100 * 50 + 1
+
+
 def test_sizes_beyond_any_machine() -> None:
     symbols = [chr(number) for number in range(200, 300)]
     factors = (Shape("all", "".join(symbols), frozenset(), 4),)

@@ -25,6 +25,7 @@ from pyro_mpis.adaptation.images import (
 )
 from pyro_mpis.adaptation.layout import by_plates, by_site
 from pyro_mpis.adaptation.mixture import spread_correction
+from pyro_mpis.adaptation.numbers import Numbers, by_latent, by_own_site
 from pyro_mpis.adaptation.start import Start
 from pyro_mpis.adaptation.symmetries import Symmetries
 from pyro_mpis.options import Options
@@ -131,6 +132,27 @@ def ratios(model: Callable[[], None], guide: AutoPlateNormal, log_p: float, runs
         model, guide, num_samples=numbers, num_replicates=runs, disable_progbar=True
     ).run()
     return (posterior._replicates() - log_p).exp()
+
+
+def test_numbers_are_those_of_the_latents() -> None:
+    """Images have a particle each, whatever is said of the latents."""
+    pyro.set_rng_seed(0)
+    guide = begun(signed).guide(gaussian_of(begun(signed), 0.4, 0.9), frozenset(), tails=False)
+    guide = guide.with_images(GROUPS[signed])
+    own: Numbers = {None: 30, "_mpis_noise_0": 50, IMAGE_SITE: 2}
+    assert by_latent(guide, own) == {None: 30, "x": 50, "w": 50}
+    assert by_own_site(guide, {None: 30, "w": 50}) == own
+    assert by_own_site(guide, own) == own
+    assert by_own_site(guide, 7) == {None: 7}
+    assert by_own_site(signed, {"w": 50}) == {"w": 50}
+    posterior = MPImportance(signed, guide, num_samples={"x": 40, "w": 40, None: 3}).run()
+    indices = posterior._sums[0].replicate.structure.indices
+    assert {index.sites[0]: index.num_samples for index in indices} == {
+        "_mpis_noise_0": 40,
+        IMAGE_SITE: 2,
+    }
+    with pytest.raises(ValueError, match=r"'x', 'w' share one.*'x': 40, 'w': 50"):
+        MPImportance(signed, guide, num_samples={"x": 40, "w": 50}).run()
 
 
 def steps() -> None:

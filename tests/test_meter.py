@@ -67,6 +67,21 @@ def test_views_and_expanded_tensors_take_nothing() -> None:
     assert metered(program).made[(A,)] == 400
 
 
+def test_copies_of_matrices_have_the_batch_dims_of_all() -> None:
+    """A product of matrices copies both operands; to take one apart takes five times a copy."""
+
+    def program(values: dict[str, Tensor]) -> None:
+        matrix = torch.zeros(10, 10) + values["a"]
+        vectors = torch.zeros(5, 10, 1) + values["b"]
+        matrix @ vectors
+
+    meter = metered(program)
+    copies = 4 * (5 * 10 * 10 + 5 * 10)
+    assert highest(meter, (A, B)) == copies + 4 * 50
+    assert meter.made[(A, B)] == copies + 4 * 50
+    assert metered(lambda v: torch.linalg.det(torch.eye(10) + v["a"])).made[(A,)] >= 6 * 400
+
+
 def test_results_that_were_taken_out_are_held() -> None:
     results = []
 

@@ -48,12 +48,14 @@ def in_blocks(**options: Any) -> MPImportance:
 
 def test_blocks_and_the_queries_of_them(bars: Bars) -> None:
     posterior = in_blocks()
-    number = len(posterior._sums[0].blocks)
+    total = posterior._sums[0]
+    number, parts = len(total.blocks), len(total.replicate.cut(total.blocks[0])[1])
     assert number > 2
-    assert bars == [("blocks", number - 1)]  # the first is evaluated before
+    first = ("densities", parts - 1)  # the first block is evaluated before, in pieces
+    assert bars == [first, ("blocks", number - 1)]
     posterior.moments()
     posterior.sample(1000)
-    assert [doing for doing, _ in bars] == ["blocks", "marginals", "samples"]
+    assert [doing for doing, _ in bars] == ["densities", "blocks", "marginals", "samples"]
 
 
 def test_pieces_of_a_single_block(bars: Bars) -> None:

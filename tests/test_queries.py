@@ -3,12 +3,17 @@
 
 import math
 import pickle
+import weakref
 
 import pytest
 import torch
 from hierarchy import hierarchy, run_hierarchy
 
-from pyro_mpis import MPImportance, MPISWarning
+from pyro_mpis import MPImportance, MPISWarning, queries
+from pyro_mpis.factor_graph import sampling
+from pyro_mpis.factor_graph.graph import FactorGraph
+from pyro_mpis.factor_graph.sampling import ForwardPass, sample_indices
+from pyro_mpis.factor_graph.source_terms import joint_weights
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -43,6 +48,48 @@ def test_samples_have_the_moments(posterior: MPImportance) -> None:
         values = draws[name].double()
         error = values.std(0) / math.sqrt(20_000)
         assert bool(((values.mean(0) - mean).abs() <= 6 * error + 1e-9).all()), name
+
+
+def test_samples_in_large_plates_are_drawn_in_parts(
+    posterior: MPImportance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Indices of all draws at once take twice the draws; within 6 standard errors."""
+    together: list[int] = []
+
+    def counted(graph: FactorGraph, num_draws: int, forward: ForwardPass) -> object:
+        together.append(num_draws)
+        return sample_indices(graph, num_draws, forward)
+
+    monkeypatch.setattr(sampling, "sample_indices", counted)
+    of_draw = 8 * (1 + 1 + 2 + 6)  # mu, kind, v in two elements and x in six
+    monkeypatch.setattr(sampling, "BYTES_OF_INDICES", 3000 * of_draw)
+    draws = posterior.sample(20_000)
+    assert together == [3000] * 6 + [2000]
+    for name, mean in posterior.moments().items():
+        values = draws[name].double()
+        error = values.std(0) / math.sqrt(20_000)
+        assert bool(((values.mean(0) - mean).abs() <= 6 * error + 1e-9).all()), name
+    product = draws["mu"] * draws["kind"]
+    error = product.std() / math.sqrt(20_000)
+    assert float((product.mean() - posterior.moments(torch.mul, "mu", "kind")).abs()) <= 6 * error
+
+
+def test_weights_of_blocks_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All at once they took ten times the limit of a model with many states in plates."""
+    living: list[int] = []
+    found: list[weakref.ref[torch.Tensor]] = []
+
+    def watched(graph: FactorGraph, tuples: tuple[str, ...]) -> object:
+        living.append(sum(weight() is not None for weight in found))
+        log_p, weights = joint_weights(graph, tuples)
+        found.extend(weakref.ref(weight) for weight in weights.values())
+        return log_p, weights
+
+    monkeypatch.setattr(queries, "joint_weights", watched)
+    MPImportance(hierarchy, num_samples=8, memory_limit=30_000).run().moments()
+    assert len(living) >= 8
+    assert len(found) % len(living) == 0
+    assert max(living) <= 2 * len(found) // len(living)
 
 
 def test_what_a_notebook_shows(posterior: MPImportance) -> None:

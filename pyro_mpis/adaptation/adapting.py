@@ -26,6 +26,7 @@ from pyro_mpis.adaptation.matching import matched
 from pyro_mpis.adaptation.modes import Place, Spread, at_other_orders, told_of_orders
 from pyro_mpis.adaptation.moments import ANEW, matched_by_moments
 from pyro_mpis.adaptation.natural import Settings
+from pyro_mpis.adaptation.numbers import by_latent
 from pyro_mpis.adaptation.prepared import (
     Drawable,
     is_improper,
@@ -140,7 +141,7 @@ def adapted(
     return Adapted(
         start.model,
         best.guide,
-        numbers,
+        by_latent(best.guide, numbers),
         best.replicates,
         best.trial.log_evidence,
         float(best.trial.ess.median()),

@@ -33,6 +33,8 @@ from pyro_mpis.factor_graph.selection import Drawn, index_at, positions_in, site
 DRAW_ELEMENTS = 2**18  # probabilities that are looked at together
 LARGEST_NUMBER = 2**62  # of combinations that an integer can number
 Distinct: TypeAlias = tuple[dict[str, Tensor], Tensor]
+# Of the indices of draws that are held at once: in large plates they take twice the draws.
+BYTES_OF_INDICES = 2**27
 LOST = 1e-20  # below this a sum of products of single precision has lost terms to underflow
 
 
@@ -90,8 +92,30 @@ def sample_sites(
 
     :return: the log evidence; for each site ``(num_draws, *shape)``, the shape of an ordinary run.
     """
-    log_p, drawn = sample_indices(graph, num_draws, forward)
-    return log_p, sites_at(graph, drawn, num_draws)
+    size = max(1, BYTES_OF_INDICES // max(1, _bytes_of_draw(graph)))
+    if num_draws <= size:
+        log_p, drawn = sample_indices(graph, num_draws, forward)
+        return log_p, sites_at(graph, drawn, num_draws)
+    if forward is None:
+        _, forward = forward_pass(graph)
+    result: dict[str, Tensor] = {}
+    for start in range(0, num_draws, size):
+        number = min(size, num_draws - start)
+        log_p, drawn = sample_indices(graph, number, forward)
+        for name, value in sites_at(graph, drawn, number).items():
+            if name not in result:
+                result[name] = value.new_empty((num_draws, *value.shape[1:]))
+            result[name][start : start + number] = value
+    return log_p, result
+
+
+def _bytes_of_draw(graph: FactorGraph) -> int:
+    """Return what the indices of one draw take."""
+    elements = 0
+    for plates in graph.index_plates.values():
+        dims = graph.tensor_plates(graph.with_enclosing(plates))
+        elements += math.prod(graph.sizes[symbol] for symbol in dims)
+    return elements * torch.long.itemsize
 
 
 def _draw_step(

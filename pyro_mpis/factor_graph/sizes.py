@@ -160,6 +160,8 @@ class _SizeRing(Ring):
         inputs = [self._bytes(term.dims, term.itemsize) for term in operands]
         if _is_matmul(terms, shared):
             self.work += self._count(everything)
+            # shifted, exponentiated, and searched for what is lost: as long, if they are small
+            self.sums += sum(map(self._count, (*terms, result_dims)))
         else:
             self.sums += self._count(everything)
         self.sums += sum(self._count(term.dims) for term in operands) if alone else 0

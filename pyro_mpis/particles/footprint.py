@@ -16,7 +16,7 @@ from pyro.ops.provenance import detach_provenance
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_mpis._typing import SampleMessage
+from pyro_mpis._typing import Ordinal, SampleMessage
 from pyro_mpis.particles.evaluation import wanted_of_guide, wanted_of_model, with_reads
 from pyro_mpis.programs.analysis import with_implicit_plates
 from pyro_mpis.programs.messages import statements
@@ -47,14 +47,22 @@ class Footprint:
     made: Bytes  # by all operations
     largest: Mapping[tuple[int, ...], tuple[int, str | None]]  # bytes of one tensor, and the site
 
-    def peak(self, structure: Structure, sizes: Sizes) -> tuple[int, str | None]:
-        """Return the most bytes held at any moment, and the site whose density is computed."""
+    def peak(self, structure: Structure, sizes: Sizes) -> tuple[int, str | None, Ordinal]:
+        """
+        Return the most bytes held at any moment.
+
+        :return: the bytes, the site whose density is computed, and the indices that most of them
+            grow with.
+        """
         combinations = self._combinations(structure, sizes)
-        found = (
-            (sum(n * combinations(levels) for levels, n in moment.held.items()), moment.site)
-            for moment in self.moments
-        )
-        return max(found, key=lambda pair: pair[0], default=(0, None))
+        most, site = 0, None
+        grown: tuple[int, ...] = ()
+        for moment in self.moments:
+            held = {levels: n * combinations(levels) for levels, n in moment.held.items()}
+            total = sum(held.values())
+            if total > most:
+                most, site, grown = total, moment.site, max(held, key=held.__getitem__)
+        return most, site, self._symbols(structure, grown)
 
     def peak_of_draws(self, structure: Structure, sizes: Sizes) -> int:
         """Return about the most bytes held in a run with all particles on one level."""
@@ -67,11 +75,19 @@ class Footprint:
             default=0,
         )
 
-    def largest_tensor(self, structure: Structure, sizes: Sizes) -> tuple[int, str | None]:
-        """Return the bytes of the largest tensor, and the site whose density needs it."""
+    def largest_tensor(self, structure: Structure, sizes: Sizes) -> tuple[int, str | None, Ordinal]:
+        """
+        Return the bytes of the largest tensor.
+
+        :return: the bytes, the site whose density needs it, and the indices that it grows with.
+        """
         combinations = self._combinations(structure, sizes)
-        found = ((n * combinations(levels), site) for levels, (n, site) in self.largest.items())
-        return max(found, key=lambda pair: pair[0], default=(0, None))
+        most, site = 0, None
+        grown: tuple[int, ...] = ()
+        for levels, (number, needs_it) in self.largest.items():
+            if number * combinations(levels) > most:
+                most, site, grown = number * combinations(levels), needs_it, levels
+        return most, site, self._symbols(structure, grown)
 
     def work(self, structure: Structure, sizes: Sizes) -> int:
         """Return the bytes that all operations make together."""
@@ -81,11 +97,7 @@ class Footprint:
     def _combinations(self, structure: Structure, sizes: Sizes) -> Callable[[tuple[int, ...]], int]:
         """Return the number of combinations of the values on some levels."""
         known: dict[tuple[int, ...], int] = {}
-        index_of = structure.index_of
-        symbols = [
-            frozenset(index_of[name].symbol for name in level if name in index_of)
-            for level in self.levels
-        ]
+        symbols = [self._symbols(structure, (level,)) for level in range(len(self.levels))]
 
         def combinations(levels: tuple[int, ...]) -> int:
             if levels not in known:
@@ -96,6 +108,12 @@ class Footprint:
             return known[levels]
 
         return combinations
+
+    def _symbols(self, structure: Structure, levels: tuple[int, ...]) -> Ordinal:
+        """Return the indices on some levels."""
+        index_of = structure.index_of
+        names = (name for level in levels for name in self.levels[level])
+        return frozenset(index_of[name].symbol for name in names if name in index_of)
 
 
 def measured(
@@ -206,7 +224,11 @@ def _noting(meter: Meter, wanted: Wanted | None) -> Wanted | None:
     def noting(name: str, collect: Collect) -> Collect:
         def noted(site: SampleMessage, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
             meter.site = name
-            return collect(site, values)
+            try:
+                return collect(site, values)
+            finally:
+                meter.finish()  # what the programs do next is no site's
+                meter.site = None
 
         return noted
 

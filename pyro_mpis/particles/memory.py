@@ -39,6 +39,10 @@ NAMED = 6  # indices of a factor that an error names
 # ones go back to the system, and to get their pages again takes longer than to compute them.
 PIECE_BYTES = 2**24
 PIECE_BYTES_OF_GPU = 2**30
+# Of what is left beside the factors, the share that a piece takes if it can be had by cutting.
+# What is freed comes back in other sizes: between pieces that take all of it, the heap of glibc had
+# holes of 1.7 times as much, and none where pieces take half.
+SHARE_OF_PIECE = 0.5
 # How many more elements may be evaluated for the sake of pieces.
 MORE_WORK = 1.25
 
@@ -186,21 +190,37 @@ def _cut_for_all(sizing: Sizing, symbols: Ordinal, blocks: Sizes) -> str | None:
 
 
 def _pieces(sizing: Sizing, blocks: Sizes, goal: float, room: float) -> dict[str, int]:
-    """Return numbers of particles with which log_probs reach ``goal`` bytes, or come near it."""
+    """
+    Return numbers of particles of pieces that fit.
+
+    And that take a share of the room, and whose tensors reach ``goal`` bytes, or come near it,
+    where that makes little work twice.
+    """
     structure = sizing.structure
     sizes, work = dict(blocks), number_of_densities(structure, blocks)
+    runs = sizing.runs_that_pay(blocks)
 
     def work_of(sizes: Sizes) -> int:
         return number_of_densities(structure, sizes) * number_of_parts(blocks, sizes)
 
     while True:
-        largest, needed = sizing.largest_tensor(sizes), sizing.evaluation(sizes)
-        fits = needed.bytes <= room
-        if fits and largest.bytes <= goal:
+        needed, largest = sizing.evaluation(sizes), sizing.largest_tensor(sizes)
+        shrinks = needed.bytes > room * SHARE_OF_PIECE
+        if not shrinks and largest.bytes <= goal:
             return sizes
-        reads = largest.symbols if fits else needed.symbols
-        smaller = min(_halved(sizes, reads), key=work_of, default=None)
-        if smaller is None or (fits and work_of(smaller) > MORE_WORK * work):
+        takes, need = (sizing.evaluation, needed) if shrinks else (sizing.largest_tensor, largest)
+        fits = needed.bytes <= room
+        halved = _halved(sizes, need.symbols)
+        if fits:  # or of two that take as much, the other one is left
+            before = need.bytes, need.symbols
+            halved = [s for s in halved if (takes(s).bytes, takes(s).symbols) != before]
+        smaller = min(halved, key=lambda s: work_of(s) * takes(s).bytes, default=None)
+        if smaller is None:
+            return sizes
+        if fits and (
+            work_of(smaller) > MORE_WORK * work
+            or (not shrinks and number_of_parts(blocks, smaller) > runs)
+        ):
             return sizes
         sizes = smaller
 

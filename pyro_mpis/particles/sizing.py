@@ -15,6 +15,9 @@ from pyro_mpis.programs.structure import Site, Structure
 
 # A log_prob, the value that it is computed from and one temporary live at once.
 TENSORS_AT_ONCE = 3
+# What operations write while a mapped run deals with a site, whatever the sizes; and how much of
+# an evaluation's time may go into running the programs once more for each piece.
+BYTES_OF_SITE, SHARE_OF_RUNS = 2**20, 0.25
 
 Sizes = Mapping[str, int]  # symbol of an index -> number of particles
 
@@ -50,11 +53,9 @@ class Sizing:
         if site is not None:
             need = self._of_site(site, bytes_of(self.structure, site, sizes))
         if self.footprint is not None:
-            held, name = self.footprint.peak(self.structure, sizes)
-            if held > need.bytes and name is not None and name in self.structure.model:
-                need = self._of_site(self.structure.model[name], held)
-            elif held > need.bytes:
-                need = Need(held, "what the programs compute", self._all_indices())
+            held, name, symbols = self.footprint.peak(self.structure, sizes)
+            if held > need.bytes:
+                need = self._of_programs(held, name, symbols)
         return need
 
     def largest_tensor(self, sizes: Sizes) -> Need:
@@ -64,11 +65,19 @@ class Sizing:
             return Need(0, "", frozenset())
         need = self._of_site(site, bytes_of(self.structure, site, sizes))
         if self.footprint is not None:
-            largest, name = self.footprint.largest_tensor(self.structure, sizes)
+            largest, name, symbols = self.footprint.largest_tensor(self.structure, sizes)
             largest *= TENSORS_AT_ONCE
-            if largest > need.bytes and name is not None and name in self.structure.model:
-                return self._of_site(self.structure.model[name], largest)
+            if largest > need.bytes:
+                return self._of_programs(largest, name, symbols)
         return need
+
+    def runs_that_pay(self, sizes: Sizes) -> float:
+        """Return how many runs of the programs take little of the time of an evaluation."""
+        if self.footprint is None:
+            return math.inf
+        sites = len(self.structure.guide) + len(self.structure.model)
+        work = self.footprint.work(self.structure, sizes)
+        return work * SHARE_OF_RUNS / (BYTES_OF_SITE * max(1, sites))
 
     def drawing(self, sizes: Sizes) -> Need:
         """Return what the particles take while they are drawn, all on one level."""
@@ -189,12 +198,16 @@ class Sizing:
         symbols = self.structure.indices_read(site)
         return Need(number, f"site '{site.name}'", symbols, site.plates, site.name)
 
+    def _of_programs(self, number: int, name: str | None, symbols: Ordinal) -> Need:
+        """Return the need of what programs hold, as that of a site where it is its density's."""
+        site = None if name is None else self.structure.model.get(name)
+        if site is not None and symbols <= self.structure.indices_read(site):
+            return self._of_site(site, number)
+        return Need(number, "what the programs compute", symbols)
+
     def _largest_site(self, sizes: Sizes) -> Site | None:
         sites = self.structure.model.values()
         return max(sites, key=lambda s: elements_of(self.structure, s, sizes), default=None)
-
-    def _all_indices(self) -> Ordinal:
-        return frozenset(self.structure.by_symbol)
 
 
 def _bound(shapes: Shapes) -> int:

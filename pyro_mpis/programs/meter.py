@@ -10,6 +10,8 @@ what values, arguments of distributions and temporaries take together at each mo
 without knowing any of the distributions.
 """
 
+import math
+import operator
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from pyro_mpis._text import broadcast_shape
 from pyro_mpis.programs.tensors import unwrapped
 
 Levels = tuple[int, ...]
@@ -25,6 +28,8 @@ Bytes = dict[Levels, int]  # of one combination of the values on these levels
 
 # Operations that copy what they are given, to the levels of all of it.
 COPYING = ("linalg", "cholesky", "solve", "matmul", "mm", "mv", "einsum", "logsumexp", "dot", "det")
+# Those of them that take a matrix apart, and how many times as long as a copy that takes.
+FACTORING, TIMES_A_COPY = ("linalg", "cholesky", "solve", "det"), 5
 
 
 class Meter(TorchFunctionMode):
@@ -38,7 +43,7 @@ class Meter(TorchFunctionMode):
         super().__init__()
         self.site: str | None = None  # whose density is computed, to note with the moments
         self.moments: list[tuple[str | None, Bytes]] = []
-        self.made: Bytes = {}  # by all operations together
+        self.made: Bytes = {}  # by all operations together, or that take as long
         self.largest: dict[Levels, tuple[int, str | None]] = {}  # tensor of such levels
         self._held: Bytes = {}
         self._references: dict[int, int] = {}  # storage -> tensors that are views of it
@@ -65,12 +70,18 @@ class Meter(TorchFunctionMode):
             return result
         name = getattr(func, "__name__", "")
         if any(part in name for part in COPYING):
-            self._note_copies([arg for arg in args if isinstance(arg, Tensor)])
+            times = TIMES_A_COPY if any(part in name for part in FACTORING) else 1
+            self._note_copies([arg for arg in args if isinstance(arg, Tensor)], times)
         return result
 
     def finish(self) -> None:
         """Note the last moment."""
         self._note_moment()
+
+    @property
+    def highest(self) -> int:
+        """The most bytes held at any moment, with a single value on each level."""
+        return max((sum(held.values()) for _, held in self.moments), default=0)
 
     def _note(self, tensor: Tensor) -> None:
         """Note a tensor, unless it is a view of one that is known."""
@@ -95,11 +106,18 @@ class Meter(TorchFunctionMode):
         key = id(plain)
         self._watched[key] = weakref.ref(plain, lambda _: self._drop(key, storage))
 
-    def _note_copies(self, operands: Sequence[Tensor]) -> None:
-        """Note a moment at which an operation holds copies of its operands."""
+    def _note_copies(self, operands: Sequence[Tensor], times: int) -> None:
+        """
+        Note a moment at which an operation holds copies of its operands.
+
+        :param times: what it takes to make it, in copies.
+        """
         mapped = [unwrapped(operand) for operand in operands]
         levels = tuple(sorted({level for operand in mapped for level in operand.levels}))
-        number = sum(operand.shape.numel() * operand.tensor.element_size() for operand in mapped)
+        number = sum(
+            map(operator.mul, _copied(operands), (m.tensor.element_size() for m in mapped))
+        )
+        self.made[levels] = self.made.get(levels, 0) + number * times
         self._add(levels, number)
         self._note_moment()
         self._add(levels, -number)
@@ -121,3 +139,13 @@ class Meter(TorchFunctionMode):
         if self._has_grown:
             self.moments.append((self.site, dict(self._held)))
             self._has_grown = False
+
+
+def _copied(operands: Sequence[Tensor]) -> list[int]:
+    """Return the elements of copies of matrices, which have the batch dims of all of them."""
+    matrices = [operand.shape[-2:] for operand in operands]
+    try:
+        batch = math.prod(broadcast_shape(*(operand.shape[:-2] for operand in operands)))
+    except (RuntimeError, ValueError):  # other dims than those of matrices, as in an einsum
+        return [operand.shape.numel() for operand in operands]
+    return [batch * matrix.numel() for matrix in matrices]

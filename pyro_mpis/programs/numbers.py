@@ -22,16 +22,21 @@ def with_numbers(structure: Structure, rest: int, numbers: Mapping[str, int]) ->
         named.setdefault(index_named(structure, name), {})[name] = number
     for by_site in named.values():
         if len(set(by_site.values())) > 1:
-            given = ", ".join(f"'{name}': {number}" for name, number in by_site.items())
-            raise ValueError(
-                f"num_samples: {quoted(by_site)} share one particle index, but have different "
-                f"numbers of particles ({given}). Give one number, to any of them."
-            )
+            raise different_numbers(by_site)
     indices = [
         replace(index, num_samples=next(iter(named.get(index.symbol, {"": rest}).values())))
         for index in structure.indices
     ]
     return replace(structure, indices=tuple(indices))
+
+
+def different_numbers(by_site: Mapping[str, int]) -> ValueError:
+    """Refuse different numbers of sites that share an index."""
+    given = ", ".join(f"'{name}': {number}" for name, number in by_site.items())
+    return ValueError(
+        f"num_samples: {quoted(by_site)} share one particle index, but have different "
+        f"numbers of particles ({given}). Give one number, to any of them."
+    )
 
 
 def index_named(structure: Structure, name: str) -> str:

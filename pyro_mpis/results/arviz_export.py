@@ -122,6 +122,7 @@ def model_groups(
             number,
             likelihood=wanted.log_likelihood,
             summed=summed_latents(replicate),
+            memory_limit=replicate.plan.memory_limit,
         )
         sites = replayed.sites
         values = {"posterior": {**draws, **replayed.deterministics}}

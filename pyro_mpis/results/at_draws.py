@@ -23,6 +23,7 @@ from pyro_mpis._text import broadcast_shape
 from pyro_mpis._typing import Program, SampleMessage
 from pyro_mpis.programs.mapped import log_prob_of
 from pyro_mpis.programs.messages import batch_shape_of, event_shape_of, is_subsample, statements
+from pyro_mpis.programs.meter import Meter
 from pyro_mpis.programs.not_mappable import NotMappableError
 from pyro_mpis.programs.runs import Collect, Programs, Wanted, evaluate, run_at
 from pyro_mpis.programs.structure import Structure
@@ -30,6 +31,7 @@ from pyro_mpis.results.pointwise import Summed, summed_log_likelihoods
 
 CHUNK_BYTES = 2**27  # of sums over enumerated latents, over the draws that are run together
 CHUNK_ELEMENTS = 2**22  # of a site's value or argument, over the draws that are run together
+HOLES = 2  # times as much as is held: what allocators keep of freed tensors
 
 Kind = Literal["latent", "deterministic", "observed", "factor"]
 
@@ -84,6 +86,7 @@ def replay_draws(
     *,
     likelihood: bool,
     summed: Summed | None = None,
+    memory_limit: int | None = None,
 ) -> Replayed:
     """
     Run the model at joint draws of its latent sites; draws nothing.
@@ -95,33 +98,44 @@ def replay_draws(
     :param draws: ``{site: (draws, *shape)}``, as ``sample`` gives them.
     :param likelihood: whether to keep the log likelihoods.
     :param summed: enumerated latents to sum them over.
+    :param memory_limit: bytes that draws which are run together may take; None if not known.
     """
-    ordinary = ordinary_sites(structure, programs, {n: d[-1] for n, d in draws.items()})
-    size = _chunk_size(ordinary)
+    meter = Meter()
+    with meter:
+        ordinary = ordinary_sites(structure, programs, {n: d[-1] for n, d in draws.items()})
+    meter.finish()
+    size = _chunk_size(ordinary, meter.highest, memory_limit)
     if summed is not None and likelihood:
-        size = min(size, max(1, CHUNK_BYTES // summed.bytes))
-    log_joint, kept, masks = [], [], []
+        most = CHUNK_BYTES if memory_limit is None else min(CHUNK_BYTES, memory_limit // HOLES)
+        size = min(size, max(1, most // summed.bytes))
+    masks = []
+    together: dict[str, Tensor] = {}
     for start in range(0, num_draws, size):
         chunk = {name: draw[start : start + size] for name, draw in draws.items()}
         number = min(size, num_draws - start)
         said = _said(structure, programs, ordinary, chunk, number)
-        log_joint.append(_log_joint(said, number))
-        kept.append(_kept(ordinary, said, likelihood=likelihood))
+        # put into their places at once: a small tensor that stays, above large ones that were
+        # freed, keeps the heap from giving their room back
+        kept = {"": _log_joint(said, number)}
+        kept |= _kept(ordinary, said, likelihood=likelihood)
         if summed is not None and likelihood:
             for name, log_prob in summed_log_likelihoods(summed, programs, chunk).items():
-                given = kept[-1].get(name)  # not of a pyro.factor
+                given = kept.get(name)  # not of a pyro.factor
                 if given is not None:
-                    kept[-1][name] = log_prob.to(given.dtype).expand(given.shape)
+                    kept[name] = log_prob.to(given.dtype).expand(given.shape)
+        for name, value in kept.items():
+            if name not in together:
+                together[name] = value.new_empty((num_draws, *value.shape[1:]))
+            together[name][start : start + number] = value
         masks.append({name: parts["mask"] for name, parts in said.items() if "mask" in parts})
-    together = {name: torch.cat([part[name] for part in kept]) for name in kept[0]}
     log_likelihoods = {
         name: _masked(value, [part.get(name) for part in masks])
         for name, value in together.items()
-        if ordinary[name].kind == "observed"
+        if name and ordinary[name].kind == "observed"
     }
     return Replayed(
         sites=ordinary,
-        log_joint=torch.cat(log_joint),
+        log_joint=together.pop(""),
         log_likelihoods=log_likelihoods,
         deterministics={n: v for n, v in together.items() if n not in log_likelihoods},
     )
@@ -228,9 +242,19 @@ def _deterministic_event_dim(value: Tensor, plates: Mapping[int, int], declared:
     return declared
 
 
-def _chunk_size(ordinary: Mapping[str, OrdinarySite]) -> int:
+def _chunk_size(
+    ordinary: Mapping[str, OrdinarySite], held: int = 0, memory_limit: int | None = None
+) -> int:
+    """
+    Return how many draws to run together.
+
+    :param held: bytes that the model holds in a run for one draw.
+    """
     largest = max((site.elements for site in ordinary.values()), default=1)
-    return max(1, CHUNK_ELEMENTS // max(largest, 1))
+    size = max(1, CHUNK_ELEMENTS // max(largest, 1))
+    if memory_limit is not None:
+        size = min(size, max(1, memory_limit // HOLES // max(held, 1)))
+    return size
 
 
 def _over_plates(log_prob: Tensor, site: SampleMessage) -> Tensor:

@@ -39,6 +39,12 @@ from pyro_mpis.results.encoding import Format, parts_of, what_cannot_be_kept
 Tree = TypeVar("Tree")
 
 
+OF_LEARNED = "_mpis_"  # what names of a learned guide's own sites begin with
+MADE_BY_ADAPT = (
+    "the model and the guide that adapt made: .load(path, posterior.model, posterior.guide)"
+)
+
+
 @dataclass(frozen=True)
 class Settings:
     """The arguments of ``MPImportance`` that are plain data."""
@@ -185,8 +191,7 @@ def sums_of(
     except ValueError as error:
         raise ValueError(
             f"'{os.fspath(path)}': model and guide do not fit the saved run. {error} If the run "
-            "had a learned proposal, give the model and the guide that adapt made: .load(path, "
-            "posterior.model, posterior.guide)."
+            f"had a learned proposal, give {MADE_BY_ADAPT}."
         ) from error
     reads_more = check_structure(path, stored.structure, structure)
     sums = [kept.restored(stored, programs, environment, options) for kept in stored.sums]
@@ -256,6 +261,8 @@ def check_structure(path: str | os.PathLike[str], stored: Structure, structure: 
     :raises ValueError: if not; names a site that differs.
     """
     advice = "Load it with the model, the guide, and, if given, the arguments of that run."
+    if any(name.startswith(OF_LEARNED) for name in stored.guide):
+        advice = f"The run had a learned proposal: give {MADE_BY_ADAPT}."
     where = f"'{os.fspath(path)}'"
     programs: tuple[Name, ...] = ("guide", "model")
     reads_more = False
