@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_mpis import Marginal, MPImportance, MPISWarning
-from pyro_mpis.results.saving import check_evaluation, read
+from pyro_mpis.results.same_programs import check_evaluation
+from pyro_mpis.results.saving import read
 
 
 def answers(posterior: MPImportance) -> dict[str, object]:
@@ -61,6 +62,9 @@ def test_loaded_answers_as_saved(case: str, asked_before: bool, tmp_path: Path) 
     pyro.set_rng_seed(7)
     torch.testing.assert_close(state, torch.get_rng_state())  # loading draws nothing that counts
     assert dict(pyro.get_param_store().items()) == {}  # nor leaves params
+    old, new = posterior._sums[0].replicate.plan, loaded._sums[0].replicate.plan
+    assert new.cut.pieces == old.cut.pieces  # within the memory of the run
+    assert bool(new.cut.pieces) == (case == "blocks")
     assert_same(answers(loaded), expected)
     pyro.set_rng_seed(0)
     again = loaded.run(COUNTY, {"y": OBSERVED}, scale=1.5)  # with the settings of the saved one
@@ -197,6 +201,138 @@ def test_a_program_that_reads_less_in_a_plain_run_is_evaluated(tmp_path: Path) -
         MPImportance.load(tmp_path / "file", looks, args=(3.0,))
 
 
+@pytest.mark.parametrize("marked", [True, False])
+@pytest.mark.parametrize("factors", [True, False])
+def test_states_that_turned_out_to_be_sampled(marked: bool, factors: bool, tmp_path: Path) -> None:
+    """The sums of a plain run are not those of the run, where what is summed is looked at."""
+    infer: Any = {"enumerate": "parallel"} if marked else {}
+
+    def one() -> None:
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        c = pyro.sample("c", dist.Bernoulli(0.3), infer=infer)
+        pyro.sample("y", dist.Normal(a, 1.0 if float(c) > 0 else 2.0), obs=torch.tensor(1.0))
+
+    def together() -> None:
+        with pyro.plate("n", 2):
+            c = pyro.sample("c", dist.Bernoulli(0.3), infer=infer)
+        scale = 1.0 if float(c.sum()) > 0 else 2.0
+        pyro.sample("y", dist.Normal(c.sum(), scale), obs=torch.tensor(1.0))
+
+    def in_some_runs() -> None:
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        c = pyro.sample("c", dist.Bernoulli(0.3), infer=infer)
+        if float(a) > -1.0:
+            pyro.sample("z", dist.Normal(c, 1.0))
+        pyro.sample("y", dist.Normal(a, 1.0), obs=torch.tensor(1.0))
+
+    for program in (one, together, in_some_runs):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", MPISWarning)
+            pyro.set_rng_seed(0)
+            posterior = MPImportance(program, num_samples=5).run()
+        assert posterior._sums[0].replicate.structure.origins["c"] == "prior"
+        assert bool(posterior._sums[0].traces) == (program is not one)
+        posterior.save(tmp_path / "file", factors=factors)
+        loaded = MPImportance.load(tmp_path / "file", program)
+        assert_same(loaded.evidence(), posterior.evidence())
+        assert_same(loaded.moments(), posterior.moments())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("events", r"'x' of the model .*event shape \(3,\), .* it was .*event shape \(2,\), "),
+        ("elements", r"'b' of the model .*: batch shape \(4,\), .* it was batch shape \(2,\), "),
+        ("plate", r"'b' of the model .*in plates 'other', .* it was .*in plates 'p', "),
+        ("reads", r"'b' of the model .*reading 'x', .* it was .*reading 'a', "),
+        ("reads more", r"'b' of the model .*reading 'a', 'x', .* it was .*reading 'a', "),
+        ("unobserved", r"'y' of the model .*, drawn from the prior; it was .*, not a latent of"),
+        ("observed", r"'b' of the model .*, not a latent of .* it was .*, drawn from the prior\."),
+        ("support", r"'c' of the model .* of 3 values; it was .*, summed over its support of 2 va"),
+        ("sampled", r"'c' of the model .*, drawn from the prior; it was .*, summed over its supp"),
+        ("summed", r"'d' of the model .*, summed over its support of 2 .* it was .*, drawn from"),
+        ("guide", r"'a' of the guide .*, computed by the guide; it was .*, drawn by the guide"),
+    ],
+)
+def test_every_change_of_a_program_is_named(change: str, message: str, tmp_path: Path) -> None:
+    """Not only where its densities are evaluated again: the file holds them."""
+    infer: Any = {"enumerate": "parallel"}
+
+    def varied(change: str = "") -> None:
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        size = 3 if change == "events" else 2
+        x = pyro.sample("x", dist.Normal(torch.zeros(size), 1.0).to_event(1)).sum()
+        p = torch.full((3 if change == "support" else 2,), 0.5)
+        c = pyro.sample("c", dist.Categorical(p), infer={} if change == "sampled" else infer)
+        d = pyro.sample("d", dist.Bernoulli(0.5), infer=infer if change == "summed" else {})
+        name, size = "other" if change == "plate" else "p", 4 if change == "elements" else 2
+        with pyro.plate("q", 2, dim=-2), pyro.plate("r", 2, dim=-1):
+            pyro.sample("e", dist.Normal(0.0, 1.0))
+        loc = {"reads": x, "reads more": a + x}.get(change, a)
+        with pyro.plate(name, size):
+            seen = torch.zeros(size) if change == "observed" else None
+            b = pyro.sample("b", dist.Normal(loc, 1.0), obs=seen)
+        y = None if change == "unobserved" else torch.tensor(0.5)
+        pyro.sample("y", dist.Normal(a + x + b.sum(-1) + c + d, 1.0), obs=y)
+
+    def proposal(change: str = "") -> None:
+        pyro.sample(
+            "a", dist.Delta(torch.zeros(())) if change == "guide" else dist.Normal(0.0, 1.0)
+        )
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MPISWarning)
+        MPImportance(varied, proposal, num_samples=3).run().save(tmp_path / "file")
+        MPImportance.load(tmp_path / "file", varied, proposal)
+        with pytest.raises(ValueError, match=f"file': site {message}"):
+            MPImportance.load(tmp_path / "file", varied, proposal, args=(change,))
+
+
+def test_a_program_that_fails_with_the_arguments_given(tmp_path: Path) -> None:
+    def positive(scale: float) -> None:
+        pyro.sample("a", dist.Normal(0.0, scale))
+
+    MPImportance(positive, num_samples=2).run(1.0).save(tmp_path / "file")
+    with pytest.raises(ValueError, match=r"file': model and guide do not fit.*learned proposal"):
+        MPImportance.load(tmp_path / "file", positive, args=(-1.0,))
+
+
+def test_a_file_of_a_learned_guide_says_whose_it_is(tmp_path: Path) -> None:
+    """Some of its sites have names that no other guide has."""
+
+    def one() -> None:
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(a, 1.0), obs=torch.tensor(0.5))
+
+    def like_a_learned_one() -> None:
+        u = pyro.sample("_mpis_noise_0", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
+        pyro.sample("a", dist.Delta(u))
+
+    MPImportance(one, like_a_learned_one, num_samples=2).run().save(tmp_path / "file")
+    with pytest.raises(ValueError, match=r"'_mpis_noise_0' of the guide.*had a learned proposal"):
+        MPImportance.load(tmp_path / "file", one)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "accepted"),
+    [
+        (-1e5, -1e5 + 0.02, True),  # twice what neighbours in float32 differ by
+        (0.0, 1e-4, True),  # what is left of terms of some hundreds
+        (-5.0, -5.05, False),
+        (0.01, 0.06, False),
+        (-1e5, -1e5 + 100.0, False),
+    ],
+)
+def test_evidences_are_the_same_but_for_rounding(before: float, now: float, accepted: bool) -> None:
+    block_sum: Any = SimpleNamespace(
+        whole=SimpleNamespace(factors=()),
+        log_evidences=torch.tensor([before], dtype=torch.double),
+        job=lambda *_: lambda: torch.tensor(now, dtype=torch.double),
+    )
+    with nullcontext() if accepted else pytest.raises(ValueError, match="were weighed at"):
+        check_evaluation("file", block_sum)
+
+
 @pytest.mark.parametrize(("now", "accepted"), [(1.0, True), (1.5, False)])
 def test_the_block_with_the_highest_evidence_is_evaluated(now: float, accepted: bool) -> None:
     """Others may have no evidence, and say nothing."""
@@ -222,11 +358,11 @@ def test_another_model_guide_or_data(tmp_path: Path) -> None:
 
     path = tmp_path / "file"
     ran("whole").save(path)
-    with pytest.raises(ValueError, match=r"'other' of the model.*reading nothing; it was absent"):
+    with pytest.raises(ValueError, match=r"'other' of the model.*nothing, drawn.*; it was absent"):
         MPImportance.load(path, renamed, guide)
     with pytest.raises(ValueError, match=r"site 'a' of the guide.*: absent; it was batch shape"):
         MPImportance.load(path, model)
-    with pytest.raises(ValueError, match=r"the same sites as in the run, 'a', 'b'.*enumerated"):
+    with pytest.raises(ValueError, match=r"site 'c' of the model.*drawn from.*it was.*summed"):
         MPImportance.load(path, sampled, guide)
     wide = torch.zeros(2, 3, 1)
     with pytest.raises(ValueError, match=r"site 'y'"):

@@ -18,9 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
-from pyro_mpis._text import quoted
 from pyro_mpis._warnings import warn
-from pyro_mpis.factor_graph.evidence import log_evidence
 from pyro_mpis.factor_graph.graph import FactorGraph, LogFactor, RaggedPlate, SiteValue
 from pyro_mpis.options import Options
 from pyro_mpis.particles.memory import Cut
@@ -29,20 +27,14 @@ from pyro_mpis.particles.proposals import Particles
 from pyro_mpis.pieces import Ranges
 from pyro_mpis.planning import Plan, analysed
 from pyro_mpis.programs.environment import Environment, seeded
-from pyro_mpis.programs.not_mappable import Name
 from pyro_mpis.programs.runs import Programs
 from pyro_mpis.programs.structure import Index, Obstacle, Plate, Site, Structure
 from pyro_mpis.replicate import BlockSum, Replicate
 from pyro_mpis.results import encoding
 from pyro_mpis.results.encoding import Format, parts_of, what_cannot_be_kept
+from pyro_mpis.results.same_programs import MADE_BY_ADAPT, check_evaluation, check_structure
 
 Tree = TypeVar("Tree")
-
-
-OF_LEARNED = "_mpis_"  # what names of a learned guide's own sites begin with
-MADE_BY_ADAPT = (
-    "the model and the guide that adapt made: .load(path, posterior.model, posterior.guide)"
-)
 
 
 @dataclass(frozen=True)
@@ -193,7 +185,13 @@ def sums_of(
             f"'{os.fspath(path)}': model and guide do not fit the saved run. {error} If the run "
             f"had a learned proposal, give {MADE_BY_ADAPT}."
         ) from error
-    reads_more = check_structure(path, stored.structure, structure)
+    reads_more = check_structure(
+        path,
+        stored.structure,
+        structure,
+        sampled=stored.one_by_one,
+        together=any(f.name == "number of particles" for f in stored.sums[0].whole.factors),
+    )
     sums = [kept.restored(stored, programs, environment, options) for kept in stored.sums]
     first = sums[0]
     if reads_more:  # whether that is so here is seen where it is evaluated, factors or not
@@ -253,77 +251,6 @@ def read(path: str | os.PathLike[str], device: torch.device) -> Stored:
     return encoding.read(path, FORMAT, Stored, device)
 
 
-def check_structure(path: str | os.PathLike[str], stored: Structure, structure: Structure) -> bool:
-    """
-    Check that the model and guide given are those of the file.
-
-    :return: whether a site read more in the run than a plain run shows, as the run has found out.
-    :raises ValueError: if not; names a site that differs.
-    """
-    advice = "Load it with the model, the guide, and, if given, the arguments of that run."
-    if any(name.startswith(OF_LEARNED) for name in stored.guide):
-        advice = f"The run had a learned proposal: give {MADE_BY_ADAPT}."
-    where = f"'{os.fspath(path)}'"
-    programs: tuple[Name, ...] = ("guide", "model")
-    reads_more = False
-    for program in programs:
-        before: Mapping[str, Site] = getattr(stored, program)
-        now = dict[str, Site](getattr(structure, program))
-        for name in before.keys() & now.keys():
-            if now[name].reads < before[name].reads:
-                reads_more = True
-                now[name] = replace(now[name], reads=before[name].reads)
-        old, new = _described(stored, before), _described(structure, now)
-        for name in {**old, **new}:
-            if old.get(name) != new.get(name):
-                raise ValueError(
-                    f"{where}: site '{name}' of the {program} is not as it was in the run: "
-                    f"{new.get(name, 'absent')}; it was {old.get(name, 'absent')}. {advice}"
-                )
-    # Sites whose elements turned out to be read together are sampled, and were perhaps enumerated.
-    same = {name for name in stored.origins if name not in stored.shared}
-    if any(stored.origins[name] != structure.origins.get(name) for name in same):
-        raise ValueError(
-            f"{where}: the same sites as in the run, {quoted(set(stored.origins))}, but others of "
-            f"them are enumerated. {advice}"
-        )
-    return reads_more
-
-
-def _described(structure: Structure, sites: Mapping[str, Site]) -> dict[str, str]:
-    """Describe the sites of a program in words; symbols would depend on how many there are."""
-    result = {}
-    for name, site in sites.items():
-        plates = quoted({p.name for symbol, p in structure.plates.items() if symbol in site.plates})
-        result[name] = (
-            f"batch shape {tuple(site.batch_shape)}, {site.event_dim} event dims, "
-            f"in plates {plates or 'none'}, reading {quoted(set(site.reads)) or 'nothing'}"
-        )
-    return result
-
-
-def check_evaluation(path: str | os.PathLike[str], block_sum: BlockSum) -> None:
-    """
-    Check that a sum whose factors are not kept is evaluated as it was.
-
-    :raises ValueError: if a block's evidence is another than in the file.
-    """
-    if block_sum.whole.factors:
-        return
-    block = int(block_sum.log_evidences.argmax())
-    before = block_sum.log_evidences[block]
-    with seeded(0):
-        now = block_sum.job(block, log_evidence)().double()
-    if not torch.allclose(now, before, rtol=1e-4, atol=1e-3):
-        raise ValueError(
-            f"'{os.fspath(path)}': particles that were weighed at log evidence "
-            f"{float(before):.4f} in the run are at {float(now):.4f} now. A "
-            "result of several blocks or replicates, or saved without factors, is evaluated again "
-            "by model and guide: give them the parameters that they had (the param store's, a "
-            "module's state_dict), and the arguments of that run."
-        )
-
-
 def resolved(device: torch.device | str) -> torch.device:
     """Return a device with its number: "cuda:0" for "cuda"."""
     return torch.empty(0, device=device).device
@@ -366,7 +293,7 @@ def _mapped(tree: object, function: Callable[[Tensor], Tensor]) -> object:
         same = copy.copy(tree)  # an OrderedDict, say
         same.update(pairs)
         return same
-    if isinstance(tree, tuple | list) and not isinstance(tree, torch.Size):
+    if isinstance(tree, tuple | list):
         items = [_mapped(item, function) for item in tree]
         make: Callable[[list[object]], object] = getattr(type(tree), "_make", type(tree))
         return make(items)  # a named tuple has its own way
