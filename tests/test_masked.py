@@ -942,23 +942,29 @@ def test_what_bounds_small_data_is_read() -> None:
         torch.testing.assert_close(posterior.evidence(), truth)
 
 
-@pytest.mark.filterwarnings("ignore::pyro_mpis._warnings.MPISWarning")
 def test_whole_data_read_what_they_read() -> None:
-    """Of the highest class, the lowest cut point tells nothing: whatever the guide says of it."""
+    """Counts of zero, and the highest class, tell nothing of what others would: it is left out."""
 
-    def model() -> None:
-        high = pyro.sample("high", dist.Normal(0.0, 1.0))
-        low = pyro.sample("low", dist.Normal(-8.0, 1.0).mask(False))
-        fn = dist.OrderedLogistic(torch.zeros(()), torch.stack([low, high], -1))
+    def classes() -> None:
+        p = pyro.sample("p", dist.Normal(0.0, 1.0))
+        x = pyro.sample("x", dist.Normal(-8.0, 1.0).mask(False))
+        fn = dist.OrderedLogistic(torch.zeros(()), torch.stack([x, p], -1))
         pyro.sample("y", fn, obs=torch.tensor(2.0))
 
-    def guide() -> None:
-        pyro.sample("low", dist.Normal(-20.0, 1.0))
+    def counts() -> None:
+        p = pyro.sample("p", dist.Normal(0.0, 1.0)).sigmoid()
+        x = pyro.sample("x", dist.Normal(-8.0, 1.0).mask(False)).sigmoid()
+        fn = dist.Multinomial(2, torch.stack([p * x, p * (1 - x), 1 - p], -1))
+        pyro.sample("y", fn, obs=torch.tensor([0.0, 0.0, 2.0]))
 
-    pyro.set_rng_seed(0)
-    posterior = MPImportance(model, guide, num_samples=5).run()
-    truth = torch.sigmoid(-posterior.marginals("high").samples).mean().log()
-    torch.testing.assert_close(posterior.evidence(), truth)
+    def guide() -> None:
+        pyro.sample("x", dist.Normal(-12.0, 1.0))
+
+    for model, number in ((classes, 1), (counts, 2)):
+        pyro.set_rng_seed(0)
+        posterior = MPImportance(model, guide, num_samples=5).run()
+        truth = torch.sigmoid(-posterior.marginals("p").samples).pow(number).mean().log()
+        torch.testing.assert_close(posterior.evidence(), truth)
 
 
 class Untold(dist.TorchDistribution):
