@@ -984,13 +984,28 @@ class Untold(dist.TorchDistribution):
         return normal(value, self.loc)
 
 
-@pytest.mark.filterwarnings("ignore::pyro_mpis._warnings.MPISWarning")
-def test_data_of_a_distribution_without_a_known_support() -> None:
-    def model() -> None:
-        z = pyro.sample("z", dist.Bernoulli(0.3).mask(False), infer=ENUMERATE)
-        pyro.sample("y", Untold(2.0 * z), obs=torch.tensor(1.0))  # the same density at both values
+class Unnamed(Untold):
+    """One that has no word for it."""
 
-    found = MPImportance(model, num_samples=1).run().evidence()
+    @property
+    def support(self) -> Any:
+        raise AttributeError("support")
+
+
+@pytest.mark.filterwarnings("ignore::pyro_mpis._warnings.MPISWarning")
+@pytest.mark.parametrize("family", [Untold, Unnamed])
+def test_data_of_a_distribution_without_a_known_support(family: type[Untold]) -> None:
+    """They are moved; what they do not read is left out."""
+
+    def model() -> None:
+        pyro.sample("x", dist.Normal(0.0, 1.0).mask(False))
+        z = pyro.sample("z", dist.Bernoulli(0.3).mask(False), infer=ENUMERATE)
+        pyro.sample("y", family(2.0 * z), obs=torch.tensor(1.0))  # the same density at both values
+
+    def guide() -> None:
+        pyro.sample("x", dist.Normal(5.0, 0.5))
+
+    found = MPImportance(model, guide, num_samples=3).run().evidence()
     torch.testing.assert_close(found, normal(torch.tensor(1.0)) + math.log(2.0))
 
 
@@ -1039,20 +1054,25 @@ def test_steps_are_read(threshold: float) -> None:
 def test_masked_where_a_state_that_is_looked_at_is_one() -> None:
     """At a particle of ordinary importance sampling its own values count."""
 
-    def model() -> None:
+    def model(read: bool) -> None:
         z = pyro.sample("z", dist.Bernoulli(0.5))
         with hidden(not bool(z)):
             x = pyro.sample("x", dist.Normal(0.5, 1.0))
         assert math.isfinite(float(x))
-        pyro.sample("y", dist.Normal(x, 1.0), obs=Y[0])
+        with hidden(read or not bool(z)):
+            pyro.sample("y", dist.Normal(x, 1.0), obs=Y[0])
 
-    for seed in range(4):
+    def guide(*_: object) -> None:
+        pyro.sample("x", dist.Normal(0.2, 1.5))
+
+    for seed, read in itertools.product(range(4), (True, False)):
         pyro.set_rng_seed(seed)
-        posterior = MPImportance(model, num_samples=8).run()
+        posterior = MPImportance(model, guide, num_samples=8).run(read)
         assert posterior._sums[0].traces
         z, x = (posterior.marginals(name).samples for name in ("z", "x"))
-        truth = (normal(x, Y[0]) - z * normal(x, 0.5)).exp().mean().log()
-        torch.testing.assert_close(posterior.evidence(), truth)
+        there = normal(x, Y[0]) - normal(x, 0.2, 1.5)
+        log_weights = torch.where(z > 0, there if read else 0.0 * x, there + normal(x, 0.5))
+        torch.testing.assert_close(posterior.evidence(), log_weights.exp().mean().log())
 
 
 @pytest.mark.filterwarnings("ignore::pyro_mpis._warnings.MPISWarning")
