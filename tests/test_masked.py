@@ -1056,23 +1056,28 @@ def test_masked_where_a_state_that_is_looked_at_is_one() -> None:
 
     def model(read: bool) -> None:
         z = pyro.sample("z", dist.Bernoulli(0.5))
-        with hidden(not bool(z)):
-            x = pyro.sample("x", dist.Normal(0.5, 1.0))
-        assert math.isfinite(float(x))
-        with hidden(read or not bool(z)):
-            pyro.sample("y", dist.Normal(x, 1.0), obs=Y[0])
+        there = torch.tensor([True, not bool(z)])
+        with pyro.plate("n", 2):
+            with hidden(there):
+                x = pyro.sample("x", dist.Normal(0.5, 1.0))
+            assert math.isfinite(float(x.sum()))
+            with hidden(read | there):
+                pyro.sample("y", dist.Normal(x, 1.0), obs=Y[0].expand(2))
 
     def guide(*_: object) -> None:
-        pyro.sample("x", dist.Normal(0.2, 1.5))
+        with pyro.plate("n", 2):
+            pyro.sample("x", dist.Normal(0.2, 1.5))
 
     for seed, read in itertools.product(range(4), (True, False)):
         pyro.set_rng_seed(seed)
         posterior = MPImportance(model, guide, num_samples=8).run(read)
         assert posterior._sums[0].traces
         z, x = (posterior.marginals(name).samples for name in ("z", "x"))
-        there = normal(x, Y[0]) - normal(x, 0.2, 1.5)
-        log_weights = torch.where(z > 0, there if read else 0.0 * x, there + normal(x, 0.5))
-        torch.testing.assert_close(posterior.evidence(), log_weights.exp().mean().log())
+        x = x.reshape(2, 8)
+        data = normal(x, Y[0]) - normal(x, 0.2, 1.5)
+        log_weights = data + normal(x, 0.5)
+        log_weights[1] = torch.where(z > 0, data[1] if read else 0.0, log_weights[1])
+        torch.testing.assert_close(posterior.evidence(), log_weights.sum(0).exp().mean().log())
 
 
 @pytest.mark.filterwarnings("ignore::pyro_mpis._warnings.MPISWarning")
