@@ -915,3 +915,223 @@ def test_entries_of_every_kind_of_table_differ() -> None:
         run_mapped(run, [{"z": torch.tensor([[1], [2]])}], patched=False)
     assert bool((moved(torch.tensor([0.0, 1.0])) != torch.tensor([0.0, 1.0])).all())
     assert bool(((moved(torch.tensor([0.0, 1.0])) - 0.5).abs() < 0.5).all())
+
+
+def flat_evidence(posterior: MPImportance, log_prob: Callable[..., Tensor], drawn: Any) -> Tensor:
+    """Return the evidence where the prior of ``x`` is flat."""
+    x = posterior.marginals("x").samples
+    result: Tensor = (log_prob(x) - drawn.log_prob(x)).exp().mean().log()
+    return result
+
+
+@pytest.mark.filterwarnings("ignore::pyro_mpis._warnings.MPISWarning")
+def test_what_bounds_small_data_is_read() -> None:
+    """Data that are moved by a few per cent of one are beyond every bound."""
+
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0).mask(False))
+        pyro.sample("y", dist.Uniform(0.0, 1e-4 * x.exp()), obs=torch.tensor(1e-6))
+
+    def data(x: Tensor) -> Tensor:
+        return math.log(1e4) - x
+
+    for seed in range(3):
+        pyro.set_rng_seed(seed)
+        posterior = MPImportance(model, num_samples=8).run()
+        truth = flat_evidence(posterior, data, dist.Normal(0.0, 1.0))
+        torch.testing.assert_close(posterior.evidence(), truth)
+
+
+def test_whole_data_read_what_they_read() -> None:
+    """Counts of zero, and the highest class, tell nothing of what others would: it is left out."""
+
+    def classes() -> None:
+        p = pyro.sample("p", dist.Normal(0.0, 1.0))
+        x = pyro.sample("x", dist.Normal(-8.0, 1.0).mask(False))
+        fn = dist.OrderedLogistic(torch.zeros(()), torch.stack([x, p], -1))
+        pyro.sample("y", fn, obs=torch.tensor(2.0))
+
+    def counts() -> None:
+        p = pyro.sample("p", dist.Normal(0.0, 1.0)).sigmoid()
+        x = pyro.sample("x", dist.Normal(-8.0, 1.0).mask(False)).sigmoid()
+        fn = dist.Multinomial(2, torch.stack([p * x, p * (1 - x), 1 - p], -1))
+        pyro.sample("y", fn, obs=torch.tensor([0.0, 0.0, 2.0]))
+
+    def guide() -> None:
+        pyro.sample("x", dist.Normal(-12.0, 1.0))
+
+    for model, number in ((classes, 1), (counts, 2)):
+        pyro.set_rng_seed(0)
+        posterior = MPImportance(model, guide, num_samples=5).run()
+        truth = torch.sigmoid(-posterior.marginals("p").samples).pow(number).mean().log()
+        torch.testing.assert_close(posterior.evidence(), truth)
+
+
+class Untold(dist.TorchDistribution):
+    """A normal distribution that says nothing of its support."""
+
+    arg_constraints: dict[str, Any] = {}  # noqa: RUF012
+
+    def __init__(self, loc: Tensor) -> None:
+        self.loc = loc
+        super().__init__(loc.shape, validate_args=False)
+
+    def sample(self, shape: Any = ()) -> Tensor:
+        drawn: Tensor = dist.Normal(self.loc, 1.0).sample(shape)
+        return drawn
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return normal(value, self.loc)
+
+
+class Unnamed(Untold):
+    """One that has no word for it."""
+
+    @property
+    def support(self) -> Any:
+        raise AttributeError("support")
+
+
+@pytest.mark.filterwarnings("ignore::pyro_mpis._warnings.MPISWarning")
+@pytest.mark.parametrize("family", [Untold, Unnamed])
+def test_data_of_a_distribution_without_a_known_support(family: type[Untold]) -> None:
+    """They are moved; what they do not read is left out."""
+
+    def model() -> None:
+        pyro.sample("x", dist.Normal(0.0, 1.0).mask(False))
+        z = pyro.sample("z", dist.Bernoulli(0.3).mask(False), infer=ENUMERATE)
+        pyro.sample("y", family(2.0 * z), obs=torch.tensor(1.0))  # the same density at both values
+
+    def guide() -> None:
+        pyro.sample("x", dist.Normal(5.0, 0.5))
+
+    found = MPImportance(model, guide, num_samples=3).run().evidence()
+    torch.testing.assert_close(found, normal(torch.tensor(1.0)) + math.log(2.0))
+
+
+@pytest.mark.filterwarnings("ignore::pyro_mpis._warnings.MPISWarning")
+@pytest.mark.parametrize("when", ["last of four", "first of six", "positive"])
+def test_what_is_read_at_some_values_of_another_latent(when: str) -> None:
+    """Each value of a small support is tried; of others, several."""
+    size = {"last of four": 4, "first of six": 6}.get(when, 0)
+
+    def model() -> None:
+        states: Any = dist.Categorical(torch.ones(max(size, 1)))
+        w = pyro.sample("w", states if size else dist.Normal(0.0, 1.0))
+        prior: Any = states if size == 6 else dist.Normal(0.0, 1.0)
+        x = pyro.sample("x", prior.mask(False))
+        if when == "last of four":
+            loc = torch.where(w == 3, x, 0.0)
+        elif when == "first of six":
+            loc = ((w == 0) & (x == 5)).double()
+        else:
+            loc = torch.where(w > 0, x, 0.0)
+        pyro.sample("y", dist.Normal(loc, 1.0), obs=Y[0])
+
+    for seed in range(4):
+        pyro.set_rng_seed(seed)
+        with pytest.warns(MPISWarning, match=f"'x': {FLAT}"):
+            MPImportance(model, num_samples=4).run()
+
+
+@pytest.mark.parametrize("threshold", [-1.0, -0.5, 0.0, 0.5, 1.0])
+@pytest.mark.filterwarnings("ignore::pyro_mpis._warnings.MPISWarning")
+def test_steps_are_read(threshold: float) -> None:
+    """At values on either side of a step, and at others between far ones."""
+
+    def model(inner: bool) -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0).mask(False))
+        is_read = (x - threshold).abs() < 0.7 if inner else x > threshold
+        pyro.sample("y", dist.Normal(is_read.double(), 1.0), obs=Y[0])
+
+    for seed, inner in itertools.product(range(4), (True, False)):
+        pyro.set_rng_seed(seed)
+        with pytest.warns(MPISWarning, match=f"'x': {FLAT}"):
+            MPImportance(model, num_samples=2).run(inner)
+
+
+@pytest.mark.filterwarnings("ignore::pyro_mpis._warnings.MPISWarning")
+def test_masked_where_a_state_that_is_looked_at_is_one() -> None:
+    """At a particle of ordinary importance sampling its own values count."""
+
+    def model(read: bool) -> None:
+        z = pyro.sample("z", dist.Bernoulli(0.5))
+        there = torch.tensor([True, not bool(z)])
+        with pyro.plate("n", 2):
+            with hidden(there):
+                x = pyro.sample("x", dist.Normal(0.5, 1.0))
+            assert math.isfinite(float(x.sum()))
+            with hidden(read | there):
+                pyro.sample("y", dist.Normal(x, 1.0), obs=Y[0].expand(2))
+
+    def guide(*_: object) -> None:
+        with pyro.plate("n", 2):
+            pyro.sample("x", dist.Normal(0.2, 1.5))
+
+    for seed, read in itertools.product(range(4), (True, False)):
+        pyro.set_rng_seed(seed)
+        posterior = MPImportance(model, guide, num_samples=8).run(read)
+        assert posterior._sums[0].traces
+        z, x = (posterior.marginals(name).samples for name in ("z", "x"))
+        x = x.reshape(2, 8)
+        data = normal(x, Y[0]) - normal(x, 0.2, 1.5)
+        log_weights = data + normal(x, 0.5)
+        log_weights[1] = torch.where(z > 0, data[1] if read else 0.0, log_weights[1])
+        torch.testing.assert_close(posterior.evidence(), log_weights.sum(0).exp().mean().log())
+
+
+@pytest.mark.filterwarnings("ignore::pyro_mpis._warnings.MPISWarning")
+@pytest.mark.parametrize("far", [True, False])
+def test_a_program_that_refuses_other_values_reads_them(far: bool) -> None:
+    """With an error of its own; those far away, or all that the prior would draw."""
+
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0).mask(False))
+        if abs(float(x) - (0.0 if far else 20.0)) > 4.0:
+            raise ArithmeticError("the solver does not converge")
+        pyro.sample("y", dist.Uniform(0.0, 1.0), obs=HALF)  # a log density of zero
+
+    def guide() -> None:
+        pyro.sample("x", dist.Normal(0.0 if far else 20.0, 0.5))
+
+    pyro.set_rng_seed(0)
+    posterior = MPImportance(model, guide, num_samples=4).run()
+    drawn = dist.Normal(0.0 if far else 20.0, 0.5)
+    truth = flat_evidence(posterior, torch.zeros_like, drawn)
+    torch.testing.assert_close(posterior.evidence(), truth)
+
+
+def test_want_of_memory_in_the_search_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says nothing of what is read."""
+
+    def evaluate(*_: Any, **__: Any) -> None:
+        raise torch.cuda.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(masked, "evaluate", evaluate)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        MPImportance(partial(padded, True, False), num_samples=2).run()
+
+
+def test_elements_that_are_read_are_found_whoever_reads_them() -> None:
+    """Two densities, each of which reads any of four elements: all of 16 * 16 cases."""
+
+    class Reading:
+        """Densities change if one of the elements that they read does."""
+
+        def __init__(self, *read: Tensor) -> None:
+            self.read = torch.stack(read)
+
+        def changed(self, patterns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {"y": (patterns["x"][:, None] & self.read).any(-1)}
+
+    subsets = torch.arange(16)[:, None].bitwise_right_shift(torch.arange(4)) & 1 > 0
+    for size in (2, 3, 4):
+        places = torch.arange(7) % 2 == 0  # of the masked elements
+        places &= torch.arange(7) < 2 * size
+        for one, other in itertools.product(subsets, subsets):
+            read = [torch.zeros(7, dtype=torch.bool) for _ in range(2)]
+            for elements, subset in zip(read, (one, other), strict=True):
+                elements[::2] = subset
+            probe: Any = Reading(*read)
+            found = masked._read_elements(probe, "x", places)
+            assert torch.equal(found, (read[0] | read[1]) & places)

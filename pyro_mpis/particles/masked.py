@@ -26,12 +26,18 @@ from pyro.ops.provenance import detach_provenance
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_mpis._typing import Distribution, SampleMessage
-from pyro_mpis.particles.other_values import differing, far_from, redrawn, small_support
+from pyro_mpis._typing import SampleMessage
+from pyro_mpis.particles.other_values import (
+    differing,
+    far_from,
+    redrawn,
+    small_support,
+    values_near,
+)
 from pyro_mpis.particles.probes import PROBE_ELEMENTS, differs_from, num_bits
 from pyro_mpis.programs.densities import density_of
-from pyro_mpis.programs.generic import DifferentEntries, moved
-from pyro_mpis.programs.masks import Masks, mask_of, taken_apart, widened
+from pyro_mpis.programs.generic import DifferentEntries
+from pyro_mpis.programs.masks import Masks, masks_seen, taken_apart, widened
 from pyro_mpis.programs.messages import (
     batch_shape_of,
     counted,
@@ -88,17 +94,6 @@ def _own_mask(site: SampleMessage, mask: Tensor) -> Tensor:
     """Return the mask of ``.mask()`` alone, of the shape of all masks together."""
     own = taken_apart(site["fn"]).mask
     return torch.as_tensor(True if own is None else own, device=mask.device).expand(mask.shape)
-
-
-def masks_seen(model_trace: Trace) -> dict[str, Tensor]:
-    """Return the masks of a model's latents, True where they count; none of ``Delta`` sites."""
-    result = {}
-    for name, site in statements(model_trace).items():
-        if is_latent(site) and isinstance(site["value"], Tensor):
-            mask = None if is_delta(site["fn"]) else mask_of(site)
-            if mask is not None:
-                result[name] = mask
-    return result
 
 
 def same_masks(masks: Masks, model_trace: Trace) -> bool:
@@ -203,8 +198,8 @@ def unread_elements(
                 try:
                     with handler:
                         return _unread(probe, seen)
-                except (NotMappableError, ValueError, RuntimeError):
-                    continue  # other entries make some models fail
+                except ValueError:
+                    continue  # sites are not the same at all values, or other entries fail
     finally:
         pyro.util.set_rng_state(state)
     return {name: torch.zeros_like(mask) for name, mask in seen.items()}  # for all we know
@@ -218,7 +213,7 @@ class _Probe:
     rows: Mapping[str, Tensor]  # of all latents: (rows, *shape)
     others: Mapping[str, Tensor]  # of the masked ones: (others, *shape)
     counting: tuple[str, ...]  # sites with a density
-    largest: int  # number of elements of the largest density
+    largest: int  # number of entries of the largest density
     mapped: bool
 
     def changed(self, patterns: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -253,7 +248,7 @@ class _Probe:
         return {name: torch.cat(part) for name, part in parts.items()}
 
     def _log_probs(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Evaluate the densities as they count: ``(slots, *batch shape)``."""
+        """Evaluate the densities as they count, at each of the data: ``(slots, entries)``."""
         number = len(next(iter(values.values())))
         for patched in (False, True) if self.mapped else ():
             programs = replace(self.programs, patched=patched)
@@ -264,7 +259,10 @@ class _Probe:
                 )
             except NotMappableError:
                 continue
-            return {name: parts["log_prob"].of_each(number) for name, parts in said.items()}
+            return {
+                name: torch.cat([p.of_each(number).reshape(number, -1) for p in parts.values()], 1)
+                for name, parts in said.items()
+            }
         rows = [
             self._log_probs_at({n: value[k] for n, value in values.items()}) for k in range(number)
         ]
@@ -286,29 +284,24 @@ class _Probe:
         """Evaluate the densities at single values; None where the program refuses these."""
         try:
             trace = run_at(self.programs, "model", values)
+            sites = statements(trace)
+            densities = {n: _counted(sites[n], {}) for n in self.counting if n in sites}
         except Exception:  # an assertion of its own, say: it reads what it refuses
             return None
         if not _are_equal(masks_seen(trace), self._masks):  # what is read there tells nothing
             return None
-        sites = statements(trace)
         for name in self.counting:
             if name not in sites:
                 raise ValueError(f"site '{name}' is met in some runs only")
-        return {name: _counted(sites[name], {})["log_prob"] for name in self.counting}
+        return {n: torch.cat([p.flatten() for p in d.values()]) for n, d in densities.items()}
 
 
 def _counted(site: SampleMessage, _: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the density of a site, at data that do not lie right between two means."""
-    value = site["value"] if is_latent(site) or _is_whole(site["fn"]) else moved(site["value"])
-    return {"log_prob": counted(site, density_of(site["fn"], value, validate=False))}
-
-
-def _is_whole(fn: Distribution) -> bool:
-    """Whether the values of a distribution are whole numbers."""
-    try:
-        return fn.support is not None and bool(fn.support.is_discrete)
-    except (NotImplementedError, AttributeError):
-        return False
+    """Return the density of a site as it counts, at its value and at other data."""
+    return {
+        name: counted(site, density_of(site["fn"], value, validate=False))
+        for name, value in values_near(site).items()
+    }
 
 
 def _probe_of(
@@ -321,7 +314,7 @@ def _probe_of(
     supports = {name: small_support(site) for name, site in latents.items()}
     most = max([0, *(len(support) for support in supports.values() if support is not None)])
     others = {}
-    num_others = RANDOM + max(1, most)
+    num_others = RANDOM + most
     num_rows = 1 + max(MORE_ROWS, most) if mapped else 1
     rows = {}
     for name, site in latents.items():
@@ -341,7 +334,7 @@ def _probe_of(
         for name, site in sites.items()
         if not is_silent(site) and not (is_latent(site) and is_delta(site["fn"]))
     )
-    largest = max(batch_shape_of(sites[name]["fn"]).numel() for name in counting)
+    largest = 2 * max(batch_shape_of(sites[name]["fn"]).numel() for name in counting)
     largest = max([largest, *(value[0].numel() for value in rows.values())])
     return _Probe(programs, rows, others, counting, largest, mapped)
 

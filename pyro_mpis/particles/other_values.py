@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Other values that a latent could have: of its support, drawn anew, or far away."""
+"""Other values of latents (of their support, drawn anew, or far away), and other data."""
 
 import torch
 from pyro.ops.provenance import detach_provenance
@@ -7,7 +7,9 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_mpis._typing import Distribution, SampleMessage
+from pyro_mpis.programs.generic import moved
 from pyro_mpis.programs.masks import unmasked
+from pyro_mpis.programs.messages import is_latent
 
 SPREAD = 3.0  # how much farther, where the support is unbounded
 MAX_SUPPORT = 16  # values of a support that are all tried
@@ -55,3 +57,24 @@ def differing(values: Tensor) -> Tensor:
     steps = torch.arange(len(values), device=values.device).to(values.dtype) % 2
     steps = steps.reshape((-1,) + (1,) * (values.dim() - 1))
     return torch.where((values == values[:1]).all(0), values + steps, values)
+
+
+def values_near(site: SampleMessage) -> dict[str, Tensor]:
+    """
+    Return a site's value, and data moved a little, which do not lie right between two means.
+
+    Moved data may be out of bounds that latents set, where a density tells nothing. Whole numbers
+    stay: others may read other latents.
+    """
+    values = {"log_prob": site["value"]}
+    if not is_latent(site) and not _is_whole(site["fn"]):
+        values["moved"] = moved(site["value"])
+    return values
+
+
+def _is_whole(fn: Distribution) -> bool:
+    """Whether the values of a distribution are whole numbers."""
+    try:
+        return fn.support is not None and bool(fn.support.is_discrete)
+    except (NotImplementedError, AttributeError):
+        return False

@@ -22,10 +22,11 @@ from typing import Any, cast
 import torch
 from pyro.distributions import Independent, MaskedDistribution
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pyro_mpis._typing import Distribution, SampleMessage
-from pyro_mpis.programs.messages import is_latent
+from pyro_mpis.programs.messages import is_delta, is_latent, statements
 from pyro_mpis.programs.tensors import is_mapped
 
 Mask = Tensor | bool
@@ -184,3 +185,14 @@ def mask_of(site: SampleMessage) -> Tensor | None:
             f"broadcast to the batch shape {tuple(shape)} of its distribution. Give it the shape "
             "of the site's plates."
         ) from error
+
+
+def masks_seen(model_trace: Trace) -> dict[str, Tensor]:
+    """Return the masks of a model's latents, True where they count; none of ``Delta`` sites."""
+    result = {}
+    for name, site in statements(model_trace).items():
+        if is_latent(site) and isinstance(site["value"], Tensor):
+            mask = None if is_delta(site["fn"]) else mask_of(site)
+            if mask is not None:
+                result[name] = mask
+    return result
