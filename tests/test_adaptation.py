@@ -910,6 +910,54 @@ def test_a_guide_learns_the_skewness_of_its_noise() -> None:
     torch.testing.assert_close(moved.with_gaussian(moved.gaussian()).skewness, moved.skewness)
 
 
+@pytest.mark.parametrize("number", [1, 3])
+def test_one_particle_of_all_weight_says_nothing_of_the_skewness(number: int) -> None:
+    torch.manual_seed(0)
+    skewness = torch.linspace(-0.5, 0.5, 20).double()
+    guide = of_vector()
+    guide = guide.with_gaussian(guide.gaussian(), skewness)
+    weight = torch.zeros(400).double()
+    weight[7] = 1.0
+    runs = [(weight, torch.randn(400, 20).double()) for _ in range(number)]
+    shares = torch.zeros(number).double()
+    shares[0] = 1.0  # of the evidence: other runs have none
+    moved = matched(guide, {0: pooled(shares, runs)})
+    torch.testing.assert_close(moved.skewness, skewness)
+    assert moved.gaussian().is_finite()
+
+
+def test_narrow_data_far_from_the_prior_are_found() -> None:
+    """The first trial runs have one particle of all weight each."""
+
+    def narrow() -> None:
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        pyro.sample("b", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(m, 1e-4), obs=torch.tensor(0.7))
+
+    pyro.set_rng_seed(0)
+    with pytest.warns(MPISWarning, match="no good proposal"):
+        posterior = MPImportance(narrow).adapt()
+    exact = float(dist.Normal(0.0, 1.0).log_prob(torch.tensor(0.7)))
+    assert float(posterior.run().evidence()) == pytest.approx(exact, abs=0.02)
+
+
+def test_a_trial_run_may_have_zero_evidence() -> None:
+    """A later run, that is: the first goes another way."""
+
+    def window() -> None:
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        is_inside = (m > 2.0) & (m < 2.3)
+        pyro.factor("f", torch.where(is_inside, torch.tensor(0.0), torch.tensor(-math.inf)))
+
+    pyro.set_rng_seed(0)
+    with pytest.warns(MPISWarning, match="-inf"):
+        posterior = MPImportance(window).adapt()
+    normal = dist.Normal(torch.tensor(0.0).double(), 1.0)
+    exact = float(normal.cdf(torch.tensor(2.3)) - normal.cdf(torch.tensor(2.0)))
+    log_p, error = float(posterior.run().evidence()), float(posterior.evidence_error())
+    assert abs(log_p - math.log(exact)) < 4 * error < 0.4
+
+
 @pytest.mark.parametrize(("ess", "number"), [(21, 3), (13, 5), (2, 9)])
 def test_a_trial_has_more_runs_where_its_ess_is_low(ess: int, number: int) -> None:
     guide, begun = of_vector(), []  # twenty numbers want an ESS of 60 of all runs

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights as derivatives of the evidence."""
 
+import math
 from typing import Any
 
 import pyro
@@ -104,6 +105,15 @@ def test_a_kernel_with_wrong_derivatives_is_refused(
     monkeypatch.setattr(function, "backward", staticmethod(wrong))
     with pytest.raises(AssertionError, match=r"weights of 'site [abc]' sum to [\d.]+, not"):
         joint_weights(graph, "abc")
+
+
+def test_weights_are_zero_where_the_evidence_is() -> None:
+    none = torch.full((3, 4), -math.inf).double()
+    graph = graph_of([("ab", none), ("b", noise(4))], dict.fromkeys("ab", ""))
+    log_p, weights = joint_weights(graph, ["a", "b"])
+    assert log_p == -math.inf
+    torch.testing.assert_close(weights["a"], torch.zeros(3).double())
+    torch.testing.assert_close(weights["b"], torch.zeros(4).double())
 
 
 def test_weights_of_a_posterior_sum_to_one(posterior: MPImportance) -> None:

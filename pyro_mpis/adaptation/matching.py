@@ -118,10 +118,12 @@ def _sure_part(noise: Noise) -> tuple[Tensor, Tensor]:
 
 def _sure_skewness(noise: Noise, known: Tensor) -> Tensor:
     """Return the skewness of the noise outside of plates, nearer to the known one."""
-    sd = noise.covariance.diagonal(dim1=-2, dim2=-1).sqrt()
-    change = noise.cubes / sd**3 - known.to(sd)
+    variance = noise.covariance.diagonal(dim1=-2, dim2=-1)
+    cubed = variance**1.5
+    has_spread = cubed > TINY  # not where one particle has all of the weight
+    change = torch.where(has_spread, noise.cubes / cubed - known.to(cubed), 0.0)
     share = _trust(noise, change, 6 / noise.ess.unsqueeze(-1))
-    result = known.to(sd) + share * noise.together(change).reshape(known.shape)
+    result = known.to(cubed) + share * noise.together(change).reshape(known.shape)
     return result.clamp(-SKEWEST, SKEWEST).to(known)
 
 

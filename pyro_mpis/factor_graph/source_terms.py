@@ -15,6 +15,7 @@ pass.
 [1] Bowyer, Heap and Aitchison (2024), UAI, PMLR 244:394-417.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -36,7 +37,7 @@ def joint_weights(graph: FactorGraph, tuples: Iterable[str]) -> tuple[Tensor, di
     :return: the log evidence; and for each tuple its weights, linear scale, float64,
         ``(*indices, *plates)`` with the dims of the deepest ordinal's plates as
         :meth:`FactorGraph.tensor_plates` lists them. They sum to one over the indices for every
-        plate element.
+        plate element. Where the evidence is zero, they are all zero.
     """
     with torch.inference_mode(False), torch.enable_grad():
         graph = _differentiable(graph)
@@ -45,13 +46,15 @@ def joint_weights(graph: FactorGraph, tuples: Iterable[str]) -> tuple[Tensor, di
         # (32)-(35) and (43)-(44), all tuples together
         grads = torch.autograd.grad(log_p, [source.tensor for source in sources.values()])
     weights = {}
+    is_possible = bool(log_p != -math.inf)
     for (symbols, source), grad in zip(sources.items(), grads, strict=True):
         plates = graph.tensor_plates(source.plates)
         weight = grad.double().reshape([graph.sizes[symbol] for symbol in (*symbols, *plates)])
         scale = graph.scale_of(source.plates)
         if scale != 1.0:  # so often does log P have the sums of a minibatch's elements
             weight = weight / scale
-        _check_total(graph, symbols, weight)
+        if is_possible:
+            _check_total(graph, symbols, weight)
         weights[symbols] = weight
     return log_p.detach(), weights
 
