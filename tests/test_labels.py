@@ -17,7 +17,7 @@ from pyro.infer import config_enumerate
 
 from pyro_mpis import MPImportance, MPISWarning
 from pyro_mpis.adaptation.adapting import started
-from pyro_mpis.adaptation.alike import alike
+from pyro_mpis.adaptation.alike import MOST_NAMES, alike
 from pyro_mpis.adaptation.gaussian import Gaussian
 from pyro_mpis.adaptation.labels import Point, _exchangeable, _log_joint, axes_of
 from pyro_mpis.adaptation.modes import Place, _share, at_other_orders
@@ -177,6 +177,10 @@ def test_latents_are_alike_in_shape_and_prior() -> None:
         pyro.sample("s1", dist.LogNormal(0.0, 2.0))  # of another prior
         pyro.sample("left", dist.Gamma(2.0, 1.0))
         pyro.sample("right", dist.Gamma(2.0, 1.0))
+        pyro.sample("rate", dist.Gamma(3.0, 1.0))  # beside those: of no number, and another prior
+        pyro.sample("net.0.bias", dist.Beta(2.0, 2.0))
+        pyro.sample("share", dist.Beta(1.0, 1.0))
+        pyro.sample("net.1.bias", dist.Beta(2.0, 2.0))
         with pyro.plate("rows", 2):
             pyro.sample("x0", dist.Exponential(1.0))
             pyro.sample("x1", dist.Exponential(1.0))
@@ -184,4 +188,19 @@ def test_latents_are_alike_in_shape_and_prior() -> None:
     assert alike(started(model, (), {}, Options(num_samples=2))) == [
         ("m0", "m1", "m2"),
         ("left", "right"),
+        ("net.0.bias", "net.1.bias"),
     ]
+
+
+def test_few_of_many_latents_are_compared() -> None:
+    """Each has a prior of its own, so that all pairs would be compared."""
+
+    def model(number: int) -> None:
+        for i in range(number):
+            pyro.sample(f"x{i}", dist.Normal(float(i // 2), 1.0))
+
+    def found(number: int) -> int:
+        return len(alike(started(model, (number,), {}, Options(num_samples=2))))
+
+    assert found(MOST_NAMES) == MOST_NAMES // 2
+    assert found(MOST_NAMES + 1) == 0

@@ -33,6 +33,8 @@ from pyro_mpis.adaptation.mirrors import FAR
 from pyro_mpis.adaptation.start import Start
 from pyro_mpis.programs.environment import seeded
 
+MOST_NAMES = 60  # of one type and shape, above which their priors are not compared
+
 Names = tuple[str, ...]  # of latents that are alike
 Move = tuple[tuple[Names, ...], tuple[Axis, ...]]  # what changes places together
 
@@ -64,7 +66,7 @@ def alike(start: Start) -> list[Names]:
     """
     Return latents outside of plates that have one shape and one prior.
 
-    Names that end in numbers belong together if they are the same but for these.
+    Of names that end in numbers, those belong together that are the same but for the number.
     """
     groups: dict[object, list[str]] = {}
     for name in start.priors:
@@ -73,8 +75,21 @@ def alike(start: Start) -> list[Names]:
             stem = re.sub(r"\d+$", "", name)
             key = stem if stem != name else None, type(fn), tuple(site.shape)
             groups.setdefault(key, []).append(name)
-    sizes = range(2, MOST_LABELS + 1)
-    return [tuple(g) for g in groups.values() if len(g) in sizes and _have_one_prior(start, g)]
+    few = [group for group in groups.values() if len(group) <= MOST_NAMES]
+    parts = [part for group in few for part in _by_prior(start, group)]
+    return [part for part in parts if 2 <= len(part) <= MOST_LABELS]
+
+
+def _by_prior(start: Start, names: Sequence[str]) -> list[Names]:
+    """Divide latents into those that have one prior."""
+    parts: list[Names] = []
+    for name in names:
+        same = next((p for p in parts if _have_one_prior(start, (p[0], name))), None)
+        if same is None:
+            parts.append((name,))
+        else:
+            parts[parts.index(same)] = (*same, name)
+    return parts
 
 
 def _have_one_prior(start: Start, names: Sequence[str]) -> bool:
