@@ -38,7 +38,7 @@ class Noise:
         return (self.share_of(of_runs) * of_runs).sum(0)
 
     def share_of(self, of_runs: Tensor) -> Tensor:
-        """Return the shares, with dims of size one for those that numbers have beside."""
+        """Return the shares, with dims of size one at the end, as many as ``of_runs`` has more."""
         return self.shares.reshape(self.shares.shape + (1,) * (of_runs.dim() - self.shares.dim()))
 
 
@@ -78,7 +78,7 @@ def pooled(shares: Tensor, runs: Sequence[tuple[Tensor, Tensor]]) -> Noise:
 
 def matched(guide: AutoPlateNormal, noise: Mapping[int, Noise]) -> AutoPlateNormal:
     """
-    Move a guide to the posterior moments of its noise, as far as these are no noise themselves.
+    Move a guide to the posterior moments of its noise, as far as trial runs are sure of them.
 
     :param noise: of the blocks to be moved.
     """
@@ -100,9 +100,9 @@ def matched(guide: AutoPlateNormal, noise: Mapping[int, Noise]) -> AutoPlateNorm
 
 def _sure_part(noise: Noise) -> tuple[Tensor, Tensor]:
     """
-    Return mean and covariance of the noise, nearer to those of standard noise.
+    Return mean and covariance of the noise, moved some way back to those of standard noise.
 
-    Means, variances and correlations have a share each by which they move.
+    Means, variances and correlations keep a share each of what trial runs found.
     """
     variance = 1 / noise.ess.unsqueeze(-1)  # of a mean
     of_means = _trust(noise, noise.means, variance)
@@ -117,7 +117,7 @@ def _sure_part(noise: Noise) -> tuple[Tensor, Tensor]:
 
 
 def _sure_skewness(noise: Noise, known: Tensor) -> Tensor:
-    """Return the skewness of the noise outside of plates, nearer to the known one."""
+    """Return the skewness of the noise outside of plates, moved some way back to the known one."""
     variance = noise.covariance.diagonal(dim1=-2, dim2=-1)
     cubed = variance**1.5
     has_spread = cubed > TINY  # not where one particle has all of the weight
@@ -129,15 +129,15 @@ def _sure_skewness(noise: Noise, known: Tensor) -> Tensor:
 
 def _trust(noise: Noise, of_runs: Tensor, variance: Tensor) -> float:
     """
-    Return the share of deviations that is more than their noise: by two measures, the smaller one.
+    Return which share of deviations is more than sampling error: the smaller of two estimates.
 
     The first is that of James and Stein (1961), with the variance that particles of equal weight
     would have. Large weights belong to far particles, whose moments have larger variances. So the
     second asks what the runs have in common: the product of one run's deviations with those of the
-    others has no noise on average.
+    others is free of it on average.
 
     :param of_runs: deviations that each run finds: ``(runs, *shape)``.
-    :param variance: of those of all runs, with room for ``(*shape)``.
+    :param variance: of the deviations of all runs together; it broadcasts to ``(*shape)``.
     """
     found = noise.together(of_runs)
     total = float(found.square().sum())

@@ -73,7 +73,7 @@ class Trial:
         return float(self.ess.double().log().mean().exp())
 
     def wanted_runs(self, guide: AutoPlateNormal) -> float:
-        """Return how many times as many runs the moments of the first block's numbers want."""
+        """Return the factor of more runs that good moments of the first block would take."""
         return ENOUGH * guide.blocks[0].size / max(1.0, self.pooled_ess)
 
     @property
@@ -90,9 +90,10 @@ class Trial:
         """
         Whether a move of the guide helped: by the ESS, or by evidences that are clearly higher.
 
-        One particle of large weight makes the ESS of all runs low, which may be chance; that of
-        most runs ignores it, which may be wrong. So the product of both counts. The evidence must
-        not be lower but by chance; its log is lower on average, the worse a proposal is.
+        One particle of large weight makes the ESS of all runs together low, which may be chance.
+        The typical ESS of a run ignores such a particle, which may be wrong. So their product
+        counts. Where it is higher, evidences may be lower by no more than chance: the worse a
+        proposal is, the lower is the log evidence on average.
         """
         both = torch.cat([self.log_evidences, other.log_evidences])
         if not bool(both.isfinite().all()):
