@@ -910,6 +910,20 @@ def test_a_guide_learns_the_skewness_of_its_noise() -> None:
     torch.testing.assert_close(moved.with_gaussian(moved.gaussian()).skewness, moved.skewness)
 
 
+def test_far_draws_of_a_skewed_guide_are_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    guide = of_vector()
+    skewed = guide.with_gaussian(guide.gaussian(), torch.full((20,), -0.5))
+    far = torch.linspace(-7.0, 7.0, 4)
+    monkeypatch.setattr("pyro_mpis.adaptation.guide.antithetic", lambda n, s: far.expand(20, 4).T)
+    numbers = skewed.draws(4, (), {})["x"]
+    assert numbers.dtype == torch.float32
+    expected = SplitNormal.of(torch.full((1,), -0.5).double()).at(torch.special.ndtr(far.double()))
+    gaussian = guide.gaussian()
+    scale = gaussian.scales[0].detach().reshape(20, 20).diagonal()
+    expected = gaussian.means[0].detach().reshape(20) + expected.unsqueeze(-1) * scale
+    torch.testing.assert_close(numbers, expected.float(), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("number", [1, 3])
 def test_one_particle_of_all_weight_says_nothing_of_the_skewness(number: int) -> None:
     torch.manual_seed(0)

@@ -388,7 +388,7 @@ class AutoPlateNormal(PyroModule):
             shapes = [(*block.shape, block.size) for block in self.blocks]
             noise = [antithetic(number, shape).to(self.loc_0) for shape in shapes]
             if self.is_skewed:
-                noise[0] = SplitNormal.of(self.skewness).at(torch.special.ndtr(noise[0]))
+                noise[0] = SplitNormal.of(self.skewness).of_normal(noise[0])
             level = {str(block): epsilon for block, epsilon in enumerate(noise)}
             every = torch.arange(number)
             if self.modes is not None and self.only is None:

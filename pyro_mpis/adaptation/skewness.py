@@ -51,6 +51,11 @@ class SplitNormal:
         above = -right * torch.special.ndtri(((1 - uniform) / (2 - 2 * share)).clamp(max=0.5))
         return mode + torch.where(uniform < share, below, above)
 
+    def of_normal(self, noise: Tensor) -> Tensor:
+        """Return the quantiles at which standard normal noise is: ``(*draws, D)``."""
+        # in float32 the uniform number of 5.5 sds is one
+        return self.at(torch.special.ndtr(noise.double())).to(noise)
+
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log density of each number."""
         left, right, mode = (part.to(value) for part in (self.left, self.right, self.mode))
