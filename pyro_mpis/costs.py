@@ -27,7 +27,7 @@ from pyro_mpis._text import quoted
 from pyro_mpis.factor_graph.logspace import log_matmul, logsumexp
 from pyro_mpis.particles import memory
 from pyro_mpis.particles.footprint import Footprint, run_at_one
-from pyro_mpis.particles.sizing import Sizes, Sizing
+from pyro_mpis.particles.sizing import Sizes, Sizing, number_of_densities
 from pyro_mpis.programs.messages import statements
 from pyro_mpis.programs.not_mappable import NotMappableError
 from pyro_mpis.programs.runs import Programs
@@ -104,7 +104,7 @@ def number_of_runs(structure: Structure, seconds: float) -> int:
         work = 0
         if structure.obstacle is None:
             sizes = structure.with_num_samples(number).num_particles
-            work = number * memory.number_of_densities(structure, sizes)
+            work = number * number_of_densities(structure, sizes)
         return number * SECONDS_ALONE * sites + work * SECONDS_OF_DENSITY <= seconds
 
     return max([CHOICES[0], *filter(fits, CHOICES)])
@@ -184,7 +184,7 @@ class _CostModel:
             parts = 0
         return Cost(
             num_samples,
-            memory.number_of_densities(self.structure, sizes),
+            number_of_densities(self.structure, sizes),
             self.bytes(sizes),
             parts,
             self.seconds(sizes, parts),
@@ -201,7 +201,7 @@ class _CostModel:
         """Return about how long a run takes."""
         contraction = self.sizing.contraction(self.sizing.shapes(sizes))
         work, sums = (0, 0) if contraction is None else (contraction.work, contraction.sums)
-        densities = memory.number_of_densities(self.structure, sizes) * self.sizing.itemsize
+        densities = number_of_densities(self.structure, sizes) * self.sizing.itemsize
         return (
             self.machine.run * (3 + max(1, parts))
             + self.machine.byte * (self.footprint.work(self.structure, sizes) + PASSES * densities)

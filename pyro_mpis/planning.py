@@ -24,6 +24,7 @@ from pyro_mpis.options import DEFAULT_NUM_SAMPLES, Options
 from pyro_mpis.particles import memory
 from pyro_mpis.particles.footprint import Footprint, measured
 from pyro_mpis.particles.masked import find_masks
+from pyro_mpis.particles.sizing import number_of_densities
 from pyro_mpis.programs.agreement import check_same_site
 from pyro_mpis.programs.analysis import analyse, device_of, with_implicit_plates
 from pyro_mpis.programs.by_site import by_site
@@ -61,7 +62,7 @@ class Plan:
     @functools.cached_property
     def is_large(self) -> bool:
         """Whether a run or a query is so large that several threads may help."""
-        number = memory.number_of_densities(self.structure, self.structure.num_particles)
+        number = number_of_densities(self.structure, self.structure.num_particles)
         return number > LARGE or self.seconds > SLOW
 
     @property
@@ -197,7 +198,7 @@ def plan_of(programs: Programs, options: Options) -> tuple[Plan, Trace, Trace]:
         limit = memory_limit(options, device)
         is_open = options.time_limit is not None
         if structure.obstacle is None and (
-            is_open or memory.is_worth_measuring(structure, sizes, limit, traces)
+            is_open or memory.is_worth_measuring(structure, sizes, limit)
         ):
             structure, footprint = measured(
                 structure, programs, traces, validate=environment.validate

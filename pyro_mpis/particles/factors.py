@@ -26,6 +26,7 @@ from pyro_mpis.particles.proposals import Particles
 from pyro_mpis.programs.structure import Index, Site, Structure
 from pyro_mpis.programs.tensors import Mapped, device_of
 
+SMALL = 2**10  # entries of factors that are looked at in one tensor
 PRECISE = torch.float32.itemsize  # numbers of fewer bytes are too coarse to add up log_probs
 
 
@@ -247,9 +248,10 @@ def without_ruled_out(factors: Sequence[LogFactor], structure: Structure) -> lis
     :raises ValueError: names the site.
     """
     result = []
-    for factor in factors:
+    wrong_ones = _with_wrong_entries(factors)
+    for number, factor in enumerate(factors):
         tensor = factor.tensor
-        if tensor.numel() and not bool(tensor.max() < math.inf):
+        if number in wrong_ones:
             wrong = tensor.isnan()
             for other in factors:
                 if other is not factor and bool(wrong.any()):
@@ -258,6 +260,26 @@ def without_ruled_out(factors: Sequence[LogFactor], structure: Structure) -> lis
             factor = replace(factor, tensor=tensor.masked_fill(tensor.isnan(), -math.inf))
         result.append(factor)
     return result
+
+
+def _with_wrong_entries(factors: Sequence[LogFactor]) -> set[int]:
+    """Return the numbers of the factors that have nan or +inf; looks at small ones together."""
+    together: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    alone = []
+    for number, factor in enumerate(factors):
+        tensor = factor.tensor
+        if tensor.numel() < SMALL:
+            together.setdefault((tensor.dtype, tensor.device), []).append(number)
+        else:
+            alone.append(number)
+    for numbers in together.values():
+        if not _all_below_infinity(torch.cat([factors[n].tensor.reshape(-1) for n in numbers])):
+            alone += numbers
+    return {number for number in alone if not _all_below_infinity(factors[number].tensor)}
+
+
+def _all_below_infinity(tensor: Tensor) -> bool:
+    return tensor.numel() == 0 or bool(tensor.max() < math.inf)
 
 
 def _ruled_out(factor: LogFactor, other: LogFactor, structure: Structure) -> Tensor:

@@ -21,7 +21,7 @@ from pyro.poutine.trace_struct import Trace
 
 from pyro_mpis.particles.drawing import Draw, Drawn, support_of
 from pyro_mpis.particles.evaluation import MAX_LEVELS, wanted_of_guide, wanted_of_model
-from pyro_mpis.particles.memory import number_of_densities
+from pyro_mpis.particles.sizing import number_of_densities
 from pyro_mpis.programs.densities import density_of
 from pyro_mpis.programs.masks import Masks, unmasked
 from pyro_mpis.programs.messages import drawn_from, statements

@@ -15,15 +15,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from pyro.poutine.trace_struct import Trace
 
 from pyro_mpis._typing import Ordinal
 from pyro_mpis.particles.footprint import Footprint
 from pyro_mpis.particles.limits import default_limit
-from pyro_mpis.particles.sizing import TENSORS_AT_ONCE, Need, Sizes, Sizing, bytes_of, elements_of
-from pyro_mpis.programs.messages import statements
+from pyro_mpis.particles.sizing import (
+    TENSORS_AT_ONCE,
+    Need,
+    Sizes,
+    Sizing,
+    bytes_of,
+    largest_site,
+    number_of_densities,
+)
 from pyro_mpis.programs.structure import Site, Structure
-from pyro_mpis.programs.tensors import tensors_of
 
 __all__ = ["Cut", "TooLargeError", "default_limit", "fit", "gc_paused"]
 
@@ -104,29 +109,16 @@ def gc_paused(pause: bool = True) -> Iterator[None]:
             gc.enable()
 
 
-def is_worth_measuring(
-    structure: Structure, sizes: Sizes, limit: int | None, traces: tuple[Trace, Trace]
-) -> bool:
-    """
-    Whether what the programs hold besides log_probs may exceed a limit.
-
-    :param traces: of the plain runs: distributions hold more than a site's value.
-    """
+def is_worth_measuring(structure: Structure, sizes: Sizes, limit: int | None) -> bool:
+    """Whether what the programs hold besides log_probs may exceed a limit."""
     if limit is None:
         return False
-    for trace, sites in zip(traces, (structure.guide, structure.model), strict=True):
-        for name, message in statements(trace).items():
-            if name not in sites:
-                continue
-            held = sum(tensor.numel() for tensor in tensors_of(message["fn"]))
-            number = max(held, structure.elements(sites[name]))
-            combinations = math.prod(sizes[s] for s in structure.indices_read(sites[name]))
-            if number * combinations * HIDDEN * torch.double.itemsize > limit:
-                return True
-            missed = max(sizes.values(), default=1)  # a read that the plain run did not see
-            if number * combinations * missed * TENSORS_AT_ONCE * torch.double.itemsize > limit:
-                return True
-    return False
+    largest = 0
+    for site in (*structure.guide.values(), *structure.model.values()):
+        combinations = math.prod(sizes[s] for s in structure.indices_read(site))
+        largest = max(largest, max(site.held, structure.elements(site)) * combinations)
+    missed = max(sizes.values(), default=1)  # a read that the plain run did not see
+    return largest * max(HIDDEN, missed * TENSORS_AT_ONCE) * torch.double.itemsize > limit
 
 
 def fit(
@@ -252,7 +244,8 @@ def largest_factor(structure: Structure) -> tuple[Site, int]:
     :return: the site, and the bytes that its factor takes, were it evaluated at once.
     """
     sizes = structure.num_particles
-    site = max(structure.model.values(), key=lambda site: elements_of(structure, site, sizes))
+    site = largest_site(structure, sizes)
+    assert site is not None
     return site, bytes_of(structure, site, sizes)
 
 
@@ -280,11 +273,6 @@ def long_wait(structure: Structure) -> str | None:
         f"groups= would help. Half as many particles take 1/{2**number} of the work. Without "
         "num_samples, as many are drawn as fit into three seconds."
     )
-
-
-def number_of_densities(structure: Structure, sizes: Sizes) -> int:
-    """Return the number of densities that a run evaluates, events' elements counted one by one."""
-    return sum(elements_of(structure, site, sizes) for site in structure.model.values())
 
 
 def _all_cuttable(structure: Structure, symbols: Ordinal, sizes: Sizes) -> list[str]:

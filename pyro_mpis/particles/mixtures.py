@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from pyro_mpis.particles.evaluation import Evaluated, wanted_of_guide, wanted_of_model
-from pyro_mpis.particles.memory import number_of_densities
 from pyro_mpis.particles.proposals import Particles
+from pyro_mpis.particles.sizing import number_of_densities
 from pyro_mpis.programs.runs import Programs, evaluate
 from pyro_mpis.programs.structure import Structure, levels_of
 from pyro_mpis.programs.tensors import Mapped, Said

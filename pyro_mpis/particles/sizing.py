@@ -206,8 +206,7 @@ class Sizing:
         return Need(number, "what the programs compute", symbols)
 
     def _largest_site(self, sizes: Sizes) -> Site | None:
-        sites = self.structure.model.values()
-        return max(sites, key=lambda s: elements_of(self.structure, s, sizes), default=None)
+        return largest_site(self.structure, sizes)
 
 
 def _bound(shapes: Shapes) -> int:
@@ -221,12 +220,24 @@ def _bound_of_largest(shapes: Shapes) -> int:
     return max(math.prod(shapes.sizes[s] for s in shape.dims) for shape in shapes.factors)
 
 
-def elements_of(structure: Structure, site: Site, sizes: Mapping[str, int]) -> int:
-    """Return the number of elements that a site's log_prob is computed from."""
-    return structure.elements(site) * math.prod(sizes[s] for s in structure.indices_read(site))
+def number_of_densities(structure: Structure, sizes: Sizes) -> int:
+    """Return the number of densities that a run evaluates, events' elements counted one by one."""
+    return sum(_elements_of_all(structure, sizes))
 
 
-def bytes_of(structure: Structure, site: Site, sizes: Mapping[str, int]) -> int:
+def largest_site(structure: Structure, sizes: Sizes) -> Site | None:
+    """Return the site of the model whose log_prob is computed from most elements."""
+    numbers = _elements_of_all(structure, sizes)
+    return structure.densities[numbers.index(max(numbers))][0] if numbers else None
+
+
+def _elements_of_all(structure: Structure, sizes: Sizes) -> list[int]:
+    """Return the number of elements that each log_prob of the model is computed from."""
+    size_of = sizes.__getitem__
+    return [number * math.prod(map(size_of, read)) for _, number, read in structure.densities]
+
+
+def bytes_of(structure: Structure, site: Site, sizes: Sizes) -> int:
     """Return the bytes that evaluating a site's log_prob takes, if it has nothing hidden."""
-    itemsize = torch.get_default_dtype().itemsize
-    return elements_of(structure, site, sizes) * itemsize * TENSORS_AT_ONCE
+    elements = structure.elements(site) * math.prod(sizes[s] for s in structure.indices_read(site))
+    return elements * torch.get_default_dtype().itemsize * TENSORS_AT_ONCE

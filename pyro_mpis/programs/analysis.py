@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from opt_einsum import get_symbol
 from pyro.distributions import MaskedDistribution
-from pyro.ops.provenance import detach_provenance, get_provenance
+from pyro.ops.provenance import ProvenanceTensor, detach_provenance, get_provenance
 from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
@@ -238,10 +238,11 @@ def _read(site: SampleMessage, plates: Mapping[str, Plate]) -> Site:
     value = detach_provenance(site["value"])
     reads = get_provenance(site["value"])
     batch_shape = batch_shape_of(fn)
+    held, read_by_arguments = _arguments(fn)
     if is_latent(site) and isinstance(fn, torch.distributions.Distribution):
-        reads |= _argument_provenance(fn)  # its log_prob reads nothing else but its own value
+        reads |= read_by_arguments  # its log_prob reads nothing else but its own value
     elif not is_silent(site):
-        log_prob, read_by_log_prob = _log_prob(name, fn, value)
+        log_prob, read_by_log_prob = _log_prob(name, fn, value, read_by_arguments)
         reads |= read_by_log_prob
         factors = (_shape(site[key]) for key in ("mask", "scale"))
         batch_shape = broadcast_shape(batch_shape, log_prob.shape, *factors)
@@ -274,6 +275,7 @@ def _read(site: SampleMessage, plates: Mapping[str, Plate]) -> Site:
         undeclared=undeclared,
         checked=is_checked(fn),
         obstacle=_obstacle(site, reads - {name}),
+        held=held,
     )
 
 
@@ -307,23 +309,25 @@ def _without_undeclared(site: Site) -> Site:
     return replace(site, undeclared=())
 
 
-def _log_prob(name: str, fn: Distribution, value: Tensor) -> tuple[Tensor, frozenset[str]]:
+def _log_prob(
+    name: str, fn: Distribution, value: Tensor, read_by_arguments: frozenset[str]
+) -> tuple[Tensor, frozenset[str]]:
     """Return the log_prob of a site, and the random sites that it reads."""
     try:
         if _is_of_torch(fn):
             with torch._C.DisableTorchFunctionSubclass():  # a third of the time
-                return fn.log_prob(value), _argument_provenance(fn)
+                return fn.log_prob(value), read_by_arguments
         log_prob = fn.log_prob(value)
         return detach_provenance(log_prob), get_provenance(log_prob)
     except Exception:  # perhaps outside of a support that depends on latents
         inside = inside_of(fn, value)
         is_inside = bool(get_provenance(inside)) or (inside is not None and bool(inside.all()))
         if is_inside and is_checked(fn):
-            return _log_prob(name, unchecked(fn), value)
+            return _log_prob(name, unchecked(fn), value, read_by_arguments)
     # some code cannot take tensors with provenance: look at the arguments instead
     try:
         with torch._C.DisableTorchFunctionSubclass():
-            return fn.log_prob(value), _argument_provenance(fn)
+            return fn.log_prob(value), read_by_arguments
     except Exception as error:
         if not isinstance(value, Tensor):
             raise ValueError(
@@ -357,9 +361,18 @@ def _remedy(value: Tensor) -> str:
     return "Give the value the shape of the distribution, and values inside its support."
 
 
-def _argument_provenance(fn: object) -> frozenset[str]:
-    """Return the provenance of the tensors that a distribution holds, parts included."""
-    return frozenset[str]().union(*(get_provenance(tensor) for tensor in tensors_of(fn)))
+def _arguments(fn: object) -> tuple[int, frozenset[str]]:
+    """Return the number of elements that a distribution holds, and the sites that they read."""
+    number, reads = 0, frozenset[str]()
+    for tensor in tensors_of(fn):
+        plain, names = (
+            (tensor._t, tensor._provenance)
+            if isinstance(tensor, ProvenanceTensor)
+            else (tensor, reads)
+        )
+        number += plain.numel()
+        reads |= names
+    return number, reads
 
 
 def _shape(value: object) -> tuple[int, ...]:

@@ -7,8 +7,8 @@ one value of each site, in the shapes of an ordinary run. What it computes is ma
 of the values that it was computed from, and at no others, so a result shows by itself what was
 read, and no code can mix particles.
 
-Results are taken out from within the innermost function (:func:`unwrapped`), since vmap expands
-what a function returns over all levels, read or not.
+Results are taken out from within the innermost function (:func:`unwrapped`): vmap would expand what
+a function returns over all levels, read or not.
 """
 
 import copy
@@ -16,7 +16,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,11 @@ import torch
 from pyro.distributions import MaskedDistribution
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch import Tensor
+from torch._C import _functorch
+from torch._functorch.vmap import (  # type: ignore[attr-defined]
+    lazy_load_decompositions,
+    vmap_increment_nesting,
+)
 from torch.distributions import Distribution, Independent
 
 from pyro_mpis.programs.formulas import by_formula
@@ -52,30 +57,26 @@ def run_mapped(
     :param levels: site -> ``(size, *shape)``, of one size in each level.
     :param patched: whether to rewrite some operations that torch cannot map.
     """
+    values: dict[str, Tensor] = {}
     with _quiet(), _not_fused(), by_forward(), rewritten() if patched else nullcontext():
-        _enter(function, levels, {})
+        lazy_load_decompositions()
+        with ExitStack() as stack:
+            for level in levels:
+                values |= stack.enter_context(_mapped(level))
+            function(values)
 
 
-def _enter(
-    function: Callable[[dict[str, Tensor]], None],
-    levels: Sequence[Values],
-    values: dict[str, Tensor],
-) -> tuple[()]:
+@contextmanager
+def _mapped(level: Values) -> Iterator[dict[str, Tensor]]:
     """
-    Map over the first of some levels, and within it over the others.
+    Map values over a level, as :func:`torch.func.vmap` does.
 
-    No closure refers to itself here: the cycle would keep all results until garbage is collected.
+    Vmap itself would also look at its arguments as trees, which takes ten times as long, and make
+    tensors of what the function returns, which is nothing.
     """
-    if not levels:
-        function(values)
-        return ()
-    names = tuple(levels[0])
-
-    def inner(*own: Tensor) -> tuple[()]:
-        return _enter(function, levels[1:], values | dict(zip(names, own, strict=True)))
-
-    torch.func.vmap(inner, randomness="same")(*levels[0].values())
-    return ()
+    size = len(next(iter(level.values())))
+    with vmap_increment_nesting(size, "same") as number:
+        yield {name: _functorch._add_batch_dim(value, 0, number) for name, value in level.items()}
 
 
 @contextmanager

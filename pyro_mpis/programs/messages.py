@@ -8,7 +8,7 @@ import torch
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.runtime import Message
 from pyro.poutine.trace_struct import Trace
-from pyro.poutine.util import prune_subsample_sites, site_is_subsample
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_mpis._typing import Distribution, SampleMessage
@@ -50,8 +50,11 @@ def is_silent(site: SampleMessage) -> bool:
 
 def statements(trace: Trace) -> dict[str, SampleMessage]:
     """Return the sample statements of a trace in order, those of the plates left out."""
-    nodes = prune_subsample_sites(trace).nodes.items()
-    return {name: cast(SampleMessage, site) for name, site in nodes if site["type"] == "sample"}
+    return {
+        name: cast(SampleMessage, site)
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and not site_is_subsample(site)
+    }
 
 
 def batch_shape_of(fn: Distribution) -> torch.Size:

@@ -66,6 +66,7 @@ class Site:
     checked: bool = True  # whether values outside of the support count as impossible
     obstacle: Obstacle | None = None
     implicit: Ordinal = frozenset()  # undeclared dims that are treated as plates
+    held: int = 0  # number of elements of the tensors that its distribution holds
 
     @property
     def factor_plates(self) -> Ordinal:
@@ -207,6 +208,11 @@ class Structure:
         plates = math.prod(self.plates[symbol].size for symbol in site.plates)
         undeclared = math.prod(site.batch_shape[dim] for dim in site.undeclared)
         return plates * undeclared * site.event_size
+
+    @cached_property
+    def densities(self) -> tuple[tuple[Site, int, Ordinal], ...]:
+        """The model's sites, each with its number of elements and the indices that it reads."""
+        return tuple((s, self.elements(s), self.indices_read(s)) for s in self.model.values())
 
     def summed_dims(self, site: Site) -> list[int]:
         """Return the batch dims of a site that its ``log_prob`` is to be summed over."""
