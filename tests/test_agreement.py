@@ -48,6 +48,20 @@ REACHES = {
 }
 
 
+def test_guide_of_half_the_line() -> None:
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor(1.0))
+
+    def guide() -> None:
+        pyro.sample("z", dist.HalfNormal(1.0))
+
+    with pytest.warns(
+        MPISWarning, match=r"HalfNormal reaches \[0, inf\] only, of the.*\[-inf, inf"
+    ):
+        MPImportance(model, guide, num_samples=5).run()
+
+
 @pytest.mark.parametrize("name", GUIDES)
 def test_guide_of_another_support(name: str) -> None:
     """Beyond the prior's support particles weigh nothing; what is not reached does not count."""

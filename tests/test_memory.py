@@ -15,7 +15,7 @@ from pyro_mpis import MPImportance, MPISWarning
 from pyro_mpis.options import Options
 from pyro_mpis.particles import memory
 from pyro_mpis.particles.sizing import Sizing
-from pyro_mpis.planning import Plan, plan_of
+from pyro_mpis.planning import Plan, plan_of, structure_of
 from pyro_mpis.programs.runs import Programs
 
 LIMIT = 2**20  # bytes
@@ -72,6 +72,23 @@ def logits(num_sites: int = 0, side: int = 500) -> None:
     with pyro.plate("n", 50):
         fn = dist.Categorical(logits=a * x + b * x**2)
         pyro.sample("y", fn, obs=torch.zeros(50).long())
+
+
+@pytest.mark.parametrize("number", [1, 1000])
+def test_what_programs_hold_is_measured_where_it_may_matter(number: int) -> None:
+    """It may be 512 tensors of the size of what a distribution holds, or a read that was missed."""
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.MultivariateNormal(z * torch.ones(20), torch.eye(20)), obs=zeros)
+
+    zeros = torch.zeros(20)
+    structure = structure_of(Programs(model, lambda: None), Options(num_samples=number))
+    held = 8 * 20 * 20 * number  # bytes of its matrices alone, in float64
+    largest = held * max(512, 3 * number)
+    assert memory.is_worth_measuring(structure, {"a": number}, largest // 2)
+    assert not memory.is_worth_measuring(structure, {"a": number}, 3 * largest)
+    assert not memory.is_worth_measuring(structure, {"a": number}, None)
 
 
 def planned(model: Callable[[], None], number: int, limit: int) -> tuple[Plan, Sizing]:
