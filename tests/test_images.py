@@ -14,6 +14,7 @@ from torch.distributions import biject_to
 
 from pyro_mpis import MPImportance
 from pyro_mpis.adaptation.adapting import started
+from pyro_mpis.adaptation.alike import _moves, alike
 from pyro_mpis.adaptation.gaussian import Gaussian
 from pyro_mpis.adaptation.guide import AutoPlateNormal
 from pyro_mpis.adaptation.images import (
@@ -23,6 +24,7 @@ from pyro_mpis.adaptation.images import (
     signs_of,
     which_image,
 )
+from pyro_mpis.adaptation.labels import Labels
 from pyro_mpis.adaptation.layout import by_plates, by_site
 from pyro_mpis.adaptation.mixture import spread_correction
 from pyro_mpis.adaptation.numbers import Numbers, by_latent, by_own_site
@@ -52,6 +54,30 @@ def two_components() -> None:
         pyro.sample("y", fn, obs=torch.tensor([-2.5, -2.1, 1.5, 2.0, 2.2, 2.9]))
 
 
+def two_named() -> None:
+    """The same, with latents of a name each."""
+    p = pyro.sample("p", dist.Beta(2.0, 2.0))
+    loc = torch.stack([pyro.sample(f"loc{n}", dist.Normal(0.0, 3.0)) for n in range(2)])
+    scale = torch.stack([pyro.sample(f"scale{n}", dist.LogNormal(0.0, 0.5)) for n in range(2)])
+    weights = torch.stack([p, 1 - p])
+    fn = dist.MixtureSameFamily(dist.Categorical(weights), dist.Normal(loc, scale))
+    with pyro.plate("data", 6):
+        pyro.sample("y", fn, obs=torch.tensor([-2.5, -2.1, 1.5, 2.0, 2.2, 2.9]))
+
+
+def states() -> None:
+    """Two hidden states, each with a location and a row of the transitions of its own."""
+    loc = [pyro.sample(f"loc{n}", dist.Normal(0.0, 3.0)) for n in range(2)]
+    row = dist.Dirichlet(torch.tensor([2.0, 2.0]))
+    to = [pyro.sample(f"to{n}", row) for n in range(2)]
+    probs = torch.tensor([0.5, 0.5])
+    for t in range(4):
+        x = pyro.sample(f"x_{t}", dist.Categorical(probs), infer={"enumerate": "parallel"})
+        fn = dist.Normal(torch.stack(loc)[x], 1.0)
+        pyro.sample(f"y_{t}", fn, obs=torch.tensor([-2.0, 2.0, 2.5, -1.5])[t])
+        probs = torch.stack(to)[x]
+
+
 def signed() -> None:
     x = pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
     w = pyro.sample("w", dist.Normal(0.0, 2.0))
@@ -73,6 +99,16 @@ GROUPS = {
         shares={"p": torch.tensor([False, True])},
     ),
     signed: Images(2, 0, WHOLE, signs=signs_of([frozenset({"x", "w"})])),
+    states: Images(
+        2,
+        0,
+        WHOLE,
+        orders={(f"to{n}", -1): orders_of(2, [0, 1]) for n in range(2)},
+        alike={
+            ("loc0", "loc1"): orders_of(2, [0, 1]),
+            ("to0", "to1"): orders_of(2, [0, 1]),
+        },
+    ),
 }
 
 
@@ -123,6 +159,27 @@ def test_density_is_that_of_the_mixture(model: Callable[[], None]) -> None:
         expected = float(torch.stack(terms).logsumexp(0)) - math.log(images.number)
         assert found == pytest.approx(expected, abs=2e-3)
     assert len(seen) == images.number
+
+
+def test_what_changes_places_with_alike_latents() -> None:
+    """Elements of all of them or of none: else one exchange after another would be a third map."""
+    start = begun(states)
+    groups = alike(start)
+    assert groups == [("loc0", "loc1"), ("to0", "to1")]
+    moves = list(_moves(start, groups, groups[0]))
+    rows = ((("to0", -1),), (("to1", -1),))
+    assert (tuple(groups), rows) in moves
+    assert all(axes in ((), rows) for sites, axes in moves if groups[1] in sites)
+    assert ((groups[0],), rows[:1]) in moves
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_alike_latents_share_an_index(alone: bool) -> None:
+    """Else what is drawn of one would depend on the particles of another."""
+    start = begun(states, alone=alone)
+    guide = start.guide(gaussian_of(start, 0.4, 0.9), frozenset(), tails=False)
+    labels = Labels((0, 1), 2, (), (("loc0", "loc1"),))
+    assert Symmetries(start)._share_an_index(labels, guide) is not alone
 
 
 def ratios(model: Callable[[], None], guide: AutoPlateNormal, log_p: float, runs: int) -> Tensor:
@@ -212,15 +269,17 @@ def test_evidence_is_unbiased(alone: bool, images: Images, monkeypatch: pytest.M
     assert abs(float(z)) > 4
 
 
-def test_labels_of_a_mixture() -> None:
+@pytest.mark.parametrize("model", [two_components, two_named])
+def test_labels_of_a_mixture(model: Callable[[], None]) -> None:
     """Both orders are as likely; the evidence is that of brute force."""
     pyro.set_rng_seed(0)
-    posterior = MPImportance(two_components, disable_progbar=True).adapt().run()
+    posterior = MPImportance(model, disable_progbar=True).adapt().run()
     assert isinstance(posterior.guide, AutoPlateNormal)
     assert posterior.guide.images is not None
     moments = posterior.moments()
     assert float(moments["p"]) == pytest.approx(0.5, abs=0.03)
-    assert float((moments["loc"][0] - moments["loc"][1]).abs()) < 0.2
+    loc = moments["loc"] if "loc" in moments else [moments["loc0"], moments["loc1"]]
+    assert float((loc[0] - loc[1]).abs()) < 0.2
     draws = 200_000
     torch.manual_seed(1)
     numbers = torch.randn(draws, 5, dtype=torch.double) * torch.tensor([0.7, 0.8, 0.8, 0.4, 0.4])

@@ -19,6 +19,7 @@ from pyro_mpis import MPImportance, MPISWarning
 from pyro_mpis.adaptation.adapting import started
 from pyro_mpis.adaptation.alike import MOST_NAMES, alike
 from pyro_mpis.adaptation.gaussian import Gaussian
+from pyro_mpis.adaptation.guide import AutoPlateNormal
 from pyro_mpis.adaptation.labels import Point, _exchangeable, _log_joint, axes_of
 from pyro_mpis.adaptation.modes import Place, _share, at_other_orders
 from pyro_mpis.adaptation.orders import Orders
@@ -131,6 +132,15 @@ def named(y: torch.Tensor, prior: tuple[float, float] = (2.0, 2.0)) -> None:
         pyro.sample("y", dist.Normal(loc, 1.0).to_event(1), obs=y)
 
 
+def four(y: torch.Tensor) -> None:
+    """More orders than images of a guide."""
+    names = [f"loc{n}" for n in range(4)]
+    loc = [pyro.sample(name, dist.Normal(torch.zeros(5), 5.0).to_event(1)) for name in names]
+    with pyro.plate("rows", len(y)):
+        z = pyro.sample("z", dist.Categorical(torch.ones(4)), infer={"enumerate": "parallel"})
+        pyro.sample("y", dist.Normal(torch.stack(loc)[z], 1.0).to_event(1), obs=y)
+
+
 def slopes(y: torch.Tensor) -> None:
     """Latents that are alike, but not exchangeable: each has its own predictor."""
     with pyro.plate("few", 3):
@@ -147,26 +157,34 @@ TWO = torch.cat([torch.full((6, 5), -1.5), torch.full((9, 5), 1.5)])
 TWO = TWO + 0.3 * torch.linspace(-1.0, 1.0, 75).reshape(15, 5)
 
 
+CENTRES = torch.tensor([[3.0, 1.0, -5.0, 2.0, 0.0], [-4.0, 2.0, 1.0, 5.0, -1.0]])
+CENTRES = torch.cat([CENTRES, torch.tensor([[0.0, -6.0, 4.0, -2.0, 3.0], [5.0, 6.0, 2.0, -4, -3]])])
+FOUR = CENTRES.repeat_interleave(6, 0) + 0.5 * torch.linspace(0.0, 40.0, 120).cos().reshape(24, 5)
+
+
 @pytest.mark.parametrize(
-    ("model", "number"),
+    ("model", "data", "images", "number"),
     [
-        (named, 1),
-        (partial(named, prior=(2.0, 3.0)), 0),  # orders that are not equally good
-        (slopes, 0),
+        (named, TWO, 2, 0),
+        (partial(named, prior=(2.0, 3.0)), TWO, 0, 0),  # orders that are not equally good
+        (slopes, TWO, 0, 0),
+        (four, FOUR, 0, 1),
     ],
 )
 def test_labels_that_are_latents_with_names_of_their_own(
-    model: Callable[[torch.Tensor], None], number: int
+    model: Callable[[torch.Tensor], None], data: torch.Tensor, images: int, number: int
 ) -> None:
     pyro.set_rng_seed(0)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        MPImportance(model, disable_progbar=True).adapt(TWO)
+        guide = MPImportance(model, disable_progbar=True).adapt(data).guide
+    assert isinstance(guide, AutoPlateNormal)
+    assert (guide.images.number if guide.images is not None else 0) == images
     messages = [str(w.message) for w in told if "change places" in str(w.message)]
     assert len(messages) == number
     for message in messages:
-        assert message.startswith("'loc0', 'loc1', 'share' can change places")
-        assert f"log 2 = {math.log(2):.4f}" in message
+        assert message.startswith("'loc0', 'loc1', 'loc2', 'loc3' can change places")
+        assert f"log 24 = {math.log(24):.4f}" in message
 
 
 def test_latents_are_alike_in_shape_and_prior() -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pyro_mpis.adaptation.guide import AutoPlateNormal
+from pyro_mpis.adaptation.images import Names
 from pyro_mpis.adaptation.labels import (
     MOST_AXES,
     MOST_LABELS,
@@ -35,12 +36,15 @@ from pyro_mpis.programs.environment import seeded
 
 MOST_NAMES = 60  # of one type and shape, above which their priors are not compared
 
-Names = tuple[str, ...]  # of latents that are alike
 Move = tuple[tuple[Names, ...], tuple[Axis, ...]]  # what changes places together
 
 
-def alike_labels(start: Start, guide: AutoPlateNormal) -> list[Labels]:
-    """Find latents of which any two can change places, and that a guide has in one order."""
+def alike_labels(start: Start, guide: AutoPlateNormal, far: float = FAR) -> list[Labels]:
+    """
+    Find latents of which any two can change places, and that a guide has in one order.
+
+    :param far: sds between medians of two latents.
+    """
     groups = alike(start)
     if not groups:
         return []
@@ -49,7 +53,7 @@ def alike_labels(start: Start, guide: AutoPlateNormal) -> list[Labels]:
     point: Point | None = None
     for names in groups:
         every = itertools.combinations(range(len(names)), 2)
-        pairs = [pair for pair in every if _is_far(ends, names, pair)]
+        pairs = [pair for pair in every if _is_far(ends, names, pair, far)]
         if not pairs or any(labels.names.issuperset(names) for labels in found):
             continue
         with seeded(0):
@@ -104,15 +108,19 @@ def _have_one_prior(start: Start, names: Sequence[str]) -> bool:
     return bool(torch.isclose(densities, densities[:1]).all())
 
 
-def _is_far(ends: Mapping[str, Tensor], names: Names, pair: tuple[int, int]) -> bool:
+def _is_far(ends: Mapping[str, Tensor], names: Names, pair: tuple[int, int], far: float) -> bool:
     """Whether two latents are many sds apart."""
     (low, median, high), (low2, median2, high2) = (ends[names[label]] for label in pair)
     width = 0.5 * torch.maximum(high - low, high2 - low2)
-    return bool(((median - median2).abs() > FAR * width).any())
+    return bool(((median - median2).abs() > far * width).any())
 
 
 def _moves(start: Start, groups: Sequence[Names], names: Names) -> Iterator[Move]:
-    """Yield what may change places with latents, of the fewest first."""
+    """
+    Yield what may change places with latents, of the fewest first.
+
+    One move after the other is another such move, so that orders of labels are a group.
+    """
     others = [group for group in groups if group != names and len(group) == len(names)]
     axes = axes_of(start).get(len(names), shares_of(start) if len(names) == 2 else [])
     numbers = range(min(len(others) + len(axes), MOST_AXES - 1) + 1)
@@ -121,7 +129,17 @@ def _moves(start: Start, groups: Sequence[Names], names: Names) -> Iterator[Move
         if of_axes >= 0:
             for chosen in itertools.combinations(others, of_sites):
                 for moved in itertools.combinations(axes, of_axes):
-                    yield (names, *chosen), moved
+                    if _treats_alike((names, *chosen), moved):
+                        yield (names, *chosen), moved
+
+
+def _treats_alike(sites: Sequence[Names], axes: Sequence[Axis]) -> bool:
+    """Whether axes are exchanged in all of the latents that change places, or in none of them."""
+    moved: dict[str, set[int | None]] = {}
+    for name, dim in itertools.chain(*axes):
+        moved.setdefault(name, set()).add(dim)
+    first = {names: moved.get(names[0]) for names in sites}
+    return all(moved.get(name) == first[names] for names in sites for name in names)
 
 
 def _is_same(start: Start, point: Point, move: Move, pair: tuple[int, int]) -> bool:
@@ -137,5 +155,4 @@ def _is_same(start: Start, point: Point, move: Move, pair: tuple[int, int]) -> b
 def _labels_of(names: Names, move: Move, pairs: Sequence[tuple[int, int]]) -> Labels:
     sites, axes = move
     elements = sorted({label for pair in pairs for label in pair})
-    moved = tuple(((group[label], None),) for group in sites for label in elements)
-    return Labels(tuple(elements), len(names), (*moved, *axes))
+    return Labels(tuple(elements), len(names), axes, sites)

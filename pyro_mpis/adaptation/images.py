@@ -19,6 +19,8 @@ MOST_IMAGES = 8  # of one posterior: three signs, or three labels; each costs as
 IMAGE_SITE = "_mpis_image"  # of a guide: which image
 MODE_SITE = "_mpis_mode"  # of a guide: which of its Gaussians
 
+Names = tuple[str, ...]  # of latents that are alike, and change places with each other
+
 
 @dataclass(frozen=True)
 class Images:
@@ -34,6 +36,7 @@ class Images:
     signs: Mapping[str, Tensor] = field(default_factory=dict)  # 1 or -1: ``(number,)``
     orders: Mapping[tuple[str, int], Tensor] = field(default_factory=dict)  # ``(number, size)``
     shares: Mapping[str, Tensor] = field(default_factory=dict)  # whether p becomes 1 - p
+    alike: Mapping[Names, Tensor] = field(default_factory=dict)  # ``(number, size)``
 
     def of(self, values: Mapping[str, Tensor], which: Tensor | int) -> dict[str, Tensor]:
         """Return the values at one image."""
@@ -48,10 +51,15 @@ class Images:
             if name in values:
                 row = row_of(orders, which).to(result[name].device)
                 result[name] = result[name].index_select(dim, row)
+        for names, orders in self.alike.items():
+            if values.keys() >= set(names):
+                stacked = torch.stack([result[name] for name in names])
+                moved = stacked.index_select(0, row_of(orders, which).to(stacked.device))
+                result |= dict(zip(names, moved.unbind(0), strict=True))
         return result
 
     def reaches(self, names: Iterable[str]) -> bool:
-        """Whether it changes all of these latents."""
+        """Whether it changes all of these latents by themselves."""
         changed = {*self.signs, *self.shares, *(name for name, _ in self.orders)}
         return changed.issuperset(names)
 

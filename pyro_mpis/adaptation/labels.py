@@ -20,7 +20,7 @@ from torch.distributions import constraints
 
 from pyro_mpis._text import quoted
 from pyro_mpis.adaptation.guide import AutoPlateNormal
-from pyro_mpis.adaptation.images import Images
+from pyro_mpis.adaptation.images import Images, Names
 from pyro_mpis.adaptation.mirrors import FAR
 from pyro_mpis.adaptation.start import Start
 from pyro_mpis.blocks import run_plan
@@ -48,6 +48,7 @@ class Labels:
     elements: tuple[int, ...]
     size: int  # number of all elements
     axes: tuple[Axis, ...]
+    alike: tuple[Names, ...] = ()  # latents that are elements by themselves
 
     @property
     def orders(self) -> int:
@@ -57,7 +58,8 @@ class Labels:
     @property
     def names(self) -> set[str]:
         """The names of the latents in which they are exchanged."""
-        return {name for axis in self.axes for name, _ in axis}
+        of_axes = {name for axis in self.axes for name, _ in axis}
+        return of_axes | {names[label] for names in self.alike for label in self.elements}
 
 
 def far_labels(start: Start, guide: AutoPlateNormal, far: float = FAR) -> list[Labels]:
@@ -131,8 +133,8 @@ def _latents(start: Start) -> list[str]:
     return [name for name in start.sites if name in known]
 
 
-def exchange_of(axes: Sequence[Axis], orders: Tensor) -> Images:
-    """Return the exchange of labels in some axes, with a row for each order."""
+def exchange_of(axes: Sequence[Axis], orders: Tensor, alike: Sequence[Names] = ()) -> Images:
+    """Return the exchange of labels in some axes and alike latents, with a row for each order."""
     sites = [(name, dim) for axis in axes for name, dim in axis]
     return Images(
         len(orders),
@@ -140,6 +142,7 @@ def exchange_of(axes: Sequence[Axis], orders: Tensor) -> Images:
         torch.zeros(()),
         orders={(name, dim): orders for name, dim in sites if dim is not None},
         shares={name: orders[:, 0] != 0 for name, dim in sites if dim is None},
+        alike=dict.fromkeys(alike, orders),
     )
 
 

@@ -56,12 +56,17 @@ class Symmetries:
         most = MOST_IMAGES.bit_length() - 1
         for number in range(min(most, len(generators)), 0, -1):
             yield Images(2**number, 0, nothing, signs=signs_of(generators[:number]))
-        for labels in far_labels(self._start, guide, APART):
-            if labels.orders <= MOST_IMAGES and self._share_an_index(labels, guide):
-                yield exchange_of(labels.axes, orders_of(labels.size, labels.elements))
+        for find in (far_labels, alike_labels):
+            for labels in find(self._start, guide, APART):
+                if labels.orders <= MOST_IMAGES and self._share_an_index(labels, guide):
+                    orders = orders_of(labels.size, labels.elements)
+                    yield exchange_of(labels.axes, orders, labels.alike)
 
     def _share_an_index(self, labels: Labels, guide: AutoPlateNormal) -> bool:
         """Whether labels are exchanged within events, or between elements of one particle."""
+        blocks = [{part.name for part in block.parts} for block in guide.blocks]
+        if not all(any(block.issuperset(names) for block in blocks) for names in labels.alike):
+            return False
         plates = {part.name: block.plates for block in guide.blocks for part in block.parts}
         model = self._start.structure.model
         sites = [(name, dim) for axis in labels.axes for name, dim in axis]
@@ -126,15 +131,15 @@ def _told_apart(
 
 def _distance(block: Block, images: Images, which: int, ends: Mapping[str, Tensor]) -> Tensor:
     """Return how many sds an image is away, in each element of a block: ``(*batch dims)``."""
+    medians = {name: median for name, (_, median, _) in ends.items()}
+    widths = {name: 0.5 * (high - low) for name, (low, _, high) in ends.items()}
+    moved, wide = images.of(medians, which), images.of(widths, which)
     result = torch.zeros(block.shape, device=ends[block.parts[0].name].device)
     for part in block.parts:
-        low, median, high = ends[part.name]
-        width = 0.5 * (high - low)
-        moved = images.of({part.name: median}, which)[part.name]
-        wide = images.of({part.name: width}, which)[part.name].abs()
-        if part.name in images.shares:
-            wide = width
-        distance = (median - moved).abs() / torch.maximum(width, wide).clamp(min=1e-30)
+        median, width = medians[part.name], widths[part.name]
+        other = width if part.name in images.shares else wide[part.name].abs()
+        distance = (median - moved[part.name]).abs()
+        distance = distance / torch.maximum(width, other).clamp(min=1e-30)
         result = torch.maximum(result, _largest(block, part, distance))
     return result
 
