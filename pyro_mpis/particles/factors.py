@@ -15,6 +15,7 @@ dims of exactly those indices that it was computed from.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from pyro_mpis.particles.proposals import Particles
 from pyro_mpis.programs.structure import Index, Site, Structure
 from pyro_mpis.programs.tensors import Mapped, device_of
 
+Part = TypeVar("Part", LogFactor, SiteValue)
 SMALL = 2**10  # entries of factors that are looked at in one tensor
 PRECISE = torch.float32.itemsize  # numbers of fewer bytes are too coarse to add up log_probs
 
@@ -70,17 +72,22 @@ def graph_of(
     plates = structure.plates
     device = device_of(factor.tensor for factor in factors)
     return FactorGraph(
-        factors=tuple(replace(f, tensor=f.tensor.to(device)) for f in factors),
+        factors=tuple(_on(device, factor) for factor in factors),
         sizes={**sizes, **{symbol: plate.size for symbol, plate in plates.items()}},
         index_plates={index.symbol: index.plates for index in structure.indices},
         plate_dims={symbol: plate.dim for symbol, plate in plates.items()},
         max_plate_nesting=structure.max_plate_nesting,
-        values={n: replace(v, tensor=v.tensor.to(device)) for n, v in values.items()},
+        values={name: _on(device, value) for name, value in values.items()},
         plate_names={symbol: plate.name for symbol, plate in plates.items()},
         index_sites={index.symbol: index.sites for index in structure.indices},
         dtype=_result_type(factors),
         device=device,
     )
+
+
+def _on(device: torch.device, part: Part) -> Part:
+    """Move a factor or values to a device, if they are not there."""
+    return part if part.tensor.device == device else replace(part, tensor=part.tensor.to(device))
 
 
 def _factors(

@@ -28,9 +28,14 @@ class TrackedTensor(ProvenanceTensor):
     ) -> Any:
         """Apply an operation to the tensors themselves, and mark what comes out."""
         names: set[str] = set()
-        plain_args = [_plain(arg, names) for arg in args]
-        plain_kwargs = {key: _plain(arg, names) for key, arg in (kwargs or {}).items()}
+        plain_args = [arg if type(arg) in _WITHOUT_PARTS else _plain(arg, names) for arg in args]
+        if not kwargs:
+            return tracked(func(*plain_args), frozenset(names))
+        plain_kwargs = {key: _plain(arg, names) for key, arg in kwargs.items()}
         return tracked(func(*plain_args, **plain_kwargs), frozenset(names))
+
+
+_WITHOUT_PARTS = {Tensor, int, float, bool, type(None), torch.Size}  # the common ones
 
 
 def tracked(result: Any, names: frozenset[str]) -> Any:

@@ -133,15 +133,20 @@ def elementwise(
     """
     if _VMAP_ALONE:
         return None
-    device = device_of(tensors)  # torch takes numbers from any device
-    parts = [unwrapped(tensor if tensor.dim() else tensor.to(device)) for tensor in tensors]
+    device = device_of(tensors)
+    if device.type != "cpu":  # torch takes numbers from any device
+        tensors = tuple(tensor if tensor.dim() else tensor.to(device) for tensor in tensors)
+    parts = [unwrapped(tensor) for tensor in tensors]
     if any(map(_functorch.is_functorch_wrapped_tensor, (part.tensor for part in parts))):
         return None
     levels = sorted({level for part in parts for level in part.levels})
     events = event_dims or [0] * len(tensors)
     dims = max(tensor.dim() - event for tensor, event in zip(tensors, events, strict=True))
     result = function(
-        *(_left_of(part, levels, dims + event) for part, event in zip(parts, events, strict=True))
+        *(
+            _left_of(part, levels, dims + event) if part.levels or event_dims else part.tensor
+            for part, event in zip(parts, events, strict=True)
+        )
     )
     for level in levels:
         result = _functorch._add_batch_dim(result, 0, level + 1)
