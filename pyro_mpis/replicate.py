@@ -19,13 +19,13 @@ from torch import Tensor
 from pyro_mpis import _progress
 from pyro_mpis._text import quoted
 from pyro_mpis.factor_graph.evidence import reduced
-from pyro_mpis.factor_graph.graph import FactorGraph
+from pyro_mpis.factor_graph.graph import FactorGraph, LogFactor
 from pyro_mpis.factor_graph.sampling import ForwardPass
 from pyro_mpis.particles.crossing import check_crossing
 from pyro_mpis.particles.drawing import Drawn
 from pyro_mpis.particles.evaluation import Evaluated, evaluate_programs
 from pyro_mpis.particles.factors import build_graph
-from pyro_mpis.particles.indexed import check_graph, find_reads, regroup_indexed
+from pyro_mpis.particles.indexed import check_graph, regroup_indexed
 from pyro_mpis.particles.mixtures import (
     Mixture,
     mixture_of,
@@ -34,8 +34,9 @@ from pyro_mpis.particles.mixtures import (
     with_rows,
     without_rows,
 )
-from pyro_mpis.particles.probes import SiteReads
+from pyro_mpis.particles.probes import ElementReads, SiteReads
 from pyro_mpis.particles.proposals import Particles, at_supports, weigh_from_factors
+from pyro_mpis.particles.reads import find_reads, own_reads
 from pyro_mpis.pieces import Ranges, put_together, split
 from pyro_mpis.planning import Plan
 from pyro_mpis.programs.environment import Environment
@@ -173,7 +174,7 @@ class Replicate:
     ) -> None:
         """Hold the first graph against mixed particles, evaluated beside it or by a run."""
         if beside is not None:
-            check_graph(graph, reads, *beside)
+            check_graph(graph, reads, *beside, self._own_reads(graph, particles))
         elif self._is_to_check(reads):
             self._check(reads, graph, particles, together=True)
 
@@ -188,7 +189,13 @@ class Replicate:
     ) -> None:
         mixture = mixture_of(self.structure, particles, together=together, again=again)
         said = said_at(self.structure, particles, self.programs, mixture)
-        check_graph(graph, reads, mixture, said)
+        check_graph(graph, reads, mixture, said, self._own_reads(graph, particles))
+
+    def _own_reads(
+        self, graph: FactorGraph, particles: Particles
+    ) -> Callable[[LogFactor], ElementReads | None]:
+        """Return what finds which elements of its own plates a site reads."""
+        return partial(own_reads, graph, self.structure, particles, self.programs)
 
     def cut(self, ranges: Ranges) -> tuple[Particles, tuple[Ranges, ...]]:
         """Return the particles of a block, and how it is cut into pieces."""

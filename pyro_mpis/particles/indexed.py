@@ -17,8 +17,7 @@ Which element each observation reads is found from outside (:mod:`~pyro_mpis.par
 """
 
 import itertools
-import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -33,17 +32,13 @@ from pyro_mpis.particles.checks import differing
 from pyro_mpis.particles.mixtures import Mixture
 from pyro_mpis.particles.probes import (
     NONE,
-    SEVERAL,
     ElementReads,
-    Numbers,
     SiteReads,
     differs_from,
     flat_elements,
-    num_bits,
-    run_probe,
+    several_of,
     unravel,
 )
-from pyro_mpis.particles.proposals import Particles
 from pyro_mpis.particles.together import (
     ReadTogether,
     crossing,
@@ -53,91 +48,63 @@ from pyro_mpis.particles.together import (
     read_together,
     unknown,
 )
-from pyro_mpis.programs.not_mappable import NotMappableError, is_out_of_memory
-from pyro_mpis.programs.runs import Programs
-from pyro_mpis.programs.structure import Structure
 from pyro_mpis.programs.tensors import Said
 
 
-def find_reads(
-    graph: FactorGraph,
-    structure: Structure,
-    particles: Particles,
-    programs: Programs,
-    switched: Collection[str] = (),
-) -> SiteReads:
-    """
-    Find which elements of other plates' latents each site reads.
-
-    :param switched: sites that read other elements at some particles of an index than at others.
-    :return: for each site; empty if no site reads latents of a plate that it is not in.
-    :raises ReadTogether: if that could not be found out.
-    """
-    foreign = [factor for factor in graph.factors if foreign_ordinals(graph, factor)]
-    if not foreign:
-        return {}
-    ordinals = {plates for factor in foreign for plates in foreign_ordinals(graph, factor)}
-    numbers = {}
-    for plates in sorted(ordinals, key=sorted):
-        size = math.prod(graph.sizes[symbol] for symbol in plates)
-        numbers[plates] = flat_elements(graph, plates), num_bits(size)
-    try:
-        reads = dict(run_probe(graph, structure, particles, programs, numbers))
-        for name in switched:
-            found = _switched(graph, structure, particles, programs, numbers, name)
-            reads[name] = found or reads[name]
-        return reads
-    except (NotMappableError, ValueError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            raise
-        raise unknown(graph, foreign[0]) from None
-
-
-def _switched(
-    graph: FactorGraph,
-    structure: Structure,
-    particles: Particles,
-    programs: Programs,
-    numbers: Numbers,
-    name: str,
-) -> ElementReads | None:
-    """Find an index on whose particle alone it depends which elements a site reads, if one does."""
-    for symbol in sorted(structure.indices_read(structure.model[name])):
-        if structure.by_symbol[symbol].plates or particles.sizes[symbol] == 1:
-            continue
-        few, which = particles.distinct(structure, symbol)
-        found = run_probe(graph, structure, few, programs, numbers, symbol)[name]
-        if not any(bool((elements == SEVERAL).any()) for elements in found.elements.values()):
-            elements = {plates: e[which.to(e.device)] for plates, e in found.elements.items()}
-            return replace(found, elements=elements)
-    return None
-
-
 def check_graph(
-    graph: FactorGraph, reads: SiteReads, mixture: Mixture, said: tuple[Said, Said]
+    graph: FactorGraph,
+    reads: SiteReads,
+    mixture: Mixture,
+    said: tuple[Said, Said],
+    own: Callable[[LogFactor], ElementReads | None],
 ) -> None:
     """
     Hold a graph against densities that mix the elements of plates.
 
     :param graph: of the particles that the mixture chooses from, not regrouped.
     :param said: by guide and model, at the mixture.
+    :param own: finds which elements of its own plates a site reads.
     :raises ReadTogether: if a site reads other elements, or other indices, than the graph says.
     """
     wrong = differing(graph, reads, mixture, said)
-    if wrong:
-        factor = wrong[0]
-        foreign = frozenset[str]().union(*foreign_ordinals(graph, factor))
+    if not wrong:
+        return
+    factor = wrong[0]
+    foreign = foreign_ordinals(graph, factor)
+    found = reads.get(factor.name) if foreign else own(factor)
+    several = {} if found is None else _several(graph, factor, found)
+    if several:
+        plates = frozenset[str]().union(*several.values())
+        if any(ordinal & plates != several[ordinal] for ordinal in several):
+            several = dict([min(several.items(), key=lambda item: sorted(item[0]))])
+            (plates,) = several.values()
+        symbols = {s for s in indices_of(graph, factor) if graph.index_plates[s] in several}
+    else:
         inside = (graph.index_plates[symbol] for symbol in indices_of(graph, factor))
-        plates = foreign or frozenset[str]().union(*inside)
+        plates = frozenset[str]().union(*(foreign or inside))
         symbols = {s for s in indices_of(graph, factor) if graph.index_plates[s] & plates}
-        what = (
-            f"reads several elements of {plates_named(graph, plates)} together"
-            if foreign
-            else f"reads other elements of {plates_named(graph, plates)} than its own"
-        )
-        reason = f"site '{factor.name}' {what}"
-        by_index = factor.name if foreign else ""
-        raise ReadTogether(frozenset(symbols), plates, reason, differs=True, by_index=by_index)
+    what = (
+        f"reads several elements of {plates_named(graph, plates)} together"
+        if foreign
+        else f"reads other elements of {plates_named(graph, plates)} than its own"
+    )
+    reason = f"site '{factor.name}' {what}"
+    by_index = factor.name if foreign else ""
+    raise ReadTogether(frozenset(symbols), plates, reason, differs=True, by_index=by_index)
+
+
+def _several(graph: FactorGraph, factor: LogFactor, reads: ElementReads) -> dict[Ordinal, Ordinal]:
+    """Return the plates of each index of which a site reads several elements, or not its own."""
+    result = {}
+    for ordinal, elements in reads.elements.items():
+        several = set(several_of(elements, ordinal))
+        if ordinal <= factor.plates:
+            for symbol, element in unravel(graph, elements, ordinal).items():
+                own = _own_elements(graph, reads, symbol)
+                several |= {symbol} if bool(((element != own) & (elements >= 0)).any()) else set()
+        if several:
+            result[ordinal] = frozenset(several)
+    return result
 
 
 def regroup_indexed(graph: FactorGraph, reads: SiteReads) -> FactorGraph:
@@ -303,8 +270,7 @@ def _ragged(
     ):
         raise read_together(
             graph,
-            factor,
-            [graph.index_plates[x] for x in indices_of(graph, factor)],
+            indices_of(graph, factor),
             f"site '{factor.name}' reads elements of {plates_named(graph, frozenset(maps))} by an "
             f"index array that differs from that of another site in {plates_named(graph, key)}",
         )
@@ -316,12 +282,13 @@ def _known_elements(
 ) -> Tensor:
     """Return the element that each element reads, or NONE."""
     elements = reads.elements[plates]
-    if bool((elements == SEVERAL).any()):
+    several = several_of(elements, plates)
+    if several:
         symbols = {s for s in indices_of(graph, factor) if graph.index_plates[s] == plates}
         raise ReadTogether(
             frozenset(symbols),
-            plates,
-            f"site '{factor.name}' reads several elements of {plates_named(graph, plates)} "
+            several,
+            f"site '{factor.name}' reads several elements of {plates_named(graph, several)} "
             "together",
             by_index=factor.name,
         )

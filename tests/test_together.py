@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much is shared where elements are read together, or plates cross: no more than is needed."""
+
+from collections.abc import Callable
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from compare import compare
+from counties import OCCASIONS
+from pyro.ops.indexing import Vindex
+
+from pyro_mpis import MPImportance, MPISWarning
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+Model = Callable[[], None]
+Sharing = dict[str, list[str]]
+COLUMNS = OCCASIONS[:, :2]
+
+
+def schools() -> pyro.plate:
+    return pyro.plate("school", 2, dim=-2)
+
+
+def sum_over_pupils() -> None:
+    """Each school reads all of its pupils."""
+    with schools():
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("pupil", 2, dim=-1):
+            x = pyro.sample("x", dist.Normal(mu, 1.0))
+        pyro.sample("y", dist.Normal(x.sum(-1, keepdim=True), 0.5), obs=COLUMNS[:, :1])
+
+
+def centred_pupils() -> None:
+    """Each pupil reads all of its school, in the plates of its own."""
+    with schools(), pyro.plate("pupil", 2, dim=-1):
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(x - x.mean(-1, keepdim=True), 0.5), obs=COLUMNS)
+
+
+def walk_of_each_school() -> None:
+    """Sums along one of a latent's plates, in a plate of another name for it."""
+    with schools():
+        with pyro.plate("step", 2, dim=-1):
+            x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        with pyro.plate("time", 2, dim=-1):
+            pyro.sample("y", dist.Normal(x.cumsum(-1), 0.5), obs=COLUMNS)
+
+
+def mixture_of_each_school() -> None:
+    """A mixture in each school: its pupils read any of its components."""
+    with schools():
+        with pyro.plate("component", 2, dim=-1):
+            x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        with pyro.plate("pupil", 2, dim=-1):
+            z = pyro.sample("z", dist.Categorical(torch.tensor([0.3, 0.7])))
+            loc = Vindex(x)[torch.arange(2)[:, None], z]
+            pyro.sample("y", dist.Normal(loc, 0.5), obs=COLUMNS)
+
+
+def sum_by_index() -> None:
+    """All pupils of the school that an index array selects."""
+    with schools(), pyro.plate("pupil", 2, dim=-1):
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    with pyro.plate("visit", 3, dim=-1):
+        loc = x[torch.tensor([1, 0, 1])].sum(-1)
+        pyro.sample("y", dist.Normal(loc, 0.5), obs=OCCASIONS[0])
+
+
+def crossed_in_schools() -> None:
+    """Pupils and tasks of each school cross."""
+    with pyro.plate("school", 2, dim=-3):
+        with pyro.plate("pupil", 2, dim=-2):
+            x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        with pyro.plate("task", 3, dim=-1):
+            w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("pupil ", 2, dim=-2), pyro.plate("task ", 3, dim=-1):
+            data = torch.stack([OCCASIONS, OCCASIONS + 0.5])
+            pyro.sample("y", dist.Normal(x + w, 0.5), obs=data)
+
+
+@pytest.mark.parametrize(
+    ("model", "plate"),
+    [
+        (sum_over_pupils, "pupil"),
+        (centred_pupils, "pupil"),
+        (walk_of_each_school, "step"),
+        (mixture_of_each_school, "component"),
+        (sum_by_index, "pupil"),
+    ],
+)
+def test_plates_around_keep_their_elements(model: Model, plate: str) -> None:
+    warning = f"elements of plate '{plate}'.*'x' has one particle index for all of plate '{plate}'"
+    compare(model, num_samples=2, shared={"x": [plate]}, warning=warning)
+
+
+def test_plates_that_cross_inside_of_a_plate() -> None:
+    """Each school has indices of its own: the pupils of a school share one, not all pupils."""
+    warning = "which cross: 'x' has one particle index for all of plate 'pupil'"
+    compare(crossed_in_schools, num_samples=2, shared={"x": ["pupil"]}, warning=warning)
+
+
+def school_effects() -> None:
+    """Pupils in schools cross with tasks, and a density reads the school's effect as well."""
+    school, task = schools(), pyro.plate("task", 3, dim=-3)
+    with school:
+        s = pyro.sample("s", dist.Normal(0.0, 1.0))
+        with pyro.plate("pupil", 2, dim=-1):
+            x = pyro.sample("x", dist.Normal(s, 1.0))
+    with task:
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+    with task, school, pyro.plate("pupil ", 2, dim=-1):
+        pyro.sample("y", dist.Normal(s + x + w, 0.5), obs=torch.stack([COLUMNS] * 3))
+
+
+def test_what_is_cheapest_counts_all_that_would_share() -> None:
+    """Of 2 schools, 4 pupils and 3 tasks, the tasks: to share the schools would not be enough."""
+    warning = "which cross: 'w' has one particle index for all of plate 'task'"
+    compare(school_effects, num_samples=2, shared={"w": ["task"]}, warning=warning)
+
+
+def test_many_schools() -> None:
+    """As exact as one school, where one index for all of them has few effective particles."""
+    size = 30
+    y = torch.linspace(-2.0, 2.0, size).unsqueeze(-1)
+
+    def sums() -> None:
+        with pyro.plate("school", size, dim=-2):
+            with pyro.plate("pupil", 3, dim=-1):
+                x = pyro.sample("x", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(x.sum(-1, keepdim=True), 1.0), obs=y)
+
+    pyro.set_rng_seed(0)
+    exact = dist.Normal(0.0, 2.0).log_prob(y).sum()
+    with pytest.warns(MPISWarning, match="for all of plate .pupil."):
+        posterior = MPImportance(sums, num_samples=1000).run()
+    assert abs(posterior.evidence() - exact) < 0.5
+    assert posterior["x"].ess.min() > 100.0
