@@ -34,9 +34,10 @@ from pyro_mpis.particles.mixtures import (
     with_rows,
     without_rows,
 )
-from pyro_mpis.particles.probes import ElementReads, SiteReads
+from pyro_mpis.particles.probes import SiteReads
 from pyro_mpis.particles.proposals import Particles, at_supports, weigh_from_factors
-from pyro_mpis.particles.reads import find_reads, own_reads
+from pyro_mpis.particles.reads import find_reads, least_shared
+from pyro_mpis.particles.together import ReadTogether
 from pyro_mpis.pieces import Ranges, put_together, split
 from pyro_mpis.planning import Plan
 from pyro_mpis.programs.environment import Environment
@@ -174,7 +175,7 @@ class Replicate:
     ) -> None:
         """Hold the first graph against mixed particles, evaluated beside it or by a run."""
         if beside is not None:
-            check_graph(graph, reads, *beside, self._own_reads(graph, particles))
+            check_graph(graph, reads, *beside, self._least_shared(graph, particles))
         elif self._is_to_check(reads):
             self._check(reads, graph, particles, together=True)
 
@@ -189,13 +190,13 @@ class Replicate:
     ) -> None:
         mixture = mixture_of(self.structure, particles, together=together, again=again)
         said = said_at(self.structure, particles, self.programs, mixture)
-        check_graph(graph, reads, mixture, said, self._own_reads(graph, particles))
+        check_graph(graph, reads, mixture, said, self._least_shared(graph, particles))
 
-    def _own_reads(
+    def _least_shared(
         self, graph: FactorGraph, particles: Particles
-    ) -> Callable[[LogFactor], ElementReads | None]:
-        """Return what finds which elements of its own plates a site reads."""
-        return partial(own_reads, graph, self.structure, particles, self.programs)
+    ) -> Callable[[LogFactor], ReadTogether | None]:
+        """Return what finds the least that a site makes share."""
+        return partial(least_shared, graph, self.structure, particles, self.programs)
 
     def cut(self, ranges: Ranges) -> tuple[Particles, tuple[Ranges, ...]]:
         """Return the particles of a block, and how it is cut into pieces."""

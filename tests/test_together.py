@@ -138,3 +138,88 @@ def test_many_schools() -> None:
         posterior = MPImportance(sums, num_samples=1000).run()
     assert abs(posterior.evidence() - exact) < 0.5
     assert posterior["x"].ess.min() > 100.0
+
+
+HOME, AWAY = torch.tensor([0, 1, 1]), torch.tensor([1, 0, 1])
+
+
+def teams() -> tuple[torch.Tensor, torch.Tensor]:
+    with pyro.plate("team", 2):
+        attack = pyro.sample("attack", dist.Normal(0.0, 1.0))
+        defence = pyro.sample("defence", dist.Normal(0.0, 1.0))
+    return attack, defence
+
+
+def goals_of_both() -> None:
+    """One team's attack and the other's defence: one element of each."""
+    attack, defence = teams()
+    with pyro.plate("game", 3):
+        pyro.sample("home", dist.Normal(attack[HOME] - defence[AWAY], 1.0), obs=OCCASIONS[0])
+        pyro.sample("away", dist.Normal(attack[AWAY] - defence[HOME], 1.0), obs=OCCASIONS[1])
+
+
+def defence_of_all() -> None:
+    """One element of a latent, and all of another."""
+    attack, defence = teams()
+    with pyro.plate("game", 3):
+        pyro.sample("y", dist.Normal(attack[HOME] - defence.mean(), 1.0), obs=OCCASIONS[0])
+
+
+def own_and_all() -> None:
+    """The same within the plate of the latents."""
+    with pyro.plate("team", 2):
+        attack = pyro.sample("attack", dist.Normal(0.0, 1.0))
+        defence = pyro.sample("defence", dist.Normal(attack, 1.0))
+        loc = attack - defence.flip(0)
+        pyro.sample("y", dist.Normal(loc, 1.0), obs=OCCASIONS[0, :2])
+
+
+def games_of_a_league() -> None:
+    """Teams of the same league: leagues keep their elements."""
+    with pyro.plate("league", 2, dim=-2), pyro.plate("team", 2, dim=-1):
+        attack = pyro.sample("attack", dist.Normal(0.0, 1.0))
+        defence = pyro.sample("defence", dist.Normal(0.0, 1.0))
+    league = torch.tensor([0, 0, 1])
+    with pyro.plate("game", 3, dim=-1):
+        loc = attack[league, HOME] - defence[league, AWAY]
+        pyro.sample("y", dist.Normal(loc, 1.0), obs=OCCASIONS[0])
+
+
+@pytest.mark.parametrize("model", [goals_of_both, defence_of_all, own_and_all, games_of_a_league])
+def test_one_of_two_latents_keeps_its_elements(model: Model) -> None:
+    warning = "of plate 'team'.*: 'defence' has one particle index for all of plate 'team'"
+    compare(model, num_samples=2, shared={"defence": ["team"]}, warning=warning)
+
+
+def test_different_elements_of_a_plate_around() -> None:
+    """The plate that is named is the one of which a site reads several elements."""
+
+    def leagues() -> None:
+        with pyro.plate("league", 2, dim=-2):
+            money = pyro.sample("money", dist.Normal(0.0, 1.0))
+            with pyro.plate("team", 2, dim=-1):
+                attack = pyro.sample("attack", dist.Normal(0.0, 1.0))
+        league = torch.tensor([0, 0, 1])
+        with pyro.plate("game", 3, dim=-1):
+            loc = attack[league, HOME] - money[:, 0][1 - league]
+            pyro.sample("y", dist.Normal(loc, 1.0), obs=OCCASIONS[0])
+
+    warning = "several elements of plate 'league' together: 'money' has one .* plate 'league'"
+    compare(leagues, num_samples=2, shared={"money": ["league"]}, warning=warning)
+
+
+def test_site_that_is_named_where_plates_cross() -> None:
+    """That which reads both, and not its proposal."""
+
+    def interaction() -> None:
+        rows, columns = pyro.plate("row", 2, dim=-2), pyro.plate("column", 3, dim=-1)
+        with rows:
+            x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        with columns:
+            w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with rows, columns:
+            z = pyro.sample("z", dist.Normal(x * w, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=OCCASIONS)
+
+    warning = "site 'z' reads latents of plate 'row' and of plate 'column', which cross: 'x' has"
+    compare(interaction, num_samples=2, shared={"x": ["row"]}, warning=warning)

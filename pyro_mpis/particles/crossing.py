@@ -50,7 +50,8 @@ def _components(
         apart = []
         for other, other_name in components:
             if local & other:
-                read, name = read | other, other_name
+                name = max((len(read), name), (len(other), other_name))[1]  # that tells most
+                read = read | other
                 local = {symbol for symbol in read if dims[symbol] == leaf}
             else:
                 apart.append((other, other_name))

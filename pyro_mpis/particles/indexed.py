@@ -34,8 +34,9 @@ from pyro_mpis.particles.probes import (
     NONE,
     ElementReads,
     SiteReads,
+    agree,
     differs_from,
-    flat_elements,
+    own_elements,
     several_of,
     unravel,
 )
@@ -46,6 +47,7 @@ from pyro_mpis.particles.together import (
     indices_of,
     plates_named,
     read_together,
+    reason_of,
     unknown,
 )
 from pyro_mpis.programs.tensors import Said
@@ -56,14 +58,14 @@ def check_graph(
     reads: SiteReads,
     mixture: Mixture,
     said: tuple[Said, Said],
-    own: Callable[[LogFactor], ElementReads | None],
+    least: Callable[[LogFactor], ReadTogether | None],
 ) -> None:
     """
     Hold a graph against densities that mix the elements of plates.
 
     :param graph: of the particles that the mixture chooses from, not regrouped.
     :param said: by guide and model, at the mixture.
-    :param own: finds which elements of its own plates a site reads.
+    :param least: finds the least that a site makes share.
     :raises ReadTogether: if a site reads other elements, or other indices, than the graph says.
     """
     wrong = differing(graph, reads, mixture, said)
@@ -71,40 +73,14 @@ def check_graph(
         return
     factor = wrong[0]
     foreign = foreign_ordinals(graph, factor)
-    found = reads.get(factor.name) if foreign else own(factor)
-    several = {} if found is None else _several(graph, factor, found)
-    if several:
-        plates = frozenset[str]().union(*several.values())
-        if any(ordinal & plates != several[ordinal] for ordinal in several):
-            several = dict([min(several.items(), key=lambda item: sorted(item[0]))])
-            (plates,) = several.values()
-        symbols = {s for s in indices_of(graph, factor) if graph.index_plates[s] in several}
-    else:
+    found = None if foreign else least(factor)
+    if found is None:
         inside = (graph.index_plates[symbol] for symbol in indices_of(graph, factor))
         plates = frozenset[str]().union(*(foreign or inside))
         symbols = {s for s in indices_of(graph, factor) if graph.index_plates[s] & plates}
-    what = (
-        f"reads several elements of {plates_named(graph, plates)} together"
-        if foreign
-        else f"reads other elements of {plates_named(graph, plates)} than its own"
-    )
-    reason = f"site '{factor.name}' {what}"
-    by_index = factor.name if foreign else ""
-    raise ReadTogether(frozenset(symbols), plates, reason, differs=True, by_index=by_index)
-
-
-def _several(graph: FactorGraph, factor: LogFactor, reads: ElementReads) -> dict[Ordinal, Ordinal]:
-    """Return the plates of each index of which a site reads several elements, or not its own."""
-    result = {}
-    for ordinal, elements in reads.elements.items():
-        several = set(several_of(elements, ordinal))
-        if ordinal <= factor.plates:
-            for symbol, element in unravel(graph, elements, ordinal).items():
-                own = _own_elements(graph, reads, symbol)
-                several |= {symbol} if bool(((element != own) & (elements >= 0)).any()) else set()
-        if several:
-            result[ordinal] = frozenset(several)
-    return result
+        found = ReadTogether(frozenset(symbols), plates, reason_of(graph, factor, plates))
+    found.differs, found.by_index = True, factor.name if foreign else ""
+    raise found
 
 
 def regroup_indexed(graph: FactorGraph, reads: SiteReads) -> FactorGraph:
@@ -145,14 +121,15 @@ def _resolve(
         elements = _known_elements(graph, factor, reads, plates)
         for symbol, element in unravel(graph, elements, plates).items():
             if symbol in factor.plates:
-                maps[symbol] = _own_elements(graph, reads, symbol)
+                maps[symbol] = own_elements(graph, reads, symbol)
             before = maps.get(symbol, element)
-            if not _agree(before, element):
-                raise crossing(graph, factor, plates, deepest)
+            if not agree(before, element):
+                reason = reason_of(graph, factor, frozenset(symbol))
+                raise read_together(graph, indices_of(graph, factor), reason)
             maps[symbol] = torch.where(before == NONE, element, before)
     enclosing = graph.with_enclosing(deepest)
     for symbol in _local_plates(graph, factor) & enclosing - maps.keys():
-        maps[symbol] = _own_elements(graph, reads, symbol)
+        maps[symbol] = own_elements(graph, reads, symbol)
     _check_nested_maps(graph, factor, maps, deepest)
     outer = graph.tensor_plates(enclosing)
     maps = {s: maps[s] for s in outer if s not in factor.plates}
@@ -172,15 +149,6 @@ def _resolve(
     if scale != 1.0:
         tensor = tensor * scale
     return graph, LogFactor(factor.name, tensor, dims, plates)
-
-
-def _own_elements(graph: FactorGraph, reads: ElementReads, symbol: str) -> Tensor:
-    """Return the number of each element of a plate, in the dims of what a site reads."""
-    plates = reads.inner.replace(reads.switch, "") if reads.switch else reads.inner
-    elements = graph.to_plates(flat_elements(graph, frozenset(symbol)), plates, left=0)
-    if reads.switch:
-        elements = elements.expand((graph.sizes[reads.switch], *elements.shape))
-    return elements
 
 
 def _with_nested(graph: FactorGraph, reads: ElementReads, foreign: list[Ordinal]) -> FactorGraph:
@@ -250,7 +218,7 @@ def _ragged(
     for symbol in sorted(inner, key=lambda symbol: (symbol not in alone, symbol in kept)):
         dim = inner.index(symbol)
         some = {s: element.amax(dim) for s, element in maps.items()}
-        constant = all(_agree(maps[s], element.unsqueeze(dim)) for s, element in some.items())
+        constant = all(agree(maps[s], element.unsqueeze(dim)) for s, element in some.items())
         if constant and len(inner) > 1:
             inner, maps = inner.replace(symbol, ""), some
         elif symbol in alone:
@@ -266,7 +234,7 @@ def _ragged(
     elif (
         known is None
         or known.outer.keys() != maps.keys()
-        or not all(_agree(known.outer[s], maps[s]) for s in known.outer)
+        or not all(agree(known.outer[s], maps[s]) for s in known.outer)
     ):
         raise read_together(
             graph,
@@ -288,8 +256,7 @@ def _known_elements(
         raise ReadTogether(
             frozenset(symbols),
             several,
-            f"site '{factor.name}' reads several elements of {plates_named(graph, several)} "
-            "together",
+            reason_of(graph, factor, several),
             by_index=factor.name,
         )
     none = elements == NONE
@@ -308,11 +275,6 @@ def _known_elements(
     return elements
 
 
-def _agree(x: Tensor, y: Tensor) -> bool:
-    """Whether two maps have the same elements wherever both have one."""
-    return bool(((x == y) | (x == NONE) | (y == NONE)).all())
-
-
 def _check_nested_maps(
     graph: FactorGraph,
     factor: LogFactor,
@@ -325,5 +287,5 @@ def _check_nested_maps(
             continue
         position = tuple(maps[symbol].clamp(min=0) for symbol in element_map.inner)
         for symbol, around in element_map.outer.items():
-            if symbol in maps and not _agree(around[position], maps[symbol]):
+            if symbol in maps and not agree(around[position], maps[symbol]):
                 raise crossing(graph, factor, frozenset(symbol), deepest)

@@ -101,12 +101,14 @@ def run_probe(
     programs: Programs,
     numbers: Mapping[Ordinal, Numbers],
     switch: str = "",
+    only: Ordinal | None = None,
 ) -> SiteReads:
     """
     Change elements of the latents by the bits of their numbers, and see what else changes.
 
     :param numbers: of the elements of each ordinal.
     :param switch: an index outside of plates to look at each particle of, one by one.
+    :param only: the indices whose elements to change; all by default.
     """
     largest = max(
         math.prod(graph.sizes[symbol] for symbol in site.factor_plates)
@@ -119,7 +121,7 @@ def run_probe(
         total = slots[plates].stop
     patterns = {}
     for name, index in structure.index_of.items():
-        if index.plates in numbers:
+        if index.plates in numbers and (only is None or index.symbol in only):
             of_plates = numbers[index.plates]
             code = _code(of_plates.of_elements, of_plates.num_bits)
             pattern = code.new_zeros((total, *code.shape[1:]))
@@ -290,6 +292,20 @@ def unravel(graph: FactorGraph, elements: Tensor, plates: Ordinal) -> dict[str, 
         result[symbol] = (elements % graph.sizes[symbol]).masked_fill(none, NONE)
         elements = elements // graph.sizes[symbol]
     return result
+
+
+def own_elements(graph: FactorGraph, reads: ElementReads, symbol: str) -> Tensor:
+    """Return the number of each element of a plate, in the dims of what a site reads."""
+    plates = reads.inner.replace(reads.switch, "") if reads.switch else reads.inner
+    elements = graph.to_plates(flat_elements(graph, frozenset(symbol)), plates, left=0)
+    if reads.switch:
+        elements = elements.expand((graph.sizes[reads.switch], *elements.shape))
+    return elements
+
+
+def agree(x: Tensor, y: Tensor) -> bool:
+    """Whether two maps have the same elements wherever both have one."""
+    return bool(((x == y) | (x == NONE) | (y == NONE)).all())
 
 
 def num_bits(size: int) -> int:

@@ -4,6 +4,8 @@
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
+from torch import Tensor
+
 from pyro_mpis._typing import Ordinal
 from pyro_mpis.factor_graph.graph import FactorGraph, LogFactor
 from pyro_mpis.particles.probes import (
@@ -11,11 +13,22 @@ from pyro_mpis.particles.probes import (
     ElementReads,
     Numbers,
     SiteReads,
+    agree,
     numbered,
+    own_elements,
     run_probe,
+    several_of,
+    unravel,
 )
 from pyro_mpis.particles.proposals import Particles
-from pyro_mpis.particles.together import foreign_ordinals, indices_of, unknown
+from pyro_mpis.particles.together import (
+    ReadTogether,
+    foreign_ordinals,
+    indices_of,
+    num_values,
+    reason_of,
+    unknown,
+)
 from pyro_mpis.programs.not_mappable import NotMappableError, is_out_of_memory
 from pyro_mpis.programs.runs import Programs
 from pyro_mpis.programs.structure import Structure
@@ -45,6 +58,8 @@ def find_reads(
         for name in switched:
             found = _switched(graph, structure, particles, programs, numbers, name)
             reads[name] = found or reads[name]
+            if found is None:
+                _share_least(graph, structure, particles, programs, reads[name], name)
         return reads
     except (NotMappableError, ValueError, RuntimeError) as error:
         if is_out_of_memory(error):
@@ -72,19 +87,101 @@ def _switched(
     return None
 
 
-def own_reads(
+def _share_least(
+    graph: FactorGraph,
+    structure: Structure,
+    particles: Particles,
+    programs: Programs,
+    reads: ElementReads,
+    name: str,
+) -> None:
+    """Share what a site reads several elements of, if it does."""
+    (factor,) = (factor for factor in graph.factors if factor.name == name)
+    foreign = foreign_ordinals(graph, factor)
+    if any(several_of(reads.elements[plates], plates) for plates in foreign):
+        found = least_shared(graph, structure, particles, programs, factor)
+        if found is not None:
+            raise found
+
+
+def least_shared(
     graph: FactorGraph,
     structure: Structure,
     particles: Particles,
     programs: Programs,
     factor: LogFactor,
-) -> ElementReads | None:
-    """Find which elements of its own plates' latents a site reads; None if that cannot be found."""
-    ordinals = {graph.index_plates[symbol] for symbol in indices_of(graph, factor)}
-    numbers = {p: numbered(graph, p) for p in ordinals if p and p <= factor.plates}
-    try:
-        return run_probe(graph, structure, particles, programs, numbers).get(factor.name)
-    except (NotMappableError, ValueError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            raise
+) -> ReadTogether | None:
+    """
+    Find the least that has to be shared, since a site reads several elements of some plates.
+
+    The elements of one index are changed at a time: a site may read one element of each of two
+    latents of a plate, as of a team's attack and of another team's defence. One of them then keeps
+    its elements.
+
+    :return: None if that could not be found out.
+    """
+    several: dict[str, Ordinal] = {}
+    single: dict[Ordinal, dict[str, Tensor]] = {}  # of plates that a site is not in
+    for symbol in indices_of(graph, factor):
+        plates = graph.index_plates[symbol]
+        if not plates:
+            continue
+        numbers, only = {plates: numbered(graph, plates)}, frozenset(symbol)
+        try:
+            reads = run_probe(graph, structure, particles, programs, numbers, only=only)
+        except (NotMappableError, ValueError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
+            return None
+        if factor.name not in reads:  # of a guide
+            return None
+        elements = reads[factor.name].elements[plates]
+        shares = several_of(elements, plates)
+        if plates <= factor.plates:
+            shares |= _not_its_own(graph, reads[factor.name], plates)
+        elif not shares:
+            single.setdefault(plates, {})[symbol] = elements
+        if shares:
+            several[symbol] = shares
+    if not several:
+        several = next(filter(None, (_different(graph, p, single[p]) for p in single)), {})
+    if not several:
         return None
+    plates = frozenset[str]().union(*several.values())
+    if any(graph.index_plates[symbol] & plates != shares for symbol, shares in several.items()):
+        plates = min(several.values(), key=sorted)  # the others another time
+        several = {symbol: shares for symbol, shares in several.items() if shares == plates}
+    return ReadTogether(frozenset(several), plates, reason_of(graph, factor, plates))
+
+
+def _not_its_own(graph: FactorGraph, reads: ElementReads, plates: Ordinal) -> Ordinal:
+    """Return the plates that a site is in of which it reads another element than its own."""
+    elements = reads.elements[plates]
+    return frozenset(
+        symbol
+        for symbol, element in unravel(graph, elements, plates).items()
+        if bool(((element != own_elements(graph, reads, symbol)) & (elements >= 0)).any())
+    )
+
+
+def _different(
+    graph: FactorGraph, plates: Ordinal, elements: Mapping[str, Tensor]
+) -> dict[str, Ordinal]:
+    """
+    Find what to share where a site reads different elements of some plates, one of each index.
+
+    Those indices keep their elements that have the most values and are read at the same elements.
+    """
+    alike = {
+        symbol: [other for other in elements if agree(elements[symbol], elements[other])]
+        for symbol in elements
+    }
+    kept = max(alike, key=lambda symbol: num_values(graph, alike[symbol]))
+    at = unravel(graph, elements[kept], plates)
+    result = {}
+    for symbol in elements:
+        other = unravel(graph, elements[symbol], plates)
+        differ = frozenset(plate for plate in plates if not agree(at[plate], other[plate]))
+        if differ:
+            result[symbol] = differ
+    return result

@@ -43,6 +43,14 @@ class ReadTogether(Exception):
         self.differs = differs
 
 
+def reason_of(graph: FactorGraph, factor: LogFactor, plates: Ordinal) -> str:
+    """Say that a site reads elements of some plates together: a part of a sentence."""
+    named = plates_named(graph, plates)
+    if foreign_ordinals(graph, factor):
+        return f"site '{factor.name}' reads several elements of {named} together"
+    return f"site '{factor.name}' reads other elements of {named} than its own"
+
+
 def unknown(graph: FactorGraph, factor: LogFactor) -> ReadTogether:
     """Say that the elements that a factor reads could not be found out."""
     plates = frozenset[str]().union(*foreign_ordinals(graph, factor))
@@ -79,7 +87,7 @@ def read_together(graph: FactorGraph, symbols: Iterable[str], reason: str) -> Re
     for symbol in symbols:
         if graph.index_plates[symbol]:
             inside.setdefault(graph.index_plates[symbol], set()).add(symbol)
-    values = {plates: _num_values(graph, symbols) for plates, symbols in inside.items()}
+    values = {plates: num_values(graph, symbols) for plates, symbols in inside.items()}
     _, shared = _cheapest(graph, {plates: plates for plates in inside}, values)
     shared = shared or [
         min((number, _names(graph, plates), plates, plates) for plates, number in values.items())
@@ -123,7 +131,7 @@ def _maximal(around: Mapping[Ordinal, Ordinal]) -> list[Ordinal]:
     return [one for one, own in around.items() if not any(own < other for other in around.values())]
 
 
-def _num_values(graph: FactorGraph, symbols: Collection[str]) -> int:
+def num_values(graph: FactorGraph, symbols: Collection[str]) -> int:
     """Count the latent values of some indices, of all elements of their plates."""
     return sum(
         site.tensor[(0,) * len(site.indices)].numel()
