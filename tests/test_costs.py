@@ -176,3 +176,19 @@ def test_programs_with_transforms_of_their_own(transform: str) -> None:
     assert [cost.entries for cost in own.costs] == [cost.entries for cost in plain.costs]
     for one, other in zip(own.costs, plain.costs, strict=True):
         assert 0.5 < one.memory / other.memory < 2.0, "but for temporaries"
+
+
+def test_a_group_in_a_plate() -> None:
+    """Its proposal is the first of the largest factors."""
+
+    def model() -> None:
+        with pyro.plate("data", 3):
+            x = pyro.sample("x", dist.Normal(0.0, 1.0))
+            z = pyro.sample("z", dist.Normal(x, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=torch.zeros(3))
+
+    plan = plan_of(model, groups=[("x", "z")])
+    assert plan.largest == "the proposal of 'x', 'z', for each combination of 'x', 'z'"
+    assert plan.costs[0].entries == 3 * 10 * 3
+    with pytest.raises(MemoryError, match="the proposal of 'x', 'z'"):
+        MPImportance(model, num_samples=10, groups=[("x", "z")], memory_limit=1000).run()
