@@ -223,3 +223,16 @@ def test_site_that_is_named_where_plates_cross() -> None:
 
     warning = "site 'z' reads latents of plate 'row' and of plate 'column', which cross: 'x' has"
     compare(interaction, num_samples=2, shared={"x": ["row"]}, warning=warning)
+
+
+def test_differences_of_discrete_elements_that_share() -> None:
+    """Particles that tell what is read are not alike in all elements of a plate that shares."""
+
+    def model() -> None:
+        with schools(), pyro.plate("pupil", 2, dim=-1):
+            z = pyro.sample("z", dist.Bernoulli(0.4))
+            loc = (z - z.mean(-2, keepdim=True)).flip(-1)
+            pyro.sample("y", dist.Normal(loc, 0.5), obs=COLUMNS)
+
+    warning = "other elements of plate '(pupil|school)' than its own: 'z' has"
+    compare(model, num_samples=2, shared={"z": ["pupil", "school"]}, warning=warning)

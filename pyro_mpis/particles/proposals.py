@@ -145,6 +145,12 @@ def at_supports(structure: Structure, particles: Particles, drawn: Drawn) -> Par
     }
     if all(structure.index_of[name].enumerated for name in supports):
         return None
+    supports = {
+        name: mixed_support(support, len(structure.proposal_site(name).batch_shape))
+        if structure.shared.get(name)
+        else support
+        for name, support in supports.items()
+    }
     sizes = {}
     for index in structure.indices:
         values = [len(supports[name]) for name in index.sites if name in supports]
@@ -156,6 +162,29 @@ def at_supports(structure: Structure, particles: Particles, drawn: Drawn) -> Par
     ones = (1,) * structure.max_plate_nesting
     nothing = {i.symbol: torch.zeros((sizes[i.symbol], *ones)) for i in structure.indices}
     return replace(particles, sizes=sizes, values=by_name, log_proposals=nothing)
+
+
+def mixed_support(support: Tensor, dims: int) -> Tensor:
+    """
+    Put values into particles whose elements differ, behind those whose elements are alike.
+
+    Where elements share an index, no choice of particles mixes these: what is zero if they are
+    alike, as the differences from their mean, would not be seen.
+
+    :param support: ``(values, *batch, *event)``.
+    :param dims: how many batch dims it has.
+    """
+    batch = support.shape[1 : 1 + dims]
+    steps = torch.zeros(batch, dtype=torch.long)
+    for dim in range(dims):
+        steps = steps + torch.arange(batch[dim]).reshape((-1,) + (1,) * (dims - 1 - dim))
+    generator = torch.Generator("cpu").manual_seed(0)
+    others = torch.randint(len(support), (2, *batch), generator=generator, device="cpu")
+    shifts = torch.cat([torch.stack([torch.zeros_like(steps), steps]), others.to(steps.device)])
+    numbers = torch.arange(len(support)).reshape((-1,) + (1,) * dims)
+    at = ((shifts.unsqueeze(1) + numbers) % len(support)).flatten(0, 1)
+    at = at.reshape(at.shape + (1,) * (support.dim() - 1 - dims)).to(support.device)
+    return torch.take_along_dim(support, at, 0)
 
 
 FEW = 3  # particles that at_supports takes of sites without a finite support
