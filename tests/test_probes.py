@@ -200,3 +200,18 @@ def test_nan_is_no_index_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         assert nan.to(torch.float32).dtype == torch.float32
         assert nan.nan_to_num().long().tolist() == [1, 0]
     compare(by_index, num_samples=4, seed=1)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_differences_of_discrete_latents_that_are_grouped(seed: int) -> None:
+    """Sites of a group have one particle: those that tell what is read have them differ."""
+
+    def differences() -> None:
+        with pyro.plate("county", 3):
+            x = pyro.sample("x", dist.Bernoulli(0.4))
+            z = pyro.sample("z", dist.Bernoulli(0.6))
+            pyro.sample("y", dist.Normal((x - z).roll(1), 0.5), obs=Y[:3])
+
+    shared = {"x": ["county"], "z": ["county"]}
+    warning = "other elements of plate 'county' than its own: 'x', 'z' have"
+    compare(differences, groups=[("x", "z")], shared=shared, warning=warning, seed=seed)

@@ -145,12 +145,12 @@ def at_supports(structure: Structure, particles: Particles, drawn: Drawn) -> Par
     }
     if all(structure.index_of[name].enumerated for name in supports):
         return None
-    supports = {
-        name: mixed_support(support, len(structure.proposal_site(name).batch_shape))
-        if structure.shared.get(name)
-        else support
-        for name, support in supports.items()
-    }
+    for index in structure.indices:
+        discrete = [name for name in index.sites if name in supports]
+        for number, name in enumerate(discrete):
+            if len(discrete) > 1 or structure.shared.get(name):
+                dims = len(structure.proposal_site(name).batch_shape)
+                supports[name] = mixed_support(supports[name], dims, number)
     sizes = {}
     for index in structure.indices:
         values = [len(supports[name]) for name in index.sites if name in supports]
@@ -164,25 +164,28 @@ def at_supports(structure: Structure, particles: Particles, drawn: Drawn) -> Par
     return replace(particles, sizes=sizes, values=by_name, log_proposals=nothing)
 
 
-def mixed_support(support: Tensor, dims: int) -> Tensor:
+def mixed_support(support: Tensor, dims: int, number: int) -> Tensor:
     """
-    Put values into particles whose elements differ, behind those whose elements are alike.
+    Put values into particles whose elements and sites differ, behind those that are alike.
 
-    Where elements share an index, no choice of particles mixes these: what is zero if they are
-    alike, as the differences from their mean, would not be seen.
+    Where elements or sites share an index, no choice of particles mixes these: what is zero if they
+    are alike, as a difference, would not be seen.
 
     :param support: ``(values, *batch, *event)``.
     :param dims: how many batch dims it has.
+    :param number: of the site, among those that share the index.
     """
     batch = support.shape[1 : 1 + dims]
-    steps = torch.zeros(batch, dtype=torch.long)
+    alike = torch.zeros(batch, dtype=torch.long, device="cpu")
+    steps = alike + number
     for dim in range(dims):
-        steps = steps + torch.arange(batch[dim]).reshape((-1,) + (1,) * (dims - 1 - dim))
-    generator = torch.Generator("cpu").manual_seed(0)
+        along = (-1,) + (1,) * (dims - 1 - dim)
+        steps = steps + torch.arange(batch[dim], device="cpu").reshape(along)
+    generator = torch.Generator("cpu").manual_seed(number)
     others = torch.randint(len(support), (2, *batch), generator=generator, device="cpu")
-    shifts = torch.cat([torch.stack([torch.zeros_like(steps), steps]), others.to(steps.device)])
-    numbers = torch.arange(len(support)).reshape((-1,) + (1,) * dims)
-    at = ((shifts.unsqueeze(1) + numbers) % len(support)).flatten(0, 1)
+    shifts = torch.cat([torch.stack([alike, steps]), others])
+    values = torch.arange(len(support), device="cpu").reshape((-1,) + (1,) * dims)
+    at = ((shifts.unsqueeze(1) + values) % len(support)).flatten(0, 1)
     at = at.reshape(at.shape + (1,) * (support.dim() - 1 - dims)).to(support.device)
     return torch.take_along_dim(support, at, 0)
 
