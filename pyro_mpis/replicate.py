@@ -136,7 +136,8 @@ class Replicate:
 
         :param particles: all of them; those of the graph may be a part.
         """
-        return find_reads(graph, self.structure, particles, self.programs, self.plan.switched)
+        drawn, switched = self.particles, self.plan.switched
+        return find_reads(graph, self.structure, particles, self.programs, drawn, switched)
 
     def _evaluate(self, particles: Particles) -> Evaluated:
         return evaluate_programs(

@@ -215,3 +215,19 @@ def test_differences_of_discrete_latents_that_are_grouped(seed: int) -> None:
     shared = {"x": ["county"], "z": ["county"]}
     warning = "other elements of plate 'county' than its own: 'x', 'z' have"
     compare(differences, groups=[("x", "z")], shared=shared, warning=warning, seed=seed)
+
+
+@pytest.mark.parametrize("num_samples", [2, 3, 4, 5])
+def test_discrete_elements_that_a_latent_switches_between(num_samples: int) -> None:
+    """Found at every particle of the latent that decides; discrete elements are tried at few."""
+    other = 1 - COUNTY.clamp(max=1)
+
+    def switching() -> None:
+        tau = pyro.sample("tau", dist.Normal(0.0, 1.0))
+        with pyro.plate("county", 2):
+            kind = pyro.sample("kind", dist.Bernoulli(0.4))
+        with pyro.plate("house", 7):
+            loc = torch.where(tau > 0, kind[COUNTY.clamp(max=1)], kind[other])
+            pyro.sample("y", dist.Normal(loc, 1.0), obs=Y)
+
+    compare(switching, num_samples=num_samples)

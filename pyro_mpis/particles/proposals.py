@@ -164,6 +164,17 @@ def at_supports(structure: Structure, particles: Particles, drawn: Drawn) -> Par
     return replace(particles, sizes=sizes, values=by_name, log_proposals=nothing)
 
 
+def with_all_outside(structure: Structure, particles: Particles, drawn: Particles) -> Particles:
+    """Return particles with all that were drawn of the indices outside of plates."""
+    outside = [index for index in structure.indices if not index.plates]
+    names = [name for index in outside for name in index.sites]
+    sizes = {index.symbol: drawn.sizes[index.symbol] for index in outside}
+    values = {name: drawn.values[name] for name in names}
+    return replace(
+        particles, sizes={**particles.sizes, **sizes}, values={**particles.values, **values}
+    )
+
+
 def mixed_support(support: Tensor, dims: int, number: int) -> Tensor:
     """
     Put values into particles whose elements and sites differ, behind those that are alike.

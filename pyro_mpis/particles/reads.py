@@ -20,7 +20,7 @@ from pyro_mpis.particles.probes import (
     several_of,
     unravel,
 )
-from pyro_mpis.particles.proposals import Particles
+from pyro_mpis.particles.proposals import Particles, with_all_outside
 from pyro_mpis.particles.together import (
     ReadTogether,
     foreign_ordinals,
@@ -39,11 +39,14 @@ def find_reads(
     structure: Structure,
     particles: Particles,
     programs: Programs,
+    drawn: Particles,
     switched: Collection[str] = (),
 ) -> SiteReads:
     """
     Find which elements of other plates' latents each site reads.
 
+    :param particles: to try; of the graph, or all of them.
+    :param drawn: all that were drawn: what an index outside of plates decides is found at each.
     :param switched: sites that read other elements at some particles of an index than at others.
     :return: for each site; empty if no site reads latents of a plate that it is not in.
     :raises ReadTogether: if that could not be found out.
@@ -55,8 +58,9 @@ def find_reads(
     numbers = {plates: numbered(graph, plates) for plates in sorted(ordinals, key=sorted)}
     try:
         reads = dict(run_probe(graph, structure, particles, programs, numbers))
+        of_switch = with_all_outside(structure, particles, drawn)
         for name in switched:
-            found = _switched(graph, structure, particles, programs, numbers, name)
+            found = _switched(graph, structure, of_switch, programs, numbers, name)
             reads[name] = found or reads[name]
             if found is None:
                 _share_least(graph, structure, particles, programs, reads[name], name)
