@@ -111,6 +111,8 @@ def _resolve(
     graph: FactorGraph, factor: LogFactor, reads: ElementReads
 ) -> tuple[FactorGraph, LogFactor]:
     """Regroup one factor, or note that its plates are ragged parts of others."""
+    if reads.switch and graph.sizes[reads.switch] == 1:  # tensors have no dim of it
+        reads = reads.of_one_particle()
     foreign = foreign_ordinals(graph, factor)
     graph = _with_nested(graph, reads, foreign)
     deepest = max(foreign, key=lambda plates: len(graph.with_enclosing(plates)))

@@ -56,6 +56,11 @@ class ElementReads:
         part = ranges[self.switch]
         return replace(self, elements={p: element[part] for p, element in self.elements.items()})
 
+    def of_one_particle(self) -> "ElementReads":
+        """Return what is read at the first particle of the index that switches."""
+        inner = self.inner.replace(self.switch, "")
+        return ElementReads(inner, {plates: e[0] for plates, e in self.elements.items()})
+
 
 SiteReads = Mapping[str, ElementReads]
 
