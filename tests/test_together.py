@@ -236,3 +236,19 @@ def test_differences_of_discrete_elements_that_share() -> None:
 
     warning = "other elements of plate '(pupil|school)' than its own: 'z' has"
     compare(model, num_samples=2, shared={"z": ["pupil", "school"]}, warning=warning)
+
+
+def test_what_is_shared_makes_no_other_share() -> None:
+    """All elements of one latent, and always the same element of another of the same plate."""
+
+    def model() -> None:
+        with pyro.plate("year", 2, dim=-2):
+            x = pyro.sample("x", dist.Normal(0.0, 1.0))
+            w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("task", 3, dim=-1):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            with pyro.plate("year ", 2, dim=-2):
+                pyro.sample("y", dist.Normal(w[0] + x.sum() + z, 1.0), obs=OCCASIONS)
+
+    warning = "plate 'year' together: 'x' has one particle index for all of plate 'year'"
+    compare(model, num_samples=2, shared={"x": ["year"]}, warning=warning)
