@@ -54,7 +54,8 @@ def put_together(
     values: dict[str, SiteValue] = {}
     for graph, part in zip(itertools.chain([whole], graphs), parts, strict=True):
         for factor, piece in zip(factors, graph.factors, strict=True):
-            factor.tensor[at_part(piece.dims, part)] = piece.tensor
+            tensor = piece.tensor.permute([piece.dims.index(symbol) for symbol in factor.dims])
+            factor.tensor[at_part(factor.dims, part)] = tensor  # dims are in the order of sizes
         values = with_values(values, sizes, graph.values, part)
     return replace(whole, factors=tuple(factors), sizes=sizes, values=values)
 
@@ -80,7 +81,10 @@ def with_values(
             shape = [sizes[symbol] for symbol in site.indices]
             rest = site.tensor.shape[len(shape) :]
             values[name] = replace(site, tensor=site.tensor.new_empty((*shape, *rest)))
-        values[name].tensor[at_part(site.indices, ranges)] = site.tensor
+        indices = values[name].indices
+        order = [site.indices.index(symbol) for symbol in indices]
+        tensor = site.tensor.permute(*order, *range(len(order), site.tensor.dim()))
+        values[name].tensor[at_part(indices, ranges)] = tensor
     return values
 
 

@@ -93,7 +93,13 @@ class Plan:
             "What helps: a guide near the posterior for these sites, or a larger num_samples. To "
             "choose the plate yourself, and silence this: shared_plates=[...]."
         )
-        return self.with_structure(structure.sharing(symbols, plates), notice)
+        switched = tuple(  # what a site reads of an index that is shared, no index switches
+            name
+            for name in self.switched
+            if not symbols & structure.indices_read(structure.model[name])
+        )
+        plan = replace(self, switched=switched)
+        return plan.with_structure(structure.sharing(symbols, plates), notice)
 
 
 def memory_limit(options: Options, device: str) -> int | None:

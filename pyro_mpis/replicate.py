@@ -19,13 +19,13 @@ from torch import Tensor
 from pyro_mpis import _progress
 from pyro_mpis._text import quoted
 from pyro_mpis.factor_graph.evidence import reduced
-from pyro_mpis.factor_graph.graph import FactorGraph
+from pyro_mpis.factor_graph.graph import FactorGraph, LogFactor
 from pyro_mpis.factor_graph.sampling import ForwardPass
 from pyro_mpis.particles.crossing import check_crossing
 from pyro_mpis.particles.drawing import Drawn
 from pyro_mpis.particles.evaluation import Evaluated, evaluate_programs
 from pyro_mpis.particles.factors import build_graph
-from pyro_mpis.particles.indexed import check_graph, find_reads, regroup_indexed
+from pyro_mpis.particles.indexed import check_graph, regroup_indexed
 from pyro_mpis.particles.mixtures import (
     Mixture,
     mixture_of,
@@ -36,6 +36,8 @@ from pyro_mpis.particles.mixtures import (
 )
 from pyro_mpis.particles.probes import SiteReads
 from pyro_mpis.particles.proposals import Particles, at_supports, weigh_from_factors
+from pyro_mpis.particles.reads import find_reads, least_shared
+from pyro_mpis.particles.together import ReadTogether
 from pyro_mpis.pieces import Ranges, put_together, split
 from pyro_mpis.planning import Plan
 from pyro_mpis.programs.environment import Environment
@@ -134,7 +136,8 @@ class Replicate:
 
         :param particles: all of them; those of the graph may be a part.
         """
-        return find_reads(graph, self.structure, particles, self.programs, self.plan.switched)
+        drawn, switched = self.particles, self.plan.switched
+        return find_reads(graph, self.structure, particles, self.programs, drawn, switched)
 
     def _evaluate(self, particles: Particles) -> Evaluated:
         return evaluate_programs(
@@ -173,7 +176,7 @@ class Replicate:
     ) -> None:
         """Hold the first graph against mixed particles, evaluated beside it or by a run."""
         if beside is not None:
-            check_graph(graph, reads, *beside)
+            check_graph(graph, reads, *beside, self._least_shared(graph, particles))
         elif self._is_to_check(reads):
             self._check(reads, graph, particles, together=True)
 
@@ -188,7 +191,13 @@ class Replicate:
     ) -> None:
         mixture = mixture_of(self.structure, particles, together=together, again=again)
         said = said_at(self.structure, particles, self.programs, mixture)
-        check_graph(graph, reads, mixture, said)
+        check_graph(graph, reads, mixture, said, self._least_shared(graph, particles))
+
+    def _least_shared(
+        self, graph: FactorGraph, particles: Particles
+    ) -> Callable[[LogFactor], ReadTogether | None]:
+        """Return what finds the least that a site makes share."""
+        return partial(least_shared, graph, self.structure, particles, self.programs)
 
     def cut(self, ranges: Ranges) -> tuple[Particles, tuple[Ranges, ...]]:
         """Return the particles of a block, and how it is cut into pieces."""

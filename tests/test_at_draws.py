@@ -286,3 +286,19 @@ def test_deterministic_sites_for_single_values(number: int) -> None:
     first, z = groups["posterior"]["first"], groups["posterior"]["z"]
     assert first.shape == (1, number)
     assert (first.values == z.values[..., 0]).all()
+
+
+@pytest.mark.usefixtures("data_tree")
+def test_a_program_that_differentiates() -> None:
+    """Its derivatives are wrapped by torch while they are computed."""
+
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        slope = torch.func.grad(lambda x: x**3)(x)
+        pyro.sample("y", dist.Normal(slope, 1.0), obs=torch.tensor(0.5))
+
+    posterior = MPImportance(model, num_samples=5).run()
+    data = posterior.to_arviz(7)
+    x, found = values(data, "posterior")["x"], values(data, "log_likelihood")["y"]
+    expected = dist.Normal(3.0 * torch.as_tensor(x) ** 2, 1.0).log_prob(torch.tensor(0.5))
+    torch.testing.assert_close(torch.as_tensor(found).reshape(-1), expected.reshape(-1))

@@ -275,3 +275,49 @@ def test_nothing_is_cut_that_fits() -> None:
     assert memory.Cut({}, {}).whole
     assert not memory.Cut({}, {"a": 2}).whole
     assert not memory.Cut({"a": 2}, {}).whole
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_draws_where_a_latent_switches_between_elements(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a block of a single particle, as of the last of five, it decides nothing."""
+
+    def switching() -> None:
+        tau = pyro.sample("tau", dist.Normal(0.0, 1.0))
+        with pyro.plate("county", 2):
+            v = pyro.sample("v", dist.Normal(0.0, 1.0))
+        with pyro.plate("house", 3):
+            loc = torch.where(tau > 0, v[COUNTY], v[1 - COUNTY])
+            pyro.sample("y", dist.Normal(loc, 0.5), obs=Y[0])
+
+    pyro.set_rng_seed(0)
+    whole = MPImportance(switching, num_samples=5).run()
+    monkeypatch.setattr(memory, "fit", lambda structure, *_: memory.Cut({"a": size}, {}))
+    pyro.set_rng_seed(0)
+    posterior = MPImportance(switching, num_samples=5).run()
+    assert len(posterior._sums[0].blocks) == math.ceil(5 / size)
+    torch.testing.assert_close(posterior.evidence(), whole.evidence())
+    draws, means = posterior.sample(20_000), whole.moments()
+    for site, mean in means.items():
+        error = draws[site].std(0) / math.sqrt(20_000)
+        assert bool(((draws[site].mean(0) - mean).abs() <= 6 * error).all()), site
+
+
+@pytest.mark.parametrize("cut", [{"b": 2, "c": 2}, {"b": 2, "c": 3, "e": 2}, {"a": 3, "d": 2}])
+def test_pieces_of_uneven_sizes(cut: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of a factor's dims depends on which indices have as many particles."""
+
+    def chain() -> None:
+        x = torch.tensor(0.0)
+        for step in range(6):
+            x = pyro.sample(f"x_{step}", dist.Normal(x, 1.0))
+            pyro.sample(f"y_{step}", dist.Normal(x, 1.0), obs=torch.tensor(0.1 * step))
+
+    pyro.set_rng_seed(0)
+    whole = MPImportance(chain, num_samples=5).run()
+    monkeypatch.setattr(memory, "fit", lambda *_: memory.Cut({}, cut))
+    pyro.set_rng_seed(0)
+    pieces = MPImportance(chain, num_samples=5).run()
+    torch.testing.assert_close(pieces.evidence(), whole.evidence())
+    torch.testing.assert_close(pieces.moments(), whole.moments())

@@ -157,3 +157,38 @@ def test_sizes_beyond_any_machine() -> None:
     found = contraction_of(Shapes(factors, dict.fromkeys(symbols, 1000), index_plates))
     assert found is not None
     assert found.needed > 10**300
+
+
+@pytest.mark.parametrize("transform", ["vmap", "grad"])
+def test_programs_with_transforms_of_their_own(transform: str) -> None:
+    """They are as the same program without."""
+
+    def program(transformed: bool) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        rows = torch.arange(12.0).reshape(4, 3)
+        if transform == "vmap":
+            loc = torch.func.vmap(torch.dot, (0, None))(rows, w) if transformed else rows @ w
+        else:
+            loc = torch.func.grad(lambda x: (x**2).sum())(w) if transformed else 2.0 * w
+        pyro.sample("y", dist.Normal(loc, 1.0).to_event(1), obs=torch.ones_like(loc.detach()))
+
+    plain, own = (plan_of(lambda b=b: program(b)) for b in (False, True))
+    assert [cost.entries for cost in own.costs] == [cost.entries for cost in plain.costs]
+    for one, other in zip(own.costs, plain.costs, strict=True):
+        assert 0.5 < one.memory / other.memory < 2.0, "but for temporaries"
+
+
+def test_a_group_in_a_plate() -> None:
+    """Its proposal is the first of the largest factors."""
+
+    def model() -> None:
+        with pyro.plate("data", 3):
+            x = pyro.sample("x", dist.Normal(0.0, 1.0))
+            z = pyro.sample("z", dist.Normal(x, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=torch.zeros(3))
+
+    plan = plan_of(model, groups=[("x", "z")])
+    assert plan.largest == "the proposal of 'x', 'z', for each combination of 'x', 'z'"
+    assert plan.costs[0].entries == 3 * 10 * 3
+    with pytest.raises(MemoryError, match="the proposal of 'x', 'z'"):
+        MPImportance(model, num_samples=10, groups=[("x", "z")], memory_limit=1000).run()

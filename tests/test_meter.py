@@ -16,8 +16,8 @@ from pyro_mpis.programs.tensors import unwrapped
 A, B = 0, 1  # levels
 
 
-def metered(function: Callable[[dict[str, Tensor]], Any]) -> Meter:
-    meter = Meter()
+def metered(function: Callable[[dict[str, Tensor]], Any], num_levels: int | None = None) -> Meter:
+    meter = Meter(num_levels)
     levels = [{"a": torch.ones(1)}, {"b": torch.ones(1)}]
     with torch.no_grad(), meter:
         run_mapped(function, levels, patched=False)
@@ -80,6 +80,19 @@ def test_copies_of_matrices_have_the_batch_dims_of_all() -> None:
     assert highest(meter, (A, B)) == copies + 4 * 50
     assert meter.made[(A, B)] == copies + 4 * 50
     assert metered(lambda v: torch.linalg.det(torch.eye(10) + v["a"])).made[(A,)] >= 6 * 400
+
+
+def test_transforms_of_the_program_itself() -> None:
+    """Their levels are no levels of the run: what they map has dims of its own."""
+
+    def program(values: dict[str, Tensor]) -> None:
+        rows = torch.zeros(7, 10) + values["a"]
+        torch.func.vmap(lambda row: row * values["b"])(rows)
+        torch.func.grad(lambda row: (row * values["b"]).sum())(rows)
+
+    meter = metered(program, num_levels=2)
+    assert set(meter.made) == {(), (A,), (A, B)}
+    assert meter.largest[(A, B)] == (4 * 7 * 10, None)
 
 
 def test_results_that_were_taken_out_are_held() -> None:

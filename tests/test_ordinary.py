@@ -242,6 +242,19 @@ def test_values_that_leave_torch(function: Callable[[Tensor], Tensor]) -> None:
     compare(model, num_samples=6, args=(False,), warning=warning)
 
 
+def test_sums_in_place() -> None:
+    """Adding a latent to a sum of others, in place, cannot be mapped: the sum has none of it."""
+
+    def model() -> None:
+        total = 0
+        for step in range(2):
+            total += pyro.sample(f"x_{step}", dist.Normal(0.0, 1.0))  # type: ignore[assignment]
+        pyro.sample("y", dist.Normal(total, 1.0), obs=torch.tensor(0.5))
+
+    with pytest.warns(MPISWarning, match="write a = a . b in place of a .= b"):
+        MPImportance(model, num_samples=3).run()
+
+
 def test_assertions_that_hold_for_all_particles() -> None:
     """They do not keep latents from indices of their own; branches do, whoever takes them."""
 

@@ -200,3 +200,34 @@ def test_nan_is_no_index_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         assert nan.to(torch.float32).dtype == torch.float32
         assert nan.nan_to_num().long().tolist() == [1, 0]
     compare(by_index, num_samples=4, seed=1)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_differences_of_discrete_latents_that_are_grouped(seed: int) -> None:
+    """Sites of a group have one particle: those that tell what is read have them differ."""
+
+    def differences() -> None:
+        with pyro.plate("county", 3):
+            x = pyro.sample("x", dist.Bernoulli(0.4))
+            z = pyro.sample("z", dist.Bernoulli(0.6))
+            pyro.sample("y", dist.Normal((x - z).roll(1), 0.5), obs=Y[:3])
+
+    shared = {"x": ["county"], "z": ["county"]}
+    warning = "other elements of plate 'county' than its own: 'x', 'z' have"
+    compare(differences, groups=[("x", "z")], shared=shared, warning=warning, seed=seed)
+
+
+@pytest.mark.parametrize("num_samples", [2, 3, 4, 5])
+def test_discrete_elements_that_a_latent_switches_between(num_samples: int) -> None:
+    """Found at every particle of the latent that decides; discrete elements are tried at few."""
+    other = 1 - COUNTY.clamp(max=1)
+
+    def switching() -> None:
+        tau = pyro.sample("tau", dist.Normal(0.0, 1.0))
+        with pyro.plate("county", 2):
+            kind = pyro.sample("kind", dist.Bernoulli(0.4))
+        with pyro.plate("house", 7):
+            loc = torch.where(tau > 0, kind[COUNTY.clamp(max=1)], kind[other])
+            pyro.sample("y", dist.Normal(loc, 1.0), obs=Y)
+
+    compare(switching, num_samples=num_samples)

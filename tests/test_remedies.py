@@ -243,6 +243,15 @@ def test_a_long_vector_is_to_be_put_in_a_plate() -> None:
     assert not any("effective sample size" in problem.found for problem in after.problems)
 
 
+def test_an_event_shape_that_is_a_plain_tuple() -> None:
+    def model() -> None:
+        tree = pyro.sample("tree", dist.SpanningTree(torch.zeros(6)))
+        pyro.sample("y", dist.Normal(tree[0, 1].float(), 0.1), obs=torch.tensor(3.0))
+
+    assert type(dist.SpanningTree(torch.zeros(6)).event_shape) is tuple
+    assert "'tree'" in str(diagnosed(model, K=60)) or "tree" in helps(diagnosed(model, K=60))
+
+
 def test_sites_of_even_weights_to_group() -> None:
     """The power of num_samples that the group would leave is what grouping leaves."""
 

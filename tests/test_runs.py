@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from compare import compare
 from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 from torch import Tensor
 
@@ -158,3 +159,26 @@ def test_programs_draw_the_same_numbers_whatever_torch_can_map() -> None:
         MPImportance(model, num_samples=3).run(first)
         after.append(torch.rand(()))
     assert after[0] == after[1]
+
+
+def entered_by_hand(catches: bool) -> None:
+    """A plate that an early end of the program does not leave."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    plate = pyro.plate("data", 3)
+    plate.__enter__()
+    try:
+        x = pyro.sample("x", dist.Normal(mu, 1.0))
+    except Exception:
+        if not catches:
+            raise
+        x = pyro.sample("instead", dist.Normal(mu, 1.0))
+    plate.__exit__(None, None, None)
+    with plate:
+        pyro.sample("y", dist.Normal(x, 1.0), obs=torch.linspace(-1.0, 1.0, 3))
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("catches", [False, True])
+def test_runs_end_early_whatever_the_program_does(catches: bool) -> None:
+    """Drawing ends at the last latent: in a plate entered by hand, or in a try statement."""
+    compare(functools.partial(entered_by_hand, catches), num_samples=2)

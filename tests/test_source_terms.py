@@ -156,3 +156,25 @@ def test_queries_in_inference_mode(posterior: MPImportance, run_in_it: bool) -> 
         torch.testing.assert_close(inside[name], mean)
         torch.testing.assert_close(again.moments()[name], mean)
     torch.testing.assert_close(marginal.weights, posterior.marginals("mu", "x").weights)
+
+
+def test_joint_weights_that_make_plates_cross() -> None:
+    """Of a cell and its column, where rows meet the cells: each alone has weights."""
+
+    def model() -> None:
+        rows, columns = pyro.plate("row", 2, dim=-2), pyro.plate("column", 3, dim=-1)
+        with rows:
+            r = pyro.sample("r", dist.Normal(0.0, 1.0))
+        with columns:
+            c = pyro.sample("c", dist.Normal(0.0, 1.0))
+            pyro.sample("of c", dist.Normal(c, 1.0), obs=torch.zeros(3))
+        with rows, columns:
+            x = pyro.sample("x", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(r + x, 1.0), obs=torch.zeros(2, 3))
+
+    posterior = MPImportance(model, num_samples=3).run()
+    assert set(posterior.moments()) == {"r", "c", "x"}
+    assert posterior.moments(torch.mul, "r", "x").shape == (2, 3)
+    message = "joint weights of 'c', 'x' for each element of plates 'column', 'row'.*sample"
+    with pytest.raises(NotImplementedError, match=message):
+        posterior.moments(torch.mul, "c", "x")

@@ -34,6 +34,7 @@ def joint_weights(graph: FactorGraph, tuples: Iterable[str]) -> tuple[Tensor, di
     Compute the joint marginal weights of tuples of indices, all in one pass.
 
     :param tuples: strings of distinct index symbols whose plates lie within one another.
+    :raises NotImplementedError: if a tuple's plates cross with those of other latents.
     :return: the log evidence; and for each tuple its weights, linear scale, float64,
         ``(*indices, *plates)`` with the dims of the deepest ordinal's plates as
         :meth:`FactorGraph.tensor_plates` lists them. They sum to one over the indices for every
@@ -42,7 +43,10 @@ def joint_weights(graph: FactorGraph, tuples: Iterable[str]) -> tuple[Tensor, di
     with torch.inference_mode(False), torch.enable_grad():
         graph = _differentiable(graph)
         sources = {symbols: _source(graph, symbols) for symbols in dict.fromkeys(tuples)}
-        log_p = log_evidence(graph, [*graph.factors, *sources.values()])
+        try:
+            log_p = log_evidence(graph, [*graph.factors, *sources.values()])
+        except NotImplementedError as error:  # the evidence could be computed
+            raise _crossing(graph, sources) from error
         # (32)-(35) and (43)-(44), all tuples together
         grads = torch.autograd.grad(log_p, [source.tensor for source in sources.values()])
     weights = {}
@@ -57,6 +61,22 @@ def joint_weights(graph: FactorGraph, tuples: Iterable[str]) -> tuple[Tensor, di
             _check_total(graph, symbols, weight)
         weights[symbols] = weight
     return log_p.detach(), weights
+
+
+def _crossing(graph: FactorGraph, tuples: Iterable[str]) -> NotImplementedError:
+    """Say that indices in plates around one another, taken together, make plates cross."""
+    several = sorted(symbols for symbols in tuples if len(symbols) > 1)
+    sites = " or of ".join(
+        quoted({name for symbol in symbols for name in graph.index_sites[symbol]})
+        for symbols in several
+    )
+    plates = frozenset[str]().union(*(graph.index_plates[s] for tuple_ in several for s in tuple_))
+    names = quoted({graph.plate_names[symbol] for symbol in plates})
+    return NotImplementedError(
+        f"joint weights of {sites} for each element of plates {names}: with the latents that meet "
+        "there these make one factor. These plates cross in it, so the exact sum is exponential in "
+        "their size. Use joint draws: .sample(n)."
+    )
 
 
 def _source(graph: FactorGraph, symbols: str) -> LogFactor:

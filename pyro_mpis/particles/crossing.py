@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from pyro_mpis._typing import Ordinal
 from pyro_mpis.factor_graph.graph import FactorGraph
-from pyro_mpis.particles.together import ReadTogether, cheapest, indices_of, plates_named
+from pyro_mpis.particles.together import indices_of, plates_named, read_together
 
 
 def check_crossing(graph: FactorGraph) -> None:
@@ -34,14 +34,9 @@ def check_crossing(graph: FactorGraph) -> None:
             largest = max((dims[symbol] for symbol in pending), key=len)
             if parent != largest or parent == leaf or not parent <= leaf:
                 ordinals = sorted({graph.index_plates[s] for s in pending}, key=sorted)
-                plates = cheapest(graph, [p for p in ordinals if p])
-                symbols = {s for s in pending if graph.index_plates[s] == plates}
                 names = " and of ".join(plates_named(graph, p) for p in ordinals if p)
-                raise ReadTogether(
-                    frozenset(symbols),
-                    plates,
-                    f"site '{name}' reads latents of {names}, which cross",
-                )
+                reason = f"site '{name}' reads latents of {names}, which cross"
+                raise read_together(graph, pending, reason)
             tree.setdefault(parent, []).append((pending, name))
 
 
@@ -55,7 +50,8 @@ def _components(
         apart = []
         for other, other_name in components:
             if local & other:
-                read, name = read | other, other_name
+                name = max((len(read), name), (len(other), other_name))[1]  # that tells most
+                read = read | other
                 local = {symbol for symbol in read if dims[symbol] == leaf}
             else:
                 apart.append((other, other_name))

@@ -149,7 +149,7 @@ def footprint_of(
     """
     levels, by_level = _levels(structure, traces)
     for patched in (False, True):
-        meter = Meter()
+        meter = Meter(len(by_level))
         try:
             with pyro.validation_enabled(False), meter, vmap_alone():
                 said = evaluate(

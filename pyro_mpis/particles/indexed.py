@@ -17,8 +17,7 @@ Which element each observation reads is found from outside (:mod:`~pyro_mpis.par
 """
 
 import itertools
-import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -33,17 +32,14 @@ from pyro_mpis.particles.checks import differing
 from pyro_mpis.particles.mixtures import Mixture
 from pyro_mpis.particles.probes import (
     NONE,
-    SEVERAL,
     ElementReads,
-    Numbers,
     SiteReads,
+    agree,
     differs_from,
-    flat_elements,
-    num_bits,
-    run_probe,
+    own_elements,
+    several_of,
     unravel,
 )
-from pyro_mpis.particles.proposals import Particles
 from pyro_mpis.particles.together import (
     ReadTogether,
     crossing,
@@ -51,93 +47,40 @@ from pyro_mpis.particles.together import (
     indices_of,
     plates_named,
     read_together,
+    reason_of,
     unknown,
 )
-from pyro_mpis.programs.not_mappable import NotMappableError, is_out_of_memory
-from pyro_mpis.programs.runs import Programs
-from pyro_mpis.programs.structure import Structure
 from pyro_mpis.programs.tensors import Said
 
 
-def find_reads(
-    graph: FactorGraph,
-    structure: Structure,
-    particles: Particles,
-    programs: Programs,
-    switched: Collection[str] = (),
-) -> SiteReads:
-    """
-    Find which elements of other plates' latents each site reads.
-
-    :param switched: sites that read other elements at some particles of an index than at others.
-    :return: for each site; empty if no site reads latents of a plate that it is not in.
-    :raises ReadTogether: if that could not be found out.
-    """
-    foreign = [factor for factor in graph.factors if foreign_ordinals(graph, factor)]
-    if not foreign:
-        return {}
-    ordinals = {plates for factor in foreign for plates in foreign_ordinals(graph, factor)}
-    numbers = {}
-    for plates in sorted(ordinals, key=sorted):
-        size = math.prod(graph.sizes[symbol] for symbol in plates)
-        numbers[plates] = flat_elements(graph, plates), num_bits(size)
-    try:
-        reads = dict(run_probe(graph, structure, particles, programs, numbers))
-        for name in switched:
-            found = _switched(graph, structure, particles, programs, numbers, name)
-            reads[name] = found or reads[name]
-        return reads
-    except (NotMappableError, ValueError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            raise
-        raise unknown(graph, foreign[0]) from None
-
-
-def _switched(
-    graph: FactorGraph,
-    structure: Structure,
-    particles: Particles,
-    programs: Programs,
-    numbers: Numbers,
-    name: str,
-) -> ElementReads | None:
-    """Find an index on whose particle alone it depends which elements a site reads, if one does."""
-    for symbol in sorted(structure.indices_read(structure.model[name])):
-        if structure.by_symbol[symbol].plates or particles.sizes[symbol] == 1:
-            continue
-        few, which = particles.distinct(structure, symbol)
-        found = run_probe(graph, structure, few, programs, numbers, symbol)[name]
-        if not any(bool((elements == SEVERAL).any()) for elements in found.elements.values()):
-            elements = {plates: e[which.to(e.device)] for plates, e in found.elements.items()}
-            return replace(found, elements=elements)
-    return None
-
-
 def check_graph(
-    graph: FactorGraph, reads: SiteReads, mixture: Mixture, said: tuple[Said, Said]
+    graph: FactorGraph,
+    reads: SiteReads,
+    mixture: Mixture,
+    said: tuple[Said, Said],
+    least: Callable[[LogFactor], ReadTogether | None],
 ) -> None:
     """
     Hold a graph against densities that mix the elements of plates.
 
     :param graph: of the particles that the mixture chooses from, not regrouped.
     :param said: by guide and model, at the mixture.
+    :param least: finds the least that a site makes share.
     :raises ReadTogether: if a site reads other elements, or other indices, than the graph says.
     """
     wrong = differing(graph, reads, mixture, said)
-    if wrong:
-        factor = wrong[0]
-        foreign = frozenset[str]().union(*foreign_ordinals(graph, factor))
+    if not wrong:
+        return
+    factor = wrong[0]
+    foreign = foreign_ordinals(graph, factor)
+    found = None if foreign else least(factor)
+    if found is None:
         inside = (graph.index_plates[symbol] for symbol in indices_of(graph, factor))
-        plates = foreign or frozenset[str]().union(*inside)
+        plates = frozenset[str]().union(*(foreign or inside))
         symbols = {s for s in indices_of(graph, factor) if graph.index_plates[s] & plates}
-        what = (
-            f"reads several elements of {plates_named(graph, plates)} together"
-            if foreign
-            else f"reads other elements of {plates_named(graph, plates)} than its own"
-        )
-        reason = f"site '{factor.name}' {what}"
-        by_index = factor.name if foreign else ""
-        raise ReadTogether(frozenset(symbols), plates, reason, differs=True, by_index=by_index)
+        found = ReadTogether(frozenset(symbols), plates, reason_of(graph, factor, plates))
+    found.differs, found.by_index = True, factor.name if foreign else ""
+    raise found
 
 
 def regroup_indexed(graph: FactorGraph, reads: SiteReads) -> FactorGraph:
@@ -168,6 +111,8 @@ def _resolve(
     graph: FactorGraph, factor: LogFactor, reads: ElementReads
 ) -> tuple[FactorGraph, LogFactor]:
     """Regroup one factor, or note that its plates are ragged parts of others."""
+    if reads.switch and graph.sizes[reads.switch] == 1:  # tensors have no dim of it
+        reads = reads.of_one_particle()
     foreign = foreign_ordinals(graph, factor)
     graph = _with_nested(graph, reads, foreign)
     deepest = max(foreign, key=lambda plates: len(graph.with_enclosing(plates)))
@@ -178,14 +123,15 @@ def _resolve(
         elements = _known_elements(graph, factor, reads, plates)
         for symbol, element in unravel(graph, elements, plates).items():
             if symbol in factor.plates:
-                maps[symbol] = _own_elements(graph, reads, symbol)
+                maps[symbol] = own_elements(graph, reads, symbol)
             before = maps.get(symbol, element)
-            if not _agree(before, element):
-                raise crossing(graph, factor, plates, deepest)
+            if not agree(before, element):
+                reason = reason_of(graph, factor, frozenset(symbol))
+                raise read_together(graph, indices_of(graph, factor), reason)
             maps[symbol] = torch.where(before == NONE, element, before)
     enclosing = graph.with_enclosing(deepest)
     for symbol in _local_plates(graph, factor) & enclosing - maps.keys():
-        maps[symbol] = _own_elements(graph, reads, symbol)
+        maps[symbol] = own_elements(graph, reads, symbol)
     _check_nested_maps(graph, factor, maps, deepest)
     outer = graph.tensor_plates(enclosing)
     maps = {s: maps[s] for s in outer if s not in factor.plates}
@@ -205,15 +151,6 @@ def _resolve(
     if scale != 1.0:
         tensor = tensor * scale
     return graph, LogFactor(factor.name, tensor, dims, plates)
-
-
-def _own_elements(graph: FactorGraph, reads: ElementReads, symbol: str) -> Tensor:
-    """Return the number of each element of a plate, in the dims of what a site reads."""
-    plates = reads.inner.replace(reads.switch, "") if reads.switch else reads.inner
-    elements = graph.to_plates(flat_elements(graph, frozenset(symbol)), plates, left=0)
-    if reads.switch:
-        elements = elements.expand((graph.sizes[reads.switch], *elements.shape))
-    return elements
 
 
 def _with_nested(graph: FactorGraph, reads: ElementReads, foreign: list[Ordinal]) -> FactorGraph:
@@ -283,7 +220,7 @@ def _ragged(
     for symbol in sorted(inner, key=lambda symbol: (symbol not in alone, symbol in kept)):
         dim = inner.index(symbol)
         some = {s: element.amax(dim) for s, element in maps.items()}
-        constant = all(_agree(maps[s], element.unsqueeze(dim)) for s, element in some.items())
+        constant = all(agree(maps[s], element.unsqueeze(dim)) for s, element in some.items())
         if constant and len(inner) > 1:
             inner, maps = inner.replace(symbol, ""), some
         elif symbol in alone:
@@ -299,12 +236,11 @@ def _ragged(
     elif (
         known is None
         or known.outer.keys() != maps.keys()
-        or not all(_agree(known.outer[s], maps[s]) for s in known.outer)
+        or not all(agree(known.outer[s], maps[s]) for s in known.outer)
     ):
         raise read_together(
             graph,
-            factor,
-            [graph.index_plates[x] for x in indices_of(graph, factor)],
+            indices_of(graph, factor),
             f"site '{factor.name}' reads elements of {plates_named(graph, frozenset(maps))} by an "
             f"index array that differs from that of another site in {plates_named(graph, key)}",
         )
@@ -316,13 +252,13 @@ def _known_elements(
 ) -> Tensor:
     """Return the element that each element reads, or NONE."""
     elements = reads.elements[plates]
-    if bool((elements == SEVERAL).any()):
+    several = several_of(elements, plates)
+    if several:
         symbols = {s for s in indices_of(graph, factor) if graph.index_plates[s] == plates}
         raise ReadTogether(
             frozenset(symbols),
-            plates,
-            f"site '{factor.name}' reads several elements of {plates_named(graph, plates)} "
-            "together",
+            several,
+            reason_of(graph, factor, several),
             by_index=factor.name,
         )
     none = elements == NONE
@@ -341,11 +277,6 @@ def _known_elements(
     return elements
 
 
-def _agree(x: Tensor, y: Tensor) -> bool:
-    """Whether two maps have the same elements wherever both have one."""
-    return bool(((x == y) | (x == NONE) | (y == NONE)).all())
-
-
 def _check_nested_maps(
     graph: FactorGraph,
     factor: LogFactor,
@@ -358,5 +289,5 @@ def _check_nested_maps(
             continue
         position = tuple(maps[symbol].clamp(min=0) for symbol in element_map.inner)
         for symbol, around in element_map.outer.items():
-            if symbol in maps and not _agree(around[position], maps[symbol]):
+            if symbol in maps and not agree(around[position], maps[symbol]):
                 raise crossing(graph, factor, frozenset(symbol), deepest)

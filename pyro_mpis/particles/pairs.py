@@ -54,7 +54,7 @@ def rows_at_once(
     bytes_of_row = num_draws * sum(elements) * torch.double.itemsize
     if memory_limit is None or size * bytes_of_row * HIDDEN_IN_PAIRS <= memory_limit:
         return size
-    meter = Meter()
+    meter = Meter(num_levels=2)
     with meter, vmap_alone():
         few = {name: replace(draw, value=draw.value[:1]) for name, draw in drawn.draws.items()}
         log_probs_of_pairs(

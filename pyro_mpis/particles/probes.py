@@ -35,7 +35,7 @@ from pyro_mpis.programs.rewritten import NoNanAsIndex
 from pyro_mpis.programs.runs import Collect, Programs, Wanted, evaluate
 from pyro_mpis.programs.structure import Structure
 
-NONE, SEVERAL = -1, -2  # in place of an element
+NONE, SEVERAL = -1, -2  # in place of an element; below SEVERAL, the plates that it is several of
 # Largest tensor of a probing run, event dims aside, at MIN_ROWS combinations or more.
 PROBE_ELEMENTS = 2**22
 MIN_ROWS = 4
@@ -46,7 +46,7 @@ class ElementReads:
     """Which element of the plates of an index each element of a site's plates reads."""
 
     inner: str  # the site's plates; first the index that switches between elements, if one does
-    elements: Mapping[Ordinal, Tensor]  # plates of an index -> flat element, NONE or SEVERAL
+    elements: Mapping[Ordinal, Tensor]  # plates of an index -> flat element, NONE or below
     switch: str = ""  # an index outside of plates on whose particle it depends what is read
 
     def at(self, ranges: Mapping[str, slice]) -> "ElementReads":
@@ -56,9 +56,47 @@ class ElementReads:
         part = ranges[self.switch]
         return replace(self, elements={p: element[part] for p, element in self.elements.items()})
 
+    def of_one_particle(self) -> "ElementReads":
+        """Return what is read at the first particle of the index that switches."""
+        inner = self.inner.replace(self.switch, "")
+        return ElementReads(inner, {plates: e[0] for plates, e in self.elements.items()})
+
 
 SiteReads = Mapping[str, ElementReads]
-Numbers = Mapping[Ordinal, tuple[Tensor, int]]  # of the elements of an ordinal, and their bits
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """
+    Numbers of the elements of some plates.
+
+    The bits of the position in one plate follow those of the position in another, so that a density
+    that reads several elements tells which plates it reads several of.
+
+    :ivar of_elements: in the batch dims of the plates, padded.
+    :ivar bits: how many bits the position in each plate has; the lowest first.
+    :ivar sizes: of the plates.
+    """
+
+    of_elements: Tensor
+    bits: Mapping[str, int]
+    sizes: Mapping[str, int]
+
+    @property
+    def num_bits(self) -> int:
+        """How many bits a number has."""
+        return sum(self.bits.values())
+
+
+def numbered(graph: FactorGraph, plates: Ordinal) -> Numbers:
+    """Give a number to each element of some plates."""
+    number = torch.zeros([1] * graph.max_plate_nesting, dtype=torch.long, device=graph.device)
+    bits: dict[str, int] = {}
+    for symbol in sorted(plates, reverse=True):
+        position = flat_elements(graph, frozenset(symbol))
+        number = number + position * 2 ** sum(bits.values())
+        bits[symbol] = num_bits(graph.sizes[symbol])
+    return Numbers(number, bits, {symbol: graph.sizes[symbol] for symbol in plates})
 
 
 def run_probe(
@@ -66,31 +104,33 @@ def run_probe(
     structure: Structure,
     particles: Particles,
     programs: Programs,
-    numbers: Numbers,
+    numbers: Mapping[Ordinal, Numbers],
     switch: str = "",
+    only: Ordinal | None = None,
 ) -> SiteReads:
     """
     Change elements of the latents by the bits of their numbers, and see what else changes.
 
-    :param numbers: of the elements of each ordinal, with their numbers of bits.
+    :param numbers: of the elements of each ordinal.
     :param switch: an index outside of plates to look at each particle of, one by one.
+    :param only: the indices whose elements to change; all by default.
     """
     largest = max(
         math.prod(graph.sizes[symbol] for symbol in site.factor_plates)
         for site in structure.model.values()
     )
-    slots: dict[Ordinal, tuple[int, int]] = {}
+    slots: dict[Ordinal, slice] = {}
     total = 1  # the first slot changes nothing
-    for plates, (_, bits) in numbers.items():
-        slots[plates] = (total, bits)
-        total += 2 * bits
+    for plates, of_plates in numbers.items():
+        slots[plates] = slice(total, total + 2 * of_plates.num_bits)
+        total = slots[plates].stop
     patterns = {}
     for name, index in structure.index_of.items():
-        if index.plates in numbers:
-            start, bits = slots[index.plates]
-            code = _code(numbers[index.plates][0], bits)[1:]
+        if index.plates in numbers and (only is None or index.symbol in only):
+            of_plates = numbers[index.plates]
+            code = _code(of_plates.of_elements, of_plates.num_bits)
             pattern = code.new_zeros((total, *code.shape[1:]))
-            pattern[start : start + 2 * bits] = code
+            pattern[slots[index.plates]] = code
             patterns[name] = pattern
     largest *= particles.sizes[switch] if switch else 1
     fitting = max(1, PROBE_ELEMENTS // (largest * total))
@@ -100,7 +140,7 @@ def run_probe(
     apart = structure.by_symbol[switch].sites if switch else ()
     changed: dict[str, list[Tensor]] = {}
     for first in range(0, num_rows, fitting):
-        rows = {s: numbers[first : first + fitting] for s, numbers in order.items()}
+        rows = {s: particle[first : first + fitting] for s, particle in order.items()}
         found = _log_probs(structure, particles, programs, patterns, rows, apart)
         for name, log_prob in found.items():
             inner = "".join(sorted(structure.model[name].factor_plates))
@@ -112,7 +152,11 @@ def run_probe(
         site = structure.model[name]
         ordinals = {structure.by_symbol[s].plates for s in structure.indices_read(site)}
         together = torch.cat(parts, 1)
-        elements = {p: _decode(together, *slots[p]) for p in slots if p in ordinals}
+        elements = {
+            plates: _elements(together[slots[plates]], numbers[plates])
+            for plates in slots
+            if plates in ordinals
+        }
         inner = "".join(sorted(site.factor_plates))
         if not switch:
             reads[name] = ElementReads(inner, elements)
@@ -255,31 +299,78 @@ def unravel(graph: FactorGraph, elements: Tensor, plates: Ordinal) -> dict[str, 
     return result
 
 
+def own_elements(graph: FactorGraph, reads: ElementReads, symbol: str) -> Tensor:
+    """Return the number of each element of a plate, in the dims of what a site reads."""
+    plates = reads.inner.replace(reads.switch, "") if reads.switch else reads.inner
+    elements = graph.to_plates(flat_elements(graph, frozenset(symbol)), plates, left=0)
+    if reads.switch:
+        elements = elements.expand((graph.sizes[reads.switch], *elements.shape))
+    return elements
+
+
+def agree(x: Tensor, y: Tensor) -> bool:
+    """Whether two maps have the same elements wherever both have one."""
+    return bool(((x == y) | (x == NONE) | (y == NONE)).all())
+
+
 def num_bits(size: int) -> int:
     """Return how many bits tell ``size`` numbers apart, one or more."""
     return max(1, math.ceil(math.log2(size)))
 
 
+def several_of(elements: Tensor, plates: Ordinal) -> Ordinal:
+    """Return which of the plates of an index several elements are read of, in some place."""
+    several = elements[elements < SEVERAL].unique()
+    return frozenset(
+        symbol
+        for bit, symbol in enumerate(sorted(plates))
+        if bool((SEVERAL - several).bitwise_right_shift(bit).bitwise_and(1).any())
+    )
+
+
 def _code(numbers: Tensor, bits: int) -> Tensor:
-    """Return in which slots each number is changed: (1 + 2 bits, *shape); in the first, none is."""
+    """Return in which slots each number is changed: (2 bits, *shape)."""
     shifts = torch.arange(bits, device=numbers.device).reshape((-1,) + (1,) * numbers.dim())
     is_set = numbers.bitwise_right_shift(shifts).bitwise_and(1).bool()
-    return torch.cat([torch.zeros_like(is_set[:1]), is_set, ~is_set])
+    return torch.cat([is_set, ~is_set])
 
 
-def _decode(changed: Tensor, start: int, bits: int) -> Tensor:
+def _elements(changed: Tensor, numbers: Numbers) -> Tensor:
     """
     Read off which element matters.
 
     :param changed: ``(slots, rows, *inner)``.
-    :return: the flat element, ``(*inner)``; NONE, or SEVERAL where rows differ too.
+    :return: the flat element, ``(*inner)``; NONE, or what :func:`several_of` takes.
     """
-    ones = changed[start : start + bits]
-    zeros = changed[start + bits : start + 2 * bits]
-    weights = 2 ** torch.arange(bits, device=changed.device)
+    ones, zeros = changed.chunk(2)
+    positions, first = {}, 0
+    for symbol, bits in numbers.bits.items():
+        part = slice(first, first + bits)
+        positions[symbol] = _decode(ones[part], zeros[part], numbers.sizes[symbol])
+        first += bits
+    nothing = torch.stack([position == NONE for position in positions.values()]).all(0)
+    element = torch.zeros_like(nothing, dtype=torch.long)
+    several = torch.zeros_like(element)
+    for bit, symbol in enumerate(sorted(positions)):
+        element = element * numbers.sizes[symbol] + positions[symbol]
+        several += (positions[symbol] < 0).long() * 2**bit
+    element = torch.where(several > 0, SEVERAL - several, element)
+    return element.masked_fill(nothing, NONE)
+
+
+def _decode(ones: Tensor, zeros: Tensor, size: int) -> Tensor:
+    """
+    Read off which position along one plate matters.
+
+    :param ones: what changes with the elements that have a bit: ``(bits, rows, *inner)``.
+    :param zeros: with those that have not.
+    :return: the position, ``(*inner)``; NONE, or SEVERAL where rows differ too.
+    """
+    bits = len(ones)
+    weights = 2 ** torch.arange(bits, device=ones.device)
     element = (ones.long() * weights.reshape((-1,) + (1,) * (ones.dim() - 1))).sum(0)
     nothing = ~(ones | zeros).any(0)
-    single = (ones ^ zeros).all(0)
+    single = (ones ^ zeros).all(0) & (element < size)
     highest = element.masked_fill(nothing, NONE).amax(0)
     lowest = element.masked_fill(nothing, int(2**bits)).amin(0)
     several = (~single & ~nothing).any(0) | ((lowest != highest) & (highest != NONE))

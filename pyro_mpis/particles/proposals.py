@@ -145,6 +145,12 @@ def at_supports(structure: Structure, particles: Particles, drawn: Drawn) -> Par
     }
     if all(structure.index_of[name].enumerated for name in supports):
         return None
+    for index in structure.indices:
+        discrete = [name for name in index.sites if name in supports]
+        for number, name in enumerate(discrete):
+            if len(discrete) > 1 or structure.shared.get(name):
+                dims = len(structure.proposal_site(name).batch_shape)
+                supports[name] = mixed_support(supports[name], dims, number)
     sizes = {}
     for index in structure.indices:
         values = [len(supports[name]) for name in index.sites if name in supports]
@@ -156,6 +162,43 @@ def at_supports(structure: Structure, particles: Particles, drawn: Drawn) -> Par
     ones = (1,) * structure.max_plate_nesting
     nothing = {i.symbol: torch.zeros((sizes[i.symbol], *ones)) for i in structure.indices}
     return replace(particles, sizes=sizes, values=by_name, log_proposals=nothing)
+
+
+def with_all_outside(structure: Structure, particles: Particles, drawn: Particles) -> Particles:
+    """Return particles with all that were drawn of the indices outside of plates."""
+    outside = [index for index in structure.indices if not index.plates]
+    names = [name for index in outside for name in index.sites]
+    sizes = {index.symbol: drawn.sizes[index.symbol] for index in outside}
+    values = {name: drawn.values[name] for name in names}
+    return replace(
+        particles, sizes={**particles.sizes, **sizes}, values={**particles.values, **values}
+    )
+
+
+def mixed_support(support: Tensor, dims: int, number: int) -> Tensor:
+    """
+    Put values into particles whose elements and sites differ, behind those that are alike.
+
+    Where elements or sites share an index, no choice of particles mixes these: what is zero if they
+    are alike, as a difference, would not be seen.
+
+    :param support: ``(values, *batch, *event)``.
+    :param dims: how many batch dims it has.
+    :param number: of the site, among those that share the index.
+    """
+    batch = support.shape[1 : 1 + dims]
+    alike = torch.zeros(batch, dtype=torch.long, device="cpu")
+    steps = alike + number
+    for dim in range(dims):
+        along = (-1,) + (1,) * (dims - 1 - dim)
+        steps = steps + torch.arange(batch[dim], device="cpu").reshape(along)
+    generator = torch.Generator("cpu").manual_seed(number)
+    others = torch.randint(len(support), (2, *batch), generator=generator, device="cpu")
+    shifts = torch.cat([torch.stack([alike, steps]), others])
+    values = torch.arange(len(support), device="cpu").reshape((-1,) + (1,) * dims)
+    at = ((shifts.unsqueeze(1) + values) % len(support)).flatten(0, 1)
+    at = at.reshape(at.shape + (1,) * (support.dim() - 1 - dims)).to(support.device)
+    return torch.take_along_dim(support, at, 0)
 
 
 FEW = 3  # particles that at_supports takes of sites without a finite support

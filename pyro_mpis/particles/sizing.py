@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from pyro_mpis._text import quoted
 from pyro_mpis._typing import Ordinal
 from pyro_mpis.factor_graph.sizes import Contraction, Shape, Shapes, contraction_of
 from pyro_mpis.particles.footprint import Footprint
@@ -144,7 +145,7 @@ class Sizing:
             if number > largest.bytes:
                 site = self.structure.model.get(shape.name)
                 largest = (
-                    Need(number, f"the proposal of '{shape.name}'", frozenset(shape.dims))
+                    self._of_proposal(shape, number)
                     if site is None
                     else self._of_site(site, number)
                 )
@@ -193,6 +194,12 @@ class Sizing:
         dims = "".join(sorted(reads)) + "".join(sorted(plates))
         itemsize = torch.double.itemsize if summed else self.itemsize
         return Shape(site.name, dims, plates, itemsize)
+
+    def _of_proposal(self, shape: Shape, number: int) -> Need:
+        dims = frozenset(shape.dims)
+        symbols = frozenset(self.structure.by_symbol.keys() & dims)
+        names = quoted(self.structure.named(symbols))
+        return Need(number, f"the proposal of {names}", symbols, dims - symbols)
 
     def _of_site(self, site: Site, number: int) -> Need:
         symbols = self.structure.indices_read(site)

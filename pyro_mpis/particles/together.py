@@ -6,6 +6,10 @@ Where elements of a plate are read together, or plates cross, the sum over an in
 is exponential in the size of the plate. Such indices are to be shared: one for the whole plate.
 """
 
+import math
+from collections.abc import Collection, Iterable, Mapping
+from typing import TypeAlias
+
 from pyro_mpis._text import quoted
 from pyro_mpis._typing import Ordinal
 from pyro_mpis.factor_graph.graph import FactorGraph, LogFactor
@@ -39,6 +43,14 @@ class ReadTogether(Exception):
         self.differs = differs
 
 
+def reason_of(graph: FactorGraph, factor: LogFactor, plates: Ordinal) -> str:
+    """Say that a site reads elements of some plates together: a part of a sentence."""
+    named = plates_named(graph, plates)
+    if foreign_ordinals(graph, factor):
+        return f"site '{factor.name}' reads several elements of {named} together"
+    return f"site '{factor.name}' reads other elements of {named} than its own"
+
+
 def unknown(graph: FactorGraph, factor: LogFactor) -> ReadTogether:
     """Say that the elements that a factor reads could not be found out."""
     plates = frozenset[str]().union(*foreign_ordinals(graph, factor))
@@ -53,44 +65,83 @@ def unknown(graph: FactorGraph, factor: LogFactor) -> ReadTogether:
 
 def crossing(graph: FactorGraph, factor: LogFactor, one: Ordinal, other: Ordinal) -> ReadTogether:
     """Say that two plates whose latents a factor reads cross."""
-    ordinals = [graph.index_plates[symbol] for symbol in indices_of(graph, factor)]
     return read_together(
         graph,
-        factor,
-        [plates for plates in ordinals if plates],
+        indices_of(graph, factor),
         f"site '{factor.name}' reads latents of {plates_named(graph, one)} and of "
         f"{plates_named(graph, other)}, which cross",
     )
 
 
-def read_together(
-    graph: FactorGraph, factor: LogFactor, ordinals: list[Ordinal], reason: str
-) -> ReadTogether:
-    """Share the indices of that ordinal which has the fewest numbers to be drawn together."""
-    plates = cheapest(graph, [plates for plates in ordinals if plates])
-    symbols = {s for s in indices_of(graph, factor) if graph.index_plates[s] == plates}
-    return ReadTogether(frozenset(symbols), plates, reason)
-
-
-def cheapest(graph: FactorGraph, ordinals: list[Ordinal]) -> Ordinal:
+def read_together(graph: FactorGraph, symbols: Iterable[str], reason: str) -> ReadTogether:
     """
-    Return the ordinal whose indices cost least to share.
+    Share those indices that cost least to share, of some whose plates cross.
 
     An index that is shared by a plate is as ordinary importance sampling of all its elements
-    together, whose error grows with the number of latent values. So the ordinal with the fewest
-    values of latents is shared; of several, the one whose plates' names come first.
+    together, whose error grows with the number of latent values. So those indices are shared, and
+    by those of their plates, that leave the fewest values to be drawn together; of several choices,
+    the one whose plates' names come first. If no two of the plates cross, and they cannot have
+    indices of their own for another reason, those with the fewest values are shared.
     """
+    inside: dict[Ordinal, set[str]] = {}
+    for symbol in symbols:
+        if graph.index_plates[symbol]:
+            inside.setdefault(graph.index_plates[symbol], set()).add(symbol)
+    values = {plates: num_values(graph, symbols) for plates, symbols in inside.items()}
+    _, shared = _cheapest(graph, {plates: plates for plates in inside}, values)
+    shared = shared or [
+        min((number, _names(graph, plates), plates, plates) for plates, number in values.items())
+    ]
+    *_, chosen, plates = min(shared)
+    return ReadTogether(frozenset(inside[chosen]), plates, reason)
 
-    def cost(plates: Ordinal) -> tuple[int, list[str]]:
-        symbols = {s for s, inside in graph.index_plates.items() if inside == plates}
-        values = sum(
-            site.tensor[(0,) * len(site.indices)].numel()
-            for site in graph.values.values()
-            if symbols & set(site.indices)
-        )
-        return values, sorted(graph.plate_names[symbol] for symbol in plates)
 
-    return min(ordinals, key=cost)
+Shared: TypeAlias = tuple[int, list[str], Ordinal, Ordinal]  # values, names, of which plates, by
+
+
+def _cheapest(
+    graph: FactorGraph, left: Mapping[Ordinal, Ordinal], values: Mapping[Ordinal, int]
+) -> tuple[tuple[int, list[list[str]]], list[Shared]]:
+    """
+    Find what to share so that of any two indices' plates one lies in the other.
+
+    :param left: the plates of each index, and those that it has of its own by now.
+    :return: the values that are then drawn together, with the plates' names; what is shared.
+    """
+    around = {plates: graph.with_enclosing(own) for plates, own in left.items()}
+    choices = []
+    for deepest in _maximal(around):
+        shares: list[Shared] = []
+        rest = {}
+        for plates, own in left.items():
+            common = own & around[deepest]
+            if common != own:
+                number = values[plates] // math.prod(graph.sizes[symbol] for symbol in common)
+                shares.append((number, _names(graph, own - common), plates, own - common))
+            if plates != deepest and common:
+                rest[plates] = common
+        (number, names), others = _cheapest(graph, rest, values)
+        total = number + sum(share[0] for share in shares)
+        choices.append(((total, sorted([*names, *(s[1] for s in shares)])), [*shares, *others]))
+    return min(choices, key=lambda choice: choice[0], default=((0, []), []))
+
+
+def _maximal(around: Mapping[Ordinal, Ordinal]) -> list[Ordinal]:
+    """Return the ordinals that lie in no other; of equal ones each."""
+    return [one for one, own in around.items() if not any(own < other for other in around.values())]
+
+
+def num_values(graph: FactorGraph, symbols: Collection[str]) -> int:
+    """Count the latent values of some indices, of all elements of their plates."""
+    return sum(
+        site.tensor[(0,) * len(site.indices)].numel()
+        for site in graph.values.values()
+        if set(symbols) & set(site.indices)
+    )
+
+
+def _names(graph: FactorGraph, plates: Ordinal) -> list[str]:
+    return sorted(graph.plate_names[symbol] for symbol in plates)
 
 
 def indices_of(graph: FactorGraph, factor: LogFactor) -> list[str]:

@@ -72,8 +72,8 @@ class Replay(ReplayMessenger):
             msg["infer"] = {**msg["infer"], "enumerate": own["enumerate"]}
 
 
-class AllMet(Exception):
-    """All the sites that a run was for have been met: it may end."""
+class AllMet(BaseException):
+    """All the sites that a run was for have been met: it may end, whatever the program catches."""
 
 
 class Substitute(Messenger):
@@ -155,6 +155,17 @@ def isolated(*, params_are_seen: bool = False) -> Iterator[None]:
             yield
     finally:
         _DIM_ALLOCATOR._stack = around
+
+
+@contextmanager
+def closing_plates() -> Iterator[None]:
+    """Close the plates that a program entered by hand, if it ends before it leaves them."""
+    around = list(_DIM_ALLOCATOR._stack)
+    try:
+        yield
+    except BaseException:
+        _DIM_ALLOCATOR._stack[:] = around
+        raise
 
 
 def _is_no_param(msg: Message[..., Any]) -> bool:

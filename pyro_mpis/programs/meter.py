@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pyro_mpis._text import broadcast_shape
-from pyro_mpis.programs.tensors import unwrapped
+from pyro_mpis.programs.tensors import Mapped, stripped
 
 Levels = tuple[int, ...]
 Bytes = dict[Levels, int]  # of one combination of the values on these levels
@@ -37,10 +37,14 @@ class Meter(TorchFunctionMode):
     Note the bytes that are held at each moment of a mapped run.
 
     :attr:`moments` are those at which most may be held: before something is freed.
+
+    :param num_levels: of the run; those of a program's own transforms lie within them. All levels
+        count by default.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, num_levels: int | None = None) -> None:
         super().__init__()
+        self.num_levels = num_levels
         self.site: str | None = None  # whose density is computed, to note with the moments
         self.moments: list[tuple[str | None, Bytes]] = []
         self.made: Bytes = {}  # by all operations together, or that take as long
@@ -85,7 +89,7 @@ class Meter(TorchFunctionMode):
 
     def _note(self, tensor: Tensor) -> None:
         """Note a tensor, unless it is a view of one that is known."""
-        mapped = unwrapped(tensor)
+        mapped = self._mapped(tensor)
         plain = mapped.tensor
         if plain.layout != torch.strided or id(plain) in self._watched:
             return
@@ -106,13 +110,23 @@ class Meter(TorchFunctionMode):
         key = id(plain)
         self._watched[key] = weakref.ref(plain, lambda _: self._drop(key, storage))
 
+    def _mapped(self, tensor: Tensor) -> Mapped:
+        """Return a tensor with the levels of the run; dims of others are its own."""
+        mapped = stripped(tensor)
+        return Mapped(mapped.tensor, mapped.levels[: self._num_own(mapped)])
+
+    def _num_own(self, mapped: Mapped) -> int:
+        if self.num_levels is None:
+            return len(mapped.levels)
+        return sum(level < self.num_levels for level in mapped.levels)
+
     def _note_copies(self, operands: Sequence[Tensor], times: int) -> None:
         """
         Note a moment at which an operation holds copies of its operands.
 
         :param times: what it takes to make it, in copies.
         """
-        mapped = [unwrapped(operand) for operand in operands]
+        mapped = [self._mapped(operand) for operand in operands]
         levels = tuple(sorted({level for operand in mapped for level in operand.levels}))
         number = sum(
             map(operator.mul, _copied(operands), (m.tensor.element_size() for m in mapped))

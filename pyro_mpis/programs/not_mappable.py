@@ -50,6 +50,7 @@ REMEDIES = {
     "Boolean value of Tensor": "compute both branches and choose by torch.where",
     "data-dependent control flow": "compute both branches and choose by torch.where",
     ".item()": "compute with tensors, without .item(), and choose by torch.where",
+    "match the broadcast shape": "write a = a + b in place of a += b",
     "inplace": "collect the values in a list, and torch.stack it, or choose by torch.where",
     "in-place": "collect the values in a list, and torch.stack it, or choose by torch.where",
     "numpy": "compute with torch operations in place of NumPy's",

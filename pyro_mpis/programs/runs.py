@@ -40,6 +40,7 @@ from pyro_mpis.programs.handlers import (
     Stop,
     Substitute,
     Track,
+    closing_plates,
 )
 from pyro_mpis.programs.mapped import run_mapped
 from pyro_mpis.programs.masks import GuideMasks, Masks, ModelMasks
@@ -141,7 +142,7 @@ def _run_both(
     *,
     tracking: bool,
 ) -> tuple[Trace, Trace]:
-    with Track(lambda site: tracking and not is_delta(site["fn"])):
+    with closing_plates(), Track(lambda site: tracking and not is_delta(site["fn"])):
         guide = poutine.trace(programs.program("guide"))
         guide_trace = guide.get_trace(*programs.args, **programs.kwargs)
     from_guide = {name: s for name, s in statements(guide_trace).items() if is_latent(s)}
@@ -150,6 +151,7 @@ def _run_both(
         if name not in from_guide:
             guide_values.remove_node(name)
     with (
+        closing_plates(),
         Compare(from_guide, compare),
         Track(
             lambda site: tracking and not is_delta(site["fn"]) and site["name"] not in from_guide
@@ -181,14 +183,19 @@ def trace_at(programs: Programs, values: Mapping[str, Tensor]) -> Trace:
 def _traced(programs: Programs, name: Name, handler: Substitute, until: Collection[str]) -> Trace:
     """Run a program under a handler; an error after its last site does not matter."""
     tracer = poutine.trace()
-    with handler, tracer, Stop(until) if until else contextlib.nullcontext():
-        try:
+    try:  # around the handlers, which then take away what the program opened by hand
+        with (
+            closing_plates(),
+            handler,
+            tracer,
+            Stop(until) if until else contextlib.nullcontext(),
+        ):
             programs.call(name)
-        except AllMet:
-            pass
-        except Exception:  # a return value may take code that cannot be mapped
-            if name not in programs.sites or not programs.sites[name] <= set(tracer.trace.nodes):
-                raise
+    except AllMet:
+        pass
+    except Exception:  # a return value may take code that cannot be mapped
+        if name not in programs.sites or not programs.sites[name] <= set(tracer.trace.nodes):
+            raise
     return tracer.trace
 
 

@@ -119,6 +119,15 @@ def unwrapped(tensor: Tensor) -> Mapped:
     return Mapped(tensor, tuple(level - 1 for level in reversed(levels)))
 
 
+def stripped(tensor: Tensor) -> Mapped:
+    """Return what :func:`unwrapped` does, also of a tensor that a program's own transform wraps."""
+    mapped = unwrapped(tensor)
+    while _functorch.is_functorch_wrapped_tensor(mapped.tensor):  # of a gradient
+        inner = unwrapped(_functorch.get_unwrapped(mapped.tensor))
+        mapped = Mapped(inner.tensor, inner.levels + mapped.levels)
+    return mapped
+
+
 def elementwise(
     function: Callable[..., Tensor], *tensors: Tensor, event_dims: Sequence[int] = ()
 ) -> Tensor | None:

@@ -100,7 +100,7 @@ def replay_draws(
     :param summed: enumerated latents to sum them over.
     :param memory_limit: bytes that draws which are run together may take; None if not known.
     """
-    meter = Meter()
+    meter = Meter(num_levels=0)
     with meter:
         ordinary = ordinary_sites(structure, programs, {n: d[-1] for n, d in draws.items()})
     meter.finish()

@@ -171,12 +171,12 @@ def _site_helps(
             "summed over them exactly and needs no particles."
         )
     for site in uneven:
-        length = fns[site.name].event_shape.numel()
-        if isinstance(fns[site.name], torch.distributions.Independent) and length > 1:
+        fn = fns[site.name]
+        if isinstance(fn, torch.distributions.Independent) and fn.event_shape.numel() > 1:
             helps.append(
-                f"'{site.name}' is a vector of {length} elements with one particle index, and a "
-                "particle must be good in all of them at once. If each of its readers reads one "
-                "element, draw it in a pyro.plate in place of .to_event."
+                f"'{site.name}' is a vector of {fn.event_shape.numel()} elements with one particle "
+                "index, and a particle must be good in all of them at once. If each of its "
+                "readers reads one element, draw it in a pyro.plate in place of .to_event."
             )
     others = [site for site in uneven if site.name not in small]
     if others:
