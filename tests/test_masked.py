@@ -544,6 +544,25 @@ def test_flat_prior_warns_and_padding_does_not() -> None:
     MPImportance(partial(padded, True, False), partial(padded_guide, False), num_samples=2).run()
 
 
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("by_handler", [False, True])
+def test_where_all_is_masked_the_prior_is_the_posterior(by_handler: bool, guided: bool) -> None:
+    """No density counts: the evidence is one, and draws of the prior keep equal weights."""
+
+    def model() -> None:
+        x = both_ways("x", dist.Normal(1.0, 2.0), False, by_handler)
+        with pyro.plate("data", 3):
+            both_ways("y", dist.Normal(x, 1.0), False, by_handler, obs=Y)
+
+    def guide() -> None:
+        pyro.sample("x", dist.Normal(0.5, 1.0))
+
+    posterior = MPImportance(model, guide if guided else None, num_samples=5).run()
+    torch.testing.assert_close(posterior.evidence(), torch.zeros(()))
+    drawn = posterior._sums[0].whole.values["x"].tensor
+    torch.testing.assert_close(posterior.moments()["x"], drawn.mean())
+
+
 def test_mask_that_depends_on_a_latent() -> None:
     """Flat where the data read it, left out where they do not: one run for each particle."""
 

@@ -334,8 +334,8 @@ def _probe_of(
         for name, site in sites.items()
         if not is_silent(site) and not (is_latent(site) and is_delta(site["fn"]))
     )
-    largest = 2 * max(batch_shape_of(sites[name]["fn"]).numel() for name in counting)
-    largest = max([largest, *(value[0].numel() for value in rows.values())])
+    entries = [2 * batch_shape_of(sites[name]["fn"]).numel() for name in counting]
+    largest = max([*entries, *(value[0].numel() for value in rows.values())])
     return _Probe(programs, rows, others, counting, largest, mapped)
 
 
@@ -343,7 +343,9 @@ def _unread(probe: _Probe, seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Find what nothing reads: together, site by site, then element by element."""
     result = {name: ~mask for name, mask in seen.items()}
     hidden = [name for name, masked in result.items() if bool(masked.any())]
-    if not hidden or not _any(probe.changed({name: result[name][None] for name in hidden})):
+    if not hidden or not probe.counting:
+        return result
+    if not _any(probe.changed({name: result[name][None] for name in hidden})):
         return result
     for name in hidden:
         if len(hidden) > 1 and not _any(probe.changed({name: result[name][None]})):
