@@ -2,6 +2,7 @@
 """What is said of programs that cannot be run at many values at once, and how to write them."""
 
 import os
+import re
 import traceback
 from collections.abc import Set
 from typing import Literal, TypeAlias
@@ -65,10 +66,15 @@ def not_mappable(name: Name, last_site: str | None, error: Exception) -> NotMapp
     where = f"at or after site '{last_site}'" if last_site else "at its start"
     found = (remedy for part, remedy in REMEDIES.items() if part in str(error))
     return NotMappableError(
-        f"the {name} {where}{_line(error)}: {type(error).__name__}: {first_line(error)}",
+        f"the {name} {where}{_line(error)}: {type(error).__name__}: {_reason(error)}",
         next(found, OTHER_REMEDY),
         levels_at_error(error),
     )
+
+
+def _reason(error: BaseException) -> str:
+    """Return what an error says, without torch's request to report it: the program is at fault."""
+    return re.split(r"[,.] (?:If [^.,]*, )?[Pp]lease file ", first_line(error))[0]
 
 
 def _line(error: BaseException) -> str:
