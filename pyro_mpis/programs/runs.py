@@ -52,6 +52,7 @@ from pyro_mpis.programs.not_mappable import (
     not_mappable,
 )
 from pyro_mpis.programs.one_by_one import put_together
+from pyro_mpis.programs.one_way import DrawBase
 from pyro_mpis.programs.stratified import Strata
 from pyro_mpis.programs.subsampling import OneSubsample, Subsamples, subsamples_of
 from pyro_mpis.programs.tensors import Said, Values, unwrapped
@@ -83,7 +84,7 @@ class Programs:
     def program(self, name: Name) -> Program:
         """Return the model or the guide, with masks of latents as they count."""
         if name == "guide":
-            return GuideMasks(self.masks)(self.guide)
+            return GuideMasks(self.masks)(DrawBase()(self.guide))
         return ModelMasks(self.masks)(self.model) if self.masks.seen else self.model
 
     def call(self, name: Name) -> object:
