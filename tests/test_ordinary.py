@@ -209,11 +209,23 @@ def selected(w: Tensor) -> Tensor:
     return w[w > 0].sum()
 
 
+def looked_up(w: Tensor) -> Tensor:
+    numbers = [0.5, 2.0]
+    return torch.tensor(numbers[(w.sum() > 0).long()])
+
+
+def one_hot(w: Tensor) -> Tensor:
+    chosen = (w.sum() > 0).long().reshape(1)
+    return torch.zeros(2).scatter_(0, chosen, 1.0)[1]
+
+
 LEAVES: dict[Callable[[Tensor], Tensor], tuple[str, str]] = {
     branches: ("if w.sum() > 0", "choose by torch.where"),
     item_of_sum: ("w.sum().item()", "without .item(), and choose by torch.where"),
     of_numpy: ("np.asarray(w)", "torch operations in place of NumPy's"),
     written: ("whole[:3] = w", "a list, and torch.stack it"),
+    looked_up: ("numbers[(w.sum() > 0).long()]", "in a tensor, in place of a list"),
+    one_hot: ("torch.zeros(2).scatter_(", "a new tensor, without the _"),
     selected: ("w[w > 0]", "by a mask, in place of a boolean index"),
 }
 

@@ -51,6 +51,7 @@ REMEDIES = {
     "Boolean value of Tensor": "compute both branches and choose by torch.where",
     "data-dependent control flow": "compute both branches and choose by torch.where",
     ".item()": "compute with tensors, without .item(), and choose by torch.where",
+    "instead of aten::": "use the operation that makes a new tensor, without the _ after its name",
     "inplace": "collect the values in a list, and torch.stack it, or choose by torch.where",
     "in-place": "collect the values in a list, and torch.stack it, or choose by torch.where",
     "numpy": "compute with torch operations in place of NumPy's",
@@ -58,16 +59,21 @@ REMEDIES = {
     "nonzero": "choose by torch.where or by a mask, in place of a boolean index",
     "dynamic shape": "choose by torch.where or by a mask, in place of a boolean index",
 }
+LOOK_UP = "look numbers up in a tensor, in place of a list, or choose by torch.where"
 OTHER_REMEDY = "use torch operations on whole tensors that torch.func.vmap can map"
 
 
 def not_mappable(name: Name, last_site: str | None, error: Exception) -> NotMappableError:
     """Say which line of a program torch cannot map, and what to write instead."""
     where = f"at or after site '{last_site}'" if last_site else "at its start"
+    line = _line(error)
     found = (remedy for part, remedy in REMEDIES.items() if part in str(error))
+    remedy = next(found, OTHER_REMEDY)
+    if remedy == REMEDIES[".item()"] and ".item()" not in line and "[" in line:
+        remedy = LOOK_UP  # a tensor as the index of a list becomes a number too
     return NotMappableError(
-        f"the {name} {where}{_line(error)}: {type(error).__name__}: {_reason(error)}",
-        next(found, OTHER_REMEDY),
+        f"the {name} {where}{line}: {type(error).__name__}: {_reason(error)}",
+        remedy,
         levels_at_error(error),
     )
 
