@@ -219,6 +219,15 @@ def one_hot(w: Tensor) -> Tensor:
     return torch.zeros(2).scatter_(0, chosen, 1.0)[1]
 
 
+NORM = torch.nn.BatchNorm1d(3)  # in training mode
+
+
+def normalised(w: Tensor) -> Tensor:
+    rows = torch.stack([w, -w, torch.zeros(3)])
+    result: Tensor = NORM.to(w.dtype)(rows)
+    return result[0].sum()
+
+
 LEAVES: dict[Callable[[Tensor], Tensor], tuple[str, str]] = {
     branches: ("if w.sum() > 0", "choose by torch.where"),
     item_of_sum: ("w.sum().item()", "without .item(), and choose by torch.where"),
@@ -226,6 +235,7 @@ LEAVES: dict[Callable[[Tensor], Tensor], tuple[str, str]] = {
     written: ("whole[:3] = w", "a list, and torch.stack it"),
     looked_up: ("numbers[(w.sum() > 0).long()]", "in a tensor, in place of a list"),
     one_hot: ("torch.zeros(2).scatter_(", "a new tensor, without the _"),
+    normalised: ("NORM.to(w.dtype)(rows)", "evaluation mode, by .eval()"),
     selected: ("w[w > 0]", "by a mask, in place of a boolean index"),
 }
 

@@ -54,6 +54,7 @@ REMEDIES = {
     "instead of aten::": "use the operation that makes a new tensor, without the _ after its name",
     "inplace": "collect the values in a list, and torch.stack it, or choose by torch.where",
     "in-place": "collect the values in a list, and torch.stack it, or choose by torch.where",
+    "running_mean": "put the network into evaluation mode, by .eval(), before the run",
     "numpy": "compute with torch operations in place of NumPy's",
     "data pointer": "compute with torch operations in place of NumPy's",
     "nonzero": "choose by torch.where or by a mask, in place of a boolean index",
