@@ -75,6 +75,8 @@ def find_masks(
     unread = unread_elements(programs, model_sites, seen, summed, mapped=True)
     lifted, left_out, not_proposed = dict(summed), {}, {}
     for name, elements in unread.items():
+        if structure.origins[name] == "guide_delta" and not structure.guide[name].reads:
+            continue  # fixed at a point: no proposal would balance its density
         site = model_sites[name]
         drawn = _drawn_for(structure, name)
         if drawn is not None and batch_shape_of(guide_sites[drawn]["fn"]) == batch_shape_of(
