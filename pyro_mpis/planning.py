@@ -257,6 +257,11 @@ def analysed(programs: Programs, options: Options) -> tuple[Programs, Structure,
             programs = with_one_subsample(programs)
             guide_trace, model_trace = run_plainly(programs, check_same_site)
     except RuntimeError as error:
+        if "does not require grad" in str(error):
+            raise ValueError(
+                f"{first_line(error)}. Guide and model run without gradients. Where they compute "
+                "a derivative of their own, enclose it: with torch.enable_grad(): ..."
+            ) from error
         if "Multiple sample sites" in str(error):
             raise ValueError(
                 f"{first_line(error)}. Each sample statement needs a name of its own: in a loop, "
