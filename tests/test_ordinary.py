@@ -219,6 +219,10 @@ def one_hot(w: Tensor) -> Tensor:
     return torch.zeros(2).scatter_(0, chosen, 1.0)[1]
 
 
+def of_other_numbers(w: Tensor) -> Tensor:
+    return torch.bernoulli(torch.sigmoid(w)).sum() * 0.0
+
+
 NORM = torch.nn.BatchNorm1d(3)  # in training mode
 
 
@@ -235,6 +239,7 @@ LEAVES: dict[Callable[[Tensor], Tensor], tuple[str, str]] = {
     written: ("whole[:3] = w", "a list, and torch.stack it"),
     looked_up: ("numbers[(w.sum() > 0).long()]", "in a tensor, in place of a list"),
     one_hot: ("torch.zeros(2).scatter_(", "a new tensor, without the _"),
+    of_other_numbers: ("torch.bernoulli(", "random numbers in sample statements"),
     normalised: ("NORM.to(w.dtype)(rows)", "evaluation mode, by .eval()"),
     selected: ("w[w > 0]", "by a mask, in place of a boolean index"),
 }

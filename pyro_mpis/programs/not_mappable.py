@@ -54,6 +54,7 @@ REMEDIES = {
     "instead of aten::": "use the operation that makes a new tensor, without the _ after its name",
     "inplace": "collect the values in a list, and torch.stack it, or choose by torch.where",
     "in-place": "collect the values in a list, and torch.stack it, or choose by torch.where",
+    "same randomness": "draw all random numbers in sample statements that no handler hides",
     "running_mean": "put the network into evaluation mode, by .eval(), before the run",
     "numpy": "compute with torch operations in place of NumPy's",
     "data pointer": "compute with torch operations in place of NumPy's",
