@@ -8,7 +8,6 @@ was seen.
 """
 
 import functools
-import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +19,7 @@ from pyro.poutine.util import is_validation_enabled
 from pyro_mpis._text import first_line, quoted
 from pyro_mpis._typing import Ordinal, Program
 from pyro_mpis.costs import number_of_runs, number_that_fits, run_plan_of
+from pyro_mpis.fitting import fitted
 from pyro_mpis.options import DEFAULT_NUM_SAMPLES, Options
 from pyro_mpis.particles import memory
 from pyro_mpis.particles.footprint import Footprint, measured
@@ -33,7 +33,7 @@ from pyro_mpis.programs.messages import statements
 from pyro_mpis.programs.not_mappable import Name
 from pyro_mpis.programs.numbers import unnumbered, with_numbers
 from pyro_mpis.programs.runs import Programs, run_plainly, with_one_subsample
-from pyro_mpis.programs.structure import Index, Obstacle, Structure
+from pyro_mpis.programs.structure import Structure
 from pyro_mpis.programs.subsampling import subsamples_of
 from pyro_mpis.run_plan import RunPlan
 
@@ -107,76 +107,6 @@ def memory_limit(options: Options, device: str) -> int | None:
     if options.memory_limit is not None:
         return options.memory_limit
     return memory.default_limit(device)
-
-
-def fitted(
-    structure: Structure,
-    options: Options,
-    device: str,
-    limit: int | None,
-    footprint: Footprint | None = None,
-) -> tuple[Structure, memory.Cut, list[str]]:
-    """
-    Find what fits into memory.
-
-    Where nothing does, and the user has set no limit, latents share an index: two after the other
-    of those that the largest factor reads, the ones with the fewest values first.
-
-    :param limit: in bytes; None where nothing is known.
-    :param footprint: of the programs; see :func:`~pyro_mpis.particles.memory.fit`.
-    :return: the structure, how its particles are cut, and what the user is to be told.
-    :raises MemoryError: if the user has set a limit that nothing fits into.
-    """
-    merged: list[str] = []
-    while True:
-        try:
-            cut = memory.fit(structure, limit, device, footprint)
-            if not merged or not memory.takes_long(structure):
-                break
-            largest, _ = memory.largest_factor(structure)
-            site, read = largest.name, structure.indices_read(largest)
-        except memory.TooLargeError as error:
-            if options.memory_limit is not None:
-                raise
-            site, read = error.site, error.symbols
-        pair = _mergeable(structure, read)
-        if pair is None:
-            return _one_by_one(structure, site), memory.Cut({}, {}), []
-        merged += [name for index in pair for name in index.sites if name not in merged]
-        structure = structure.merging(*pair)
-    if not merged:
-        return structure, cut, []
-    notice = (
-        f"too many latents are read together to combine the particles of each: {quoted(merged)} "
-        "share particle indices, so more particles are needed for the same accuracy. To choose "
-        "yourself which latents share: groups=[(...), ...]. Or draw fewer particles."
-    )
-    return structure, cut, [notice]
-
-
-def _one_by_one(structure: Structure, site: str) -> Structure:
-    """Return a structure that is to be run once for each particle."""
-    obstacle = Obstacle(
-        f"site '{site}' reads too many latents to combine their particles",
-        "draw fewer particles, or split the site into several, each of which reads few latents",
-    )
-    model = {**structure.model, site: replace(structure.model[site], obstacle=obstacle)}
-    return replace(structure, model=model)
-
-
-def _mergeable(structure: Structure, read: Ordinal) -> tuple[Index, Index] | None:
-    """Return two of some indices that may become one: those with the fewest values."""
-
-    def size(index: Index) -> int:
-        return sum(structure.proposal_site(site).shape.numel() for site in index.sites)
-
-    indices = [i for i in structure.indices if i.symbol in read and not i.enumerated]
-    pairs = [
-        (one, other)
-        for one, other in itertools.combinations(sorted(indices, key=size), 2)
-        if one.plates == other.plates and structure.detour((*one.sites, *other.sites)) is None
-    ]
-    return min(pairs, key=lambda pair: size(pair[0]) + size(pair[1]), default=None)
 
 
 def plan_of(programs: Programs, options: Options) -> tuple[Plan, Trace, Trace]:
@@ -334,6 +264,11 @@ def analysed(programs: Programs, options: Options) -> tuple[Programs, Structure,
             programs = with_one_subsample(programs)
             guide_trace, model_trace = run_plainly(programs, check_same_site)
     except RuntimeError as error:
+        if "does not require grad" in str(error):
+            raise ValueError(
+                f"{first_line(error)}. Guide and model run without gradients. Where they compute "
+                "a derivative of their own, enclose it: with torch.enable_grad(): ..."
+            ) from error
         if "Multiple sample sites" in str(error):
             raise ValueError(
                 f"{first_line(error)}. Each sample statement needs a name of its own: in a loop, "

@@ -12,6 +12,7 @@ from checks import check_mean
 from compare import compare
 from torch import Tensor
 
+from pyro_mpis import MPImportance
 from pyro_mpis.options import Options
 from pyro_mpis.particles.drawing import Drawn, draw_particles
 from pyro_mpis.planning import plan_of, programs_of
@@ -175,3 +176,26 @@ def test_guides_for_single_values(guide: Callable[[], None] | None) -> None:
         pyro.sample("y", dist.Normal(b, 1.0), obs=torch.tensor(0.5))
 
     compare(model, guide, num_samples=5)
+
+
+@pytest.mark.parametrize("num_samples", [None, 4])
+def test_what_a_transform_remembers_is_no_argument(num_samples: int | None) -> None:
+    """A transform with a cache holds values of an earlier run, at other particles."""
+
+    def model(cache_size: int) -> None:
+        double = dist.transforms.AffineTransform(torch.zeros(()), torch.tensor(2.0), 0, cache_size)
+        transforms.setdefault(cache_size, double)
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        noise = dist.Normal(torch.zeros(2), 1.0)
+        x = dist.TransformedDistribution(noise, [transforms[cache_size]]).to_event(1)
+        x = pyro.sample("x", x)
+        pyro.sample("y", dist.Normal(x.sum() + a, 1.0), obs=torch.tensor(2.0))
+
+    transforms: dict[int, Any] = {}
+    found = []
+    for cache_size in (0, 1):
+        pyro.set_rng_seed(0)
+        posterior = MPImportance(model, num_samples=num_samples).run(cache_size)
+        assert len(posterior._sums[0].replicate.structure.indices) == 2
+        found.append(posterior.evidence())
+    assert found[0] == found[1]

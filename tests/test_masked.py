@@ -544,6 +544,50 @@ def test_flat_prior_warns_and_padding_does_not() -> None:
     MPImportance(partial(padded, True, False), partial(padded_guide, False), num_samples=2).run()
 
 
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("by_handler", [False, True])
+def test_where_all_is_masked_the_prior_is_the_posterior(by_handler: bool, guided: bool) -> None:
+    """No density counts: the evidence is one, and draws of the prior keep equal weights."""
+
+    def model() -> None:
+        x = both_ways("x", dist.Normal(1.0, 2.0), False, by_handler)
+        with pyro.plate("data", 3):
+            both_ways("y", dist.Normal(x, 1.0), False, by_handler, obs=Y)
+
+    def guide() -> None:
+        pyro.sample("x", dist.Normal(0.5, 1.0))
+
+    posterior = MPImportance(model, guide if guided else None, num_samples=5).run()
+    torch.testing.assert_close(posterior.evidence(), torch.zeros(()))
+    drawn = posterior._sums[0].whole.values["x"].tensor
+    torch.testing.assert_close(posterior.moments()["x"], drawn.mean())
+
+
+@pytest.mark.parametrize("way", ["handler", "own", "event"])
+def test_a_fixed_latent_has_the_masked_density(way: str) -> None:
+    """Nothing was drawn where it is masked, so that no density is to be balanced."""
+    at, event = torch.tensor([0.5, -1.0, 2.0]), way == "event"
+
+    def model() -> None:
+        with pyro.plate("data", 3) if not event else nullcontext():
+            if event:
+                x = pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).mask(SEEN).to_event(1))
+            else:
+                x = both_ways("x", dist.Normal(0.0, 1.0), SEEN, way == "handler")
+            with hidden(SEEN):
+                pyro.sample("y", dist.Normal(x, 1.0), obs=Y)
+
+    def guide() -> None:
+        with pyro.plate("data", 3) if not event else nullcontext():
+            pyro.sample("x", dist.Delta(at, event_dim=int(event)))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MPISWarning)
+        posterior = MPImportance(model, guide, num_samples=2).run()
+    log_p = dist.Normal(0.0, 1.0).log_prob(at) + dist.Normal(at, 1.0).log_prob(Y)
+    torch.testing.assert_close(posterior.evidence(), log_p[SEEN].sum())
+
+
 def test_mask_that_depends_on_a_latent() -> None:
     """Flat where the data read it, left out where they do not: one run for each particle."""
 

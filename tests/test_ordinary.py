@@ -209,11 +209,38 @@ def selected(w: Tensor) -> Tensor:
     return w[w > 0].sum()
 
 
+def looked_up(w: Tensor) -> Tensor:
+    numbers = [0.5, 2.0]
+    return torch.tensor(numbers[(w.sum() > 0).long()])
+
+
+def one_hot(w: Tensor) -> Tensor:
+    chosen = (w.sum() > 0).long().reshape(1)
+    return torch.zeros(2).scatter_(0, chosen, 1.0)[1]
+
+
+def of_other_numbers(w: Tensor) -> Tensor:
+    return torch.bernoulli(torch.sigmoid(w)).sum() * 0.0
+
+
+NORM = torch.nn.BatchNorm1d(3)  # in training mode
+
+
+def normalised(w: Tensor) -> Tensor:
+    rows = torch.stack([w, -w, torch.zeros(3)])
+    result: Tensor = NORM.to(w.dtype)(rows)
+    return result[0].sum()
+
+
 LEAVES: dict[Callable[[Tensor], Tensor], tuple[str, str]] = {
     branches: ("if w.sum() > 0", "choose by torch.where"),
     item_of_sum: ("w.sum().item()", "without .item(), and choose by torch.where"),
     of_numpy: ("np.asarray(w)", "torch operations in place of NumPy's"),
     written: ("whole[:3] = w", "a list, and torch.stack it"),
+    looked_up: ("numbers[(w.sum() > 0).long()]", "in a tensor, in place of a list"),
+    one_hot: ("torch.zeros(2).scatter_(", "a new tensor, without the _"),
+    of_other_numbers: ("torch.bernoulli(", "random numbers in sample statements"),
+    normalised: ("NORM.to(w.dtype)(rows)", "evaluation mode, by .eval()"),
     selected: ("w[w > 0]", "by a mask, in place of a boolean index"),
 }
 
@@ -236,6 +263,7 @@ def test_values_that_leave_torch(function: Callable[[Tensor], Tensor]) -> None:
     assert "after site 's', in test_ordinary.py:" in text
     assert line in text
     assert remedy in text.partition("To combine particles:")[2]
+    assert "please file" not in text.lower()  # torch asks for a report of each of these
     compare(model, num_samples=6, together=[("w", "s")], warning=ONCE)
     assert len(posterior.exec_traces) == 6
     warning = f"{ONCE_OF} 'w': .*{re.escape(line)}"

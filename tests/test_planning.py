@@ -23,6 +23,23 @@ def test_duplicate_names() -> None:
     fails(ValueError, r"Multiple sample sites named 'a'.*name of its own", model)
 
 
+def test_program_that_takes_a_derivative() -> None:
+    """Programs run without gradients; where one takes a derivative, the message says what to do."""
+
+    def guide(enclosed: bool) -> None:
+        with torch.set_grad_enabled(enclosed or torch.is_grad_enabled()):
+            x = torch.tensor(0.5, requires_grad=True)
+            (slope,) = torch.autograd.grad(x**2, [x])
+        pyro.sample("a", dist.Normal(slope, 1.0))
+
+    def model(_: bool) -> None:
+        pyro.sample("a", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match=r"does not require grad.*enclose it: with torch.enable"):
+        MPImportance(model, guide, num_samples=2).run(False)
+    assert MPImportance(model, guide, num_samples=2).run(True).evidence().isfinite()
+
+
 def test_max_plate_nesting_too_small() -> None:
     def model() -> None:
         with pyro.plate("p", 2, dim=-2):

@@ -3,6 +3,7 @@
 
 import itertools
 import math
+from collections.abc import Callable
 
 import pyro
 import pyro.distributions as dist
@@ -42,6 +43,16 @@ def model(size: int = 2) -> None:
         pyro.sample("y", dist.Normal(theta, 0.7), obs=Y[ind])
 
 
+def model_of_all(size: int = 2) -> None:
+    """The plate says how many elements there are, and leaves the minibatch to the guide."""
+    mu = pyro.sample("mu", dist.Normal(param("prior", 0.2), 1.5))
+    with pyro.plate("group", len(Y)) as ind:
+        note(ind)
+        loc = mu * torch.ones(len(Y[ind]))
+        theta = pyro.sample("theta", dist.Normal(loc, param("width", 0.8, positive=True)))
+        pyro.sample("y", dist.Normal(theta, 0.7), obs=Y[ind])
+
+
 def guide(size: int = 2) -> None:
     mu = pyro.sample("mu", dist.Normal(param("a", 0.4), param("b", 1.2, positive=True)))
     with pyro.plate("group", len(Y), subsample_size=size) as ind:
@@ -78,17 +89,18 @@ def test_one_particle_is_the_elbo(size: int) -> None:
     assert len(set(subsamples)) > 1
 
 
+@pytest.mark.parametrize("program", [model, model_of_all])
 @pytest.mark.parametrize("size", [1, 2])
-def test_sum_over_all_combinations(size: int) -> None:
+def test_sum_over_all_combinations(size: int, program: Callable[[int], None]) -> None:
     """The scale multiplies the log of the sum over an element's latents, not each density."""
     mu, ind, theta = drawn(3, size)
     expected = -log_evidence_by_loops(mu, theta, Y[ind], scale=len(Y) / size)
-    value, found = gradients(TraceMP_ELBO(num_samples=3), model, guide, size)
+    value, found = gradients(TraceMP_ELBO(num_samples=3), program, guide, size)
     assert value == pytest.approx(expected.item(), rel=1e-12)
     assert_same(found, derivatives(expected, NAMES))
     mu, ind, theta = drawn(3, size)
     log_p = log_evidence_by_loops(mu.detach(), theta.detach(), Y[ind], scale=len(Y) / size)
-    _, found = gradients(MPReweightedWakeSleep(3), model, guide, size)
+    _, found = gradients(MPReweightedWakeSleep(3), program, guide, size)
     grads = derivatives(log_p, NAMES)
     assert_same(found, {n: -g if n in ("prior", "width") else g for n, g in grads.items()})
 
@@ -217,14 +229,15 @@ def nothing() -> None:
     """Draw all from the prior."""
 
 
+@pytest.mark.parametrize("program", [model, model_of_all])
 @pytest.mark.parametrize("size", [1, 2])
-def test_query(size: int) -> None:
+def test_query(size: int, program: Callable[[int], None]) -> None:
     """Weights of the plate's latents are those given the weights of the latents outside."""
     message = rf"plate 'group': a subsample of {size} of 3.*one minibatch"
     pyro.set_rng_seed(0)
     SEEN.clear()
     with pytest.warns(MPISWarning, match=message):
-        posterior = MPImportance(model, guide, num_samples=3).run(size)
+        posterior = MPImportance(program, guide, num_samples=3).run(size)
     ind = SEEN[-1]
     assert all(torch.equal(chosen, ind) for chosen in SEEN[2:])  # the first run shows the plate
     graph = posterior._sums[0].whole

@@ -75,6 +75,8 @@ def find_masks(
     unread = unread_elements(programs, model_sites, seen, summed, mapped=True)
     lifted, left_out, not_proposed = dict(summed), {}, {}
     for name, elements in unread.items():
+        if structure.origins[name] == "guide_delta" and not structure.guide[name].reads:
+            continue  # fixed at a point: no proposal would balance its density
         site = model_sites[name]
         drawn = _drawn_for(structure, name)
         if drawn is not None and batch_shape_of(guide_sites[drawn]["fn"]) == batch_shape_of(
@@ -334,8 +336,8 @@ def _probe_of(
         for name, site in sites.items()
         if not is_silent(site) and not (is_latent(site) and is_delta(site["fn"]))
     )
-    largest = 2 * max(batch_shape_of(sites[name]["fn"]).numel() for name in counting)
-    largest = max([largest, *(value[0].numel() for value in rows.values())])
+    entries = [2 * batch_shape_of(sites[name]["fn"]).numel() for name in counting]
+    largest = max([*entries, *(value[0].numel() for value in rows.values())])
     return _Probe(programs, rows, others, counting, largest, mapped)
 
 
@@ -343,7 +345,9 @@ def _unread(probe: _Probe, seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Find what nothing reads: together, site by site, then element by element."""
     result = {name: ~mask for name, mask in seen.items()}
     hidden = [name for name, masked in result.items() if bool(masked.any())]
-    if not hidden or not _any(probe.changed({name: result[name][None] for name in hidden})):
+    if not hidden or not probe.counting:
+        return result
+    if not _any(probe.changed({name: result[name][None] for name in hidden})):
         return result
     for name in hidden:
         if len(hidden) > 1 and not _any(probe.changed({name: result[name][None]})):

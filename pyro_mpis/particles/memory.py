@@ -77,12 +77,20 @@ class TooLargeError(MemoryError):
 
     :param site: a site that reads the indices of what does not fit.
     :param symbols: these indices.
+    :param plates: for whose elements there is one of it each.
     """
 
-    def __init__(self, message: str, site: str, symbols: Ordinal = frozenset()) -> None:
-        super().__init__(message, site, symbols)
+    def __init__(
+        self,
+        message: str,
+        site: str,
+        symbols: Ordinal = frozenset(),
+        plates: Ordinal = frozenset(),
+    ) -> None:
+        super().__init__(message, site, symbols, plates)
         self.site = site
         self.symbols = symbols
+        self.plates = plates
 
     def __str__(self) -> str:
         """Return the message."""
@@ -316,4 +324,5 @@ def _too_large(
         "which reads few of them.",
         site or next(iter(structure.model), ""),
         in_parts.symbols,
+        frozenset(in_parts.plates),
     )

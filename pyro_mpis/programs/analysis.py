@@ -27,6 +27,7 @@ from pyro_mpis.programs.masks import taken_apart
 from pyro_mpis.programs.messages import (
     batch_shape_of,
     event_shape_of,
+    has_log_density,
     is_delta,
     is_enumerated,
     is_latent,
@@ -98,7 +99,10 @@ def analyse(
         max_plate_nesting = max(max_plate_nesting, len(site.batch_shape))
 
     guide_factors = tuple(
-        name for name, site in guide_sites.items() if site["is_observed"] and not is_silent(site)
+        name
+        for name, site in guide_sites.items()
+        if not is_silent(site)
+        and (site["is_observed"] or (name not in origins and has_log_density(site["fn"])))
     )
     carried = {
         name: read_guide[name].reads for name, origin in origins.items() if origin == "guide_delta"

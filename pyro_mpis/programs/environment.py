@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro.params.param_store import StateDict
 from pyro.poutine.util import is_validation_enabled
@@ -46,6 +47,7 @@ class Environment:
     values: Mapping[str, Tensor] = field(default_factory=_values)
     dtype: torch.dtype = field(default_factory=torch.get_default_dtype)
     validate: bool = field(default_factory=is_validation_enabled)
+    validate_args: bool = field(default_factory=dist.is_validation_enabled)  # of distributions
 
     @contextmanager
     def entered(self) -> Iterator[None]:
@@ -62,6 +64,7 @@ class Environment:
                 pyro.get_param_store().scope(copy.copy(self.params)),
                 self._valued(),
             ):
+                dist.enable_validation(self.validate_args)
                 yield
         finally:
             torch.set_default_dtype(dtype)

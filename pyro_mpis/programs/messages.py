@@ -6,6 +6,7 @@ from typing import cast
 import pyro
 import torch
 from pyro.distributions.util import scale_and_mask
+from pyro.ops.provenance import get_provenance
 from pyro.poutine.runtime import Message
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
@@ -31,6 +32,14 @@ def is_delta(fn: Distribution) -> bool:
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
     return isinstance(fn, pyro.distributions.Delta)
+
+
+def has_log_density(fn: Distribution) -> bool:
+    """Whether a distribution is a ``Delta`` with a density: that of a change of variables."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    density = getattr(fn, "log_density", None) if is_delta(fn) else None
+    return density is not None and (bool(get_provenance(density)) or bool((density != 0).any()))
 
 
 def is_enumerated(site: SampleMessage) -> bool:

@@ -53,8 +53,9 @@ from pyro_mpis.programs.not_mappable import (
     not_mappable,
 )
 from pyro_mpis.programs.one_by_one import put_together
+from pyro_mpis.programs.one_way import DrawBase
 from pyro_mpis.programs.stratified import Strata
-from pyro_mpis.programs.subsampling import OneSubsample, Subsamples
+from pyro_mpis.programs.subsampling import OneSubsample, Subsamples, subsamples_of
 from pyro_mpis.programs.tensors import Said, Values, unwrapped
 
 # Takes a site's message and the single values of all given sites; returns what to keep, by name.
@@ -84,7 +85,7 @@ class Programs:
     def program(self, name: Name) -> Program:
         """Return the model or the guide, with masks of latents as they count."""
         if name == "guide":
-            return GuideMasks(self.masks)(self.guide)
+            return GuideMasks(self.masks)(DrawBase()(self.guide))
         return ModelMasks(self.masks)(self.model) if self.masks.seen else self.model
 
     def call(self, name: Name) -> object:
@@ -147,8 +148,9 @@ def _run_both(
         guide_trace = guide.get_trace(*programs.args, **programs.kwargs)
     from_guide = {name: s for name, s in statements(guide_trace).items() if is_latent(s)}
     guide_values = guide_trace.copy()
+    minibatches = subsamples_of([guide_trace])  # a plate of the model may leave its size to these
     for name in guide_trace.nodes:
-        if name not in from_guide:
+        if name not in from_guide and name not in minibatches:
             guide_values.remove_node(name)
     with (
         closing_plates(),

@@ -92,8 +92,18 @@ def tensors_of(part: Any) -> list[Tensor]:
             pending += reversed(part.values())
         elif has_parts(part) and id(part) not in known:
             known.add(id(part))
-            pending += reversed(vars(part).values())
+            pending += reversed(_parts_of(part).values())
     return tensors
+
+
+def _parts_of(part: Any) -> dict[str, Any]:
+    """Return what an object holds, but for what a transform keeps of values that it has met."""
+    forgets = isinstance(part, Transform)
+    return {
+        name: item
+        for name, item in vars(part).items()
+        if not forgets or not name.startswith("_cache")
+    }
 
 
 def device_of(tensors: Iterable[Tensor]) -> torch.device:
@@ -202,7 +212,7 @@ def exchange(
         if id(part) not in known:
             known[id(part)] = result = copy.copy(part)
             vars(result).update(
-                {key: exchange(item, change, known) for key, item in vars(part).items()}
+                {key: exchange(item, change, known) for key, item in _parts_of(part).items()}
             )
         return known[id(part)]
     return part
