@@ -108,7 +108,8 @@ BELOW = {
     "costs": GROUND | {"run_plan", "programs", "factor_graph", "particles"},
     "options": GROUND,
     "weaknesses": GROUND | {"programs"},
-    "planning": GROUND | {"run_plan", "programs", "particles", "costs", "options"},
+    "fitting": GROUND | {"options", "programs", "particles"},
+    "planning": GROUND | {"run_plan", "programs", "particles", "costs", "options", "fitting"},
     "rendering": GROUND | {"programs"},
 }
 BELOW["replicate"] = {*BELOW["planning"], "factor_graph", "planning", "pieces", "workers"}
