@@ -158,7 +158,7 @@ CASES: dict[str, Case] = {
     "summed, with a number": (summed, None, {"p": 3, "z": 4, "b": 2}, {"b": 4}, {}),
     "index array": (of_counties, None, {"mu": 3, None: 2}, {"alpha": 3}, {}),
     "read together": (together, None, {"mu": 4, "x": 3}, {"x": 4}, {}),
-    "lost": (lost, None, {"mu": 4, "x": 2}, {}, {}),
+    "lost": (lost, None, {"mu": 4, "x": 2}, {"x": 4}, {}),
     "lost, many below": (lost, None, {"mu": 2, "x": 4}, {}, {}),
     "branching": (branching, None, {"mu": 4, "x": 2}, {}, {}),
 }

@@ -16,7 +16,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -32,7 +32,7 @@ from torch._functorch.vmap import (  # type: ignore[attr-defined]
 from torch.distributions import Distribution, Independent
 
 from pyro_mpis.programs.formulas import by_formula
-from pyro_mpis.programs.rewritten import Deferred, by_forward, rewritten
+from pyro_mpis.programs.rewritten import Deferred, by_forward, is_write, rewritten
 from pyro_mpis.programs.tensors import (
     Mapped,
     Values,
@@ -42,7 +42,9 @@ from pyro_mpis.programs.tensors import (
     tensors_of,
     unwrapped,
 )
+from pyro_mpis.programs.written import Written
 
+MOST_RUNS = 8  # of a program that writes mapped values into tensors, to find all of these
 MAX_LOOP = 1_000  # combinations that are worth a call of a distribution's log_prob each
 LOOKED_AT = 4  # combinations at which batch dims are held against calls for one
 _NOT_MAPPED = weakref.WeakSet[type]()  # classes whose log_prob torch could not map before
@@ -57,13 +59,46 @@ def run_mapped(
     :param levels: site -> ``(size, *shape)``, of one size in each level.
     :param patched: whether to rewrite some operations that torch cannot map.
     """
-    values: dict[str, Tensor] = {}
-    with _quiet(), _not_fused(), by_forward(), rewritten() if patched else nullcontext():
+    with _quiet(), _not_fused(), by_forward():
         lazy_load_decompositions()
-        with ExitStack() as stack:
-            for level in levels:
-                values |= stack.enter_context(_mapped(level))
-            function(values)
+        if not patched:
+            _run(function, levels)
+            return
+        try:
+            with rewritten():
+                _run(function, levels)
+        except Exception as error:
+            if not is_write(error) or not _run_written(function, levels):
+                raise
+
+
+def _run_written(function: Callable[[dict[str, Tensor]], None], levels: Sequence[Values]) -> bool:
+    """
+    Call a function that writes mapped values into tensors.
+
+    :return: whether these could be found, so that it has run.
+    """
+    written = Written(len(levels))
+    for _ in range(MOST_RUNS):
+        written.begin()
+        try:
+            with rewritten(written):
+                _run(function, levels)
+        except Exception:
+            if not written.found:
+                return False
+        if not written.found:
+            return True
+    return False
+
+
+def _run(function: Callable[[dict[str, Tensor]], None], levels: Sequence[Values]) -> None:
+    """Call a function of single values once, mapped over each level."""
+    values: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        for level in levels:
+            values |= stack.enter_context(_mapped(level))
+        function(values)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from torch.distributions import constraints
 from torch.overrides import TorchFunctionMode
 
 from pyro_mpis.programs.tensors import device_of, exchange, is_mapped, tensors_of, unwrapped
+from pyro_mpis.programs.written import Written, levels_written, target_of
 
 # Where code lies that is not the user's.
 LIBRARIES = tuple(
@@ -104,11 +105,15 @@ def _ordered_logistic(
 
 
 @contextmanager
-def rewritten() -> Iterator[None]:
-    """Let programs run whose operations or distributions torch cannot map as they stand."""
+def rewritten(written: Written | None = None) -> Iterator[None]:
+    """
+    Let programs run whose operations or distributions torch cannot map as they stand.
+
+    :param written: finds tensors that mapped values are written into.
+    """
     COERCIONS.append(_made_or_deferred)
     try:
-        with _Rewritten(_REWRITTEN):
+        with _Rewritten(_REWRITTEN, written):
             yield
     finally:
         COERCIONS.remove(_made_or_deferred)
@@ -143,7 +148,9 @@ class _NoContext:
         """Mark nothing."""
 
 
-READ = "pyro_mpis: levels that the operation read"  # kept with the error that it raised
+# Kept with the error that an operation raised: the levels that it read, and whether it could not
+# write what is mapped into a tensor that is not.
+READ, WRITES = "pyro_mpis: levels that the operation read", "pyro_mpis: writes"
 
 
 def _levels_of(part: object) -> frozenset[int]:
@@ -159,6 +166,15 @@ def levels_at_error(error: BaseException | None) -> frozenset[int]:
             return frozenset(vars(error)[READ])
         error = error.__cause__ or error.__context__
     return frozenset()
+
+
+def is_write(error: BaseException | None) -> bool:
+    """Whether an operation failed to write what is mapped into a tensor that is not."""
+    while error is not None:
+        if WRITES in vars(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 class _Replaced(TorchFunctionMode):
@@ -202,15 +218,31 @@ class _Replaced(TorchFunctionMode):
 class _Rewritten(_Replaced):
     """Operations that torch cannot map, in terms of others that it can."""
 
-    def apply(
-        self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    def __init__(
+        self, table: Mapping[Any, Callable[..., Any]], written: Written | None = None
+    ) -> None:
+        super().__init__(table)
+        self.written = written
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Apply an operation; an error notes which levels it failed on."""
         try:
-            return super().apply(func, args, kwargs)
+            result = super().__torch_function__(func, types, args, kwargs)
         except Exception as error:
-            vars(error).setdefault(READ, _levels_of((args, kwargs)))
+            target, others = target_of(func, args), (tuple(args[1:]), dict(kwargs or {}))
+            if target is not None and levels_written(target, others):
+                if self.written is not None and self.written.note(target, others):
+                    return target  # this run goes on for the sake of the writes that follow
+                setattr(error, WRITES, True)
+            vars(error).setdefault(READ, _levels_of((tuple(args), dict(kwargs or {}))))
             raise
+        return result if self.written is None else self.written.result(result, args)
 
 
 def _beside_others(part: Any) -> Any:

@@ -138,6 +138,27 @@ def stripped(tensor: Tensor) -> Mapped:
     return mapped
 
 
+def sizes_of(tensor: Tensor) -> dict[int, int]:
+    """Return the levels that a tensor is mapped at, and their sizes."""
+    mapped = unwrapped(tensor)
+    return dict(zip(mapped.levels, mapped.tensor.shape, strict=False))
+
+
+def mapped_at(tensor: Tensor, sizes: Mapping[int, int]) -> Tensor:
+    """
+    Return a copy that is mapped at some levels, whether it was or not.
+
+    :param sizes: of the levels, those that the tensor has included.
+    """
+    mapped = unwrapped(tensor)
+    levels = sorted(sizes)
+    shape = (*(sizes[level] for level in levels), *mapped.shape)
+    result = mapped.along(*levels).expand(shape).contiguous().clone()
+    for level in levels:
+        result = _functorch._add_batch_dim(result, 0, level + 1)
+    return result
+
+
 def elementwise(
     function: Callable[..., Tensor], *tensors: Tensor, event_dims: Sequence[int] = ()
 ) -> Tensor | None:
