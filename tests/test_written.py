@@ -4,6 +4,7 @@
 import warnings
 from collections.abc import Callable
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -110,6 +111,41 @@ def long() -> None:
         pyro.sample(f"y_{n}", dist.Normal(path[n + 1], 1.0), obs=Y[n])
 
 
+def by_keyword() -> None:
+    """A view is known by its memory, however the operation is given what it views."""
+    loc = torch.zeros(3)
+    column = torch.reshape(input=loc, shape=(3, 1))
+    for n, x in enumerate(scalars(2)):
+        column[n] = x
+    observe(loc)
+
+
+def beside_sparse() -> None:
+    """A sparse matrix has no memory of one piece."""
+    matrix = torch.eye(3).to_sparse()
+    loc = torch.zeros(3)
+    for n, x in enumerate(scalars(2)):
+        loc[n] = x
+    observe(matrix.to_dense() @ loc)
+
+
+def in_twos() -> None:
+    """Each latent is written twice into a tensor."""
+    out = torch.empty(20)
+    for n, x in enumerate(scalars(10)):
+        out[2 * n] = x
+        out[2 * n + 1] = 0.5 * x
+    pyro.sample("y", dist.Normal(out.sum(), 1.0), obs=Y[0])
+
+
+def of_valid_scales() -> None:
+    """What a run makes of tensors that are not yet found is checked as it goes."""
+    for n in range(10):
+        scale = torch.zeros(1)
+        scale[0] = pyro.sample(f"s_{n}", dist.LogNormal(0.0, 0.5))
+        pyro.sample(f"y_{n}", dist.Normal(0.0, scale.squeeze()), obs=Y[n % 3])
+
+
 PROGRAMS: list[Callable[[], None]] = [
     one_by_one,
     summed,
@@ -120,6 +156,8 @@ PROGRAMS: list[Callable[[], None]] = [
     by_mask,
     of_a_plate,
     long,
+    by_keyword,
+    beside_sparse,
 ]
 
 
@@ -129,6 +167,62 @@ def test_latents_keep_an_index_each(model: Callable[[], None]) -> None:
         warnings.simplefilter("error")
         compare(model, num_samples=2 if model is long else 3)
     assert KNOWN.tolist() == [0.3, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("model", [in_twos, of_valid_scales])
+def test_tensors_are_found_in_few_runs(model: Callable[[], None]) -> None:
+    """However many there are, and however often each is written into."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        posterior = MPImportance(model, num_samples=2).run()
+    assert len({len(marginal.samples) for marginal in posterior.marginals().values()}) == 1
+
+
+SHARED = np.zeros(3)
+BUFFER = torch.zeros(3, dtype=torch.double)
+
+
+def of_an_array() -> Tensor:
+    return torch.as_tensor(SHARED)
+
+
+def of_a_result() -> Tensor:
+    return torch.add(torch.ones(3), 1.0, out=BUFFER)
+
+
+def of_a_keyword() -> Tensor:
+    return torch.reshape(input=BUFFER, shape=(3,))
+
+
+@pytest.mark.parametrize("made", [of_an_array, of_a_result, of_a_keyword])
+def test_memory_that_others_read(made: Callable[[], Tensor]) -> None:
+    """It stays as it is, for a copy would not be read: the program runs once for each particle."""
+
+    def model() -> None:
+        loc = made()
+        for n, x in enumerate(scalars(2)):
+            loc[n] = x
+        observe(torch.from_numpy(SHARED) if made is of_an_array else BUFFER)
+
+    together = [["x_0", "x_1"]]
+    compare(model, together=together, warning=r"once for each particle.*`loc\[n\] = x`")
+
+
+def test_writes_within_a_transform_of_the_program() -> None:
+    """Its levels are none of the run's."""
+
+    def model() -> None:
+        x, z = scalars(2)
+
+        def doubled(value: Tensor) -> Tensor:
+            pair = torch.stack([value, 0.0 * value])
+            pair[1] = x
+            return pair.sum()
+
+        observe(torch.func.vmap(doubled)(torch.arange(3.0) * z))
+
+    together = [["x_0", "x_1"]]
+    compare(model, together=together, warning=r"once for each particle.*`pair\[1\] = x`")
 
 
 def test_a_guide_that_writes() -> None:

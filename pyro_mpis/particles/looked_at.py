@@ -105,7 +105,12 @@ def latents_looked_at(
         except OtherSitesError:
             return None
         except NotMappableError as error:
-            more = {name for number in error.levels for name in others[number]}
+            more = {
+                name
+                for number in error.levels
+                if number < len(others)  # not of a program's own transform
+                for name in others[number]
+            }
             if not more:
                 return None
             closed = _with_parents(structure, found | more)

@@ -238,11 +238,17 @@ class _Rewritten(_Replaced):
             target, others = target_of(func, args), (tuple(args[1:]), dict(kwargs or {}))
             if target is not None and levels_written(target, others):
                 if self.written is not None and self.written.note(target, others):
-                    return target  # this run goes on for the sake of the writes that follow
+                    # this run goes on for the sake of the writes that follow
+                    with contextlib.suppress(Exception):
+                        left, named = exchange(others, _first)
+                        super().__torch_function__(func, types, (target, *left), named)
+                    return target
                 setattr(error, WRITES, True)
             vars(error).setdefault(READ, _levels_of((tuple(args), dict(kwargs or {}))))
             raise
-        return result if self.written is None else self.written.result(result, args)
+        if self.written is None:
+            return result
+        return self.written.result(_place(), func, result, args, kwargs or {})
 
 
 def _beside_others(part: Any) -> Any:
@@ -319,6 +325,14 @@ def _looking() -> FrameType | None:
     while frame is not None and frame.f_code.co_name in ("handle_torch_function", "wrapped"):
         frame = frame.f_back
     return frame
+
+
+def _place() -> tuple[object, ...]:
+    """Return where an operation is called, and where that is for the user's code."""
+    frame = own = _looking()
+    while own is not None and own.f_code.co_filename.startswith(LIBRARIES):
+        own = own.f_back
+    return tuple(part for f in (frame, own) if f is not None for part in (f.f_code, f.f_lasti))
 
 
 def _is_check() -> bool:

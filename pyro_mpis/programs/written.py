@@ -3,25 +3,33 @@
 Tensors of a program that mapped values are written into: ``out[i] = x``, ``total += x``.
 
 A tensor that was made without latents is the same for all combinations, and torch cannot write
-into it what is not. So the operation that made it is found by its number, and the program runs
-again: there the operation gives a tensor for each combination of the levels that are written. It
-then holds more levels than some of its elements need, which costs time, and changes no number.
+into it what is not. So the operation that made it is found by its place in the program, and the
+program runs again: there the operation gives a tensor for each combination of the levels that are
+written. It then holds more levels than some of its elements need, which costs time, and changes no
+number.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from pyro_mpis.programs.tensors import is_mapped, mapped_at, sizes_of, stripped, tensors_of
 
 MOST_ELEMENTS = 2**24  # of a tensor with a dim for each level that is written
+MOST_WRITES = 10_000  # that one run goes on after: a loop may end only once they are written
+
+# An operation: what calls it, and how often that has been before. A number of all operations would
+# differ between runs, as libraries take other steps for mapped tensors.
+Step: TypeAlias = tuple[Hashable, int]
 
 
 class Written:
     """
-    Which operations of a program, by their numbers, made a tensor that is written into.
+    Which operations of a program made a tensor that is written into.
 
     :param num_levels: of the run; those of a program's own transforms lie within them.
     """
@@ -29,25 +37,43 @@ class Written:
     def __init__(self, num_levels: int) -> None:
         self.num_levels = num_levels
         self.found = False  # whether this run has found more of them
-        self._sizes: dict[int, dict[int, int]] = {}  # number -> sizes of the levels
-        self._number = 0
-        self._made_by: dict[int, int] = {}  # memory of a tensor -> number of what made it
+        self._sizes: dict[Step, dict[int, int]] = {}  # sizes of the levels
+        self._calls = Counter[Hashable]()
+        self._made_by: dict[int, Step] = {}  # memory of a tensor -> what made it
+        self._noted: list[Step] = []  # the operations that this run has found, once for each write
 
     def begin(self) -> None:
         """Begin a run of the program."""
-        self.found, self._number = False, 0
+        self.found = False
+        self._calls.clear()
         self._made_by.clear()
+        self._noted.clear()
 
-    def result(self, result: Any, args: Sequence[Any]) -> Any:
-        """Take what an operation gives, and return it with the levels that are written into it."""
-        self._number += 1
+    def result(
+        self,
+        place: Hashable,
+        func: Callable[..., Any],
+        result: Any,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        """
+        Take what an operation gives, and return it with the levels that are written into it.
+
+        :param place: in the program's code.
+        """
         if type(result) is not Tensor:
             return result
-        if self._number in self._sizes:
-            result = mapped_at(result, self._sizes[self._number])
-        elif _memory_of(result) in map(_memory_of, tensors_of(list(args))):
+        if _memory_of(result) in map(_memory_of, tensors_of([*args, dict(kwargs)])):
             return result  # a view, or the tensor that was written into
-        self._made_by[_memory_of(result)] = self._number
+        if _shares(func, args):
+            self._made_by.pop(_memory_of(result), None)
+            return result
+        self._calls[place] += 1
+        step = place, self._calls[place]
+        if step in self._sizes:
+            result = mapped_at(result, self._sizes[step])
+        self._made_by[_memory_of(result)] = step
         return result
 
     def note(self, target: Tensor, others: Any) -> bool:
@@ -57,15 +83,17 @@ class Written:
         :param target: what they were to be written into.
         :return: whether the next run makes the tensor with their levels.
         """
-        number = self._made_by.get(_memory_of(target))
-        known = {} if number is None else self._sizes.get(number, {})
+        step = self._made_by.get(_memory_of(target))
+        known = {} if step is None else self._sizes.get(step, {})
         sizes = {**known, **sizes_of(target), **levels_written(target, others)}
         size = math.prod(sizes.values()) * target.numel()
-        if number is None or sizes == known or size > MOST_ELEMENTS:
+        is_new = sizes != known or step in self._noted
+        if step is None or not is_new or size > MOST_ELEMENTS:
             return False
-        if max(sizes) >= self.num_levels:
+        if max(sizes) >= self.num_levels or len(self._noted) >= MOST_WRITES:
             return False
-        self._sizes[number] = sizes
+        self._sizes[step] = sizes
+        self._noted.append(step)
         self.found = True
         return True
 
@@ -92,5 +120,16 @@ _IN_PLACE = {
 }
 
 
+# What may share its memory with an array that is no tensor, and so with what others read.
+_SHARING = {"as_tensor", "asarray", "from_numpy", "frombuffer", "from_dlpack"}
+
+
+def _shares(func: Callable[..., Any], args: Sequence[Any]) -> bool:
+    """Whether an operation may give the memory of an array, not of its own."""
+    name = getattr(func, "__name__", "")
+    return name in _SHARING and not (args and isinstance(args[0], list | tuple | int | float))
+
+
 def _memory_of(tensor: Tensor) -> int:
-    return stripped(tensor).tensor.untyped_storage().data_ptr()
+    plain = stripped(tensor).tensor
+    return plain.untyped_storage().data_ptr() if plain.layout is torch.strided else id(plain)
