@@ -3,6 +3,7 @@
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pyro
@@ -11,8 +12,9 @@ import pytest
 import torch
 from compare import compare
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_mpis import MPImportance
+from pyro_mpis import MPImportance, MPISWarning
 from pyro_mpis.programs import written
 from pyro_mpis.programs.mapped import run_mapped
 from pyro_mpis.programs.tensors import unwrapped
@@ -242,6 +244,40 @@ def test_too_large_a_tensor_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None
     compare(one_by_one, num_samples=3, together=[names], warning=warning)
     monkeypatch.setattr(written, "MOST_ELEMENTS", 3 * 3**3)
     compare(one_by_one, num_samples=3)
+
+
+@pytest.mark.parametrize("number", [40, 70])
+def test_more_latents_than_can_be_written(number: int) -> None:
+    """The run is ordinary, without a search for latents that it need not look at."""
+
+    def model() -> None:
+        path = torch.zeros(number + 1)
+        for n, x in enumerate(scalars(number)):
+            path[n + 1] = 0.5 * path[n] + x
+        pyro.sample("y", dist.Normal(path[-1], 1.0), obs=Y[0])
+
+    elements: list[int] = []
+    with (
+        pytest.warns(MPISWarning, match=r"once for each particle, as in pyro\.infer"),
+        TorchOperations(elements),
+    ):
+        posterior = MPImportance(model, num_samples=3).run()
+    assert max(elements) <= 2**20
+    assert len(posterior.marginals()["x_0"].samples) == 3
+
+
+class TorchOperations(TorchDispatchMode):
+    """Notes how many elements results have."""
+
+    def __init__(self, elements: list[int]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.elements = elements
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.elements.append(result.numel())
+        return result
 
 
 def test_only_levels_that_are_written() -> None:

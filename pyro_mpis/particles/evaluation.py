@@ -18,6 +18,7 @@ from pyro_mpis._typing import Ordinal, SampleMessage
 from pyro_mpis.programs.densities import density_of, zero_unless_finite
 from pyro_mpis.programs.masks import is_masked, unmasked
 from pyro_mpis.programs.messages import counted, drawn_from
+from pyro_mpis.programs.not_mappable import NotMappableError
 from pyro_mpis.programs.runs import Collect, Programs, Wanted, evaluate
 from pyro_mpis.programs.structure import Site, Structure, levels_of
 from pyro_mpis.programs.tensors import Mapped, Said
@@ -187,14 +188,14 @@ def reads_found(
 
     :param values: particles of every random site: ``(K, *shape)``.
 
-    :raises NotImplementedError: if there are more indices than levels.
+    :raises NotMappableError: if there are more indices than levels.
     """
     symbols = [index.symbol for index in structure.indices]
     if len(symbols) > MAX_LEVELS:
-        raise NotImplementedError(
+        raise NotMappableError(
             "what the sites read could not be followed, and there are too many latent sites "
-            f"({len(symbols)}) to find it out. Compute with torch operations, without TorchScript "
-            "and without writing in place."
+            f"({len(symbols)}) to find it out",
+            "compute with torch operations, without TorchScript and without writing in place",
         )
     with pyro.validation_enabled(False):
         said_by_guide, said_by_model = evaluate(

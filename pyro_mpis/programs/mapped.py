@@ -32,6 +32,7 @@ from torch._functorch.vmap import (  # type: ignore[attr-defined]
 from torch.distributions import Distribution, Independent
 
 from pyro_mpis.programs.formulas import by_formula
+from pyro_mpis.programs.not_mappable import NotMappableError
 from pyro_mpis.programs.rewritten import Deferred, by_forward, is_write, rewritten
 from pyro_mpis.programs.tensors import (
     Mapped,
@@ -68,17 +69,22 @@ def run_mapped(
             with rewritten():
                 _run(function, levels)
         except Exception as error:
-            if not is_write(error) or not _run_written(function, levels):
-                raise
+            written = Written(len(levels))
+            if is_write(error) and _run_written(function, levels, written):
+                return
+            if isinstance(error, NotMappableError):
+                error.levels |= written.too_many
+            raise
 
 
-def _run_written(function: Callable[[dict[str, Tensor]], None], levels: Sequence[Values]) -> bool:
+def _run_written(
+    function: Callable[[dict[str, Tensor]], None], levels: Sequence[Values], written: Written
+) -> bool:
     """
     Call a function that writes mapped values into tensors.
 
     :return: whether these could be found, so that it has run.
     """
-    written = Written(len(levels))
     for _ in range(MOST_RUNS):
         written.begin()
         try:
@@ -89,6 +95,8 @@ def _run_written(function: Callable[[dict[str, Tensor]], None], levels: Sequence
                 return False
         if not written.found:
             return True
+        if written.too_many:
+            return False
     return False
 
 

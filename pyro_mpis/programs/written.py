@@ -37,6 +37,7 @@ class Written:
     def __init__(self, num_levels: int) -> None:
         self.num_levels = num_levels
         self.found = False  # whether this run has found more of them
+        self.too_many = set[int]()  # levels of a tensor that would be too large
         self._sizes: dict[Step, dict[int, int]] = {}  # sizes of the levels
         self._calls = Counter[Hashable]()
         self._made_by: dict[int, Step] = {}  # memory of a tensor -> what made it
@@ -86,15 +87,15 @@ class Written:
         step = self._made_by.get(_memory_of(target))
         known = {} if step is None else self._sizes.get(step, {})
         sizes = {**known, **sizes_of(target), **levels_written(target, others)}
-        size = math.prod(sizes.values()) * target.numel()
-        is_new = sizes != known or step in self._noted
-        if step is None or not is_new or size > MOST_ELEMENTS:
+        if step is None or (sizes == known and step not in self._noted):
             return False
         if max(sizes) >= self.num_levels or len(self._noted) >= MOST_WRITES:
             return False
         self._sizes[step] = sizes
         self._noted.append(step)
         self.found = True
+        if math.prod(sizes.values()) * target.numel() > MOST_ELEMENTS:
+            self.too_many |= sizes.keys()  # the run goes on, to find all of them
         return True
 
 
