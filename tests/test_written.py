@@ -14,7 +14,7 @@ from compare import compare
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_mpis import MPImportance, MPISWarning
+from pyro_mpis import AutoPlateNormal, MPImportance, MPISWarning
 from pyro_mpis.programs import written
 from pyro_mpis.programs.mapped import run_mapped
 from pyro_mpis.programs.tensors import unwrapped
@@ -331,3 +331,29 @@ def test_what_runs_the_model_again() -> None:
     posterior.run()
     (factor,) = (f for f in posterior._sums[0].whole.factors if f.name == "y")
     assert len(factor.dims) == 3
+
+
+def test_adapt_finds_the_posterior_of_what_is_written() -> None:
+    """The log joint has derivatives, though it takes more than one run."""
+
+    pyro.set_rng_seed(0)
+    adapted = MPImportance(one_by_one, num_samples=20).adapt()
+    assert isinstance(adapted.guide, AutoPlateNormal)
+    found = adapted.guide.median()
+    sums = torch.ones(3, 3).tril()
+    exact = torch.linalg.solve(torch.eye(3) + sums.T @ sums, sums.T @ Y)
+    for n in range(3):  # by moments of particles alone, some are 0.02 away
+        assert abs(found[f"x_{n}"] - exact[n]) < 1e-3
+
+
+def test_adapt_of_a_program_that_runs_one_by_one() -> None:
+    """Each trial run draws particles of its own."""
+
+    def model() -> None:
+        x, z = scalars(2)
+        observe((x if x > 0 else z).expand(3))
+
+    pyro.set_rng_seed(0)
+    with pytest.warns(MPISWarning):
+        posterior = MPImportance(model, num_samples=20).adapt().run()
+    assert torch.isfinite(posterior.evidence())

@@ -93,7 +93,7 @@ class LogJoint:
             for site in sites.values():
                 if not is_silent(site):
                     total = total + _density(site).sum(dtype=torch.double)
-            results.append(unwrapped(total))
+            results[:] = [unwrapped(total)]  # it may run again, for what it writes into
 
         self._mapped(at_single_values, [points])
         (result,) = results

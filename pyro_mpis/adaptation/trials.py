@@ -287,7 +287,8 @@ class Runs:
         if self._first is not None:
             return self._again(self._first, guide)
         total = run_plan(self.plan, _ALONE)
-        self.plan = total.replicate.plan
+        if not total.is_one_by_one:  # whose plan is of particles that it has drawn
+            self.plan = total.replicate.plan
         log_p = total.log_evidence.double()
         if not bool(torch.isfinite(log_p)) or total.is_one_by_one:
             return log_p, None
