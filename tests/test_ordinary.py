@@ -278,6 +278,23 @@ def test_sums_in_place() -> None:
         MPImportance(model, num_samples=3).run()
 
 
+def test_values_that_are_changed_in_place() -> None:
+    """As in ordinary runs, what is changed is the site's value itself."""
+
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        x += 1.0
+        pyro.sample("y", dist.Normal(x + z, 1.0), obs=torch.tensor(0.5))
+
+    pyro.set_rng_seed(0)
+    with pytest.warns(MPISWarning, match=r"of site 'x' is changed in place.*write x = x \+ 1"):
+        posterior = MPImportance(model, num_samples=200).run()
+    assert len(posterior.exec_traces) == 200
+    values = [torch.as_tensor(trace.nodes["x"]["value"]) for trace in posterior.exec_traces]
+    assert 0.7 < float(torch.stack(values).mean()) < 1.3  # changed once each
+
+
 def test_assertions_that_hold_for_all_particles() -> None:
     """They do not keep latents from indices of their own; branches do, whoever takes them."""
 

@@ -31,9 +31,10 @@ from torch._functorch.vmap import (  # type: ignore[attr-defined]
 )
 from torch.distributions import Distribution, Independent
 
+from pyro_mpis.programs.deferred import Deferred
 from pyro_mpis.programs.formulas import by_formula
 from pyro_mpis.programs.not_mappable import NotMappableError
-from pyro_mpis.programs.rewritten import Deferred, by_forward, is_write, rewritten
+from pyro_mpis.programs.rewritten import by_forward, is_write, rewritten
 from pyro_mpis.programs.tensors import (
     Mapped,
     Values,

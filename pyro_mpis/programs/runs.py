@@ -267,8 +267,14 @@ def evaluate(
         trace = _at(programs, "model", model_values, until, model.all_sites)
         _keep(trace, model, values, from_model)
 
-    state = torch_rng_state()
+    state, versions = torch_rng_state(), _versions(levels)
     run_mapped(at_single_values, levels, patched=programs.patched)
+    changed = [name for name, version in _versions(levels).items() if version != versions[name]]
+    if changed:
+        raise NotMappableError(
+            f"the value of site '{changed[0]}' is changed in place, after it was drawn",
+            "write x = x + 1 in place of x += 1",
+        )
     if not same_rng_state(state, torch_rng_state()):
         first = {**from_guide}, {**from_model}
         run_mapped(at_single_values, levels, patched=programs.patched)  # with other numbers
@@ -320,6 +326,11 @@ def draw(
 
     run_mapped(at_single_values, [{PARTICLE: torch.arange(num_samples)}], patched=programs.patched)
     return from_guide, from_model
+
+
+def _versions(levels: Sequence[Values]) -> dict[str, int]:
+    """Return how often the values of each site have been written into."""
+    return {name: value._version for level in levels for name, value in level.items()}
 
 
 PARTICLE = "number of the particle"
