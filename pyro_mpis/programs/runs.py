@@ -329,8 +329,12 @@ def draw(
 
 
 def _versions(levels: Sequence[Values]) -> dict[str, int]:
-    """Return how often the values of each site have been written into."""
-    return {name: value._version for level in levels for name, value in level.items()}
+    """Return how often the values of each site have been written into, where torch counts it."""
+    return {
+        name: 0 if value.is_inference() else value._version
+        for level in levels
+        for name, value in level.items()
+    }
 
 
 PARTICLE = "number of the particle"
