@@ -324,5 +324,5 @@ def _too_large(
         "which reads few of them.",
         site or next(iter(structure.model), ""),
         in_parts.symbols,
-        frozenset(in_parts.plates),
+        in_parts.plates,
     )

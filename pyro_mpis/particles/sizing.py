@@ -49,7 +49,7 @@ class Sizing:
 
     def evaluation(self, sizes: Sizes) -> Need:
         """Return what the programs hold while they are evaluated."""
-        site = self._largest_site(sizes)
+        site = largest_site(self.structure, sizes)
         need = Need(0, "", frozenset())
         if site is not None:
             need = self._of_site(site, bytes_of(self.structure, site, sizes))
@@ -61,7 +61,7 @@ class Sizing:
 
     def largest_tensor(self, sizes: Sizes) -> Need:
         """Return what a piece is to be cut by: the largest tensor, as often as it is there."""
-        site = self._largest_site(sizes)
+        site = largest_site(self.structure, sizes)
         if site is None:
             return Need(0, "", frozenset())
         need = self._of_site(site, bytes_of(self.structure, site, sizes))
@@ -211,9 +211,6 @@ class Sizing:
         if site is not None and symbols <= self.structure.indices_read(site):
             return self._of_site(site, number)
         return Need(number, "what the programs compute", symbols)
-
-    def _largest_site(self, sizes: Sizes) -> Site | None:
-        return largest_site(self.structure, sizes)
 
 
 def _bound(shapes: Shapes) -> int:

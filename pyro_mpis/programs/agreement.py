@@ -118,9 +118,9 @@ def unreachable(name: str, guide: Distribution, model: Distribution) -> str | No
         return None
     if ours[0] != theirs[0] or ours[0] not in ("integer", "real"):
         return None
-    if not any(isinstance(bound, Tensor) for bound in (*ours, *theirs)):
-        if ours[1] <= theirs[1] and ours[2] >= theirs[2]:  # type: ignore[operator]
-            return None
+    are_numbers = not any(isinstance(bound, Tensor) for bound in (*ours, *theirs))
+    if are_numbers and ours[1] <= theirs[1] and ours[2] >= theirs[2]:  # type: ignore[operator]
+        return None
     (low, high), (lowest, highest) = (
         [torch.as_tensor(bound).double() for bound in interval[1:]] for interval in (ours, theirs)
     )

@@ -41,6 +41,7 @@ from pyro_mpis.programs.tensors import (
     elementwise,
     exchange,
     is_mapped,
+    sizes_of,
     tensors_of,
     unwrapped,
 )
@@ -144,10 +145,7 @@ def _quiet() -> Iterator[None]:
 
 def _combinations(tensors: Sequence[Tensor]) -> int:
     """Return the number of combinations that mapped tensors have together; 0 if none is mapped."""
-    sizes: dict[int, int] = {}
-    for tensor in filter(is_mapped, tensors):
-        mapped = unwrapped(tensor)
-        sizes |= dict(zip(mapped.levels, mapped.tensor.shape, strict=False))
+    sizes = sizes_of(*tensors)
     return math.prod(sizes.values()) if sizes else 0
 
 

@@ -17,7 +17,14 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pyro_mpis.programs.deferred import first_of, made_or_deferred
-from pyro_mpis.programs.tensors import device_of, exchange, is_mapped, tensors_of, unwrapped
+from pyro_mpis.programs.tensors import (
+    device_of,
+    exchange,
+    is_mapped,
+    sizes_of,
+    tensors_of,
+    unwrapped,
+)
 from pyro_mpis.programs.written import Written, levels_written, target_of
 
 # Where code lies that is not the user's.
@@ -81,26 +88,24 @@ READ, WRITES = "pyro_mpis: levels that the operation read", "pyro_mpis: writes"
 
 def _levels_of(part: object) -> frozenset[int]:
     """Return the levels that the tensors within something are mapped at."""
-    mapped = filter(is_mapped, tensors_of(part))
-    return frozenset(level for tensor in mapped for level in unwrapped(tensor).levels)
+    return frozenset(sizes_of(*tensors_of(part)))
 
 
 def levels_at_error(error: BaseException | None) -> frozenset[int]:
     """Return the levels of the values that an operation failed on; none if that is not known."""
-    while error is not None:
-        if READ in vars(error):
-            return frozenset(vars(error)[READ])
-        error = error.__cause__ or error.__context__
-    return frozenset()
+    return next((frozenset(kept[READ]) for kept in _kept_with(error) if READ in kept), frozenset())
 
 
 def is_write(error: BaseException | None) -> bool:
     """Whether an operation failed to write what is mapped into a tensor that is not."""
+    return any(WRITES in kept for kept in _kept_with(error))
+
+
+def _kept_with(error: BaseException | None) -> Iterator[dict[str, Any]]:
+    """Yield what is kept with an error, then with each that it came from."""
     while error is not None:
-        if WRITES in vars(error):
-            return True
+        yield vars(error)
         error = error.__cause__ or error.__context__
-    return False
 
 
 class _Replaced(TorchFunctionMode):
@@ -121,17 +126,15 @@ class _Replaced(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        return self.apply(func, tuple(args), dict(kwargs or {}))
+
+    def apply(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Apply an operation, or what is in its place."""
         replacement = self.table.get(func)
         if replacement is not None:
-            result = replacement(*args, **(kwargs or {}))
+            result = replacement(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        return self.apply(func, args, kwargs or {})
-
-    def apply(
-        self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> Any:
-        """Apply an operation that is not replaced."""
         try:
             return func(*args, **kwargs)
         except RuntimeError as error:
@@ -150,31 +153,25 @@ class _Rewritten(_Replaced):
         super().__init__(table)
         self.written = written
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def apply(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Apply an operation; an error notes which levels it failed on."""
         try:
-            result = super().__torch_function__(func, types, args, kwargs)
+            result = super().apply(func, args, kwargs)
         except Exception as error:
-            target, others = target_of(func, args), (tuple(args[1:]), dict(kwargs or {}))
+            target, others = target_of(func, args), (args[1:], kwargs)
             if target is not None and levels_written(target, others):
                 if self.written is not None and self.written.note(target, others):
                     # this run goes on for the sake of the writes that follow
                     with contextlib.suppress(Exception):
                         left, named = exchange(others, first_of)
-                        super().__torch_function__(func, types, (target, *left), named)
+                        super().apply(func, (target, *left), named)
                     return target
                 setattr(error, WRITES, True)
-            vars(error).setdefault(READ, _levels_of((tuple(args), dict(kwargs or {}))))
+            vars(error).setdefault(READ, _levels_of((args, kwargs)))
             raise
         if self.written is None:
             return result
-        return self.written.result(_place(), func, result, args, kwargs or {})
+        return self.written.result(_place(), func, result, args, kwargs)
 
 
 def _beside_others(part: Any) -> Any:

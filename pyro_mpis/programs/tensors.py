@@ -138,10 +138,12 @@ def stripped(tensor: Tensor) -> Mapped:
     return mapped
 
 
-def sizes_of(tensor: Tensor) -> dict[int, int]:
-    """Return the levels that a tensor is mapped at, and their sizes."""
-    mapped = unwrapped(tensor)
-    return dict(zip(mapped.levels, mapped.tensor.shape, strict=False))
+def sizes_of(*tensors: Tensor) -> dict[int, int]:
+    """Return the levels that tensors are mapped at, and their sizes."""
+    sizes: dict[int, int] = {}
+    for mapped in map(unwrapped, tensors):
+        sizes |= dict(zip(mapped.levels, mapped.tensor.shape, strict=False))
+    return sizes
 
 
 def mapped_at(tensor: Tensor, sizes: Mapping[int, int]) -> Tensor:
@@ -153,7 +155,7 @@ def mapped_at(tensor: Tensor, sizes: Mapping[int, int]) -> Tensor:
     mapped = unwrapped(tensor)
     levels = sorted(sizes)
     shape = (*(sizes[level] for level in levels), *mapped.shape)
-    result = mapped.along(*levels).expand(shape).contiguous().clone()
+    result = mapped.along(*levels).expand(shape).clone(memory_format=torch.contiguous_format)
     for level in levels:
         result = _functorch._add_batch_dim(result, 0, level + 1)
     return result

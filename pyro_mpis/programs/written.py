@@ -11,13 +11,13 @@ number.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from pyro_mpis.programs.tensors import is_mapped, mapped_at, sizes_of, stripped, tensors_of
+from pyro_mpis.programs.tensors import mapped_at, sizes_of, stripped, tensors_of
 
 MOST_ELEMENTS = 2**24  # of a tensor with a dim for each level that is written
 MOST_WRITES = 10_000  # that one run goes on after: a loop may end only once they are written
@@ -41,7 +41,8 @@ class Written:
         self._sizes: dict[Step, dict[int, int]] = {}  # sizes of the levels
         self._calls = Counter[Hashable]()
         self._made_by: dict[int, Step] = {}  # memory of a tensor -> what made it
-        self._noted: list[Step] = []  # the operations that this run has found, once for each write
+        self._noted = set[Step]()  # the operations that this run has found
+        self._writes = 0  # for which it has
 
     def begin(self) -> None:
         """Begin a run of the program."""
@@ -49,14 +50,15 @@ class Written:
         self._calls.clear()
         self._made_by.clear()
         self._noted.clear()
+        self._writes = 0
 
     def result(
         self,
         place: Hashable,
         func: Callable[..., Any],
         result: Any,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
         """
         Take what an operation gives, and return it with the levels that are written into it.
@@ -65,7 +67,7 @@ class Written:
         """
         if type(result) is not Tensor:
             return result
-        if _memory_of(result) in map(_memory_of, tensors_of([*args, dict(kwargs)])):
+        if _memory_of(result) in map(_memory_of, tensors_of((args, kwargs))):
             return result  # a view, or the tensor that was written into
         if _shares(func, args):
             self._made_by.pop(_memory_of(result), None)
@@ -89,10 +91,11 @@ class Written:
         sizes = {**known, **sizes_of(target), **levels_written(target, others)}
         if step is None or (sizes == known and step not in self._noted):
             return False
-        if max(sizes) >= self.num_levels or len(self._noted) >= MOST_WRITES:
+        if max(sizes) >= self.num_levels or self._writes >= MOST_WRITES:
             return False
         self._sizes[step] = sizes
-        self._noted.append(step)
+        self._noted.add(step)
+        self._writes += 1
         self.found = True
         if math.prod(sizes.values()) * target.numel() > MOST_ELEMENTS:
             self.too_many |= sizes.keys()  # the run goes on, to find all of them
@@ -101,10 +104,8 @@ class Written:
 
 def levels_written(target: Tensor, others: Any) -> dict[int, int]:
     """Return the levels, with their sizes, at which others are mapped and a target is not."""
-    own, result = sizes_of(target), dict[int, int]()
-    for tensor in filter(is_mapped, tensors_of(others)):
-        result |= sizes_of(tensor)
-    return {level: size for level, size in result.items() if level not in own}
+    own, sizes = sizes_of(target), sizes_of(*tensors_of(others))
+    return {level: size for level, size in sizes.items() if level not in own}
 
 
 def target_of(func: Callable[..., Any], args: Sequence[Any]) -> Tensor | None:
